@@ -1,0 +1,8 @@
+"""Sharded ``torch.optim.ASGD``: averaged SGD with its state, and its gradients, split across ranks."""
+
+from .comm import PeerError
+from .memory import MemoryReport
+from .optimizer import ShardedASGD
+from .version import __version__
+
+__all__ = ["MemoryReport", "PeerError", "ShardedASGD", "__version__"]

@@ -1,0 +1,204 @@
+"""Ranks tell each other what they are about to do, and raise together where they disagree.
+
+Every collective call opens with one exchange of a fixed number of int64 words, so that a rank that failed, or
+that called something else, is an error on all ranks instead of a hang. Only once an exchange has shown a
+difference are messages of any length gathered, to say what it is.
+
+header   the words: kind of call, discard count, problem flag, digest, then two bit masks over parameters
+digest   a 62-bit hash of plain values that must be equal on all ranks
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comm import Communicator
+
+MASK_BITS = 62
+RAISED = (ValueError, TypeError, KeyError, RuntimeError)
+
+
+class Kind(IntEnum):
+    """What a rank is calling; the names are those that users see in errors."""
+
+    ROUND = 1
+    CONSTRUCT = 2
+    ADD_PARAM_GROUP = 3
+    STEP = 4
+    CLIP_GRAD_NORM = 5
+    CONSOLIDATED_STATE_DICT = 6
+    LOAD_STATE_DICT = 7
+    AVERAGED_PARAMETERS = 8
+    END_OF_AVERAGED_PARAMETERS = 9
+
+    @property
+    def call(self) -> str:
+        """How an error names this call."""
+        return "backward()" if self is Kind.ROUND else f"{self.name.lower()}()"
+
+
+def digest_of(values: object) -> int:
+    """A hash of plain values (numbers, strings, tuples of them) that is the same in every process."""
+    raw = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return int.from_bytes(raw, "big") >> 2
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """``rank 3`` or ``ranks 0-2, 5``."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+
+
+def _by_value(values: Sequence[object]) -> dict[object, list[int]]:
+    groups: dict[object, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(value, []).append(rank)
+    return groups
+
+
+def differing(values: Sequence[object]) -> str:
+    """Who has what: ``ranks 0, 1 have 3; rank 2 has 4``."""
+    return "; ".join(
+        f"{ranks_text(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
+        for value, ranks in _by_value(values).items()
+    )
+
+
+class Answer:
+    """What all ranks said in one exchange; the same on every rank, so every rank decides alike."""
+
+    def __init__(self, table: Tensor, mask_words: int) -> None:
+        self._rows: list[list[int]] = table.tolist()
+        self._mask_words = mask_words
+
+    def column(self, index: int) -> list[int]:
+        """One header word of every rank, in rank order."""
+        return [row[index] for row in self._rows]
+
+    @property
+    def kinds(self) -> list[int]:
+        """The kind of call of every rank."""
+        return self.column(0)
+
+    def masks(self, which: int) -> list[int]:
+        """The first (0) or second (1) bit mask of every rank."""
+        start = HEADER_WORDS + which * self._mask_words
+        return [
+            sum(word << (MASK_BITS * i) for i, word in enumerate(row[start : start + self._mask_words]))
+            for row in self._rows
+        ]
+
+    def union(self, which: int) -> int:
+        """The bits set on any rank."""
+        union = 0
+        for mask in self.masks(which):
+            union |= mask
+        return union
+
+
+HEADER_WORDS = 4
+
+
+class Agreement:
+    """The exchanges of one optimizer. All methods but ``resize`` are collective."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._comm = communicator
+        self._mask_words = 0
+        self.discards = 0
+
+    def resize(self, num_params: int) -> None:
+        """Set how many parameters the bit masks cover, from the next exchange on."""
+        self._mask_words = -(-num_params // MASK_BITS)
+
+    def open(
+        self, kind: Kind, *, digest: int = 0, masks: tuple[int, int] = (0, 0), problem: bool = False
+    ) -> Callable[[], Answer]:
+        """Start an exchange; calling the result waits for it. Never raises for what other ranks say."""
+        low = (1 << MASK_BITS) - 1
+        words = [int(kind), self.discards, int(problem), digest]
+        for mask in masks:
+            words += [(mask >> (MASK_BITS * i)) & low for i in range(self._mask_words)]
+        wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64))
+        return lambda: Answer(wait(), self._mask_words)
+
+    def confer(
+        self, kind: Kind, *, digest: int = 0, masks: tuple[int, int] = (0, 0), problem: Exception | None = None
+    ) -> Answer:
+        """Exchange, and raise on every rank where any has a problem or calls something else."""
+        answer = self.open(kind, digest=digest, masks=masks, problem=problem is not None)()
+        self.check(answer, problem)
+        return answer
+
+    def check(self, answer: Answer, problem: Exception | None = None) -> None:
+        """Raise together where ``answer`` shows different calls, or a problem on any rank (``problem``: this one's)."""
+        allowed = set(answer.kinds) - {Kind.ROUND}
+        if len(allowed) > 1:
+            calls = [Kind(kind).call for kind in answer.kinds]
+            raise RuntimeError(
+                f"dist_asgd: ranks called different things at the same point: {differing(calls)}. "
+                f"Every rank must make the same collective calls in the same order."
+                + (f" This rank also had a problem of its own: {problem}" if problem else "")
+            )
+        if len(set(answer.column(1))) > 1:
+            raise RuntimeError(
+                f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients: "
+                f"{differing(answer.column(1))}. Every rank must call zero_grad() between the same backwards."
+            )
+        self.raise_together(problem, any(answer.column(2)))
+
+    def raise_together(self, problem: Exception | None, any_problem: bool) -> None:
+        """Where ``any_problem`` (which all ranks must agree on), raise every rank's problems on every rank."""
+        if not any_problem:
+            return
+        if self._comm.world_size == 1 and problem is not None:
+            raise problem
+        mine = None
+        if problem is not None:
+            name = next((c.__name__ for c in RAISED if isinstance(problem, c)), "RuntimeError")
+            text = problem.args[0] if isinstance(problem, KeyError) and problem.args else problem
+            mine = (name, str(text))
+        said = self._comm.exchange_objects(mine)
+        failed = [entry for entry in said if entry is not None]
+        lines = [
+            f"{text} [on {ranks_text(ranks)} of {self._comm.world_size}]"
+            for text, ranks in _by_value([None if entry is None else entry[1] for entry in said]).items()
+            if text is not None
+        ]
+        kind = next(c for c in RAISED if c.__name__ == failed[0][0])
+        raise kind("\n".join(lines)) from problem
+
+    def compare(self, what: str, described: Sequence[tuple[str, object]], remedy: str) -> None:
+        """Raise on every rank, naming the first entry of ``described`` that is not the same on all ranks.
+
+        Collective, with objects: to be called once a digest has shown a difference. Entries are (label, value).
+        """
+        said: list[Any] = self._comm.exchange_objects(list(described))
+        if len({len(entries) for entries in said}) > 1:
+            counts = differing([len(entries) for entries in said])
+            first = _first_difference(said)
+            raise ValueError(f"dist_asgd: {what} differ between ranks: {counts} entries.{first} {remedy}")
+        raise ValueError(f"dist_asgd: {what} differ between ranks:{_first_difference(said)} {remedy}")
+
+
+def _first_difference(said: Sequence[Sequence[tuple[str, object]]]) -> str:
+    for position in range(max(len(entries) for entries in said)):
+        row = [entries[position] if position < len(entries) else ("nothing", "") for entries in said]
+        if len(set(map(repr, row))) > 1:
+            labels = {label for label, _ in row}
+            if len(labels) == 1:
+                return f" {row[0][0]}: {differing([repr(value) for _, value in row])}."
+            return f" entry {position}: {differing([f'{label} {value!r}' for label, value in row])}."
+    return ""

@@ -1,0 +1,216 @@
+"""Flat storage on a layout: parameters become views of it, so an all-gather is in place and copies nothing.
+
+A ``Bucket`` owns the storage of its parameters (whole), of their average ``ax`` (this rank's shard) and, in
+stage 2, of their reduced gradient (this rank's shard). A ``Member`` is one parameter at home in a bucket.
+Complex parameters are stored as pairs of reals; every count here is in real elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import BucketLayout, Piece, Slot, bucket_cap_bytes, fill_buckets, lay_out
+
+
+def memory_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides a parameter keeps in its bucket: its own where it is dense in memory, else contiguous ones."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return torch.empty(tensor.shape, device="meta").stride()
+            expected *= size
+    return tensor.stride()
+
+
+def same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether ``tensor`` lies in memory as ``strides`` say; strides of dimensions of size 1 do not count."""
+    own = tensor.stride()
+    return own == strides or all(
+        size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True)
+    )
+
+
+def _real(flat: Tensor) -> Tensor:
+    """A 1-D tensor as reals: itself, or the (re, im) pairs of a complex one."""
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+
+
+def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as 1-D reals in the memory order that ``strides`` give: a view where it already lies so, else a copy."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if not same_strides(tensor, strides):
+        tensor = torch.empty_strided(
+            tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+        ).copy_(tensor)
+    return _real(tensor.as_strided((tensor.numel(),), (1,)))
+
+
+class Member:
+    """One parameter at home in a bucket, and the piece of it in this rank's shard.
+
+    ``index`` counts all parameters of the optimizer in registration order; it names the parameter's bit in what
+    ranks tell each other. ``name`` is the user's where parameters were given with names.
+    """
+
+    __slots__ = ("_pointer", "bucket", "index", "name", "param", "piece", "slot", "strides")
+
+    def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
+        self.param = param
+        self.name = name
+        self.index = index
+        self.bucket = bucket
+        self.slot = slot
+        self.piece: Piece = bucket.layout.piece(slot, rank)
+        self.strides = memory_strides(param)
+        home = bucket.flat[slot.offset : slot.stop]
+        if param.is_complex():
+            home = torch.view_as_complex(home.view(-1, 2))
+        home = home.as_strided(param.shape, self.strides)
+        home.copy_(param.detach())
+        param.data = home
+        self._pointer = param.data_ptr()
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the parameter still is the view of the bucket that construction made it."""
+        return self.param.data_ptr() == self._pointer and self.param.dtype == self.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameter's dtype; the bucket's is its real counterpart."""
+        return self.bucket.param_dtype
+
+    @property
+    def average(self) -> Tensor:
+        """This rank's 1-D slice of ``ax``, in memory order: ``(piece_numel,)``, complex for a complex parameter."""
+        real = self.bucket.average[self.piece.start : self.piece.stop]
+        return torch.view_as_complex(real.view(-1, 2)) if self.bucket.param_dtype.is_complex else real
+
+
+class Bucket:
+    """The storage of one bucket on this rank.
+
+    flat      (world_size * shard_numel,)  the parameters, whole
+    shard     (shard_numel,)               this rank's part of ``flat``
+    average   (shard_numel,)               ``ax`` of the shard; may be wider than the parameters after a load
+    gradient  (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
+    """
+
+    __slots__ = (
+        "average",
+        "device",
+        "dtype",
+        "flat",
+        "gradient",
+        "group_index",
+        "layout",
+        "members",
+        "param_dtype",
+        "shard",
+        "trainable",
+    )
+
+    def __init__(self, layout: BucketLayout, like: Tensor, group_index: int, rank: int) -> None:
+        self.layout = layout
+        self.group_index = group_index
+        self.param_dtype = like.dtype
+        self.dtype = like.real.dtype if like.is_complex() else like.dtype
+        self.device = like.device
+        self.trainable = like.requires_grad
+        self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
+        self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
+        self.average = torch.zeros(layout.shard_numel, dtype=self.dtype, device=self.device)
+        self.gradient: Tensor | None = None
+        self.members: list[Member] = []
+        self._clear_padding()
+
+    def _clear_padding(self) -> None:
+        offset = 0
+        for slot in self.layout.slots:
+            self.flat[offset : slot.offset].zero_()
+            offset = slot.stop
+        self.flat[offset:].zero_()
+
+    def gradient_shard(self) -> Tensor:
+        """The gradient shard, allocated on first use and kept: ``(shard_numel,)``."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.shard)
+        return self.gradient
+
+    def pack(self, gradients: Sequence[Tensor | None], out: Tensor) -> None:
+        """Copy the members' gradients to their slots of ``out`` ``(numel,)``; zeros for None and for padding."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        zeros: list[Tensor] = []
+        offset = 0
+        for member, gradient in zip(self.members, gradients, strict=True):
+            slot = member.slot
+            if slot.offset > offset:
+                zeros.append(out[offset : slot.offset])
+            home = out[slot.offset : slot.stop]
+            if gradient is None:
+                zeros.append(home)
+            else:
+                targets.append(home)
+                sources.append(flattened(gradient, member.strides))
+            offset = slot.stop
+        if offset < out.numel():
+            zeros.append(out[offset:])
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        if zeros:
+            torch._foreach_zero_(zeros)
+
+
+def build_buckets(
+    named_params: Sequence[tuple[str, Tensor]],
+    *,
+    group_index: int,
+    first_index: int,
+    rank: int,
+    world_size: int,
+    bucket_cap_mb: float,
+    total_bytes: int,
+) -> list[Bucket]:
+    """Move one parameter group into buckets, bucket by bucket: at most one bucket is held twice meanwhile.
+
+    Parameters of a bucket share dtype, device and ``requires_grad``; they are taken in reverse registration
+    order, which is about the order in which backward produces their gradients.
+    """
+    classes: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
+    for position in reversed(range(len(named_params))):
+        param = named_params[position][1]
+        classes.setdefault((param.dtype, param.device, param.requires_grad), []).append(position)
+    cap = bucket_cap_bytes(bucket_cap_mb, total_bytes)
+    buckets: list[Bucket] = []
+    for (dtype, _, _), positions in classes.items():
+        reals = 2 if dtype.is_complex else 1
+        itemsize = dtype.itemsize // reals
+        numels = [named_params[position][1].numel() * reals for position in positions]
+        for chosen in fill_buckets(numels, itemsize, cap):
+            layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
+            bucket = Bucket(layout, named_params[positions[chosen[0]]][1], group_index, rank)
+            for i, slot in zip(chosen, layout.slots, strict=True):
+                name, param = named_params[positions[i]]
+                member = Member(param, name, first_index + positions[i], bucket, slot, rank)
+                bucket.members.append(member)
+            buckets.append(bucket)
+    return buckets
+
+
+def reduce_order(buckets: Sequence[Bucket], group_sizes: Sequence[int], first_indices: Sequence[int]) -> list[Bucket]:
+    """Buckets in the order in which backward is expected to fill them, the same on every rank.
+
+    A bucket is full when its earliest-registered parameter has its gradient; where groups were registered side
+    by side (weights and biases, say), a parameter's place is taken relative to its group.
+    """
+
+    def place(bucket: Bucket) -> float:
+        size, first = group_sizes[bucket.group_index], first_indices[bucket.group_index]
+        return min((member.index - first + 0.5) / size for member in bucket.members)
+
+    return sorted(buckets, key=place, reverse=True)

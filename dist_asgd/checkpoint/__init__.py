@@ -1,0 +1,1 @@
+"""State dicts: what one rank hands out, the consolidated form, and loading either."""

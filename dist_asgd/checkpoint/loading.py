@@ -1,0 +1,227 @@
+"""Reading a state dict: parsed and checked whole, agreed on by all ranks, and only then applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..buffers import Bucket, Member, flattened
+from ..update.schedule import Cohort, scalar_dtype
+from .shard import MARK_KEY, AverageShard, ShardMark
+
+STATE_KEYS = ("step", "eta", "mu", "ax")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The loaded state of one parameter; ``average`` is this rank's 1-D piece (``sharded``) or the whole ``ax``."""
+
+    step: Tensor
+    eta: Tensor
+    mu: Tensor
+    average: Tensor
+    sharded: bool
+
+    @property
+    def key(self) -> tuple[float, float, float, bool]:
+        """What parameters of one cohort share."""
+        return (self.step.item(), self.eta.item(), self.mu.item(), self.fresh)
+
+    @property
+    def fresh(self) -> bool:
+        """A shard also carries parameters that have never stepped; a whole dict has no entry for them."""
+        return self.sharded and self.step.item() == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A parsed state dict: an entry, or None, for each parameter index; and the groups' new values."""
+
+    entries: dict[int, Entry]
+    groups: list[dict[str, Any]]
+
+
+def parse(
+    state_dict: dict[str, Any],
+    groups: Sequence[dict[str, Any]],
+    members: Sequence[Member],
+    mark: ShardMark,
+    defaults: dict[str, Any],
+) -> Loaded:
+    """Read ``state_dict``, changing nothing; ValueError says what does not fit. ``members`` in index order."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        empty = isinstance(state_dict, dict) and not state_dict
+        raise ValueError(
+            "dist_asgd: load_state_dict() got "
+            + (
+                "an empty dict: consolidated_state_dict(to=RANK) returns one on every rank but RANK. Use "
+                "consolidated_state_dict(to=None), or load the same file on every rank."
+                if empty
+                else "no state dict: wanted a dict with the keys 'state' and 'param_groups'."
+            )
+        )
+    saved_groups = state_dict["param_groups"]
+    sizes, wanted = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
+    if sizes != wanted:
+        raise ValueError(
+            f"dist_asgd: the state dict has parameter groups of sizes {sizes}, the optimizer has {wanted}. Build "
+            f"the optimizer with the same groups as the one that was saved."
+        )
+    sharded = _check_marks(saved_groups, mark)
+    ids = [identity for group in saved_groups for identity in group["params"]]
+    index_of = {identity: index for index, identity in enumerate(ids)}
+    unknown = [key for key in state_dict["state"] if key not in index_of]
+    if unknown:
+        raise ValueError(f"dist_asgd: the state dict has state for {unknown[:3]}, which no parameter group lists.")
+    entries = {
+        index_of[key]: _entry(members[index_of[key]], value, sharded) for key, value in state_dict["state"].items()
+    }
+    if sharded and len(entries) != len(members):
+        raise ValueError("dist_asgd: a sharded state dict must have state for every parameter; this one is not whole.")
+    new_groups = [
+        _group(i, saved, group, defaults) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
+    ]
+    return Loaded(entries, new_groups)
+
+
+def _check_marks(saved_groups: Sequence[dict[str, Any]], mark: ShardMark) -> bool:
+    marks = [group.get(MARK_KEY) for group in saved_groups]
+    if all(found is None for found in marks):
+        return False
+    remedy = (
+        "Load the dict that this rank saved, on the same model and number of ranks; to load anywhere else, save "
+        "consolidated_state_dict() instead."
+    )
+    for found in marks:
+        if not isinstance(found, ShardMark):
+            raise ValueError(f"dist_asgd: only some parameter groups of this state dict are marked as shards. {remedy}")
+        if (found.rank, found.world_size) != (mark.rank, mark.world_size):
+            raise ValueError(
+                f"dist_asgd: this state dict is the shard of rank {found.rank} of {found.world_size}, loaded on rank "
+                f"{mark.rank} of {mark.world_size}. {remedy}"
+            )
+        if found.layout != mark.layout:
+            raise ValueError(
+                f"dist_asgd: this state dict is a shard of another model, or of other buckets (parameters, their "
+                f"order, dtypes, groups or bucket_cap_mb differ). {remedy}"
+            )
+    return True
+
+
+def _entry(member: Member, saved: Any, sharded: bool) -> Entry:
+    if not isinstance(saved, dict) or set(saved) != set(STATE_KEYS):
+        got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(
+            f"dist_asgd: the state of parameter {member.name} has {got}, wanted {list(STATE_KEYS)}: this is not the "
+            f"state of an ASGD optimizer."
+        )
+    for key in ("step", "eta", "mu"):
+        value = saved[key]
+        if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, (Tensor, int, float)):
+            raise ValueError(f"dist_asgd: {key} of parameter {member.name} must be a number or a 1-element tensor.")
+    average = saved["ax"]
+    if not isinstance(average, Tensor):
+        raise ValueError(f"dist_asgd: ax of parameter {member.name} must be a tensor, got {type(average).__name__}.")
+    if isinstance(average, AverageShard):
+        average = average.as_subclass(Tensor)
+        if not sharded:
+            raise ValueError(
+                f"dist_asgd: ax of parameter {member.name} is one rank's slice, in a state dict that is not marked as "
+                f"a shard. Load the whole dict that state_dict() gave, or use consolidated_state_dict()."
+            )
+    reals = 2 if member.dtype.is_complex else 1
+    wanted = (member.piece.numel // reals,) if sharded else tuple(member.param.shape)
+    if tuple(average.shape) != wanted:
+        raise ValueError(
+            f"dist_asgd: ax of parameter {member.name} has shape {tuple(average.shape)}, wanted {wanted}. The state "
+            f"dict was saved from another model."
+        )
+    if average.is_complex() != member.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
+        raise ValueError(
+            f"dist_asgd: ax of parameter {member.name} has dtype {average.dtype}, the parameter has {member.dtype}."
+        )
+    return Entry(_scalar(saved["step"]), _scalar(saved["eta"]), _scalar(saved["mu"]), average, sharded)
+
+
+def _scalar(value: Tensor | float) -> Tensor:
+    """A 0-dim host tensor of at least the scalars' dtype; old releases saved Python floats."""
+    if isinstance(value, Tensor):
+        dtype = torch.promote_types(value.dtype, scalar_dtype())
+        return value.detach().reshape(()).to(device="cpu", dtype=dtype).clone()
+    return torch.tensor(float(value), dtype=scalar_dtype())
+
+
+def _plain_name(name: str) -> str:
+    while name.startswith(WRAPPER_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    names, own_names = saved.get("param_names"), own.get("param_names")
+    if names is not None and own_names is not None:
+        for position, (got, wanted) in enumerate(zip(names, own_names, strict=True)):
+            if _plain_name(got) != _plain_name(wanted):
+                raise ValueError(
+                    f"dist_asgd: param_groups[{index}] of the state dict has {got!r} where the optimizer has "
+                    f"{wanted!r} (entry {position}). Pass the parameters in the order in which they were saved."
+                )
+    loaded = {key: value for key, value in saved.items() if key not in ("params", MARK_KEY)}
+    for key, value in defaults.items():
+        # Releases of torch that lacked an option behaved like its default.
+        loaded.setdefault(key, value)
+    # How this process runs is its own: a dict saved elsewhere does not change it.
+    loaded["capturable"], loaded["differentiable"] = own["capturable"], own["differentiable"]
+    if own_names is not None:
+        loaded["param_names"] = own_names
+    else:
+        loaded.pop("param_names", None)
+    return loaded
+
+
+def make_cohorts(loaded: Loaded, members: Sequence[Member], groups: Sequence[dict[str, Any]]) -> list[Cohort]:
+    """Parameters of one group with equal scalars share a cohort; those without an entry begin afresh."""
+    cohorts: dict[object, Cohort] = {}
+    for member in members:
+        entry = loaded.entries.get(member.index)
+        group_index = member.bucket.group_index
+        if entry is None or entry.fresh:
+            key: object = (group_index, None)
+            if key not in cohorts:
+                cohorts[key] = Cohort.new(groups[group_index]["lr"], ())
+        else:
+            dtypes = (entry.step.dtype, entry.eta.dtype, entry.mu.dtype)
+            key = (group_index, entry.key, dtypes)
+            if key not in cohorts:
+                cohorts[key] = Cohort(entry.step, entry.eta, entry.mu, ())
+        cohorts[key].indices.add(member.index)
+    return list(cohorts.values())
+
+
+def load_averages(loaded: Loaded, buckets: Sequence[Bucket]) -> None:
+    """Write every parameter's piece of ``ax``; a bucket's average widens where a loaded one is wider."""
+    for bucket in buckets:
+        dtype = bucket.dtype
+        for member in bucket.members:
+            entry = loaded.entries.get(member.index)
+            if entry is not None:
+                dtype = torch.promote_types(dtype, entry.average.dtype.to_real())
+        if bucket.average.dtype != dtype:
+            bucket.average = torch.zeros(bucket.layout.shard_numel, dtype=dtype, device=bucket.device)
+        for member in bucket.members:
+            entry = loaded.entries.get(member.index)
+            piece = member.piece
+            target = bucket.average[piece.start : piece.stop]
+            if entry is None:
+                target.zero_()
+            elif entry.sharded:
+                flat = entry.average
+                target.copy_(torch.view_as_real(flat.resolve_conj()).view(-1) if flat.is_complex() else flat)
+            else:
+                flat = flattened(entry.average, member.strides)
+                target.copy_(flat[piece.param_start : piece.param_start + piece.numel])

@@ -1,0 +1,80 @@
+"""The global gradient norm from shards, and clipping by it (stage 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .buffers import Bucket, Member
+from .comm import Communicators
+
+
+def _piece_norm(member: Member, norm_type: float) -> Tensor:
+    """The norm of this rank's piece of the member's gradient: 0-dim float64."""
+    piece = member.bucket.gradient_shard()[member.piece.start : member.piece.stop]
+    if member.dtype.is_complex:
+        piece = torch.view_as_complex(piece.view(-1, 2))
+        return torch.linalg.vector_norm(piece, norm_type).double()
+    return torch.linalg.vector_norm(piece, norm_type, dtype=torch.float64)
+
+
+def _combined(norms: Tensor, norm_type: float) -> Tensor:
+    """Norms of parts, along dim 0, to the norm of the whole."""
+    if norm_type == 0:
+        return norms.sum(0)
+    return torch.linalg.vector_norm(norms, norm_type, dim=0)
+
+
+def total_norm(
+    buckets: Sequence[Bucket], active: set[int], norm_type: float, communicators: Communicators
+) -> Tensor:
+    """Collective: the norm over all active gradients, 0-dim float64 on the first bucket's device; same on all ranks.
+
+    As ``torch.nn.utils.clip_grad_norm_`` defines it: the norm of the parameters' norms. Each piece is summed in
+    double precision and parts are combined in rank order, so the result does not depend on timing.
+    """
+    members = sorted((m for b in buckets for m in b.members if m.index in active), key=lambda m: m.index)
+    if not members:
+        return torch.zeros((), dtype=torch.float64)
+    device = buckets[0].device
+    row = torch.zeros(len(members), dtype=torch.float64, device=device)
+    owned = torch.tensor([bool(m.piece.numel) for m in members])
+    if bool(owned.any()):
+        norms = [_piece_norm(m, norm_type).to(device) for m in members if m.piece.numel]
+        row[owned.to(device)] = torch.stack(norms)
+    table = communicators.on(device).gather_rows(row)
+    # Which rank owns what is known from the layout: an empty piece has no norm (0 is not neutral for p < 0).
+    parts = []
+    for position, member in enumerate(members):
+        ranks = [rank for rank, _ in member.bucket.layout.owners(member.slot)]
+        if ranks:
+            parts.append(_combined(table[ranks[0] : ranks[-1] + 1, position], norm_type))
+        elif norm_type >= 0:
+            parts.append(table.new_zeros(()))
+    return torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else table.new_zeros(())
+
+
+def clip(
+    buckets: Sequence[Bucket],
+    active: set[int],
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    communicators: Communicators,
+) -> Tensor:
+    """Collective: scale the gradient shards so that their global norm is at most ``max_norm``; returns the norm before."""
+    total = total_norm(buckets, active, float(norm_type), communicators)
+    if error_if_nonfinite and not math.isfinite(total.item()):
+        raise RuntimeError(
+            f"dist_asgd: the total norm of order {norm_type} of the gradients is {total.item()}, so they cannot be "
+            f"clipped. Pass error_if_nonfinite=False to clip anyway."
+        )
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for bucket in buckets:
+        if bucket.gradient is not None:
+            bucket.gradient.mul_(factor.to(device=bucket.device, dtype=bucket.dtype))
+    double = any(bucket.dtype == torch.float64 for bucket in buckets)
+    return total if double else total.float()

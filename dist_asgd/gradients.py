@@ -1,0 +1,148 @@
+"""Gradients as a step sees them, and stage 1: they arrive on the parameters, already averaged, and are checked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .agreement import Agreement, Answer, Kind, differing, digest_of, ranks_text
+from .buffers import Bucket, Member, flattened
+from .comm import Communicators
+from .validation import check_gradient
+
+
+def bits(indices: Iterable[int]) -> int:
+    """A bit mask of ``indices``."""
+    mask = 0
+    for index in indices:
+        mask |= 1 << index
+    return mask
+
+
+def indices_of(mask: int) -> set[int]:
+    """The positions of the bits set in ``mask``."""
+    return {i for i, bit in enumerate(reversed(f"{mask:b}")) if bit == "1"}
+
+
+class Gradients(ABC):
+    """Where a step's gradients come from."""
+
+    reduced: bool
+
+    def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
+        self.agreement = agreement
+        self.communicators = communicators
+        self.buckets: list[Bucket] = []
+
+    def extend(self, buckets: Sequence[Bucket]) -> None:
+        """Take all buckets, in reduce order; replaces what was given before."""
+        self.buckets = list(buckets)
+
+    @property
+    def members(self) -> Iterator[Member]:
+        """Every member of every bucket."""
+        return (member for bucket in self.buckets for member in bucket.members)
+
+    @abstractmethod
+    def settle(self, kind: Kind, digest: int = 0, problem: Exception | None = None) -> Answer:
+        """Collective: agree on ``kind``, with all gradients reduced; raises on all ranks where any has a problem."""
+
+    @abstractmethod
+    def active(self, answer: Answer) -> set[int]:
+        """Indices of the parameters that step, the same on all ranks; ``answer`` is what ``settle`` returned."""
+
+    def discard(self) -> None:
+        """``zero_grad``: forget what has been reduced; in stage 1 nothing is kept outside ``p.grad``."""
+
+
+class Arrived(Gradients):
+    """Stage 1: every rank holds the same averaged gradients in ``p.grad``."""
+
+    reduced = False
+
+    def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
+        super().__init__(agreement, communicators)
+        self._checked = communicators.world_size == 1
+
+    def settle(self, kind: Kind, digest: int = 0, problem: Exception | None = None) -> Answer:
+        present = 0
+        if kind is Kind.STEP:
+            for member in self.members:
+                gradient = member.param.grad
+                if gradient is not None:
+                    present |= 1 << member.index
+                    try:
+                        check_gradient(member.name, member.param, gradient)
+                    except RuntimeError as error:
+                        problem = problem or error
+        return self.agreement.confer(kind, digest=digest, masks=(present, 0), problem=problem)
+
+    def active(self, answer: Answer) -> set[int]:
+        masks = answer.masks(0)
+        if len(set(masks)) > 1:
+            self._raise_missing(masks)
+        present = indices_of(masks[0])
+        if not self._checked and present:
+            self._compare(present)
+            self._checked = True
+        return present
+
+    def _raise_missing(self, masks: list[int]) -> None:
+        for member in sorted(self.members, key=lambda m: m.index):
+            have = [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
+            if 0 < len(have) < len(masks):
+                raise RuntimeError(
+                    f"dist_asgd: parameter {member.name} has a gradient on {ranks_text(have)} of {len(masks)} only. "
+                    f"With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model in "
+                    f"DDP or pass stage=2."
+                )
+
+    def _compare(self, present: set[int]) -> None:
+        """First step: the gradients' bits must be the same on every rank."""
+        members = sorted((m for m in self.members if m.index in present), key=lambda m: m.index)
+        sums = [checksum(flattened(m.param.grad, m.strides)) for m in members if m.param.grad is not None]
+        table = self.communicators.host.exchange(torch.stack(sums).cpu())()
+        for position, member in enumerate(members):
+            column = table[:, position].tolist()
+            if len(set(column)) > 1:
+                raise RuntimeError(
+                    f"dist_asgd: at the first step the gradient of parameter {member.name} differs between ranks: "
+                    f"{differing([f'checksum {value & 0xFFFFFFFF:08x}' for value in column])}. With stage=1 "
+                    f"gradients must arrive already averaged: wrap the model in DDP or pass stage=2."
+                )
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PRIME = 1_000_003
+
+
+def checksum(flat: Tensor) -> Tensor:
+    """A 0-dim int64 hash of a 1-D real tensor's bits, order included: a weighted sum modulo 2^64."""
+    integers = flat.view(_INTEGERS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, integers.numel(), 1 << 20):
+        part = integers[start : start + (1 << 20)].long()
+        weights = torch.arange(start + 1, start + 1 + part.numel(), device=flat.device)
+        total += (part * (weights * _PRIME + 1)).sum()
+    return total
+
+
+def compare_values(gradients: Gradients, communicators: Communicators) -> None:
+    """First step: raise on every rank where the parameters do not start from the same values."""
+    members = sorted(gradients.members, key=lambda m: m.index)
+    sums = torch.stack([checksum(m.bucket.flat[m.slot.offset : m.slot.stop]) for m in members]).cpu()
+    table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())]))()
+    if len(set(table[:, 0].tolist())) == 1:
+        return
+    columns = communicators.host.exchange(sums)()
+    for position, member in enumerate(members):
+        column = columns[:, position].tolist()
+        if len(set(column)) > 1:
+            raise RuntimeError(
+                f"dist_asgd: parameter {member.name} does not start from the same values on all ranks: "
+                f"{differing([f'checksum {value & 0xFFFFFFFF:08x}' for value in column])}. Seed every rank alike "
+                f"before building the model, or broadcast its parameters from one rank."
+            )

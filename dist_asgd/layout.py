@@ -1,0 +1,126 @@
+"""Integers only: which bucket holds a parameter, and which part of it each rank owns.
+
+Vocabulary
+----------
+bucket   one flat buffer that holds several parameters of one group, dtype and device
+slot     where one parameter lies in its bucket
+shard    the equal, contiguous part of a bucket that one rank owns and updates
+piece    the part of one parameter that lies in one rank's shard
+padding  elements of a bucket that belong to no parameter
+
+All counts are in real elements: a complex parameter of n elements counts 2·n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+ALIGN_BYTES = 64
+MIB = 1 << 20
+# In-flight memory is a small number of buckets: at least this many make up a model.
+MIN_BUCKETS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Elements ``[offset, offset + numel)`` of a bucket belong to one parameter."""
+
+    offset: int
+    numel: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.numel
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a parameter in a shard: ``shard[start:stop]`` is ``param[param_start:][:numel]``."""
+
+    start: int
+    stop: int
+    param_start: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class BucketLayout:
+    """The slots of a bucket and its cut into ``world_size`` equal shards, each a multiple of 64 bytes."""
+
+    slots: tuple[Slot, ...]
+    shard_numel: int
+    world_size: int
+
+    @property
+    def numel(self) -> int:
+        return self.shard_numel * self.world_size
+
+    @property
+    def padding_numel(self) -> int:
+        return self.numel - sum(slot.numel for slot in self.slots)
+
+    def piece(self, slot: Slot, rank: int) -> Piece:
+        """The part of ``slot`` in the shard of ``rank``; empty where that rank owns nothing of it."""
+        shard_start = rank * self.shard_numel
+        start = min(max(slot.offset, shard_start), slot.stop)
+        stop = max(min(slot.stop, shard_start + self.shard_numel), start)
+        if start == stop:
+            return Piece(0, 0, 0)
+        return Piece(start - shard_start, stop - shard_start, start - slot.offset)
+
+    def owners(self, slot: Slot) -> Iterator[tuple[int, Piece]]:
+        """Every rank that owns some of ``slot``, in order, with its piece."""
+        if slot.numel:
+            for rank in range(slot.offset // self.shard_numel, (slot.stop - 1) // self.shard_numel + 1):
+                yield rank, self.piece(slot, rank)
+
+
+def round_up(numel: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``numel``."""
+    return -(-numel // multiple) * multiple
+
+
+def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int) -> int:
+    """The size at which a bucket is closed, in bytes.
+
+    The user's cap, but no more than 1/16 of all parameters: two buckets in flight must stay small beside the
+    shards. Never below 1 MiB unless the user asks for less: smaller messages cost more than they save.
+    """
+    return int(min(bucket_cap_mb * MIB, max(MIB, total_bytes // MIN_BUCKETS)))
+
+
+def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayout:
+    """One bucket of parameters with these element counts, in this order.
+
+    Every parameter starts on a 64-byte boundary and every shard is a multiple of 64 bytes, so the padding is
+    below ``64 · (parameters + world_size)`` bytes. A bucket is never empty: shards hold at least one element.
+    """
+    align = ALIGN_BYTES // itemsize
+    slots: list[Slot] = []
+    offset = 0
+    for numel in numels:
+        slots.append(Slot(offset, numel))
+        offset += round_up(numel, align)
+    shard_numel = round_up(-(-max(offset, 1) // world_size), align)
+    return BucketLayout(tuple(slots), shard_numel, world_size)
+
+
+def fill_buckets(numels: Sequence[int], itemsize: int, cap_bytes: int) -> list[list[int]]:
+    """Positions of parameters, put into buckets in the order given; a bucket closes before it would pass the cap.
+
+    A parameter is never cut by a bucket boundary: one larger than the cap has a bucket of its own.
+    """
+    buckets: list[list[int]] = []
+    used_bytes = 0
+    for position, numel in enumerate(numels):
+        size = numel * itemsize
+        if not buckets or used_bytes + size > cap_bytes:
+            buckets.append([])
+            used_bytes = 0
+        buckets[-1].append(position)
+        used_bytes += size
+    return buckets

@@ -1,0 +1,296 @@
+"""Stage 2: gradients are reduce-scattered during backward; only this rank's shard of their mean stays.
+
+Hooks count the gradients of a backward as they arrive. A full bucket is packed, its ``p.grad`` freed, and its
+reduce-scatter launched while backward goes on.
+
+round     one pass over all trainable buckets, launched in one fixed order on every rank. The first bucket to
+          launch opens it, and an exchange that nobody waits for tells the other ranks.
+settling  before a collective call: finish an open round (zeros where no gradient came), join the rounds that
+          other ranks opened, then reduce what backward did not deliver (gradients set by hand, say).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .agreement import Agreement, Answer, Kind
+from .buffers import Bucket, Member
+from .comm import Communicators, Wait
+from .gradients import Gradients, indices_of
+from .validation import check_gradient
+
+# A bucket is ordinary where at least this many of its size make up the model.
+ORDINARY_SHARE = 8
+
+
+class Slots:
+    """Send buffers for buckets in flight: one that fits the largest bucket, and a second for ordinary ones."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        sizes = sorted((bucket.layout.numel for bucket in buckets), reverse=True)
+        # A second buffer for another outsized parameter would cost more memory than its overlap is worth.
+        ordinary = [size for size in sizes[1:] if size * ORDINARY_SHARE <= sum(sizes)]
+        like = buckets[0].flat
+        self._free = [like.new_empty(numel) for numel in (sizes[0], *(ordinary or sizes[1:])[:1])]
+        self.nbytes = sum(slot.nbytes for slot in self._free)
+
+    def take(self, numel: int) -> Tensor | None:
+        """A free buffer of at least ``numel``, the smallest that fits; None while there is none."""
+        fitting = [slot for slot in self._free if slot.numel() >= numel]
+        if not fitting:
+            return None
+        best = min(fitting, key=torch.Tensor.numel)
+        self._free = [slot for slot in self._free if slot is not best]
+        return best
+
+    def give_back(self, slot: Tensor) -> None:
+        """Return a buffer that ``take`` handed out."""
+        self._free.append(slot)
+
+
+class Reducer(Gradients):
+    """Stage 2: reduce-scatters gradients during backward; keeps this rank's shard of the mean."""
+
+    reduced = True
+
+    def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
+        super().__init__(agreement, communicators)
+        self.synchronising = True
+        self._problem: Exception | None = None
+        self._home: dict[int, Bucket] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._slots: dict[tuple[torch.device, torch.dtype], Slots] = {}
+        self._in_flight: deque[Wait] = deque()
+        # Of the open round: what has come, bucket by bucket, and the next bucket to launch.
+        self._rounds: list[Bucket] = []
+        self._came: set[int] = set()
+        self._missing: dict[int, int] = {}
+        self._next = 0
+        self._header: Callable[[], Answer] | None = None
+        # Since the last discard: parameters that this rank contributed to, and buckets with a valid shard.
+        self._delivered = 0
+        self._valid: set[int] = set()
+        # Parameters whose p.grad autograd has filled and nobody has packed yet.
+        self._local: set[int] = set()
+        # Parameters that buckets wait for: those that took part in the last step.
+        self._expected: set[int] = set()
+        self._consumed = False
+        self._warned = False
+
+    def extend(self, buckets: Sequence[Bucket]) -> None:
+        super().extend(buckets)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._home = {member.index: bucket for bucket in self.buckets for member in bucket.members}
+        self._rounds = [bucket for bucket in self.buckets if bucket.trainable]
+        self._expected = {member.index for bucket in self._rounds for member in bucket.members}
+        self._begin_round()
+        for member in self.members:
+            self._hooks += [_hook_on(member, self._arrived)] if member.param.requires_grad else []
+        self._slots = {}
+
+    # --- during backward ---------------------------------------------------------------------------------
+
+    def _begin_round(self) -> None:
+        self._came = set()
+        self._missing = {
+            id(bucket): sum(member.index in self._expected for member in bucket.members) for bucket in self._rounds
+        }
+        self._next = 0
+
+    def _arrived(self, member: Member) -> None:
+        """The gradient of ``member`` is complete for this backward; called by autograd."""
+        self._local.add(member.index)
+        if not self.synchronising or member.index in self._came or not member.bucket.trainable:
+            return
+        self._came.add(member.index)
+        if member.index in self._expected:
+            self._missing[id(member.bucket)] -= 1
+        while self._next < len(self._rounds) and not self._missing[id(self._rounds[self._next])]:
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        if self._next == 0:
+            self._await_header()
+            self._header = self.agreement.open(Kind.ROUND)
+        self._launch(self._rounds[self._next], self._next)
+        self._next += 1
+        if self._next == len(self._rounds):
+            self._begin_round()
+
+    def _await_header(self) -> None:
+        # What others say beside a round is not judged: they join it, and say it again in the next exchange.
+        if self._header is not None:
+            header, self._header = self._header, None
+            header()
+
+    def _launch(self, bucket: Bucket, tag: int) -> None:
+        """Pack the bucket's gradients, free them, and start its reduce-scatter."""
+        slot = self._slot(bucket)
+        send = slot[: bucket.layout.numel]
+        bucket.pack([self._checked(member) for member in bucket.members], send)
+        for member in bucket.members:
+            if member.param.grad is not None:
+                member.param.grad = None
+                self._local.discard(member.index)
+                self._delivered |= 1 << member.index
+        shard = bucket.gradient_shard()
+        accumulate = id(bucket) in self._valid
+        if accumulate and self._consumed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "dist_asgd: backward adds to gradients that step() has already used. Call zero_grad() of the optimizer "
+                "after each step: in stage 2 model.zero_grad() does not see the gradients.",
+                stacklevel=2,
+            )
+        self._valid.add(id(bucket))
+        wait = self.communicators.on(bucket.device).reduce_scatter(send, shard, accumulate, tag)
+
+        def finish() -> None:
+            wait()
+            self._slots[bucket.device, bucket.dtype].give_back(slot)
+
+        self._in_flight.append(finish)
+
+    def _slot(self, bucket: Bucket) -> Tensor:
+        key = (bucket.device, bucket.dtype)
+        if key not in self._slots:
+            alike = [b for b in self.buckets if (b.device, b.dtype) == key]
+            self._slots[key] = Slots(alike)
+        while (slot := self._slots[key].take(bucket.layout.numel)) is None:
+            self._in_flight.popleft()()
+        return slot
+
+    def _checked(self, member: Member) -> Tensor | None:
+        """The member's gradient; None, and a problem to raise on all ranks at the next call, where it cannot be used."""
+        gradient = member.param.grad
+        if gradient is not None:
+            try:
+                check_gradient(member.name, member.param, gradient)
+            except RuntimeError as error:
+                self._problem = self._problem or error
+                return None
+        return gradient
+
+    def drain(self) -> None:
+        """Wait for everything in flight."""
+        while self._in_flight:
+            self._in_flight.popleft()()
+
+    # --- before a collective call ------------------------------------------------------------------------
+
+    def _complete_round(self) -> None:
+        """Launch what is left of the open round; zeros where no gradient came."""
+        while self._next:
+            self._launch_next()
+
+    def _join_round(self) -> None:
+        """Take part in a round that another rank opened; the exchange that said so stands for this rank's header."""
+        self._next = 0
+        for position, bucket in enumerate(self._rounds):
+            self._launch(bucket, position)
+        self._begin_round()
+
+    def _pending(self) -> int:
+        """The parameters that hold a gradient now; one that backward has already reduced must not be set again."""
+        pending = 0
+        for member in self.members:
+            if member.param.grad is None:
+                continue
+            pending |= 1 << member.index
+            self._checked(member)
+            if self._delivered >> member.index & 1 and member.index not in self._local:
+                self._problem = self._problem or RuntimeError(
+                    f"dist_asgd: parameter {member.name} has a p.grad that did not come from backward, although "
+                    f"backward's gradient was already reduced. With stage=2 do not wrap the model in DDP, and set "
+                    f"gradients by hand only instead of a backward (after zero_grad())."
+                )
+        return pending
+
+    def settle(self, kind: Kind, digest: int = 0, problem: Exception | None = None) -> Answer:
+        self._complete_round()
+        self._await_header()
+        while True:
+            pending = self._pending()
+            problem = problem or self._problem
+            answer = self.agreement.open(
+                kind, digest=digest, masks=(self._delivered | pending, pending), problem=problem is not None
+            )()
+            if Kind.ROUND not in answer.kinds:
+                break
+            self._join_round()
+        self.drain()
+        self._problem = None
+        self.agreement.check(answer, problem)
+        self._reduce_pending(answer.union(1))
+        return answer
+
+    def _reduce_pending(self, pending: int) -> None:
+        """Reduce, on all ranks, the buckets in which any rank still holds a gradient."""
+        wanted = {id(self._home[index]) for index in indices_of(pending)} if pending else set()
+        for position, bucket in enumerate(self.buckets):
+            if id(bucket) in wanted:
+                self._launch(bucket, position)
+        self.drain()
+
+    def present(self, answer: Answer) -> set[int]:
+        """Indices of the parameters for which any rank has contributed a gradient."""
+        return indices_of(answer.union(0))
+
+    def active(self, answer: Answer) -> set[int]:
+        active = self.present(answer)
+        if active != self._expected and active:
+            self._expected = active
+            self._begin_round()
+        self._consumed = True
+        return active
+
+    def discard(self) -> None:
+        """Collective only where a backward was left unfinished: its round is completed before it is forgotten."""
+        self._complete_round()
+        self._await_header()
+        self.drain()
+        self._begin_round()
+        self._problem = None
+        self._delivered = 0
+        self._valid.clear()
+        self._local.clear()
+        self._consumed = False
+        self.agreement.discards += 1
+
+    def zero(self) -> None:
+        """``zero_grad(set_to_none=False)``: gradients become zeros and stay present, as in torch."""
+        self._complete_round()
+        self._await_header()
+        self.drain()
+        for bucket in self.buckets:
+            if bucket.gradient is not None:
+                bucket.gradient.zero_()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside leave their gradients in ``p.grad``; the next one outside reduces the sum."""
+        before, self.synchronising = self.synchronising, False
+        try:
+            yield
+        finally:
+            self.synchronising = before
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of the send buffers, kept between steps."""
+        return sum(slots.nbytes for slots in self._slots.values())
+
+
+def _hook_on(member: Member, arrived: Callable[[Member], None]) -> torch.utils.hooks.RemovableHandle:
+    def hook(_: Tensor) -> None:
+        arrived(member)
+
+    return member.param.register_post_accumulate_grad_hook(hook)

@@ -1,0 +1,1 @@
+"""The ASGD rule on local tensors; no communication in sight."""

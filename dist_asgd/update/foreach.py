@@ -1,0 +1,39 @@
+"""The rule in torch's foreach form, on flat runs of many parameters: the update on accelerators.
+
+For one step with gradient g (torch/optim/asgd.py, ``_multi_tensor_asgd``):
+
+    g  <- -g                      if maximize
+    g  <- g + weight_decay * x    if weight_decay is not 0
+    g  <- g + lambd * x
+    x  <- x - eta * g
+    ax <- ax + (x - ax) * mu      at every mu: while mu is 1, ax need not be bitwise x
+
+Bit-identical to ``torch.optim.ASGD(foreach=True)`` on the same device. Where torch makes lists of parameters,
+a bucket's run already is one tensor, so each line is one launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .schedule import Rule
+
+
+def update(
+    param: Tensor, gradient: Tensor, average: Tensor, eta: Tensor, mu: Tensor, rule: Rule, scratch: Tensor | None
+) -> None:
+    """Update ``param`` and ``average`` in place; arguments as in ``reference.update``.
+
+    ``eta`` and ``mu`` are 0-dim tensors on the parameters' device.
+    """
+    if rule.maximize:
+        gradient = torch.neg(gradient, out=scratch)
+    if rule.weight_decay != 0:
+        gradient = torch.add(gradient, param, alpha=rule.weight_decay, out=scratch)
+    gradient = torch.add(gradient, param, alpha=rule.lambd, out=scratch)
+    param.addcmul_(gradient, eta, value=-1)
+    if average.dtype == param.dtype:
+        average.addcmul_(torch.sub(param, average, out=scratch), mu)
+    else:
+        average.addcmul_(torch.sub(param, average), mu)

@@ -1,0 +1,177 @@
+"""Which runs of which shards one step updates, and with whose gradients: planned once, executed every step.
+
+run     a stretch of a shard whose parameters all step together: cut into chunks that stay in cache
+source  the part of one member's gradient that fills a part of a chunk (stage 1: gradients lie with the parameters)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..buffers import Bucket, Member
+from . import foreach, reference
+from .schedule import Cohort, Rule
+
+CHUNK_NUMEL = {"cpu": 1 << 19}
+ACCELERATOR_CHUNK_NUMEL = 1 << 24
+# Below this a copy into the chunk's scratch is cheaper than a set of operators of its own.
+DIRECT_NUMEL = 1 << 15
+
+Gradient = Callable[[Member], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """``scratch[at:at + numel]`` is the member's flat gradient from ``start``."""
+
+    member: Member
+    start: int
+    at: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One call of the rule: views of a shard, its average and, in stage 2, its gradient."""
+
+    param: Tensor
+    average: Tensor
+    gradient: Tensor | None
+    sources: tuple[Source, ...]
+    gaps: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All chunks of one cohort in one bucket."""
+
+    cohort: Cohort
+    group_index: int
+    chunks: tuple[Chunk, ...]
+
+
+def chunk_numel(device: torch.device) -> int:
+    """Elements a chunk may have on ``device``: a few arrays of them fit a CPU core's cache."""
+    return CHUNK_NUMEL.get(device.type, ACCELERATOR_CHUNK_NUMEL)
+
+
+def _keeps_lanes(bucket: Bucket) -> bool:
+    # On CPUs torch rounds a 16-bit add(alpha=) otherwise in vector lanes than in the last odd elements of a
+    # tensor. Its bits come back only where each parameter is a call of its own.
+    return bucket.device.type == "cpu" and bucket.dtype.itemsize == 2
+
+
+def _runs(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], merge: bool) -> Iterator[list[Member]]:
+    """Neighbouring members that step together; a large one alone where its gradient is used in place."""
+    run: list[Member] = []
+    for member in bucket.members:
+        if not member.piece.numel:
+            continue
+        steps = member.index in active
+        alone = not merge and (_keeps_lanes(bucket) or member.piece.numel >= DIRECT_NUMEL)
+        if run and (not steps or alone or cohort_of[member.index] is not cohort_of[run[-1].index]):
+            yield run
+            run = []
+        if steps:
+            run.append(member)
+            if alone:
+                yield run
+                run = []
+    if run:
+        yield run
+
+
+def plan_bucket(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], reduced: bool) -> list[Batch]:
+    """The batches of one bucket. ``reduced``: gradients lie in the bucket's gradient shard, as in stage 2."""
+    chunks: dict[int, list[Chunk]] = {}
+    cohorts: dict[int, Cohort] = {}
+    merge = reduced and not _keeps_lanes(bucket)
+    for run in _runs(bucket, cohort_of, active, merge):
+        cohort = cohort_of[run[0].index]
+        cohorts[id(cohort)] = cohort
+        into = chunks.setdefault(id(cohort), [])
+        first, last = run[0].piece.start, run[-1].piece.stop
+        step = chunk_numel(bucket.device)
+        for start in range(first, last, step):
+            into.append(_chunk(bucket, run, start, min(start + step, last), reduced))
+    return [Batch(cohorts[key], bucket.group_index, tuple(into)) for key, into in chunks.items()]
+
+
+def _chunk(bucket: Bucket, run: list[Member], start: int, stop: int, reduced: bool) -> Chunk:
+    param, average = bucket.shard[start:stop], bucket.average[start:stop]
+    if reduced:
+        return Chunk(param, average, bucket.gradient_shard()[start:stop], (), ())
+    sources: list[Source] = []
+    gaps: list[tuple[int, int]] = []
+    filled = start
+    for member in run:
+        piece = member.piece
+        low, high = max(piece.start, start), min(piece.stop, stop)
+        if low >= high:
+            continue
+        if low > filled:
+            gaps.append((filled - start, low - start))
+        sources.append(Source(member, piece.param_start + low - piece.start, low - start, high - low))
+        filled = high
+    if filled < stop:
+        gaps.append((filled - start, stop - start))
+    return Chunk(param, average, None, tuple(sources), tuple(gaps))
+
+
+class Updater:
+    """Runs the rule over batches; keeps one scratch chunk per device and dtype."""
+
+    def __init__(self) -> None:
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def reserve(self, buckets: Sequence[Bucket]) -> None:
+        """Make scratch for these buckets, once: nothing is allocated per step."""
+        for bucket in buckets:
+            key = (bucket.device, bucket.dtype)
+            numel = min(chunk_numel(bucket.device), bucket.layout.shard_numel)
+            if key not in self._scratch or self._scratch[key].numel() < numel:
+                self._scratch[key] = torch.empty(numel, dtype=bucket.dtype, device=bucket.device)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch kept between steps."""
+        return sum(scratch.nbytes for scratch in self._scratch.values())
+
+    def scratch_numel(self, bucket: Bucket) -> int:
+        """The longest chunk of ``bucket`` that scratch was reserved for."""
+        return self._scratch[bucket.device, bucket.dtype].numel()
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """Scratch for a chunk of ``like``'s device, dtype and length."""
+        return self._scratch[like.device, like.dtype][: like.numel()]
+
+    def run(self, batch: Batch, rule: Rule, flat_gradient: Gradient) -> None:
+        """Update every chunk of ``batch``. ``flat_gradient`` gives a member's gradient as 1-D reals (stage 1)."""
+        if not batch.chunks:
+            return
+        form = foreach.update if rule.foreach else reference.update
+        eta, mu = batch.cohort.eta, batch.cohort.mu
+        device = batch.chunks[0].param.device
+        if rule.foreach and device.type != "cpu":
+            # Filled on the device from host values: a launch, not a synchronisation.
+            eta = torch.full((), eta.item(), dtype=eta.dtype, device=device)
+            mu = torch.full((), mu.item(), dtype=mu.dtype, device=device)
+        for chunk in batch.chunks:
+            scratch = self.scratch(chunk.param)
+            gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, flat_gradient, scratch)
+            form(chunk.param, gradient, chunk.average, eta, mu, rule, scratch)
+
+
+def _collected(chunk: Chunk, flat_gradient: Gradient, scratch: Tensor) -> Tensor:
+    """The chunk's gradient: a view where it lies in one piece, else gathered in ``scratch``."""
+    sources = [flat_gradient(s.member)[s.start : s.start + s.numel] for s in chunk.sources]
+    if len(sources) == 1 and not chunk.gaps:
+        return sources[0]
+    torch._foreach_copy_([scratch[s.at : s.at + s.numel] for s in chunk.sources], sources)
+    if chunk.gaps:
+        torch._foreach_zero_([scratch[low:high] for low, high in chunk.gaps])
+    return scratch

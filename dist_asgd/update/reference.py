@@ -1,0 +1,43 @@
+"""The rule in torch's for-loop form, one tensor at a time: the readable oracle, and the update on CPUs.
+
+For one step with gradient g (torch/optim/asgd.py, ``_single_tensor_asgd``; Polyak & Juditsky 1992):
+
+    g  <- -g                      if maximize
+    g  <- g + weight_decay * x    if weight_decay is not 0
+    x  <- x * (1 - lambd * eta)   the factor in double precision
+    x  <- x - eta * g
+    ax <- ax + (x - ax) * mu      a copy of x while mu is 1
+
+Bit-identical to ``torch.optim.ASGD(foreach=False)`` on the same device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .schedule import Rule
+
+
+def update(
+    param: Tensor, gradient: Tensor, average: Tensor, eta: Tensor, mu: Tensor, rule: Rule, scratch: Tensor | None
+) -> None:
+    """Update ``param`` and ``average`` in place; all tensors have one shape, real dtypes, one device.
+
+    ``eta`` and ``mu`` are 0-dim tensors on the host. ``gradient`` is only read, and may be ``scratch``.
+    ``scratch`` is of the parameter's dtype and shape, and is overwritten; None allocates instead, which keeps
+    every intermediate for autograd (``differentiable``). ``average`` may be wider than ``param``.
+    """
+    eta_value = eta.item()
+    if rule.maximize:
+        gradient = torch.neg(gradient, out=scratch)
+    if rule.weight_decay != 0:
+        gradient = torch.add(gradient, param, alpha=rule.weight_decay, out=scratch)
+    param.mul_(1 - rule.lambd * eta_value)
+    param.add_(gradient, alpha=-eta_value)
+    if mu.item() == 1:
+        average.copy_(param)
+    elif average.dtype == param.dtype:
+        average.add_(torch.sub(param, average, out=scratch).mul_(mu))
+    else:
+        average.add_(torch.sub(param, average).mul_(mu))

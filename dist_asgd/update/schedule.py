@@ -1,0 +1,108 @@
+"""``step``, ``eta`` and ``mu`` on the host, shared by all parameters with the same history.
+
+A cohort is the set of parameters of one group that have taken the same steps. There is one at first; a parameter
+that skips a step leaves its cohort and keeps scalars of its own, so the schedule costs a few host operations a
+cohort and step, however many parameters there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def scalar_dtype() -> torch.dtype:
+    """The dtype of ``step``, ``eta`` and ``mu``: float64 where that is torch's default dtype, else float32."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The hyperparameters of one step of one group, read from the group when the step begins."""
+
+    lr: float | Tensor
+    lambd: float
+    alpha: float
+    t0: float
+    weight_decay: float
+    maximize: bool
+    foreach: bool
+
+    @classmethod
+    def of(cls, group: dict[str, Any], foreach: bool) -> Rule:
+        """The rule that ``group`` gives; a Tensor lr keeps its dtype, and becomes 0-dim as in torch."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.dim() != 0:
+            lr = lr.squeeze()
+        return cls(
+            lr,
+            group["lambd"],
+            group["alpha"],
+            group["t0"],
+            group["weight_decay"],
+            group["maximize"],
+            foreach,
+        )
+
+
+class Cohort:
+    """The scalars of one cohort: 0-dim host tensors, the very objects that ``state[p]`` of its members holds.
+
+    ``fresh`` until the first step: torch has no state for such a parameter, and makes its eta from the lr of then.
+    """
+
+    __slots__ = ("eta", "fresh", "indices", "mu", "step")
+
+    def __init__(self, step: Tensor, eta: Tensor, mu: Tensor, indices: Iterable[int], fresh: bool = False) -> None:
+        self.step = step
+        self.eta = eta
+        self.mu = mu
+        self.indices = set(indices)
+        self.fresh = fresh
+
+    @classmethod
+    def new(cls, lr: float | Tensor, indices: Iterable[int]) -> Cohort:
+        """A cohort that has not stepped: step 0, eta = lr, mu = 1."""
+        dtype = scalar_dtype()
+        eta = torch.empty((), dtype=dtype)
+        cohort = cls(torch.zeros((), dtype=dtype), eta, torch.ones((), dtype=dtype), indices, fresh=True)
+        cohort._set_first_eta(lr)
+        return cohort
+
+    def _set_first_eta(self, lr: float | Tensor) -> None:
+        if isinstance(lr, Tensor):
+            self.eta.copy_(lr.detach().reshape(()))
+        else:
+            self.eta.fill_(lr)
+
+    def split(self, indices: set[int]) -> Cohort:
+        """Take ``indices`` out into a cohort of their own, with the same scalars."""
+        self.indices -= indices
+        return Cohort(self.step.clone(), self.eta.clone(), self.mu.clone(), indices, self.fresh)
+
+    @property
+    def begun(self) -> bool:
+        """Whether ``ax`` of the members is a mean of iterates, rather than unset or a copy of the last one."""
+        return not self.fresh and self.mu.item() != 1
+
+    def prepare(self, lr: float | Tensor) -> None:
+        """Before the first step, follow the lr: torch makes eta when the first gradient comes, not before."""
+        if self.fresh:
+            self._set_first_eta(lr)
+            self.fresh = False
+
+    def advance(self, rule: Rule) -> None:
+        """After an update: ``step <- t``, ``eta <- lr / (1 + lambd·lr·t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
+
+        The for-loop form computes eta in double precision, the foreach form on 0-dim tensors: torch's two
+        schedules differ in about half of the steps by one unit in the last place.
+        """
+        self.step += 1
+        step = self.step.item()
+        count: float | Tensor = self.step if rule.foreach else step
+        self.eta.copy_(torch.as_tensor(rule.lr / ((1 + rule.lambd * rule.lr * count) ** rule.alpha)))
+        self.mu.copy_(torch.as_tensor(1 / max(1, step - rule.t0)))

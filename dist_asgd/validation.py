@@ -1,0 +1,164 @@
+"""What construction and ``add_param_group`` accept: every refusal says what was asked, why not, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .buffers import memory_strides
+
+REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
+FLAGS = ("maximize", "differentiable", "capturable")
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def scalar(value: Any) -> float:
+    """A hyperparameter as a float; a one-element Tensor counts as its value."""
+    return float(value.item()) if isinstance(value, Tensor) else float(value)
+
+
+def check_hyperparameters(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range."""
+    for key in REAL_HYPERPARAMETERS:
+        value = group[key]
+        if isinstance(value, Tensor):
+            if key != "lr":
+                raise ValueError(f"dist_asgd: {where}: {key} must be a number, got a Tensor. Only lr may be one.")
+            if value.numel() != 1:
+                raise ValueError(f"dist_asgd: {where}: a Tensor lr must have 1 element, got {value.numel()}.")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"dist_asgd: {where}: {key} must be a number, got {value!r}.")
+        number = scalar(value)
+        if not math.isfinite(number) or number < 0:
+            raise ValueError(f"dist_asgd: {where}: {key} must be finite and >= 0, got {number}.")
+    for key in FLAGS:
+        if not isinstance(group[key], bool):
+            raise ValueError(f"dist_asgd: {where}: {key} must be True or False, got {group[key]!r}.")
+    if group["foreach"] not in (None, True, False):
+        raise ValueError(f"dist_asgd: {where}: foreach must be None, True or False, got {group['foreach']!r}.")
+    if group["capturable"]:
+        raise ValueError(
+            f"dist_asgd: {where}: capturable=True is not supported: step, eta and mu live on the host, where a CUDA "
+            f"graph cannot capture them. Pass capturable=False; a step makes no device synchronisation anyway."
+        )
+
+
+def check_mode(group: dict[str, Any], where: str, world_size: int, differentiable: bool, stage: int) -> None:
+    """Raise ValueError where ``differentiable`` does not fit the group, the form, the stage or the world size."""
+    if group["differentiable"] != differentiable:
+        raise ValueError(
+            f"dist_asgd: {where}: differentiable={group['differentiable']}, but the optimizer has "
+            f"differentiable={differentiable}. It must be the same for all groups: pass it to the constructor."
+        )
+    if not differentiable:
+        return
+    if world_size > 1:
+        raise ValueError(
+            f"dist_asgd: differentiable=True on {world_size} ranks: autograd does not see through the gathering of "
+            f"shards. Use one process, or torch.optim.ASGD(differentiable=True) on every rank."
+        )
+    if group["foreach"]:
+        raise ValueError(
+            f"dist_asgd: {where}: foreach=True with differentiable=True: foreach operators do not support "
+            f"autograd. Pass foreach=None or False."
+        )
+    if stage == 2:
+        raise ValueError(
+            "dist_asgd: stage=2 with differentiable=True: stage 2 frees the gradients that autograd would need. "
+            "Pass stage=1."
+        )
+
+
+def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise unless these parameters can live in flat buckets beside the ``known`` ones."""
+    spans: list[tuple[int, int, str]] = []
+    for name, param in known:
+        spans += _span(name, param)
+    for name, param in named:
+        if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
+            raise ValueError(
+                f"dist_asgd: parameter {name} is a DTensor, which this version does not shard. Pass plain "
+                f"parameters (wrap the model after constructing it in DDP, or use stage=2 without FSDP2 or TP)."
+            )
+        if param.dtype not in DTYPES:
+            raise ValueError(
+                f"dist_asgd: parameter {name} has dtype {param.dtype}; supported are "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}. Leave it out of the "
+                f"optimizer, or keep it in one of these."
+            )
+        if param.layout != torch.strided:
+            raise ValueError(f"dist_asgd: parameter {name} is {param.layout}; only dense parameters can be sharded.")
+        if param.device.type == "meta":
+            raise ValueError(
+                f"dist_asgd: parameter {name} is on the meta device. Materialise the model (to_empty() and "
+                f"initialisation) before constructing the optimizer."
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+            raise ValueError(
+                f"dist_asgd: parameter {name} of shape {tuple(param.shape)} is an expanded view: its elements share "
+                f"memory. Make it contiguous: torch.nn.Parameter(p.detach().contiguous())."
+            )
+        spans += _span(name, param)
+    spans.sort()
+    for (_, stop, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < stop:
+            raise ValueError(
+                f"dist_asgd: parameters {name} and {other} share memory but are different Parameter objects. Tie "
+                f"weights by using one Parameter in both places."
+            )
+
+
+def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
+    if not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
+        return []
+    extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
+    return [(param.data_ptr(), param.data_ptr() + extent * param.element_size(), name)]
+
+
+def check_gradient(name: str, param: Tensor, gradient: Tensor) -> None:
+    """Raise unless ``gradient`` is dense and has the parameter's shape, dtype and device."""
+    if gradient.layout != torch.strided:
+        raise RuntimeError(
+            f"dist_asgd: parameter {name} has a sparse gradient ({gradient.layout}), which ASGD does not support. "
+            f"Use sparse=False in the layer that makes it."
+        )
+    for what, wanted, got in (
+        ("shape", tuple(param.shape), tuple(gradient.shape)),
+        ("dtype", param.dtype, gradient.dtype),
+        ("device", param.device, gradient.device),
+    ):
+        if wanted != got:
+            raise RuntimeError(
+                f"dist_asgd: the gradient of parameter {name} has {what} {got}, the parameter has {wanted}. "
+                f"Give the gradient the parameter's {what}."
+            )
+
+
+def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
+    """The hyperparameters of ``group`` as plain values, for comparison across ranks."""
+    plain = [(key, scalar(group[key])) for key in REAL_HYPERPARAMETERS]
+    return (*plain, *((key, group[key]) for key in (*FLAGS, "foreach")))
+
+
+def describe_group(index: int, group: dict[str, Any], named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, object]]:
+    """What must be equal on all ranks of one group: (label, value) pairs in a fixed order."""
+    entries: list[tuple[str, object]] = [
+        (
+            f"parameter {name}",
+            (tuple(param.shape), str(param.dtype), param.device.type, memory_strides(param), param.requires_grad),
+        )
+        for name, param in named
+    ]
+    entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
+    return entries
