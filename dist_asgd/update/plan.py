@@ -65,6 +65,11 @@ def _keeps_lanes(bucket: Bucket) -> bool:
     return bucket.device.type == "cpu" and bucket.dtype.itemsize == 2
 
 
+def _is_narrow_scalar(member: Member) -> bool:
+    # With a 0-dim eta torch promotes a 0-dim 16-bit parameter to float32, and no other shape.
+    return member.param.dim() == 0 and member.dtype.itemsize == 2
+
+
 def _runs(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], merge: bool) -> Iterator[list[Member]]:
     """Neighbouring members that step together; a large one alone where its gradient is used in place."""
     run: list[Member] = []
@@ -72,7 +77,9 @@ def _runs(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], merge:
         if not member.piece.numel:
             continue
         steps = member.index in active
-        alone = not merge and (_keeps_lanes(bucket) or member.piece.numel >= DIRECT_NUMEL)
+        alone = _is_narrow_scalar(member) or (
+            not merge and (_keeps_lanes(bucket) or member.piece.numel >= DIRECT_NUMEL)
+        )
         if run and (not steps or alone or cohort_of[member.index] is not cohort_of[run[-1].index]):
             yield run
             run = []
@@ -102,9 +109,10 @@ def plan_bucket(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], 
 
 
 def _chunk(bucket: Bucket, run: list[Member], start: int, stop: int, reduced: bool) -> Chunk:
-    param, average = bucket.shard[start:stop], bucket.average[start:stop]
+    shape = () if _is_narrow_scalar(run[0]) else (stop - start,)
+    param, average = bucket.shard[start:stop].view(shape), bucket.average[start:stop].view(shape)
     if reduced:
-        return Chunk(param, average, bucket.gradient_shard()[start:stop], (), ())
+        return Chunk(param, average, bucket.gradient_shard()[start:stop].view(shape), (), ())
     sources: list[Source] = []
     gaps: list[tuple[int, int]] = []
     filled = start
@@ -147,7 +155,7 @@ class Updater:
 
     def scratch(self, like: Tensor) -> Tensor:
         """Scratch for a chunk of ``like``'s device, dtype and length."""
-        return self._scratch[like.device, like.dtype][: like.numel()]
+        return self._scratch[like.device, like.dtype][: like.numel()].view(like.shape)
 
     def run(self, batch: Batch, rule: Rule, flat_gradient: Gradient) -> None:
         """Update every chunk of ``batch``. ``flat_gradient`` gives a member's gradient as 1-D reals (stage 1)."""
@@ -170,7 +178,7 @@ def _collected(chunk: Chunk, flat_gradient: Gradient, scratch: Tensor) -> Tensor
     """The chunk's gradient: a view where it lies in one piece, else gathered in ``scratch``."""
     sources = [flat_gradient(s.member)[s.start : s.start + s.numel] for s in chunk.sources]
     if len(sources) == 1 and not chunk.gaps:
-        return sources[0]
+        return sources[0].view(scratch.shape)
     torch._foreach_copy_([scratch[s.at : s.at + s.numel] for s in chunk.sources], sources)
     if chunk.gaps:
         torch._foreach_zero_([scratch[low:high] for low, high in chunk.gaps])
