@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from functools import cached_property
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -76,6 +78,23 @@ def differing(values: Sequence[object]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Plain values that must be equal on all ranks: ``entries`` are (label, value) pairs, ``what`` names them."""
+
+    what: str
+    entries: Sequence[tuple[str, object]]
+    remedy: str
+
+    @cached_property
+    def digest(self) -> int:
+        """The word that stands for the entries in an exchange."""
+        return digest_of(self.entries)
+
+
+NO_CLAIM = Claim("", (), "")
+
+
 class Answer:
     """What all ranks said in one exchange; the same on every rank, so every rank decides alike."""
 
@@ -124,26 +143,26 @@ class Agreement:
         self._mask_words = -(-num_params // MASK_BITS)
 
     def open(
-        self, kind: Kind, *, digest: int = 0, masks: tuple[int, int] = (0, 0), problem: bool = False
+        self, kind: Kind, claim: Claim = NO_CLAIM, masks: tuple[int, int] = (0, 0), problem: bool = False
     ) -> Callable[[], Answer]:
         """Start an exchange; calling the result waits for it. Never raises for what other ranks say."""
         low = (1 << MASK_BITS) - 1
-        words = [int(kind), self.discards, int(problem), digest]
+        words = [int(kind), self.discards, int(problem), claim.digest]
         for mask in masks:
             words += [(mask >> (MASK_BITS * i)) & low for i in range(self._mask_words)]
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64))
         return lambda: Answer(wait(), self._mask_words)
 
     def confer(
-        self, kind: Kind, *, digest: int = 0, masks: tuple[int, int] = (0, 0), problem: Exception | None = None
+        self, kind: Kind, claim: Claim = NO_CLAIM, masks: tuple[int, int] = (0, 0), problem: Exception | None = None
     ) -> Answer:
-        """Exchange, and raise on every rank where any has a problem or calls something else."""
-        answer = self.open(kind, digest=digest, masks=masks, problem=problem is not None)()
-        self.check(answer, problem)
+        """Exchange, and raise on every rank where any has a problem, calls something else or claims other values."""
+        answer = self.open(kind, claim, masks, problem is not None)()
+        self.check(answer, claim, problem)
         return answer
 
-    def check(self, answer: Answer, problem: Exception | None = None) -> None:
-        """Raise together where ``answer`` shows different calls, or a problem on any rank (``problem``: this one's)."""
+    def check(self, answer: Answer, claim: Claim, problem: Exception | None) -> None:
+        """Raise together where ``answer`` shows different calls or claims, or a problem (``problem``: this rank's)."""
         allowed = set(answer.kinds) - {Kind.ROUND}
         if len(allowed) > 1:
             calls = [Kind(kind).call for kind in answer.kinds]
@@ -157,12 +176,13 @@ class Agreement:
                 f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients: "
                 f"{differing(answer.column(1))}. Every rank must call zero_grad() between the same backwards."
             )
-        self.raise_together(problem, any(answer.column(2)))
+        if any(answer.column(2)):
+            self._raise_together(problem)
+        if len(set(answer.column(3))) > 1:
+            self._compare(claim)
 
-    def raise_together(self, problem: Exception | None, any_problem: bool) -> None:
-        """Where ``any_problem`` (which all ranks must agree on), raise every rank's problems on every rank."""
-        if not any_problem:
-            return
+    def _raise_together(self, problem: Exception | None) -> NoReturn:
+        """Raise every rank's problems on every rank."""
         if self._comm.world_size == 1 and problem is not None:
             raise problem
         mine = None
@@ -180,17 +200,13 @@ class Agreement:
         kind = next(c for c in RAISED if c.__name__ == failed[0][0])
         raise kind("\n".join(lines)) from problem
 
-    def compare(self, what: str, described: Sequence[tuple[str, object]], remedy: str) -> None:
-        """Raise on every rank, naming the first entry of ``described`` that is not the same on all ranks.
-
-        Collective, with objects: to be called once a digest has shown a difference. Entries are (label, value).
-        """
-        said: list[Any] = self._comm.exchange_objects(list(described))
-        if len({len(entries) for entries in said}) > 1:
-            counts = differing([len(entries) for entries in said])
-            first = _first_difference(said)
-            raise ValueError(f"dist_asgd: {what} differ between ranks: {counts} entries.{first} {remedy}")
-        raise ValueError(f"dist_asgd: {what} differ between ranks:{_first_difference(said)} {remedy}")
+    def _compare(self, claim: Claim) -> NoReturn:
+        """Raise on every rank, naming the first entry that is not the same on all."""
+        said: list[Any] = self._comm.exchange_objects(list(claim.entries))
+        counts = [len(entries) for entries in said]
+        more = f" {differing(counts)} entries." if len(set(counts)) > 1 else ""
+        first = _first_difference(said)
+        raise ValueError(f"dist_asgd: {claim.what} differ between ranks:{more}{first} {claim.remedy}")
 
 
 def _first_difference(said: Sequence[Sequence[tuple[str, object]]]) -> str:
@@ -199,6 +215,6 @@ def _first_difference(said: Sequence[Sequence[tuple[str, object]]]) -> str:
         if len(set(map(repr, row))) > 1:
             labels = {label for label, _ in row}
             if len(labels) == 1:
-                return f" {row[0][0]}: {differing([repr(value) for _, value in row])}."
-            return f" entry {position}: {differing([f'{label} {value!r}' for label, value in row])}."
+                return f" {row[0][0]}: {differing([str(value) for _, value in row])}."
+            return f" entry {position}: {differing([f'{label} {value}' for label, value in row])}."
     return ""

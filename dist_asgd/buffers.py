@@ -29,9 +29,7 @@ def memory_strides(tensor: Tensor) -> tuple[int, ...]:
 def same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     """Whether ``tensor`` lies in memory as ``strides`` say; strides of dimensions of size 1 do not count."""
     own = tensor.stride()
-    return own == strides or all(
-        size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True)
-    )
+    return own == strides or all(size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True))
 
 
 def _real(flat: Tensor) -> Tensor:
@@ -40,12 +38,10 @@ def _real(flat: Tensor) -> Tensor:
 
 
 def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor`` as 1-D reals in the memory order that ``strides`` give: a view where it already lies so, else a copy."""
+    """``tensor`` as 1-D reals in the memory order of ``strides``: a view where it already lies so, else a copy."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if not same_strides(tensor, strides):
-        tensor = torch.empty_strided(
-            tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
-        ).copy_(tensor)
+        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return _real(tensor.as_strided((tensor.numel(),), (1,)))
 
 

@@ -17,20 +17,21 @@ def _piece_norm(member: Member, norm_type: float) -> Tensor:
     piece = member.bucket.gradient_shard()[member.piece.start : member.piece.stop]
     if member.dtype.is_complex:
         piece = torch.view_as_complex(piece.view(-1, 2))
-        return torch.linalg.vector_norm(piece, norm_type).double()
-    return torch.linalg.vector_norm(piece, norm_type, dtype=torch.float64)
+        norm: Tensor = torch.linalg.vector_norm(piece, norm_type).double()
+    else:
+        norm = torch.linalg.vector_norm(piece, norm_type, dtype=torch.float64)
+    return norm
 
 
 def _combined(norms: Tensor, norm_type: float) -> Tensor:
     """Norms of parts, along dim 0, to the norm of the whole."""
     if norm_type == 0:
         return norms.sum(0)
-    return torch.linalg.vector_norm(norms, norm_type, dim=0)
+    whole: Tensor = torch.linalg.vector_norm(norms, norm_type, dim=0)
+    return whole
 
 
-def total_norm(
-    buckets: Sequence[Bucket], active: set[int], norm_type: float, communicators: Communicators
-) -> Tensor:
+def total_norm(buckets: Sequence[Bucket], active: set[int], norm_type: float, communicators: Communicators) -> Tensor:
     """Collective: the norm over all active gradients, 0-dim float64 on the first bucket's device; same on all ranks.
 
     As ``torch.nn.utils.clip_grad_norm_`` defines it: the norm of the parameters' norms. Each piece is summed in
@@ -65,7 +66,7 @@ def clip(
     error_if_nonfinite: bool,
     communicators: Communicators,
 ) -> Tensor:
-    """Collective: scale the gradient shards so that their global norm is at most ``max_norm``; returns the norm before."""
+    """Collective: scale the gradient shards to a global norm of at most ``max_norm``; returns the norm before."""
     total = total_norm(buckets, active, float(norm_type), communicators)
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(

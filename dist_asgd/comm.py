@@ -77,7 +77,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def exchange(self, words: Tensor) -> Callable[[], Tensor]:
-        """Start an all-gather of a few int64 ``words`` ``(n,)`` on the host; calling the result gives ``(world_size, n)``."""
+        """Start an all-gather of int64 ``words`` ``(n,)`` on the host; calling the result gives ``(world_size, n)``."""
 
     @abstractmethod
     def exchange_objects(self, value: Any) -> list[Any]:
@@ -241,9 +241,7 @@ class Gloo(_Grouped):
                 dist.irecv(inbox[i], self._global[peer], group=self.group, tag=tag)
                 for i, peer in enumerate(self._peers)
             ]
-            sends = [
-                dist.isend(outbox[peer], self._global[peer], group=self.group, tag=tag) for peer in self._peers
-            ]
+            sends = [dist.isend(outbox[peer], self._global[peer], group=self.group, tag=tag) for peer in self._peers]
 
         def store() -> None:
             parts = list(inbox.unbind(0))
@@ -358,8 +356,10 @@ class Communicators:
             control = self._side_group(self._group)
             group = control if control_only else self._group
             backend = _backend_for(group, device.type)
-            if backend is None or (backend == "gloo" and device.type != "cpu") or (
-                backend == "nccl" and device.type != "cuda"
+            if (
+                backend is None
+                or (backend == "gloo" and device.type != "cpu")
+                or (backend == "nccl" and device.type != "cuda")
             ):
                 raise ValueError(
                     f"dist_asgd: parameters on {device.type!r}, but the process group's backend "
@@ -367,9 +367,7 @@ class Communicators:
                     f"whose backend serves it: init_process_group('cpu:gloo,cuda:nccl') serves both."
                 )
             self._by_device[key] = (
-                Gloo(group, control)
-                if backend == "gloo"
-                else Named(group, control, averages=backend == "nccl")
+                Gloo(group, control) if backend == "gloo" else Named(group, control, averages=backend == "nccl")
             )
         return self._by_device[key]
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint.groups import pack_groups
+from .checkpoint.loading import Loaded
 from .update import reference
-from .update.schedule import Cohort, Rule, scalar_dtype
+from .update.schedule import Cohort, Rule
 
 
 def init_state(param: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
@@ -34,18 +36,28 @@ def step(groups: Sequence[dict[str, Any]], state: Any) -> None:
             average = own["ax"]
             if average.shape != param.shape:
                 average = average.view_as(param)
-            values = [torch.view_as_real(t) if t.is_complex() else t for t in (param, param.grad, average)]
-            reference.update(*values, own["eta"], own["mu"], rule, None)
+            reference.update(_real(param), _real(param.grad), _real(average), own["eta"], own["mu"], rule, None)
             with torch.no_grad():
                 scalars.advance(rule)
 
 
-def load_state(saved: dict[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
-    """One parameter's state from a torch state dict; scalars and ``ax`` are never cast to a narrower dtype."""
-    if not set(saved) == {"step", "eta", "mu", "ax"} or tuple(saved["ax"].shape) != tuple(param.shape):
-        raise ValueError(f"dist_asgd: the loaded state of parameter {name} is not that of ASGD on this parameter.")
-    scalars = {
-        key: torch.as_tensor(saved[key], dtype=scalar_dtype()).detach().clone() for key in ("step", "eta", "mu")
-    }
-    dtype = torch.promote_types(saved["ax"].dtype, param.dtype)
-    return {**scalars, "ax": saved["ax"].detach().to(param.device, dtype, copy=True)}
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def pack(groups: Sequence[dict[str, Any]], state: Any) -> dict[str, Any]:
+    """torch's own state dict; tensors are the live ones, as in torch."""
+    params = [param for group in groups for param in group["params"]]
+    return {"state": {i: dict(state[p]) for i, p in enumerate(params)}, "param_groups": pack_groups(groups)}
+
+
+def apply(loaded: Loaded, groups: Sequence[dict[str, Any]], state: Any) -> None:
+    """Replace the state by a loaded one; nothing is cast to a narrower dtype."""
+    params = [(param, group["lr"]) for group in groups for param in group["params"]]
+    for index, (param, lr) in enumerate(params):
+        state[param] = init_state(param, lr)
+        entry = loaded.entries.get(index)
+        if entry is not None:
+            dtype = torch.promote_types(entry.average.dtype, param.dtype)
+            average = entry.average.detach().to(param.device, dtype, copy=True)
+            state[param] = {"step": entry.step, "eta": entry.eta, "mu": entry.mu, "ax": average}

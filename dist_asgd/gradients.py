@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .agreement import Agreement, Answer, Kind, differing, digest_of, ranks_text
+from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing, digest_of, ranks_text
 from .buffers import Bucket, Member, flattened
 from .comm import Communicators
 from .validation import check_gradient
@@ -47,15 +47,12 @@ class Gradients(ABC):
         return (member for bucket in self.buckets for member in bucket.members)
 
     @abstractmethod
-    def settle(self, kind: Kind, digest: int = 0, problem: Exception | None = None) -> Answer:
-        """Collective: agree on ``kind``, with all gradients reduced; raises on all ranks where any has a problem."""
+    def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
+        """Collective: agree on ``kind`` and ``claim``, with all gradients reduced; raises on all ranks or none."""
 
     @abstractmethod
     def active(self, answer: Answer) -> set[int]:
         """Indices of the parameters that step, the same on all ranks; ``answer`` is what ``settle`` returned."""
-
-    def discard(self) -> None:
-        """``zero_grad``: forget what has been reduced; in stage 1 nothing is kept outside ``p.grad``."""
 
 
 class Arrived(Gradients):
@@ -67,7 +64,7 @@ class Arrived(Gradients):
         super().__init__(agreement, communicators)
         self._checked = communicators.world_size == 1
 
-    def settle(self, kind: Kind, digest: int = 0, problem: Exception | None = None) -> Answer:
+    def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
         present = 0
         if kind is Kind.STEP:
             for member in self.members:
@@ -78,7 +75,7 @@ class Arrived(Gradients):
                         check_gradient(member.name, member.param, gradient)
                     except RuntimeError as error:
                         problem = problem or error
-        return self.agreement.confer(kind, digest=digest, masks=(present, 0), problem=problem)
+        return self.agreement.confer(kind, claim, (present, 0), problem)
 
     def active(self, answer: Answer) -> set[int]:
         masks = answer.masks(0)

@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import clip, differentiable, memory
-from .agreement import Agreement, Kind, digest_of
+from .agreement import NO_CLAIM, Agreement, Claim, Kind
 from .averaging import Averages
-from .buffers import Bucket, Member, build_buckets, flattened, reduce_order
-from .checkpoint import consolidated, loading
-from .checkpoint.shard import MARK_KEY, AverageShard, ShardMark
+from .buffers import Member, flattened
+from .checkpoint import consolidated, loading, sharded
+from .checkpoint.groups import pack_groups
 from .comm import Communicators
 from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
 from .reduce import Reducer
-from .update.plan import Batch, Updater, plan_bucket
-from .update.schedule import Cohort, Rule
+from .state import ShardedState
+from .update.plan import Updater
+from .update.schedule import Rule
 from .validation import (
     check_hyperparameters,
     check_mode,
@@ -91,12 +92,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._stage = stage
         self._bucket_cap_mb = bucket_cap_mb
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
-        self._buckets: list[Bucket] = []
-        self._members: list[Member] = []
-        self._cohorts: dict[int, list[Cohort]] = {}
-        self._cohort_of: dict[int, Cohort] = {}
-        self._plan: tuple[frozenset[int], list[tuple[Bucket, list[Batch]]]] | None = None
-        self._digest: tuple[object, int] = ((), 0)
+        self._claimed: tuple[object, Claim] = ((), NO_CLAIM)
         self._values_checked = self._communicators.world_size == 1
         defaults = {
             "lr": lr,
@@ -119,6 +115,7 @@ class ShardedASGD(torch.optim.Optimizer):
         groups = [] if problem else self.param_groups
         self._agree_on_groups(Kind.CONSTRUCT, 0, groups, problem)
         self._constructed = True
+        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb)
         self._house(0)
 
     # --- construction --------------------------------------------------------------------------------------
@@ -181,72 +178,26 @@ class ShardedASGD(torch.optim.Optimizer):
             names = [f"param_groups[{group_index}]['params'][{i}]" for i in range(len(group["params"]))]
         return list(zip(names, group["params"], strict=True))
 
-    def _agree_on_groups(
-        self, kind: Kind, first: int, groups: list[dict[str, Any]], problem: Exception | None
-    ) -> None:
-        described: list[tuple[str, object]] = [("stage", self._stage), ("bucket_cap_mb", self._bucket_cap_mb)]
+    def _agree_on_groups(self, kind: Kind, first: int, groups: list[dict[str, Any]], problem: Exception | None) -> None:
+        entries: list[tuple[str, object]] = [("stage", self._stage), ("bucket_cap_mb", self._bucket_cap_mb)]
         for i, group in enumerate(groups):
-            described += describe_group(first + i, group, self._named(first + i))
-        digest = digest_of(described)
-        answer = self._gradients.settle(kind, digest, problem)
-        if len(set(answer.column(3))) > 1:
-            self._agreement.compare(
-                "parameters or hyperparameters",
-                described,
-                "Build the same model and optimizer, in the same order, on every rank.",
-            )
+            entries += describe_group(first + i, group, self._named(first + i))
+        remedy = "Build the same model and optimizer, in the same order, on every rank."
+        self._gradients.settle(kind, Claim("parameters or hyperparameters", entries, remedy), problem)
 
     def _house(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
-        self._plan = None
-        total_bytes = sum(p.nbytes for group in self.param_groups for p in group["params"])
-        for index in range(first_group, len(self.param_groups)):
-            named = self._named(index)
-            first_index = sum(len(group["params"]) for group in self.param_groups[:index])
-            lr = self.param_groups[index]["lr"]
-            if self._differentiable:
+        new = [(self._named(i), self.param_groups[i]["lr"]) for i in range(first_group, len(self.param_groups))]
+        if self._differentiable:
+            for named, lr in new:
                 for _, param in named:
                     self.state[param] = differentiable.init_state(param, lr)
-                continue
-            buckets = build_buckets(
-                named,
-                group_index=index,
-                first_index=first_index,
-                rank=self._communicators.rank,
-                world_size=self._communicators.world_size,
-                bucket_cap_mb=self._bucket_cap_mb,
-                total_bytes=total_bytes,
-            )
-            self._buckets += buckets
-            self._members += [member for bucket in buckets for member in bucket.members]
-            self._cohorts[index] = []
-            if named:
-                self._set_cohort(index, Cohort.new(lr, range(first_index, first_index + len(named))))
-        self._members.sort(key=lambda member: member.index)
-        sizes = [len(group["params"]) for group in self.param_groups]
-        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._buckets = reduce_order(self._buckets, sizes, firsts)
-        self._gradients.extend(self._buckets)
-        self._agreement.resize(len(self._members))
-        self._updater.reserve(self._buckets)
+            return
+        self._shards.house(new)
+        self._gradients.extend(self._shards.buckets)
+        self._agreement.resize(len(self._shards.members))
+        self._updater.reserve(self._shards.buckets)
         self._values_checked = self._communicators.world_size == 1
-        self._publish_state()
-
-    def _set_cohort(self, group_index: int, cohort: Cohort) -> None:
-        self._cohorts[group_index].append(cohort)
-        for index in cohort.indices:
-            self._cohort_of[index] = cohort
-
-    def _publish_state(self) -> None:
-        """Let ``state[p]`` show the shared scalars and this rank's slice of ``ax``."""
-        for member in self._members:
-            cohort = self._cohort_of[member.index]
-            self.state[member.param] = {
-                "step": cohort.step,
-                "eta": cohort.eta,
-                "mu": cohort.mu,
-                "ax": member.average,
-            }
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -266,99 +217,51 @@ class ShardedASGD(torch.optim.Optimizer):
         self._refuse_while_averaging("step()")
         with torch.no_grad():
             active = self._reduce()
-            rules = self._begin_update(active)
-            for bucket, batches in self._planned(active):
+            rules = self._rules()
+            self._shards.begin_update(active, rules)
+            for bucket, batches in self._shards.planned(active, self._gradients.reduced):
                 for batch in batches:
                     self._updater.run(batch, rules[batch.group_index], _flat_gradient)
                 self._gatherer.launch(bucket)
-            self._end_update(active, rules)
+            self._shards.end_update(active, rules)
             self._gatherer.wait()
         return loss
 
     def _reduce(self) -> set[int]:
         """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
-        problem: Exception | None = None
-        try:
-            self._check_unchanged()
-        except (ValueError, RuntimeError) as error:
-            problem = error
-        digest = self._hyperparameter_digest() if problem is None else 0
-        answer = self._gradients.settle(Kind.STEP, digest, problem)
-        if len(set(answer.column(3))) > 1:
-            described = [
-                (f"param_groups[{i}][{key!r}]", value)
-                for i, group in enumerate(self.param_groups)
-                for key, value in hyperparameters(group)
-            ]
-            self._agreement.compare("hyperparameters", described, "Use the same lr schedule on every rank.")
+        answer = self._gradients.settle(Kind.STEP, self._hyperparameter_claim(), self._problem())
         if not self._values_checked:
             compare_values(self._gradients, self._communicators)
             self._values_checked = True
         return self._gradients.active(answer)
 
+    def _problem(self) -> Exception | None:
+        """What is wrong on this rank, to be raised on all of them."""
+        try:
+            self._check_unchanged()
+        except (ValueError, RuntimeError) as error:
+            return error
+        return None
+
     def _check_unchanged(self) -> None:
-        """Raise where a parameter, its state or a hyperparameter is not what the shards were built for."""
-        state = self.state
-        for member in self._members:
-            if not member.at_home:
-                param = member.param
-                raise RuntimeError(
-                    f"dist_asgd: parameter {member.name} was moved, re-cast or re-bound after the optimizer was "
-                    f"constructed (it was {member.dtype} on {member.bucket.device}, it is {param.dtype} on "
-                    f"{param.device}). Change parameters in place (p.copy_()), or convert the model first and then "
-                    f"construct the optimizer."
-                )
-            own, cohort = state[member.param], self._cohort_of[member.index]
-            if own.get("step") is not cohort.step or own.get("eta") is not cohort.eta or own.get("mu") is not cohort.mu:
-                raise RuntimeError(
-                    f"dist_asgd: the state of parameter {member.name} was replaced. Change it in place, or through "
-                    f"load_state_dict()."
-                )
+        self._shards.check_unchanged()
         for index, group in enumerate(self.param_groups):
             check_hyperparameters(group, f"param_groups[{index}]")
 
-    def _hyperparameter_digest(self) -> int:
-        values = tuple(hyperparameters(group) for group in self.param_groups)
-        if values != self._digest[0]:
-            self._digest = (values, digest_of(values))
-        return self._digest[1]
+    def _hyperparameter_claim(self) -> Claim:
+        values = [list(hyperparameters(group)) for group in self.param_groups]
+        if values != self._claimed[0]:
+            entries = [(f"param_groups[{i}][{key!r}]", value) for i, group in enumerate(values) for key, value in group]
+            self._claimed = (values, Claim("hyperparameters", entries, "Use the same lr schedule on every rank."))
+        return self._claimed[1]
 
-    def _begin_update(self, active: set[int]) -> list[Rule]:
-        """The rules of this step; cohorts of which only a part steps are split."""
+    def _rules(self) -> list[Rule]:
         rules = []
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             first = next(iter(group["params"]), None)
-            on_cpu = first is None or first.device.type == "cpu"
-            rules.append(Rule.of(group, not on_cpu if group["foreach"] is None else group["foreach"]))
-            for cohort in list(self._cohorts[index]):
-                stepping = cohort.indices & active
-                if stepping and stepping != cohort.indices:
-                    self._set_cohort(index, cohort.split(stepping))
-                    self._plan = None
-                    for i in stepping:
-                        moved = self._cohort_of[i]
-                        self.state[self._members[i].param].update(step=moved.step, eta=moved.eta, mu=moved.mu)
-            for cohort in self._cohorts[index]:
-                if cohort.indices & active:
-                    cohort.prepare(rules[index].lr)
+            accelerated = first is not None and first.device.type != "cpu"
+            rules.append(Rule.of(group, accelerated if group["foreach"] is None else group["foreach"]))
         return rules
-
-    def _end_update(self, active: set[int], rules: list[Rule]) -> None:
-        for index, rule in enumerate(rules):
-            for cohort in self._cohorts[index]:
-                if cohort.indices & active:
-                    cohort.advance(rule)
-
-    def _planned(self, active: set[int]) -> list[tuple[Bucket, list[Batch]]]:
-        """The buckets that hold a stepping parameter, with what this rank updates of them; kept while nothing changes."""
-        if self._plan is None or self._plan[0] != active:
-            plan = [
-                (bucket, plan_bucket(bucket, self._cohort_of, active, self._gradients.reduced))
-                for bucket in self._buckets
-                if any(member.index in active for member in bucket.members)
-            ]
-            self._plan = (frozenset(active), plan)
-        return self._plan[1]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that stage 2 has reduced included.
@@ -387,9 +290,7 @@ class ShardedASGD(torch.optim.Optimizer):
         with self._gradients.no_sync():
             yield
 
-    def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-    ) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
 
         Collective. In stage 2 this is the one to call: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there.
@@ -399,16 +300,12 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._differentiable or not isinstance(self._gradients, Reducer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         self._refuse_while_averaging("clip_grad_norm_()")
-        digest = digest_of((float(max_norm), float(norm_type), error_if_nonfinite))
+        entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
+        claim = Claim("arguments of clip_grad_norm_()", entries, "Pass the same on every rank.")
         with torch.no_grad():
-            answer = self._gradients.settle(Kind.CLIP_GRAD_NORM, digest)
-            if len(set(answer.column(3))) > 1:
-                described = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
-                self._agreement.compare("arguments of clip_grad_norm_()", described, "Pass the same on every rank.")
+            answer = self._gradients.settle(Kind.CLIP_GRAD_NORM, claim)
             active = self._gradients.present(answer)
-            return clip.clip(
-                self._buckets, active, max_norm, norm_type, error_if_nonfinite, self._communicators
-            )
+            return clip.clip(self._shards.buckets, active, max_norm, norm_type, error_if_nonfinite, self._communicators)
 
     # --- the average ---------------------------------------------------------------------------------------
 
@@ -426,25 +323,17 @@ class ShardedASGD(torch.optim.Optimizer):
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
         self._refuse_while_averaging("averaged_parameters()")
-        self._confer(Kind.AVERAGED_PARAMETERS)
+        self._gradients.settle(Kind.AVERAGED_PARAMETERS, problem=self._problem())
         self._averaging = True
         try:
             with torch.no_grad():
-                self._averages.swap_in(self._buckets, self._cohort_of)
+                self._averages.swap_in(self._shards.buckets, self._shards.cohort_of)
             yield
         finally:
-            self._confer(Kind.END_OF_AVERAGED_PARAMETERS)
+            self._gradients.settle(Kind.END_OF_AVERAGED_PARAMETERS, problem=self._problem())
             with torch.no_grad():
                 self._averages.swap_back()
             self._averaging = False
-
-    def _confer(self, kind: Kind) -> None:
-        problem: Exception | None = None
-        try:
-            self._check_unchanged()
-        except (ValueError, RuntimeError) as error:
-            problem = error
-        self._gradients.settle(kind, problem=problem)
 
     def _refuse_while_averaging(self, call: str) -> None:
         if self._averaging:
@@ -466,14 +355,6 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # --- state ---------------------------------------------------------------------------------------------
 
-    def _mark(self) -> ShardMark:
-        layout = [
-            (member.name if "[" not in member.name else "", tuple(member.param.shape), str(member.dtype))
-            + (self._buckets.index(member.bucket), member.slot.offset, member.bucket.layout.shard_numel)
-            for member in self._members
-        ]
-        return ShardMark(self._communicators.rank, self._communicators.world_size, digest_of(layout))
-
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state; no communication.
 
@@ -485,24 +366,11 @@ class ShardedASGD(torch.optim.Optimizer):
         self._refuse_while_averaging("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        groups = consolidated.pack_groups(self.param_groups)
-        state: dict[int, dict[str, Tensor]] = {}
         if self._differentiable:
-            params = [param for group in self.param_groups for param in group["params"]]
-            state = {i: dict(self.state[param]) for i, param in enumerate(params)}
+            packed = differentiable.pack(self.param_groups, self.state)
         else:
-            mark = self._mark()
-            for group in groups:
-                group[MARK_KEY] = mark
-            for member in self._members:
-                cohort = self._cohort_of[member.index]
-                state[member.index] = {
-                    "step": cohort.step.clone(),
-                    "eta": cohort.eta.clone(),
-                    "mu": cohort.mu.clone(),
-                    "ax": AverageShard.of(member.average),
-                }
-        return self._after_state_dict({"state": state, "param_groups": groups})
+            packed = sharded.pack(self.param_groups, self._shards)
+        return self._after_state_dict(packed)
 
     def _after_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -528,20 +396,17 @@ class ShardedASGD(torch.optim.Optimizer):
                 f"dist_asgd: consolidated_state_dict(to={to!r}): wanted a rank of the process group, 0 to "
                 f"{world_size - 1}, or None for all ranks."
             )
-        answer = self._gradients.settle(Kind.CONSOLIDATED_STATE_DICT, digest_of(to), problem)
-        if len(set(answer.column(3))) > 1:
-            self._agreement.compare("targets of consolidated_state_dict()", [("to", to)], "Pass the same rank.")
+        claim = Claim("targets of consolidated_state_dict()", [("to", to)], "Pass the same rank on every rank.")
+        self._gradients.settle(Kind.CONSOLIDATED_STATE_DICT, claim, problem)
         with torch.no_grad():
             here = to is None or to == self._communicators.rank
             if here:
                 for pre_hook in self._optimizer_state_dict_pre_hooks.values():
                     pre_hook(self)
-            state = consolidated.collect_state(self._buckets, self._cohort_of, self._communicators, to)
+            state = consolidated.collect_state(self._shards.buckets, self._shards.cohort_of, self._communicators, to)
         if not here:
             return {}
-        return self._after_state_dict(
-            {"state": state, "param_groups": consolidated.pack_groups(self.param_groups)}
-        )
+        return self._after_state_dict({"state": state, "param_groups": pack_groups(self.param_groups)})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -552,63 +417,51 @@ class ShardedASGD(torch.optim.Optimizer):
         come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
         self._refuse_while_averaging("load_state_dict()")
+        loaded: loading.Loaded | None = None
+        claim, problem = NO_CLAIM, self._problem()
+        try:
+            if problem is None:
+                places = self._places()
+                loaded = self._parse(self._before_load(state_dict), places)
+                claim = loading.claim(loaded, places)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            problem = error
+        self._gradients.settle(Kind.LOAD_STATE_DICT, claim, problem)
+        if loaded is not None:
+            self._apply(loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        if self._differentiable:
-            self._load_differentiable(state_dict)
-        else:
-            self._load_shards(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        return state_dict
 
-    def _load_shards(self, state_dict: dict[str, Any]) -> None:
-        loaded: loading.Loaded | None = None
-        problem: Exception | None = None
-        scalars: list[tuple[str, object]] = []
-        try:
-            self._check_unchanged()
-            loaded = loading.parse(state_dict, self.param_groups, self._members, self._mark(), self.defaults)
-            for index, group in enumerate(loaded.groups):
-                check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
-                scalars += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
-            scalars += [
-                (f"step, eta, mu, dtype of parameter {self._members[i].name}", (*entry.key, str(entry.average.dtype)))
-                for i, entry in sorted(loaded.entries.items())
-            ]
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            problem = error
-        answer = self._gradients.settle(Kind.LOAD_STATE_DICT, digest_of(scalars), problem)
-        if loaded is None or len(set(answer.column(3))) > 1:
-            self._agreement.compare("loaded state dicts", scalars, "Load the same checkpoint on every rank.")
-            return
+    def _places(self) -> list[loading.Place]:
+        if not self._differentiable:
+            return [loading.Place.of(member) for member in self._shards.members]
+        named = [pair for index in range(len(self.param_groups)) for pair in self._named(index)]
+        return [loading.Place(name, param.dtype, tuple(param.shape), 0) for name, param in named]
+
+    def _parse(self, state_dict: dict[str, Any], places: list[loading.Place]) -> loading.Loaded:
+        loaded = loading.parse(state_dict, self.param_groups, places, self._shards.mark(), self.defaults)
+        for index, group in enumerate(loaded.groups):
+            check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
+        return loaded
+
+    def _apply(self, loaded: loading.Loaded) -> None:
         for group, values in zip(self.param_groups, loaded.groups, strict=True):
             params = group["params"]
             group.clear()
             group.update(values, params=params)
-        loading.load_averages(loaded, self._buckets)
-        self._cohorts = {index: [] for index in range(len(self.param_groups))}
-        for cohort in loading.make_cohorts(loaded, self._members, self.param_groups):
-            self._set_cohort(self._members[min(cohort.indices)].bucket.group_index, cohort)
-        self._plan = None
-        self._publish_state()
-
-    def _load_differentiable(self, state_dict: dict[str, Any]) -> None:
-        pairs = [pair for index in range(len(self.param_groups)) for pair in self._named(index)]
-        saved = state_dict["state"]
-        if any(len(a["params"]) != len(b["params"]) for a, b in zip(state_dict["param_groups"], self.param_groups, strict=True)):
-            raise ValueError("dist_asgd: the state dict has parameter groups of other sizes than the optimizer.")
-        states = {
-            param: differentiable.load_state(saved[i], param, name)
-            if i in saved
-            else differentiable.init_state(param, self.defaults["lr"])
-            for i, (name, param) in enumerate(pairs)
-        }
-        for group, values in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({k: v for k, v in values.items() if k not in ("params", "differentiable", "capturable")})
-        self.state.update(states)
+        if self._differentiable:
+            differentiable.apply(loaded, self.param_groups, self.state)
+            return
+        loading.load_averages(loaded, self._shards.buckets)
+        self._shards.replace_cohorts(loading.make_cohorts(loaded, self._shards.members, self.param_groups))
 
     # --- what else users ask -------------------------------------------------------------------------------
 
@@ -617,7 +470,7 @@ class ShardedASGD(torch.optim.Optimizer):
         in_flight = self._updater.scratch_bytes + self._communicators.scratch_bytes()
         if isinstance(self._gradients, Reducer):
             in_flight += self._gradients.in_flight_bytes
-        return memory.report(self._buckets, in_flight)
+        return memory.report(self._shards.buckets, in_flight)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(

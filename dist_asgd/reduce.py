@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .agreement import Agreement, Answer, Kind
+from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind
 from .buffers import Bucket, Member
 from .comm import Communicators, Wait
 from .gradients import Gradients, indices_of
@@ -169,7 +169,7 @@ class Reducer(Gradients):
         return slot
 
     def _checked(self, member: Member) -> Tensor | None:
-        """The member's gradient; None, and a problem to raise on all ranks at the next call, where it cannot be used."""
+        """The member's gradient; where it cannot be used None, and a problem for all ranks at the next call."""
         gradient = member.param.grad
         if gradient is not None:
             try:
@@ -214,21 +214,19 @@ class Reducer(Gradients):
                 )
         return pending
 
-    def settle(self, kind: Kind, digest: int = 0, problem: Exception | None = None) -> Answer:
+    def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
         self._complete_round()
         self._await_header()
         while True:
             pending = self._pending()
             problem = problem or self._problem
-            answer = self.agreement.open(
-                kind, digest=digest, masks=(self._delivered | pending, pending), problem=problem is not None
-            )()
+            answer = self.agreement.open(kind, claim, (self._delivered | pending, pending), problem is not None)()
             if Kind.ROUND not in answer.kinds:
                 break
             self._join_round()
         self.drain()
         self._problem = None
-        self.agreement.check(answer, problem)
+        self.agreement.check(answer, claim, problem)
         self._reduce_pending(answer.union(1))
         return answer
 
@@ -293,4 +291,5 @@ def _hook_on(member: Member, arrived: Callable[[Member], None]) -> torch.utils.h
     def hook(_: Tensor) -> None:
         arrived(member)
 
-    return member.param.register_post_accumulate_grad_hook(hook)
+    handle: torch.utils.hooks.RemovableHandle = member.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
             )
         spans += _span(name, param)
     spans.sort()
-    for (_, stop, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
             raise ValueError(
                 f"dist_asgd: parameters {name} and {other} share memory but are different Parameter objects. Tie "
@@ -151,12 +152,18 @@ def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
     return (*plain, *((key, group[key]) for key in (*FLAGS, "foreach")))
 
 
+def _describe(param: Tensor) -> str:
+    kind = "trainable" if param.requires_grad else "frozen"
+    dtype = str(param.dtype).removeprefix("torch.")
+    return f"<{kind} {dtype} of shape {tuple(param.shape)}, strides {memory_strides(param)}, on {param.device.type}>"
+
+
 def describe_group(index: int, group: dict[str, Any], named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, object]]:
     """What must be equal on all ranks of one group: (label, value) pairs in a fixed order."""
     entries: list[tuple[str, object]] = [
         (
             f"parameter {name}",
-            (tuple(param.shape), str(param.dtype), param.device.type, memory_strides(param), param.requires_grad),
+            _describe(param),
         )
         for name, param in named
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,15 +66,3 @@ def _staging(kept: dict[tuple[torch.device, torch.dtype], Tensor], buckets: Sequ
         alike = (b for b in buckets if (b.device, b.average.dtype) == key)
         kept[key] = bucket.average.new_empty(max(b.layout.numel for b in alike))
     return kept[key][: bucket.layout.numel]
-
-
-def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``param_groups`` with parameters numbered in order, as ``torch.optim`` packs them."""
-    packed = []
-    first = 0
-    for group in groups:
-        entry = {key: value for key, value in group.items() if key != "params"}
-        entry["params"] = list(range(first, first + len(group["params"])))
-        first += len(group["params"])
-        packed.append(entry)
-    return packed

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..agreement import Claim
 from ..buffers import Bucket, Member, flattened
 from ..update.schedule import Cohort, scalar_dtype
+from ..validation import hyperparameters
 from .shard import MARK_KEY, AverageShard, ShardMark
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
@@ -46,14 +48,30 @@ class Loaded:
     groups: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a state dict must fit: one parameter, and the elements of it in this rank's shard."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shard_numel: int
+
+    @classmethod
+    def of(cls, member: Member) -> Place:
+        """The place of a housed parameter; ``shard_numel`` counts complex elements once."""
+        numel = member.piece.numel // (2 if member.dtype.is_complex else 1)
+        return cls(member.name, member.dtype, tuple(member.param.shape), numel)
+
+
 def parse(
     state_dict: dict[str, Any],
     groups: Sequence[dict[str, Any]],
-    members: Sequence[Member],
+    places: Sequence[Place],
     mark: ShardMark,
     defaults: dict[str, Any],
 ) -> Loaded:
-    """Read ``state_dict``, changing nothing; ValueError says what does not fit. ``members`` in index order."""
+    """Read ``state_dict``, changing nothing; ValueError says what does not fit. ``places`` in index order."""
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         empty = isinstance(state_dict, dict) and not state_dict
         raise ValueError(
@@ -79,9 +97,9 @@ def parse(
     if unknown:
         raise ValueError(f"dist_asgd: the state dict has state for {unknown[:3]}, which no parameter group lists.")
     entries = {
-        index_of[key]: _entry(members[index_of[key]], value, sharded) for key, value in state_dict["state"].items()
+        index_of[key]: _entry(places[index_of[key]], value, sharded) for key, value in state_dict["state"].items()
     }
-    if sharded and len(entries) != len(members):
+    if sharded and len(entries) != len(places):
         raise ValueError("dist_asgd: a sharded state dict must have state for every parameter; this one is not whole.")
     new_groups = [
         _group(i, saved, group, defaults) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
@@ -113,37 +131,36 @@ def _check_marks(saved_groups: Sequence[dict[str, Any]], mark: ShardMark) -> boo
     return True
 
 
-def _entry(member: Member, saved: Any, sharded: bool) -> Entry:
+def _entry(place: Place, saved: Any, sharded: bool) -> Entry:
     if not isinstance(saved, dict) or set(saved) != set(STATE_KEYS):
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(
-            f"dist_asgd: the state of parameter {member.name} has {got}, wanted {list(STATE_KEYS)}: this is not the "
+            f"dist_asgd: the state of parameter {place.name} has {got}, wanted {list(STATE_KEYS)}: this is not the "
             f"state of an ASGD optimizer."
         )
     for key in ("step", "eta", "mu"):
         value = saved[key]
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, (Tensor, int, float)):
-            raise ValueError(f"dist_asgd: {key} of parameter {member.name} must be a number or a 1-element tensor.")
+            raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a number or a 1-element tensor.")
     average = saved["ax"]
     if not isinstance(average, Tensor):
-        raise ValueError(f"dist_asgd: ax of parameter {member.name} must be a tensor, got {type(average).__name__}.")
+        raise ValueError(f"dist_asgd: ax of parameter {place.name} must be a tensor, got {type(average).__name__}.")
     if isinstance(average, AverageShard):
         average = average.as_subclass(Tensor)
         if not sharded:
             raise ValueError(
-                f"dist_asgd: ax of parameter {member.name} is one rank's slice, in a state dict that is not marked as "
+                f"dist_asgd: ax of parameter {place.name} is one rank's slice, in a state dict that is not marked as "
                 f"a shard. Load the whole dict that state_dict() gave, or use consolidated_state_dict()."
             )
-    reals = 2 if member.dtype.is_complex else 1
-    wanted = (member.piece.numel // reals,) if sharded else tuple(member.param.shape)
+    wanted = (place.shard_numel,) if sharded else place.shape
     if tuple(average.shape) != wanted:
         raise ValueError(
-            f"dist_asgd: ax of parameter {member.name} has shape {tuple(average.shape)}, wanted {wanted}. The state "
+            f"dist_asgd: ax of parameter {place.name} has shape {tuple(average.shape)}, wanted {wanted}. The state "
             f"dict was saved from another model."
         )
-    if average.is_complex() != member.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
+    if average.is_complex() != place.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
         raise ValueError(
-            f"dist_asgd: ax of parameter {member.name} has dtype {average.dtype}, the parameter has {member.dtype}."
+            f"dist_asgd: ax of parameter {place.name} has dtype {average.dtype}, the parameter has {place.dtype}."
         )
     return Entry(_scalar(saved["step"]), _scalar(saved["eta"]), _scalar(saved["mu"]), average, sharded)
 
@@ -182,6 +199,17 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
     else:
         loaded.pop("param_names", None)
     return loaded
+
+
+def claim(loaded: Loaded, places: Sequence[Place]) -> Claim:
+    """What must be equal on all ranks of a loaded dict, its shards of ``ax`` apart."""
+    entries: list[tuple[str, object]] = []
+    for index, group in enumerate(loaded.groups):
+        entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
+    for index, entry in sorted(loaded.entries.items()):
+        label = f"(step, eta, mu, never stepped), dtype of ax of parameter {places[index].name}"
+        entries.append((label, (entry.key, str(entry.average.dtype))))
+    return Claim("loaded state dicts", entries, "Load the same checkpoint on every rank.")
 
 
 def make_cohorts(loaded: Loaded, members: Sequence[Member], groups: Sequence[dict[str, Any]]) -> list[Cohort]:

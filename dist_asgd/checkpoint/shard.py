@@ -49,7 +49,7 @@ class AverageShard(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    def __create_write_items__(self, fqn: str, object: Any) -> NoReturn:  # noqa: A002 - the protocol's own name
+    def __create_write_items__(self, fqn: str, object: Any) -> NoReturn:
         """Called by ``torch.distributed.checkpoint`` to save."""
         _refuse(f"torch.distributed.checkpoint, saving {fqn},")
 
@@ -66,7 +66,7 @@ _CONVERSIONS = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
 
 class ShardMark:
-    """Whose shard a state dict is. Not a tensor, number or string, so that helpers that gather "full" state refuse it."""
+    """Whose shard a state dict is; no tensor, number or string, so that helpers that gather "full" state refuse it."""
 
     def __init__(self, rank: int, world_size: int, layout: int) -> None:
         self.rank = rank

@@ -1,0 +1,18 @@
+"""Parameter groups in state dicts: parameters as numbers, in the order of registration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``param_groups`` with parameters numbered in order, as ``torch.optim`` packs them."""
+    packed = []
+    first = 0
+    for group in groups:
+        entry = {key: value for key, value in group.items() if key != "params"}
+        entry["params"] = list(range(first, first + len(group["params"])))
+        first += len(group["params"])
+        packed.append(entry)
+    return packed

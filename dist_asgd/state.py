@@ -1,0 +1,143 @@
+"""The sharded state of one optimizer on this rank: buckets, their members, and who shares which scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .agreement import digest_of
+from .buffers import Bucket, Member, build_buckets, reduce_order
+from .checkpoint.shard import ShardMark
+from .comm import Communicators
+from .update.plan import Batch, plan_bucket
+from .update.schedule import Cohort, Rule
+
+Named = Sequence[tuple[str, Tensor]]
+
+
+class ShardedState:
+    """Houses parameter groups in buckets and keeps ``optimizer.state`` showing what the shards hold.
+
+    ``buckets`` are in reduce order, ``members`` in registration order, so that ``members[i].index == i``.
+    ``shown`` is the optimizer's ``state``: a view for users, and checked for replaced entries at each step.
+    """
+
+    def __init__(self, communicators: Communicators, shown: dict[Any, Any], bucket_cap_mb: float) -> None:
+        self._communicators = communicators
+        self._shown = shown
+        self._bucket_cap_mb = bucket_cap_mb
+        self._group_sizes: list[int] = []
+        self.buckets: list[Bucket] = []
+        self.members: list[Member] = []
+        self.cohorts: list[list[Cohort]] = []
+        self.cohort_of: dict[int, Cohort] = {}
+        self._plan: tuple[set[int], list[tuple[Bucket, list[Batch]]]] | None = None
+
+    def house(self, groups: Sequence[tuple[Named, float | Tensor]]) -> None:
+        """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
+        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named)
+        total_bytes += sum(member.param.nbytes for member in self.members)
+        for named, lr in groups:
+            first_index = sum(self._group_sizes)
+            buckets = build_buckets(
+                named,
+                group_index=len(self._group_sizes),
+                first_index=first_index,
+                rank=self._communicators.rank,
+                world_size=self._communicators.world_size,
+                bucket_cap_mb=self._bucket_cap_mb,
+                total_bytes=total_bytes,
+            )
+            self.buckets += buckets
+            self.members += [member for bucket in buckets for member in bucket.members]
+            self._group_sizes.append(len(named))
+            self.cohorts.append([])
+            if named:
+                self._add_cohort(Cohort.new(lr, range(first_index, first_index + len(named))), len(self.cohorts) - 1)
+        self.members.sort(key=lambda member: member.index)
+        first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
+        self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
+        self._publish()
+
+    def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
+        """Take the scalars of a loaded state dict, and show averages that may have moved to wider storage."""
+        self.cohorts = [[] for _ in self.cohorts]
+        for cohort in cohorts:
+            self._add_cohort(cohort, self.members[min(cohort.indices)].bucket.group_index)
+        self._publish()
+
+    def _add_cohort(self, cohort: Cohort, group_index: int) -> None:
+        self.cohorts[group_index].append(cohort)
+        for index in cohort.indices:
+            self.cohort_of[index] = cohort
+
+    def _publish(self) -> None:
+        self._plan = None
+        for member in self.members:
+            self._shown[member.param] = {**self._scalars(member), "ax": member.average}
+
+    def _scalars(self, member: Member) -> dict[str, Tensor]:
+        cohort = self.cohort_of[member.index]
+        return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu}
+
+    def check_unchanged(self) -> None:
+        """RuntimeError where a parameter or its state is not what the shards were built for."""
+        shown = self._shown
+        for member in self.members:
+            if not member.at_home:
+                param = member.param
+                raise RuntimeError(
+                    f"dist_asgd: parameter {member.name} was moved, re-cast or re-bound after the optimizer was "
+                    f"constructed (it was {member.dtype} on {member.bucket.device}, it is {param.dtype} on "
+                    f"{param.device}). Change parameters in place (p.copy_()), or convert the model first and then "
+                    f"construct the optimizer."
+                )
+            own, cohort = shown.get(member.param, {}), self.cohort_of[member.index]
+            if own.get("step") is not cohort.step or own.get("eta") is not cohort.eta or own.get("mu") is not cohort.mu:
+                raise RuntimeError(
+                    f"dist_asgd: the state of parameter {member.name} was replaced. Change it in place, or through "
+                    f"load_state_dict()."
+                )
+
+    def begin_update(self, active: set[int], rules: Sequence[Rule]) -> None:
+        """Split cohorts of which only a part steps; a first step takes its eta from the lr of now."""
+        for group_index, rule in enumerate(rules):
+            for cohort in list(self.cohorts[group_index]):
+                stepping = cohort.indices & active
+                if stepping and stepping != cohort.indices:
+                    self._add_cohort(cohort.split(stepping), group_index)
+                    self._plan = None
+                    for index in stepping:
+                        member = self.members[index]
+                        self._shown[member.param].update(self._scalars(member))
+            for cohort in self.cohorts[group_index]:
+                if cohort.indices & active:
+                    cohort.prepare(rule.lr)
+
+    def end_update(self, active: set[int], rules: Sequence[Rule]) -> None:
+        """Advance the scalars of everything that stepped."""
+        for cohorts, rule in zip(self.cohorts, rules, strict=True):
+            for cohort in cohorts:
+                if cohort.indices & active:
+                    cohort.advance(rule)
+
+    def planned(self, active: set[int], reduced: bool) -> list[tuple[Bucket, list[Batch]]]:
+        """Buckets that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
+        if self._plan is None or self._plan[0] != active:
+            plan = [
+                (bucket, plan_bucket(bucket, self.cohort_of, active, reduced))
+                for bucket in self.buckets
+                if any(member.index in active for member in bucket.members)
+            ]
+            self._plan = (set(active), plan)
+        return self._plan[1]
+
+    def mark(self) -> ShardMark:
+        """Whose shard this is, and a digest of the layout it is a shard of."""
+        places = {id(bucket): place for place, bucket in enumerate(self.buckets)}
+        layout = [
+            (tuple(m.param.shape), str(m.dtype), m.strides, places[id(m.bucket)], m.slot.offset) for m in self.members
+        ]
+        return ShardMark(self._communicators.rank, self._communicators.world_size, digest_of(layout))
