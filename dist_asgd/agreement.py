@@ -172,6 +172,8 @@ class Agreement:
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
             )
         if len(set(answer.column(1))) > 1:
+            # Said once: after the next zero_grad() on all ranks they agree again.
+            self.discards = max(answer.column(1))
             raise RuntimeError(
                 f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients: "
                 f"{differing(answer.column(1))}. Every rank must call zero_grad() between the same backwards."

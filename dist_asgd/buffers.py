@@ -137,8 +137,13 @@ class Bucket:
             self.gradient = torch.zeros_like(self.shard)
         return self.gradient
 
-    def pack(self, gradients: Sequence[Tensor | None], out: Tensor) -> None:
-        """Copy the members' gradients to their slots of ``out`` ``(numel,)``; zeros for None and for padding."""
+    @property
+    def alone(self) -> bool:
+        """Whether the bucket is one parameter, whose gradient may be sent from where it lies."""
+        return len(self.members) == 1
+
+    def pack(self, gradients: Sequence[Tensor | None], out: Tensor, divisor: int) -> None:
+        """Write the members' gradients, over ``divisor``, to their slots of ``out``; zeros for None and padding."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         zeros: list[Tensor] = []
@@ -156,8 +161,11 @@ class Bucket:
             offset = slot.stop
         if offset < out.numel():
             zeros.append(out[offset:])
-        if targets:
+        if divisor == 1 and targets:
             torch._foreach_copy_(targets, sources)
+        else:
+            for target, source in zip(targets, sources, strict=True):
+                torch.div(source, divisor, out=target)
         if zeros:
             torch._foreach_zero_(zeros)
 

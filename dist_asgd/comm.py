@@ -3,7 +3,7 @@
 ``Communicator`` is the seam. ``Local`` serves one process, ``Named`` uses a backend's own reduce-scatter and
 all-gather (NCCL), and ``Gloo`` builds them from peer-to-peer messages and broadcasts, because Gloo emulates the
 named ones with two to three times the traffic. Every method that talks is collective: all ranks of the group
-call it, in the same order. Mean means: the sum over ranks in rank order, divided by the world size.
+call it, in the same order. The mean over ranks is a sum in rank order on Gloo, whatever arrives first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+# Elements of a 16-bit sum that are held in float32 at a time.
+SUM_NUMEL = 1 << 18
 
 Wait = Callable[[], None]
 
@@ -55,12 +57,22 @@ class Communicator(ABC):
     rank: int
     world_size: int
 
+    def divisor(self, dtype: torch.dtype) -> int:
+        """What the caller divides gradients by as it packs them, where that saves a pass; 1: the transfer divides."""
+        return 1
+
+    @property
+    def takes_short(self) -> bool:
+        """Whether ``send`` may end where the payload ends, so that one parameter's gradient is sent in place."""
+        return False
+
     @abstractmethod
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
         """Start ``shard (+)= mean over ranks of this rank's part of send``.
 
-        ``send`` is ``(world_size * shard_numel,)`` and is used up; ``shard`` is ``(shard_numel,)`` and is
-        written by the wait. ``tag`` tells apart transfers that are in flight together.
+        ``send`` is ``(world_size * shard_numel,)``, or shorter where ``takes_short``, and is only read; ``shard``
+        is ``(shard_numel,)`` and is complete after the wait. ``divided``: the caller has divided by the world
+        size. ``tag`` tells apart transfers that are in flight together.
         """
 
     @abstractmethod
@@ -94,11 +106,15 @@ class Local(Communicator):
     rank = 0
     world_size = 1
 
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    @property
+    def takes_short(self) -> bool:
+        return True
+
+    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
         if accumulate:
-            shard.add_(send)
+            shard[: send.numel()].add_(send)
         else:
-            shard.copy_(send)
+            shard[: send.numel()].copy_(send)
         return _done
 
     def all_gather(self, flat: Tensor) -> Wait:
@@ -177,10 +193,10 @@ class Named(_Grouped):
         self._reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, tag: int) -> Wait:
-        # In place: the part of ``send`` that this rank owns receives the result.
+    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
+        # NCCL reduces in place, into the part of ``send`` that this rank owns; others need room of their own.
         mine = send.view(self.world_size, -1)[self.rank]
-        out = torch.empty_like(mine) if not self._averages else mine
+        out = mine if self._averages else torch.empty_like(mine)
         op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
         with record_function("dist_asgd::reduce_scatter"), self._guard("a reduce-scatter"):
             work = self._reduce(out, send, op=op, group=self.group, async_op=True)
@@ -215,41 +231,90 @@ class Gloo(_Grouped):
 
     def __init__(self, group: dist.ProcessGroup, control: dist.ProcessGroup) -> None:
         super().__init__(group, control)
-        self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
+        self._ranks = range(self.world_size)
+        self._peers = [rank for rank in self._ranks if rank != self.rank]
         self._global = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
-        self._free: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+        self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._bytes = 0
+        self._sums = torch.empty(SUM_NUMEL)
 
     def scratch_bytes(self) -> int:
-        return self._bytes
+        return self._bytes + self._sums.nbytes
 
-    def _inbox(self, like: Tensor) -> Tensor:
-        """Where the peers' parts arrive: ``(world_size - 1, shard_numel)``, kept for the next bucket of that size."""
-        free = self._free.setdefault((like.dtype, like.numel()), [])
-        if free:
-            return free.pop()
-        inbox = like.new_empty((self.world_size - 1, like.numel()))
+    def divisor(self, dtype: torch.dtype) -> int:
+        # 16-bit gradients are summed in float32 and divided there, so that they are rounded once.
+        return 1 if dtype in SIXTEEN_BIT else self.world_size
+
+    @property
+    def takes_short(self) -> bool:
+        return True
+
+    def _inbox(self, dtype: torch.dtype, numel: int) -> Tensor:
+        """A buffer for peers' parts, kept for other buckets; the free one that fits best, or a new one."""
+        free = self._inboxes.setdefault(dtype, [])
+        fitting = [inbox for inbox in free if inbox.numel() >= numel]
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self._inboxes[dtype] = [inbox for inbox in free if inbox is not best]
+            return best
+        inbox = torch.empty(numel, dtype=dtype)
         self._bytes += inbox.nbytes
         return inbox
 
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, tag: int) -> Wait:
-        inbox = self._inbox(shard)
-        outbox = send.view(self.world_size, -1)
+    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
+        shard_numel = shard.numel()
+        bounds = [(min(r * shard_numel, send.numel()), min((r + 1) * shard_numel, send.numel())) for r in self._ranks]
+        numel = bounds[self.rank][1] - bounds[self.rank][0]
+        # The first peer's part lands where the result will be; the sum is over parts in rank order all the same.
+        direct = 0 if accumulate else 1
+        rows = len(self._peers) - direct
+        inbox = self._inbox(shard.dtype, rows * numel) if rows * numel else None
+        landing = [shard[:numel]][:direct]
+        if inbox is not None:
+            landing += inbox[: rows * numel].view(rows, numel).unbind(0)
+        works: list[dist.Work | None] = []
         with record_function("dist_asgd::reduce_scatter"), self._guard("a reduce-scatter"):
             # Receives first: a message that finds its buffer waiting is never buffered twice.
-            receives = [
-                dist.irecv(inbox[i], self._global[peer], group=self.group, tag=tag)
-                for i, peer in enumerate(self._peers)
-            ]
-            sends = [dist.isend(outbox[peer], self._global[peer], group=self.group, tag=tag) for peer in self._peers]
+            if numel:
+                for peer, place in zip(self._peers, landing, strict=True):
+                    works.append(dist.irecv(place, self._global[peer], group=self.group, tag=tag))
+            for peer in self._peers:
+                low, high = bounds[peer]
+                if low < high:
+                    works.append(dist.isend(send[low:high], self._global[peer], group=self.group, tag=tag))
 
         def store() -> None:
-            parts = list(inbox.unbind(0))
-            parts.insert(self.rank, outbox[self.rank])
-            _store_mean(parts, shard, accumulate)
-            self._free[shard.dtype, shard.numel()].append(inbox)
+            if numel:
+                parts = list(landing)
+                parts.insert(self.rank, send[slice(*bounds[self.rank])])
+                self._store_mean(parts, shard[:numel], accumulate, divided)
+            if inbox is not None:
+                self._inboxes[shard.dtype].append(inbox)
 
-        return self._waiting([*receives, *sends], "a reduce-scatter", store)
+        return self._waiting(works, "a reduce-scatter", store)
+
+    def _store_mean(self, parts: list[Tensor], shard: Tensor, accumulate: bool, divided: bool) -> None:
+        """``shard (+)= mean(parts)``, summed in list order; unless accumulating, the first peer's part is ``shard``."""
+        if shard.dtype in SIXTEEN_BIT:
+            for start in range(0, shard.numel(), SUM_NUMEL):
+                chunk = slice(start, start + SUM_NUMEL)
+                total = self._sums[: shard[chunk].numel()].copy_(parts[0][chunk])
+                for part in parts[1:]:
+                    total.add_(part[chunk])
+                total.div_(len(parts))
+                if accumulate:
+                    shard[chunk].add_(total.to(shard.dtype))
+                else:
+                    shard[chunk].copy_(total)
+            return
+        total = parts[0 if self.rank else 1] if accumulate else shard
+        torch.add(parts[0], parts[1], out=total)
+        for part in parts[2:]:
+            total.add_(part)
+        if not divided:
+            total.div_(len(parts))
+        if accumulate:
+            shard.add_(total)
 
     def all_gather(self, flat: Tensor) -> Wait:
         parts = flat.view(self.world_size, -1)
@@ -279,27 +344,6 @@ class Gloo(_Grouped):
 
 
 _COLLECT_TAG = 1 << 20
-
-
-def _store_mean(parts: Sequence[Tensor], shard: Tensor, accumulate: bool) -> None:
-    """``shard (+)= mean(parts)``, summed in list order; 16-bit sums are kept in float32 and rounded once."""
-    if shard.dtype in SIXTEEN_BIT:
-        total = parts[0].float()
-        for part in parts[1:]:
-            total.add_(part)
-        total.div_(len(parts))
-        if accumulate:
-            shard.add_(total.to(shard.dtype))
-        else:
-            shard.copy_(total)
-        return
-    total = parts[0]
-    for part in parts[1:]:
-        total.add_(part)
-    if accumulate:
-        shard.add_(total.div_(len(parts)))
-    else:
-        torch.div(total, len(parts), out=shard)
 
 
 def _backend_for(group: dist.ProcessGroup, device_type: str) -> str | None:

@@ -474,8 +474,8 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
-            "dist_asgd: ShardedASGD cannot be pickled or deep-copied: it holds a process group and views of the model's "
-            "storage. Save consolidated_state_dict() and load it into a new optimizer."
+            "dist_asgd: ShardedASGD cannot be pickled or deep-copied: it holds a process group and views of the "
+            "model's storage. Save consolidated_state_dict() and load it into a new optimizer."
         )
 
 

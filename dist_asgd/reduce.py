@@ -20,24 +20,21 @@ import torch
 from torch import Tensor
 
 from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind
-from .buffers import Bucket, Member
+from .buffers import Bucket, Member, flattened
 from .comm import Communicators, Wait
 from .gradients import Gradients, indices_of
 from .validation import check_gradient
 
-# A bucket is ordinary where at least this many of its size make up the model.
-ORDINARY_SHARE = 8
+# Buckets on their way at a time: one arrives while the next is filled.
+MAX_IN_FLIGHT = 2
 
 
 class Slots:
-    """Send buffers for buckets in flight: one that fits the largest bucket, and a second for ordinary ones."""
+    """Send buffers for buckets in flight: one that fits the largest bucket, and a second that fits the next."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        sizes = sorted((bucket.layout.numel for bucket in buckets), reverse=True)
-        # A second buffer for another outsized parameter would cost more memory than its overlap is worth.
-        ordinary = [size for size in sizes[1:] if size * ORDINARY_SHARE <= sum(sizes)]
-        like = buckets[0].flat
-        self._free = [like.new_empty(numel) for numel in (sizes[0], *(ordinary or sizes[1:])[:1])]
+    def __init__(self, numels: Sequence[int], like: Tensor) -> None:
+        sizes = sorted(numels, reverse=True)
+        self._free = [like.new_empty(numel) for numel in sizes[:MAX_IN_FLIGHT]]
         self.nbytes = sum(slot.nbytes for slot in self._free)
 
     def take(self, numel: int) -> Tensor | None:
@@ -133,9 +130,17 @@ class Reducer(Gradients):
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter."""
-        slot = self._slot(bucket)
-        send = slot[: bucket.layout.numel]
-        bucket.pack([self._checked(member) for member in bucket.members], send)
+        communicator = self.communicators.on(bucket.device)
+        gradients = [self._checked(member) for member in bucket.members]
+        slot = None
+        divisor = 1
+        if bucket.alone and communicator.takes_short:
+            send = self._flat(bucket.members[0], gradients[0])
+        else:
+            slot = self._slot(bucket)
+            send = slot[: bucket.layout.numel]
+            divisor = communicator.divisor(bucket.dtype)
+            bucket.pack(gradients, send, divisor)
         for member in bucket.members:
             if member.param.grad is not None:
                 member.param.grad = None
@@ -151,19 +156,29 @@ class Reducer(Gradients):
                 stacklevel=2,
             )
         self._valid.add(id(bucket))
-        wait = self.communicators.on(bucket.device).reduce_scatter(send, shard, accumulate, tag)
+        wait = communicator.reduce_scatter(send, shard, accumulate, divisor > 1, tag)
 
         def finish() -> None:
             wait()
-            self._slots[bucket.device, bucket.dtype].give_back(slot)
+            if slot is not None:
+                self._slots[bucket.device, bucket.dtype].give_back(slot)
 
         self._in_flight.append(finish)
+        while len(self._in_flight) > MAX_IN_FLIGHT:
+            self._in_flight.popleft()()
+
+    def _flat(self, member: Member, gradient: Tensor | None) -> Tensor:
+        """The gradient as it lies, ``(slot_numel,)``; zeros where there is none."""
+        if gradient is None:
+            return member.bucket.flat.new_zeros(member.slot.numel)
+        return flattened(gradient, member.strides)
 
     def _slot(self, bucket: Bucket) -> Tensor:
         key = (bucket.device, bucket.dtype)
         if key not in self._slots:
-            alike = [b for b in self.buckets if (b.device, b.dtype) == key]
-            self._slots[key] = Slots(alike)
+            in_place = self.communicators.on(bucket.device).takes_short
+            alike = [b for b in self.buckets if (b.device, b.dtype) == key and not (b.alone and in_place)]
+            self._slots[key] = Slots([b.layout.numel for b in alike], bucket.flat)
         while (slot := self._slots[key].take(bucket.layout.numel)) is None:
             self._in_flight.popleft()()
         return slot

@@ -8,6 +8,7 @@ carries one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -43,11 +44,15 @@ class AverageShard(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Plain tensors out of every operation; conversion, with which loaders cast state, is refused."""
+        """Plain tensors out of every operation; those with which savers and loaders begin are refused."""
         if func in _CONVERSIONS:
             _refuse(f"Tensor.{func.__name__}()")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AverageShard:
+        """A marked copy, as the original is marked."""
+        return AverageShard.of(copy.deepcopy(self.as_subclass(Tensor), memo))
 
     def __create_write_items__(self, fqn: str, object: Any) -> NoReturn:
         """Called by ``torch.distributed.checkpoint`` to save."""
@@ -62,7 +67,8 @@ class AverageShard(torch.Tensor):
         _refuse("torch.distributed.checkpoint")
 
 
-_CONVERSIONS = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
+# With the first three loaders cast and move state; with the last DCP's asynchronous saver begins its copy.
+_CONVERSIONS = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.new_empty)
 
 
 class ShardMark:
