@@ -17,6 +17,8 @@ from .averaging import Averages
 from .buffers import Member, flattened
 from .checkpoint import consolidated, loading, sharded
 from .checkpoint.groups import pack_groups
+from .checkpoint.shard import ShardMark
+from .claims import HyperparameterClaims, groups_claim
 from .comm import Communicators
 from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
@@ -27,9 +29,9 @@ from .update.schedule import Rule
 from .validation import (
     check_hyperparameters,
     check_mode,
+    check_options,
     check_params,
-    describe_group,
-    hyperparameters,
+    named_params,
 )
 
 
@@ -92,7 +94,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._stage = stage
         self._bucket_cap_mb = bucket_cap_mb
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
-        self._claimed: tuple[object, Claim] = ((), NO_CLAIM)
+        self._claims = HyperparameterClaims()
         self._values_checked = self._communicators.world_size == 1
         defaults = {
             "lr": lr,
@@ -108,7 +110,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._constructed = False
         problem: Exception | None = None
         try:
-            self._check_options()
+            check_options(stage, bucket_cap_mb)
             super().__init__(params, defaults)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             problem = error
@@ -119,16 +121,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._house(0)
 
     # --- construction --------------------------------------------------------------------------------------
-
-    def _check_options(self) -> None:
-        if self._stage not in (1, 2) or isinstance(self._stage, bool):
-            raise ValueError(
-                f"dist_asgd: stage must be 1 (gradients arrive averaged, as from DDP) or 2 (this optimizer "
-                f"reduce-scatters them), got {self._stage!r}."
-            )
-        cap = self._bucket_cap_mb
-        if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 < cap < float("inf"):
-            raise ValueError(f"dist_asgd: bucket_cap_mb must be a positive number of MiB, got {cap!r}.")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with hyperparameters of its own. Collective; nothing changes where any rank raises.
@@ -170,20 +162,12 @@ class ShardedASGD(torch.optim.Optimizer):
             del self.param_groups[index]
             raise
 
-    def _named(self, group_index: int) -> list[tuple[str, Tensor]]:
-        """A group's parameters with the user's names, or with their place where they have none."""
-        group = self.param_groups[group_index]
-        names = group.get("param_names")
-        if names is None:
-            names = [f"param_groups[{group_index}]['params'][{i}]" for i in range(len(group["params"]))]
-        return list(zip(names, group["params"], strict=True))
+    def _named(self, index: int) -> list[tuple[str, Tensor]]:
+        return named_params(self.param_groups, index)
 
     def _agree_on_groups(self, kind: Kind, first: int, groups: list[dict[str, Any]], problem: Exception | None) -> None:
-        entries: list[tuple[str, object]] = [("stage", self._stage), ("bucket_cap_mb", self._bucket_cap_mb)]
-        for i, group in enumerate(groups):
-            entries += describe_group(first + i, group, self._named(first + i))
-        remedy = "Build the same model and optimizer, in the same order, on every rank."
-        self._gradients.settle(kind, Claim("parameters or hyperparameters", entries, remedy), problem)
+        described = [(i, group, self._named(i)) for i, group in enumerate(groups, start=first)]
+        self._gradients.settle(kind, groups_claim(self._stage, self._bucket_cap_mb, described), problem)
 
     def _house(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
@@ -229,7 +213,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _reduce(self) -> set[int]:
         """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
-        answer = self._gradients.settle(Kind.STEP, self._hyperparameter_claim(), self._problem())
+        answer = self._gradients.settle(Kind.STEP, self._claims.of(self.param_groups), self._problem())
         if not self._values_checked:
             compare_values(self._gradients, self._communicators)
             self._values_checked = True
@@ -247,13 +231,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._shards.check_unchanged()
         for index, group in enumerate(self.param_groups):
             check_hyperparameters(group, f"param_groups[{index}]")
-
-    def _hyperparameter_claim(self) -> Claim:
-        values = [list(hyperparameters(group)) for group in self.param_groups]
-        if values != self._claimed[0]:
-            entries = [(f"param_groups[{i}][{key!r}]", value) for i, group in enumerate(values) for key, value in group]
-            self._claimed = (values, Claim("hyperparameters", entries, "Use the same lr schedule on every rank."))
-        return self._claimed[1]
 
     def _rules(self) -> list[Rule]:
         rules = []
@@ -369,7 +346,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._differentiable:
             packed = differentiable.pack(self.param_groups, self.state)
         else:
-            packed = sharded.pack(self.param_groups, self._shards)
+            packed = sharded.pack(self.param_groups, self._shards, self._mark())
         return self._after_state_dict(packed)
 
     def _after_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -440,6 +417,9 @@ class ShardedASGD(torch.optim.Optimizer):
                 state_dict = replaced
         return state_dict
 
+    def _mark(self) -> ShardMark:
+        return sharded.mark_of(self._shards, self._communicators)
+
     def _places(self) -> list[loading.Place]:
         if not self._differentiable:
             return [loading.Place.of(member) for member in self._shards.members]
@@ -447,7 +427,7 @@ class ShardedASGD(torch.optim.Optimizer):
         return [loading.Place(name, param.dtype, tuple(param.shape), 0) for name, param in named]
 
     def _parse(self, state_dict: dict[str, Any], places: list[loading.Place]) -> loading.Loaded:
-        loaded = loading.parse(state_dict, self.param_groups, places, self._shards.mark(), self.defaults)
+        loaded = loading.parse(state_dict, self.param_groups, places, self._mark(), self.defaults)
         for index, group in enumerate(loaded.groups):
             check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
         return loaded

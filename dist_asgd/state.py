@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .agreement import digest_of
 from .buffers import Bucket, Member, build_buckets, reduce_order
-from .checkpoint.shard import ShardMark
 from .comm import Communicators
 from .update.plan import Batch, plan_bucket
 from .update.schedule import Cohort, Rule
@@ -133,11 +131,3 @@ class ShardedState:
             ]
             self._plan = (set(active), plan)
         return self._plan[1]
-
-    def mark(self) -> ShardMark:
-        """Whose shard this is, and a digest of the layout it is a shard of."""
-        places = {id(bucket): place for place, bucket in enumerate(self.buckets)}
-        layout = [
-            (tuple(m.param.shape), str(m.dtype), m.strides, places[id(m.bucket)], m.slot.offset) for m in self.members
-        ]
-        return ShardMark(self._communicators.rank, self._communicators.world_size, digest_of(layout))

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import memory_strides
-
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
 DTYPES = (
@@ -27,6 +25,25 @@ DTYPES = (
 def scalar(value: Any) -> float:
     """A hyperparameter as a float; a one-element Tensor counts as its value."""
     return float(value.item()) if isinstance(value, Tensor) else float(value)
+
+
+def check_options(stage: Any, bucket_cap_mb: Any) -> None:
+    """Raise ValueError unless the constructor's own options are of their kind and in range."""
+    if stage not in (1, 2) or isinstance(stage, bool):
+        raise ValueError(
+            f"dist_asgd: stage must be 1 (gradients arrive averaged, as from DDP) or 2 (this optimizer "
+            f"reduce-scatters them), got {stage!r}."
+        )
+    number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
+    if not number or not 0 < bucket_cap_mb < math.inf:
+        raise ValueError(f"dist_asgd: bucket_cap_mb must be a positive number of MiB, got {bucket_cap_mb!r}.")
+
+
+def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str, Tensor]]:
+    """A group's parameters with the user's names, or with their place where they have none."""
+    params = groups[index]["params"]
+    names = groups[index].get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(params))]
+    return list(zip(names, params, strict=True))
 
 
 def check_hyperparameters(group: dict[str, Any], where: str) -> None:
@@ -150,22 +167,3 @@ def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
     """The hyperparameters of ``group`` as plain values, for comparison across ranks."""
     plain = [(key, scalar(group[key])) for key in REAL_HYPERPARAMETERS]
     return (*plain, *((key, group[key]) for key in (*FLAGS, "foreach")))
-
-
-def _describe(param: Tensor) -> str:
-    kind = "trainable" if param.requires_grad else "frozen"
-    dtype = str(param.dtype).removeprefix("torch.")
-    return f"<{kind} {dtype} of shape {tuple(param.shape)}, strides {memory_strides(param)}, on {param.device.type}>"
-
-
-def describe_group(index: int, group: dict[str, Any], named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, object]]:
-    """What must be equal on all ranks of one group: (label, value) pairs in a fixed order."""
-    entries: list[tuple[str, object]] = [
-        (
-            f"parameter {name}",
-            _describe(param),
-        )
-        for name, param in named
-    ]
-    entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
-    return entries

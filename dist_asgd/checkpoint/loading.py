@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,7 +189,7 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
                     f"dist_asgd: param_groups[{index}] of the state dict has {got!r} where the optimizer has "
                     f"{wanted!r} (entry {position}). Pass the parameters in the order in which they were saved."
                 )
-    loaded = {key: value for key, value in saved.items() if key not in ("params", MARK_KEY)}
+    loaded = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", MARK_KEY)}
     for key, value in defaults.items():
         # Releases of torch that lacked an option behaved like its default.
         loaded.setdefault(key, value)

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..agreement import digest_of
+from ..comm import Communicators
 from ..state import ShardedState
 from .groups import pack_groups
-from .shard import MARK_KEY, AverageShard
+from .shard import MARK_KEY, AverageShard, ShardMark
 
 
-def pack(groups: Sequence[dict[str, Any]], shards: ShardedState) -> dict[str, Any]:
-    """torch's layout with this rank's slices as ``ax`` and a mark in every group; scalars are copies."""
-    mark = shards.mark()
+def mark_of(shards: ShardedState, communicators: Communicators) -> ShardMark:
+    """Whose shard this is, and a digest of the layout it is a shard of."""
+    places = {id(bucket): place for place, bucket in enumerate(shards.buckets)}
+    layout = [
+        (tuple(m.param.shape), str(m.dtype), m.strides, places[id(m.bucket)], m.slot.offset) for m in shards.members
+    ]
+    return ShardMark(communicators.rank, communicators.world_size, digest_of(layout))
+
+
+def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, mark: ShardMark) -> dict[str, Any]:
+    """torch's layout with this rank's slices as ``ax`` and ``mark`` in every group; scalars are copies."""
     state = {}
     for member in shards.members:
         cohort = shards.cohort_of[member.index]
