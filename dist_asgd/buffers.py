@@ -137,35 +137,27 @@ class Bucket:
             self.gradient = torch.zeros_like(self.shard)
         return self.gradient
 
-    @property
-    def alone(self) -> bool:
-        """Whether the bucket is one parameter, whose gradient may be sent from where it lies."""
-        return len(self.members) == 1
-
-    def pack(self, gradients: Sequence[Tensor | None], out: Tensor, divisor: int) -> None:
-        """Write the members' gradients, over ``divisor``, to their slots of ``out``; zeros for None and padding."""
+    def pack(self, gradients: Sequence[Tensor | None], packed: Sequence[tuple[int, int]], out: Tensor) -> None:
+        """Copy gradients to ``out``: (member, offset) pairs, in order. Zeros for None and wherever nothing goes."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         zeros: list[Tensor] = []
-        offset = 0
-        for member, gradient in zip(self.members, gradients, strict=True):
-            slot = member.slot
-            if slot.offset > offset:
-                zeros.append(out[offset : slot.offset])
-            home = out[slot.offset : slot.stop]
+        filled = 0
+        for position, offset in packed:
+            member, gradient = self.members[position], gradients[position]
+            stop = offset + member.slot.numel
+            if offset > filled:
+                zeros.append(out[filled:offset])
             if gradient is None:
-                zeros.append(home)
+                zeros.append(out[offset:stop])
             else:
-                targets.append(home)
+                targets.append(out[offset:stop])
                 sources.append(flattened(gradient, member.strides))
-            offset = slot.stop
-        if offset < out.numel():
-            zeros.append(out[offset:])
-        if divisor == 1 and targets:
+            filled = stop
+        if filled < out.numel():
+            zeros.append(out[filled:])
+        if targets:
             torch._foreach_copy_(targets, sources)
-        else:
-            for target, source in zip(targets, sources, strict=True):
-                torch.div(source, divisor, out=target)
         if zeros:
             torch._foreach_zero_(zeros)
 

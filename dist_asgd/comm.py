@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-# Elements of a 16-bit sum that are held in float32 at a time.
-SUM_NUMEL = 1 << 18
+# Elements that are summed and divided at a time: they stay in a core's cache in between.
+SUM_NUMEL = 1 << 16
 
 Wait = Callable[[], None]
+Parts = Sequence[Sequence[tuple[int, Tensor]]]
 
 
 def _done() -> None:
@@ -57,22 +58,19 @@ class Communicator(ABC):
     rank: int
     world_size: int
 
-    def divisor(self, dtype: torch.dtype) -> int:
-        """What the caller divides gradients by as it packs them, where that saves a pass; 1: the transfer divides."""
-        return 1
-
     @property
-    def takes_short(self) -> bool:
-        """Whether ``send`` may end where the payload ends, so that one parameter's gradient is sent in place."""
+    def contiguous(self) -> bool:
+        """Whether ``reduce_scatter`` wants one flat buffer of ``world_size * shard_numel``, one part a rank."""
         return False
 
     @abstractmethod
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
-        """Start ``shard (+)= mean over ranks of this rank's part of send``.
+    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        """Start ``shard (+)= mean over ranks of what they send for it``.
 
-        ``send`` is ``(world_size * shard_numel,)``, or shorter where ``takes_short``, and is only read; ``shard``
-        is ``(shard_numel,)`` and is complete after the wait. ``divided``: the caller has divided by the world
-        size. ``tag`` tells apart transfers that are in flight together.
+        ``parts[r]`` lists what goes into the shard of rank r, as (start in that shard, 1-D tensor), with the same
+        places on every rank; elements that no part covers are left alone. Parts are only read, and must stay as
+        they are until the wait. ``shard`` is ``(shard_numel,)`` and complete after the wait. ``tag`` tells apart
+        transfers that are in flight together.
         """
 
     @abstractmethod
@@ -106,15 +104,13 @@ class Local(Communicator):
     rank = 0
     world_size = 1
 
-    @property
-    def takes_short(self) -> bool:
-        return True
-
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
-        if accumulate:
-            shard[: send.numel()].add_(send)
-        else:
-            shard[: send.numel()].copy_(send)
+    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        for start, part in parts[0]:
+            place = shard[start : start + part.numel()]
+            if accumulate:
+                place.add_(part)
+            else:
+                place.copy_(part)
         return _done
 
     def all_gather(self, flat: Tensor) -> Wait:
@@ -193,9 +189,14 @@ class Named(_Grouped):
         self._reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
-        # NCCL reduces in place, into the part of ``send`` that this rank owns; others need room of their own.
-        mine = send.view(self.world_size, -1)[self.rank]
+    @property
+    def contiguous(self) -> bool:
+        return True
+
+    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        # NCCL reduces in place, into this rank's own part; others need room of their own.
+        mine = parts[self.rank][0][1]
+        send = parts[0][0][1].as_strided((self.world_size * mine.numel(),), (1,))
         out = mine if self._averages else torch.empty_like(mine)
         op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
         with record_function("dist_asgd::reduce_scatter"), self._guard("a reduce-scatter"):
@@ -241,14 +242,6 @@ class Gloo(_Grouped):
     def scratch_bytes(self) -> int:
         return self._bytes + self._sums.nbytes
 
-    def divisor(self, dtype: torch.dtype) -> int:
-        # 16-bit gradients are summed in float32 and divided there, so that they are rounded once.
-        return 1 if dtype in SIXTEEN_BIT else self.world_size
-
-    @property
-    def takes_short(self) -> bool:
-        return True
-
     def _inbox(self, dtype: torch.dtype, numel: int) -> Tensor:
         """A buffer for peers' parts, kept for other buckets; the free one that fits best, or a new one."""
         free = self._inboxes.setdefault(dtype, [])
@@ -261,60 +254,58 @@ class Gloo(_Grouped):
         self._bytes += inbox.nbytes
         return inbox
 
-    def reduce_scatter(self, send: Tensor, shard: Tensor, accumulate: bool, divided: bool, tag: int) -> Wait:
-        shard_numel = shard.numel()
-        bounds = [(min(r * shard_numel, send.numel()), min((r + 1) * shard_numel, send.numel())) for r in self._ranks]
-        numel = bounds[self.rank][1] - bounds[self.rank][0]
-        # The first peer's part lands where the result will be; the sum is over parts in rank order all the same.
-        direct = 0 if accumulate else 1
-        rows = len(self._peers) - direct
+    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        mine = parts[self.rank]
+        numel = sum(part.numel() for _, part in mine)
+        # The first peer's parts land where the result will be; the sum is in rank order all the same.
+        rows = len(self._peers) - (0 if accumulate else 1)
         inbox = self._inbox(shard.dtype, rows * numel) if rows * numel else None
-        landing = [shard[:numel]][:direct]
+        landing: list[list[Tensor]] = []
+        if not accumulate:
+            landing.append([shard[start : start + part.numel()] for start, part in mine])
         if inbox is not None:
-            landing += inbox[: rows * numel].view(rows, numel).unbind(0)
+            sizes = [part.numel() for _, part in mine]
+            landing += [list(row.split(sizes)) for row in inbox[: rows * numel].view(rows, numel)]
         works: list[dist.Work | None] = []
         with record_function("dist_asgd::reduce_scatter"), self._guard("a reduce-scatter"):
             # Receives first: a message that finds its buffer waiting is never buffered twice.
-            if numel:
-                for peer, place in zip(self._peers, landing, strict=True):
-                    works.append(dist.irecv(place, self._global[peer], group=self.group, tag=tag))
+            for peer, places in zip(self._peers, landing, strict=True) if mine else ():
+                works += [dist.irecv(place, self._global[peer], group=self.group, tag=tag) for place in places]
             for peer in self._peers:
-                low, high = bounds[peer]
-                if low < high:
-                    works.append(dist.isend(send[low:high], self._global[peer], group=self.group, tag=tag))
+                works += [dist.isend(part, self._global[peer], group=self.group, tag=tag) for _, part in parts[peer]]
 
         def store() -> None:
-            if numel:
-                parts = list(landing)
-                parts.insert(self.rank, send[slice(*bounds[self.rank])])
-                self._store_mean(parts, shard[:numel], accumulate, divided)
+            for i, (start, part) in enumerate(mine):
+                received = [places[i] for places in landing]
+                received.insert(self.rank, part)
+                self._store_mean(received, shard[start : start + part.numel()], accumulate)
             if inbox is not None:
                 self._inboxes[shard.dtype].append(inbox)
 
         return self._waiting(works, "a reduce-scatter", store)
 
-    def _store_mean(self, parts: list[Tensor], shard: Tensor, accumulate: bool, divided: bool) -> None:
-        """``shard (+)= mean(parts)``, summed in list order; unless accumulating, the first peer's part is ``shard``."""
-        if shard.dtype in SIXTEEN_BIT:
-            for start in range(0, shard.numel(), SUM_NUMEL):
-                chunk = slice(start, start + SUM_NUMEL)
-                total = self._sums[: shard[chunk].numel()].copy_(parts[0][chunk])
-                for part in parts[1:]:
-                    total.add_(part[chunk])
-                total.div_(len(parts))
-                if accumulate:
-                    shard[chunk].add_(total.to(shard.dtype))
-                else:
-                    shard[chunk].copy_(total)
-            return
-        total = parts[0 if self.rank else 1] if accumulate else shard
-        torch.add(parts[0], parts[1], out=total)
-        for part in parts[2:]:
-            total.add_(part)
-        if not divided:
-            total.div_(len(parts))
-        if accumulate:
-            shard.add_(total)
+    def _store_mean(self, parts: list[Tensor], shard: Tensor, accumulate: bool) -> None:
+        """``shard (+)= mean(parts)``, summed in list order; unless accumulating, the first peer's part is ``shard``.
+
+        In stretches that stay in cache. 16-bit gradients are summed in float32, so that they are rounded once.
+        """
+        narrow = shard.dtype in SIXTEEN_BIT
+        for first in range(0, shard.numel(), SUM_NUMEL):
+            stretch = slice(first, first + SUM_NUMEL)
+            place = shard[stretch]
+            chunks = [part[stretch] for part in parts]
+            if narrow:
+                total = self._sums[: place.numel()].copy_(chunks[0])
+                total.add_(chunks[1])
+            else:
+                total = torch.add(chunks[0], chunks[1], out=chunks[0 if self.rank else 1] if accumulate else place)
+            for chunk in chunks[2:]:
+                total.add_(chunk)
+            total.div_(len(chunks))
+            if accumulate:
+                place.add_(total.to(place.dtype) if narrow else total)
+            elif narrow:
+                place.copy_(total)
 
     def all_gather(self, flat: Tensor) -> Wait:
         parts = flat.view(self.world_size, -1)

@@ -79,6 +79,65 @@ class BucketLayout:
                 yield rank, self.piece(slot, rank)
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements ``[start, stop)`` of a shard, and where their gradient comes from.
+
+    ``slot`` is the slot of a large parameter, whose gradient is sent from where it lies, from element ``source``
+    on; None for a stretch of small ones, which are packed: ``source`` counts in the packed buffer.
+    """
+
+    start: int
+    stop: int
+    slot: int | None
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendLayout:
+    """What every rank sends of a bucket: the stretches of each rank's shard; and the packed buffer for small slots.
+
+    ``packed`` gives (slot, offset in the packed buffer) of every small slot.
+    """
+
+    stretches: tuple[tuple[Stretch, ...], ...]
+    packed: tuple[tuple[int, int], ...]
+    packed_numel: int
+
+
+def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
+    """Slots of at least ``direct_numel`` elements go as they lie; neighbouring smaller ones share a message."""
+    runs: list[tuple[int, int, int | None, int]] = []
+    packed: list[tuple[int, int]] = []
+    packed_numel = 0
+    for index, slot in enumerate(layout.slots):
+        if slot.numel >= direct_numel:
+            runs.append((slot.offset, slot.stop, index, 0))
+        elif slot.numel:
+            if runs and runs[-1][2] is None:
+                start, _, _, source = runs.pop()
+            else:
+                start, source = slot.offset, packed_numel
+            packed_numel = source + slot.stop - start
+            packed.append((index, source + slot.offset - start))
+            runs.append((start, slot.stop, None, source))
+    by_rank: list[list[Stretch]] = [[] for _ in range(layout.world_size)]
+    for start, stop, owner, source in runs:
+        for rank in range(start // layout.shard_numel, (stop - 1) // layout.shard_numel + 1):
+            first = rank * layout.shard_numel
+            low, high = max(start, first), min(stop, first + layout.shard_numel)
+            by_rank[rank].append(Stretch(low - first, high - first, owner, source + low - start))
+    return SendLayout(tuple(map(tuple, by_rank)), tuple(packed), packed_numel)
+
+
+def whole_layout(layout: BucketLayout) -> SendLayout:
+    """Everything packed, padding included, one stretch a rank: for backends that want one flat buffer."""
+    shard = layout.shard_numel
+    stretches = tuple((Stretch(0, shard, None, rank * shard),) for rank in range(layout.world_size))
+    packed = tuple((index, slot.offset) for index, slot in enumerate(layout.slots) if slot.numel)
+    return SendLayout(stretches, packed, layout.numel)
+
+
 def round_up(numel: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is at least ``numel``."""
     return -(-numel // multiple) * multiple

@@ -23,28 +23,25 @@ from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind
 from .buffers import Bucket, Member, flattened
 from .comm import Communicators, Wait
 from .gradients import Gradients, indices_of
+from .layout import SendLayout, Stretch, send_layout, whole_layout
 from .validation import check_gradient
 
 # Buckets on their way at a time: one arrives while the next is filled.
 MAX_IN_FLIGHT = 2
+# A gradient of at least this size is sent from where it lies, where the backend can; smaller ones share a message.
+DIRECT_BYTES = 1 << 18
 
 
 class Slots:
-    """Send buffers for buckets in flight: one that fits the largest bucket, and a second that fits the next."""
+    """Send buffers for what is packed of the buckets in flight: as many as buckets may be on their way."""
 
-    def __init__(self, numels: Sequence[int], like: Tensor) -> None:
-        sizes = sorted(numels, reverse=True)
-        self._free = [like.new_empty(numel) for numel in sizes[:MAX_IN_FLIGHT]]
+    def __init__(self, numel: int, like: Tensor) -> None:
+        self._free = [like.new_empty(numel) for _ in range(MAX_IN_FLIGHT)]
         self.nbytes = sum(slot.nbytes for slot in self._free)
 
-    def take(self, numel: int) -> Tensor | None:
-        """A free buffer of at least ``numel``, the smallest that fits; None while there is none."""
-        fitting = [slot for slot in self._free if slot.numel() >= numel]
-        if not fitting:
-            return None
-        best = min(fitting, key=torch.Tensor.numel)
-        self._free = [slot for slot in self._free if slot is not best]
-        return best
+    def take(self) -> Tensor | None:
+        """A free buffer; None while there is none."""
+        return self._free.pop() if self._free else None
 
     def give_back(self, slot: Tensor) -> None:
         """Return a buffer that ``take`` handed out."""
@@ -63,6 +60,7 @@ class Reducer(Gradients):
         self._home: dict[int, Bucket] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._slots: dict[tuple[torch.device, torch.dtype], Slots] = {}
+        self._sends: dict[int, SendLayout] = {}
         self._in_flight: deque[Wait] = deque()
         # Of the open round: what has come, bucket by bucket, and the next bucket to launch.
         self._rounds: list[Bucket] = []
@@ -92,6 +90,13 @@ class Reducer(Gradients):
         for member in self.members:
             self._hooks += [_hook_on(member, self._arrived)] if member.param.requires_grad else []
         self._slots = {}
+        self._sends = {}
+        for bucket in self.buckets:
+            if self.communicators.on(bucket.device).contiguous:
+                self._sends[id(bucket)] = whole_layout(bucket.layout)
+            else:
+                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize
+                self._sends[id(bucket)] = send_layout(bucket.layout, direct_numel)
 
     # --- during backward ---------------------------------------------------------------------------------
 
@@ -130,17 +135,15 @@ class Reducer(Gradients):
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter."""
-        communicator = self.communicators.on(bucket.device)
         gradients = [self._checked(member) for member in bucket.members]
-        slot = None
-        divisor = 1
-        if bucket.alone and communicator.takes_short:
-            send = self._flat(bucket.members[0], gradients[0])
-        else:
-            slot = self._slot(bucket)
-            send = slot[: bucket.layout.numel]
-            divisor = communicator.divisor(bucket.dtype)
-            bucket.pack(gradients, send, divisor)
+        slot = self._slot(bucket)
+        send = self._sends[id(bucket)]
+        packed = slot[: send.packed_numel]
+        bucket.pack(gradients, send.packed, packed)
+        parts = [
+            [(stretch.start, _source(bucket, gradients, packed, stretch)) for stretch in stretches]
+            for stretches in send.stretches
+        ]
         for member in bucket.members:
             if member.param.grad is not None:
                 member.param.grad = None
@@ -156,30 +159,21 @@ class Reducer(Gradients):
                 stacklevel=2,
             )
         self._valid.add(id(bucket))
-        wait = communicator.reduce_scatter(send, shard, accumulate, divisor > 1, tag)
+        wait = self.communicators.on(bucket.device).reduce_scatter(parts, shard, accumulate, tag)
 
         def finish() -> None:
             wait()
-            if slot is not None:
-                self._slots[bucket.device, bucket.dtype].give_back(slot)
+            self._slots[bucket.device, bucket.dtype].give_back(slot)
 
         self._in_flight.append(finish)
-        while len(self._in_flight) > MAX_IN_FLIGHT:
-            self._in_flight.popleft()()
-
-    def _flat(self, member: Member, gradient: Tensor | None) -> Tensor:
-        """The gradient as it lies, ``(slot_numel,)``; zeros where there is none."""
-        if gradient is None:
-            return member.bucket.flat.new_zeros(member.slot.numel)
-        return flattened(gradient, member.strides)
 
     def _slot(self, bucket: Bucket) -> Tensor:
+        """A free send buffer; waits for the oldest bucket in flight while there is none."""
         key = (bucket.device, bucket.dtype)
         if key not in self._slots:
-            in_place = self.communicators.on(bucket.device).takes_short
-            alike = [b for b in self.buckets if (b.device, b.dtype) == key and not (b.alone and in_place)]
-            self._slots[key] = Slots([b.layout.numel for b in alike], bucket.flat)
-        while (slot := self._slots[key].take(bucket.layout.numel)) is None:
+            alike = [b for b in self.buckets if (b.device, b.dtype) == key]
+            self._slots[key] = Slots(max(self._sends[id(b)].packed_numel for b in alike), bucket.flat)
+        while (slot := self._slots[key].take()) is None:
             self._in_flight.popleft()()
         return slot
 
@@ -300,6 +294,17 @@ class Reducer(Gradients):
     def in_flight_bytes(self) -> int:
         """Bytes of the send buffers, kept between steps."""
         return sum(slots.nbytes for slots in self._slots.values())
+
+
+def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, stretch: Stretch) -> Tensor:
+    """What is sent for ``stretch``, 1-D: a view of the packed buffer or of the gradient as it lies; zeros for None."""
+    numel = stretch.stop - stretch.start
+    if stretch.slot is None:
+        return packed[stretch.source : stretch.source + numel]
+    gradient = gradients[stretch.slot]
+    if gradient is None:
+        return packed.new_zeros(numel)
+    return flattened(gradient, bucket.members[stretch.slot].strides)[stretch.source : stretch.source + numel]
 
 
 def _hook_on(member: Member, arrived: Callable[[Member], None]) -> torch.utils.hooks.RemovableHandle:

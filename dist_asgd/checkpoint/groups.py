@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+
+def _snapshot(value: Any) -> Any:
+    # A Tensor lr changes in place; what was saved must not.
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
 
 def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """``param_groups`` with parameters numbered in order, as ``torch.optim`` packs them."""
     packed = []
     first = 0
     for group in groups:
-        entry = {key: value for key, value in group.items() if key != "params"}
+        entry = {key: _snapshot(value) for key, value in group.items() if key != "params"}
         entry["params"] = list(range(first, first + len(group["params"])))
         first += len(group["params"])
         packed.append(entry)
