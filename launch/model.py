@@ -1,0 +1,80 @@
+"""A small decoder-only transformer language model over bytes."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_BYTE_VALUES = 256
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything that decides the parameters' shapes."""
+
+    d_model: int
+    layers: int
+    heads: int
+    context: int
+    tie_embedding: bool = False
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each behind a norm and inside a residual."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.attention_norm = nn.LayerNorm(shape.d_model)
+        self.query_key_value = nn.Linear(shape.d_model, 3 * shape.d_model)
+        self.attention_out = nn.Linear(shape.d_model, shape.d_model)
+        self.feed_norm = nn.LayerNorm(shape.d_model)
+        self.feed_in = nn.Linear(shape.d_model, 4 * shape.d_model)
+        self.feed_out = nn.Linear(4 * shape.d_model, shape.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, time, d_model)
+        x = x + self.attention_out(self._attend(self.attention_norm(x)))
+        return x + self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)), approximate="tanh"))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, time, d_model = x.shape
+        heads = self.query_key_value(x).view(batch, time, 3, self.heads, d_model // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, d_model / heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return mixed.transpose(1, 2).reshape(batch, time, d_model)
+
+
+class ByteTransformer(nn.Module):
+    """Pre-norm transformer with learned positions; `forward` returns the mean loss in nats per byte."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.byte_embedding = nn.Embedding(NUM_BYTE_VALUES, shape.d_model)
+        self.position_embedding = nn.Embedding(shape.context, shape.d_model)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.final_norm = nn.LayerNorm(shape.d_model)
+        self.output = nn.Linear(shape.d_model, NUM_BYTE_VALUES, bias=False)
+        self._initialise(shape)
+        if shape.tie_embedding:
+            self.output.weight = self.byte_embedding.weight
+
+    def _initialise(self, shape: ModelShape) -> None:
+        residual_scale = (2 * shape.layers) ** -0.5  # keeps the residual stream's size independent of depth
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue  # norms and biases keep PyTorch's values
+            std = 0.1 if "embedding" in name else parameter.shape[1] ** -0.5
+            if name.endswith(("attention_out.weight", "feed_out.weight")):
+                std *= residual_scale
+            nn.init.normal_(parameter, std=std)
+
+    def forward(self, windows: Tensor) -> Tensor:  # (batch, time + 1) of byte values
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        x = self.byte_embedding(inputs) + self.position_embedding(positions)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.output(self.final_norm(x)).float()  # the loss in float32 whatever the parameters are
+        loss: Tensor = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return loss

@@ -1,0 +1,151 @@
+"""The trainer's options: one frozen record, from which typer makes the command line."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Precision(StrEnum):
+    """What is kept in which format."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    AUTOCAST = "autocast"
+
+
+class Schedule(StrEnum):
+    """The learning rate after its warm-up."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    LINEAR = "linear"
+
+
+# What a checkpoint brings along; another value on resuming would be ignored or would not fit.
+FIXED_BY_CHECKPOINT = (
+    "d_model",
+    "layers",
+    "heads",
+    "context",
+    "tie_embedding",
+    "dtype",
+    "lr",
+    "lambd",
+    "alpha",
+    "weight_decay",
+)
+
+
+def _option(panel: str, text: str, *names: str, minimum: float | None = None) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, min=minimum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a byte-level transformer language model with ShardedASGD, under torchrun or as one process."""
+
+    data: Annotated[
+        list[Path] | None,
+        _option("Data", "File or folder to train on; may be repeated. Default: Python's own library sources."),
+    ] = None
+    seed: Annotated[int, _option("Data", "Seeds the initial parameters and the order of the data.", minimum=0)] = 0
+
+    d_model: Annotated[int, _option("Model", "Width.", minimum=1)] = 256
+    layers: Annotated[int, _option("Model", "Transformer blocks.", minimum=1)] = 6
+    heads: Annotated[int, _option("Model", "Attention heads; divides the width.", minimum=1)] = 4
+    context: Annotated[int, _option("Model", "Bytes that a prediction can look back on.", minimum=1)] = 256
+    tie_embedding: Annotated[bool, _option("Model", "Output layer = input embedding.")] = False
+    dtype: Annotated[
+        Precision,
+        _option(
+            "Model",
+            "float32; bfloat16: parameters, gradients and activations (updates below half a unit in the last "
+            "place are lost); autocast: float32 parameters, gradients and average, bfloat16 matrix products.",
+        ),
+    ] = Precision.FLOAT32
+
+    stage: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=2,
+            help="1: DDP averages the gradients, ShardedASGD shards the state; 2: ShardedASGD shards both.",
+            rich_help_panel="Optimizer",
+        ),
+    ] = 1
+    lr: Annotated[float, _option("Optimizer", "Learning rate.", minimum=0)] = 0.3
+    lambd: Annotated[float, _option("Optimizer", "ASGD's decay term.", minimum=0)] = 1e-4
+    alpha: Annotated[float, _option("Optimizer", "ASGD's power for the decay of eta.", minimum=0)] = 0.75
+    weight_decay: Annotated[float, _option("Optimizer", "L2 penalty.", minimum=0)] = 0.0
+    schedule: Annotated[Schedule, _option("Optimizer", "Learning rate after the warm-up.")] = Schedule.CONSTANT
+    warmup: Annotated[int, _option("Optimizer", "Steps of linear warm-up.", minimum=0)] = 0
+    t0: Annotated[int | None, _option("Optimizer", "Averaging begins after this step.", minimum=0)] = None
+    t0_share: Annotated[
+        float | None, _option("Optimizer", "The same as a share of --steps. Default: 0.5.", minimum=0)
+    ] = None
+    clip: Annotated[float, _option("Optimizer", "Largest global gradient norm; 0: no clipping.", minimum=0)] = 1.0
+    foreach: Annotated[bool | None, _option("Optimizer", "Form of the update. Default: the optimizer's.")] = None
+    bucket_cap_mb: Annotated[float, _option("Optimizer", "Bucket size in MiB.")] = 25.0
+
+    steps: Annotated[int, _option("Run", "Optimizer steps in all.", minimum=1)] = 1000
+    batch: Annotated[int, _option("Run", "Windows per rank and backward pass.", minimum=1)] = 16
+    accumulation: Annotated[int, _option("Run", "Backward passes per optimizer step.", minimum=1)] = 1
+    eval_every: Annotated[int, _option("Run", "Steps between evaluations.", minimum=1)] = 100
+    eval_windows: Annotated[int, _option("Run", "Held-out windows, over all ranks.", minimum=1)] = 256
+    log_every: Annotated[int, _option("Run", "Steps between lines of metrics.", minimum=1)] = 10
+    timeout: Annotated[int, _option("Run", "Seconds after which a silent peer counts as lost.", minimum=1)] = 300
+
+    out: Annotated[Path, _option("Files", "Metrics, TensorBoard events, picture and summary.")] = Path("runs/train")
+    checkpoint: Annotated[
+        Path | None, _option("Files", "Checkpoint folder. Default: the folder `checkpoint` in --out.")
+    ] = None
+    checkpoint_every: Annotated[int, _option("Files", "Steps between checkpoints; 0: only at the end.", minimum=0)] = 0
+    resume: Annotated[bool, _option("Files", "Go on from the checkpoint.", "--resume")] = False
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.heads:
+            raise typer.BadParameter(f"--d-model {self.d_model} is not a multiple of --heads {self.heads}")
+        if self.t0 is not None and self.t0_share is not None:
+            raise typer.BadParameter("--t0 and --t0-share are two ways to say one thing: give one of them")
+        for name in ("lr", "lambd", "alpha", "weight_decay", "clip", "bucket_cap_mb"):
+            if not math.isfinite(getattr(self, name)):
+                raise typer.BadParameter(f"--{name.replace('_', '-')} is not finite")
+
+    @property
+    def first_average_step(self) -> int:
+        """t0 in steps, whichever way it was given."""
+        if self.t0 is not None:
+            return self.t0
+        return round((0.5 if self.t0_share is None else self.t0_share) * self.steps)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints go and where --resume looks."""
+        return self.out / "checkpoint" if self.checkpoint is None else self.checkpoint
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rate is multiplied with in the step after `step` steps."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        match self.schedule:
+            case Schedule.CONSTANT:
+                return 1.0
+            case Schedule.LINEAR:
+                return max(0.0, 1.0 - done)
+            case Schedule.COSINE:
+                return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    def plain(self) -> dict[str, Any]:
+        """Every option as a plain value, for files: paths and names as strings."""
+        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path | StrEnum) else value

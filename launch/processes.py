@@ -1,0 +1,115 @@
+"""The ranks of a run: starting, agreeing on small things, failing together, ending.
+
+Small things travel over a Gloo group of their own, on the CPU: they never wait for a GPU's stream.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
+
+
+class TrainingError(Exception):
+    """A failure that every rank raises together, with a message for the user."""
+
+
+class Processes:
+    """This process among the run's; without torchrun it is the only one and no process group exists."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_distributed = "RANK" in os.environ
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        self._control: dist.ProcessGroup | None = None
+        if self.is_distributed:
+            on_gpu = self.device.type == "cuda"
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", timeout=timeout, device_id=self.device if on_gpu else None
+            )
+            self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the run's files and speaks to the user."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Collective: waits for all ranks, since one that leaves early can abort its peers."""
+        if self.is_distributed:
+            dist.barrier(group=self._control)
+            dist.destroy_process_group()
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def total(self, *values: float) -> list[float]:
+        """Collective: each value summed over the ranks."""
+        if not self.is_distributed:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=self._control)
+        return sums.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Collective: every rank's value, in rank order, on every rank."""
+        if not self.is_distributed:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Collective: runs `action` everywhere; where it fails on any rank, every rank raises."""
+        result, failure = _attempt(action)
+        failures: dict[str, list[int]] = {}
+        for rank, text in enumerate(self.gather(failure)):
+            if text is not None:
+                failures.setdefault(text, []).append(rank)
+        if failures:
+            raise TrainingError("; ".join(f"{text} (rank {_listed(on)})" for text, on in failures.items()))
+        return result  # type: ignore[return-value]  # no failure: there is a result
+
+    def on_first(self, action: Callable[[], T]) -> T | None:
+        """Collective: runs `action` on rank 0; its failure is raised on every rank."""
+        return self.together(lambda: action() if self.is_first else None)
+
+    def broadcast_bytes(self, content: bytes | None) -> bytes:
+        """Collective: rank 0's `content` on every rank."""
+        if not self.is_distributed:
+            assert content is not None
+            return content
+        (num_bytes,) = self.total(0.0 if content is None else float(len(content)))
+        buffer = torch.empty(int(num_bytes), dtype=torch.uint8)
+        if content is not None:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0, group=self._control)
+        return buffer.numpy().tobytes()
+
+    def broadcast_parameters(self, module: nn.Module) -> None:
+        """Collective: rank 0's parameters on every rank."""
+        if self.is_distributed:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return action(), None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as failure:
+        return None, f"{type(failure).__name__}: {failure}"
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

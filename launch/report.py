@@ -1,0 +1,137 @@
+"""What a run leaves for people: the closing table, the summary as JSON and the picture of its losses."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from metrics import read_metrics
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")  # no display on a training machine
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank holds."""
+
+    parameter_bytes: int
+    state_bytes: int
+    gradient_bytes: int
+    in_flight_bytes: int
+    padding_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out losses in nats per byte, of the last iterate and of the average."""
+
+    step: int
+    last: float
+    average: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of a run."""
+
+    step: int
+    stopped_by: str | None
+    train_loss: float | None
+    evaluation: Evaluation | None
+    tokens_per_second: float
+    first_average_step: int  # t0
+    average_dtype: str
+    memory_by_rank: list[Memory]
+    unsharded: Memory  # what torch.optim.ASGD and its gradients take on every rank
+
+
+def write_summary(folder: Path, summary: Summary) -> Path:
+    """Writes summary.json."""
+    file = folder / "summary.json"
+    file.write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def draw_losses(folder: Path, first_average_step: int) -> Path | None:
+    """Writes losses.png: the training loss and both held-out losses; None where there are none yet."""
+    lines = read_metrics(folder)
+    if not lines:
+        return None
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*_curve(lines, "train_loss"), color="0.75", linewidth=0.8, label="training batch")
+    axes.plot(*_curve(lines, "held_out_last"), color="C0", marker=".", zorder=3, label="held out, last iterate")
+    axes.plot(*_curve(lines, "held_out_average"), color="C3", marker=".", label="held out, average")
+    axes.axvline(first_average_step, color="0.4", linestyle=":", linewidth=1, label="t0: averaging begins")
+    axes.set_xlim(left=0, right=lines[-1]["step"])
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per byte")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    file = folder / "losses.png"
+    figure.savefig(file)
+    return file
+
+
+def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [loss for _, loss in points]
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """The closing table."""
+    console.print(_outcome_table(summary))
+    console.print(_memory_table(summary))
+
+
+def _outcome_table(summary: Summary) -> Table:
+    table = Table(title=f"after step {summary.step}", title_justify="left")
+    table.add_column("")
+    table.add_column("nats per byte", justify="right")
+    table.add_column("bits per byte", justify="right")
+    table.add_row("training, latest batch", *_loss_cells(summary.train_loss))
+    at_step = "" if summary.evaluation is None else f" at step {summary.evaluation.step}"
+    last = None if summary.evaluation is None else summary.evaluation.last
+    average = None if summary.evaluation is None else summary.evaluation.average
+    table.add_row(f"held out{at_step}, last iterate", *_loss_cells(last))
+    table.add_row(f"held out{at_step}, average ({summary.average_dtype})", *_loss_cells(average))
+    if last is not None and average is not None:
+        table.add_row("average - last iterate", *_loss_cells(average - last), style="bold")
+    table.add_section()
+    table.add_row("tokens per second, all ranks", f"{summary.tokens_per_second:,.0f}", "")
+    return table
+
+
+def _memory_table(summary: Summary) -> Table:
+    table = Table(title="bytes held", title_justify="left")
+    table.add_column("")
+    for name in ("parameters", "state", "gradients", "in flight", "padding"):
+        table.add_column(name, justify="right")
+    for rank, memory in enumerate(summary.memory_by_rank):
+        table.add_row(f"rank {rank}", *_memory_cells(memory))
+    table.add_section()
+    table.add_row("unsharded torch.optim.ASGD", *_memory_cells(summary.unsharded))
+    return table
+
+
+def _loss_cells(nats: float | None) -> tuple[str, str]:
+    return ("-", "-") if nats is None else (f"{nats:.4f}", f"{nats / math.log(2):.4f}")
+
+
+def _memory_cells(memory: Memory) -> list[str]:
+    held = (
+        memory.parameter_bytes,
+        memory.state_bytes,
+        memory.gradient_bytes,
+        memory.in_flight_bytes,
+        memory.padding_bytes,
+    )
+    return [f"{num_bytes:,}" for num_bytes in held]

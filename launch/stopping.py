@@ -1,0 +1,20 @@
+"""Ending a run on Ctrl-C or SIGTERM without tearing the step that is under way."""
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers the first signal that asked this process to end; later ones change nothing.
+
+    A signal may reach one rank only, so the ranks compare notes after every step before they stop together.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name

@@ -1,0 +1,81 @@
+"""Trains a byte-level language model with ShardedASGD, under torchrun or as `python launch/train.py`."""
+
+import functools
+import sys
+from datetime import timedelta
+from typing import Any
+
+import typer
+from corpus import Corpus, read_corpus
+from metrics import MetricsLog
+from options import TrainOptions
+from processes import Processes, TrainingError
+from report import Summary, draw_losses, print_summary, write_summary
+from rich.console import Console
+from stopping import StopRequest
+from training import Training
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@functools.wraps(TrainOptions, updated=())
+def main(**values: Any) -> None:
+    """The command line: TrainOptions lists its options, see there."""
+    options = TrainOptions(**values)
+    stop = StopRequest()
+    processes = Processes(timedelta(seconds=options.timeout))
+    try:
+        train(options, processes, stop)
+    except TrainingError as failure:
+        sys.stderr.write(f"error on rank {processes.rank}: {failure}\n")  # one write: ranks share the stream
+        processes.close()  # every rank raised it, so every rank comes here
+        raise typer.Exit(1) from failure
+    processes.close()
+
+
+def train(options: TrainOptions, processes: Processes, stop: StopRequest) -> None:
+    """One run from the text to the closing table. Collective."""
+    console = Console() if processes.is_first else None
+    corpus = processes.together(lambda: read_corpus(options.data, options.context))
+    _check_same_corpus(corpus, processes)
+    training = Training(options, processes, corpus, console)
+    resumed_step = training.resume() if options.resume else None
+    log = processes.on_first(lambda: MetricsLog(options.out, resumed_step))
+    if console is not None:
+        console.print(
+            f"{training.num_parameters:,} parameters, stage {options.stage}, {processes.world_size} ranks on "
+            f"{processes.device.type}; {len(corpus.train) / 1e6:.1f} MB to train on and "
+            f"{len(corpus.held_out) / 1e6:.1f} MB held out of {corpus.num_files} files",
+            highlight=False,
+            soft_wrap=True,
+        )
+    summary = training.run(log, stop)
+    if log is not None:
+        log.close()
+    processes.on_first(lambda: _report(options, summary))
+
+
+def _check_same_corpus(corpus: Corpus, processes: Processes) -> None:
+    fingerprints = processes.gather(corpus.fingerprint)
+    differing = [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
+    if differing:
+        raise TrainingError(
+            f"ranks {differing} read another text than rank 0: give every node the same files with --data"
+        )
+
+
+def _report(options: TrainOptions, summary: Summary) -> None:
+    picture = draw_losses(options.out, summary.first_average_step)
+    write_summary(options.out, summary)
+    console = Console(highlight=False)
+    print_summary(console, summary)
+    if summary.stopped_by is not None:
+        console.print(f"stopped by {summary.stopped_by} after step {summary.step}; --resume goes on from there")
+    console.print(f"checkpoint: {options.checkpoint_folder.resolve()}", soft_wrap=True)
+    if picture is not None:
+        console.print(f"picture:    {picture.resolve()}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,269 @@
+"""The training run: steps, evaluations, checkpoints, and the summary of it all."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+from checkpoint import decode_checkpoint, read_checkpoint, write_checkpoint
+from corpus import Corpus
+from metrics import MetricsLog
+from model import ByteTransformer, ModelShape
+from options import FIXED_BY_CHECKPOINT, Precision, TrainOptions
+from processes import Processes, TrainingError
+from progress import ProgressDisplay
+from report import Evaluation, Memory, Summary
+from rich.console import Console
+from stopping import StopRequest
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from dist_asgd import ShardedASGD
+
+_NUM_ASGD_SCALARS = 3  # step, eta and mu, which torch.optim.ASGD keeps for each parameter as float32 tensors
+
+
+class Training:
+    """A model, its optimizer and where they stand. All methods are collective: all ranks, same order."""
+
+    def __init__(self, options: TrainOptions, processes: Processes, corpus: Corpus, console: Console | None) -> None:
+        self._options = options
+        self._processes = processes
+        self._corpus = corpus
+        self._console = console
+        self._step = 0
+        self._train_loss: float | None = None
+        self._evaluation: Evaluation | None = None
+        self._num_timed_steps = 0
+        self._timed_seconds = 0.0
+
+        torch.manual_seed(options.seed)
+        shape = ModelShape(**{field.name: getattr(options, field.name) for field in fields(ModelShape)})
+        self._model = ByteTransformer(shape).to(processes.device)
+        if options.dtype is Precision.BFLOAT16:
+            self._model.to(torch.bfloat16)
+        processes.broadcast_parameters(self._model)  # one start, also where ranks' random numbers differ
+
+        self._network: nn.Module = self._model
+        if options.stage == 1 and processes.is_distributed:
+            self._network = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
+        self._optimizer = ShardedASGD(
+            self._model.named_parameters(),
+            lr=options.lr,
+            lambd=options.lambd,
+            alpha=options.alpha,
+            t0=options.first_average_step,
+            weight_decay=options.weight_decay,
+            foreach=options.foreach,
+            stage=options.stage,
+            bucket_cap_mb=options.bucket_cap_mb,
+        )
+        self._scheduler = LambdaLR(self._optimizer, options.lr_factor)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def first_average_step(self) -> int:
+        """The optimizer's t0: after --resume that of the checkpoint."""
+        return int(self._optimizer.param_groups[0]["t0"])
+
+    def resume(self) -> int:
+        """Restores the checkpoint, the same on every rank, and returns the step it was written after."""
+        encoded = self._processes.on_first(lambda: read_checkpoint(self._options.checkpoint_folder))
+        encoded = self._processes.broadcast_bytes(encoded)
+        content = self._processes.together(lambda: self._checked(decode_checkpoint(encoded)))
+        self._processes.together(lambda: self._model.load_state_dict(content["model"]))
+        self._optimizer.load_state_dict(content["optimizer"])
+        self._scheduler.load_state_dict(content["scheduler"])
+        self._step = content["step"]
+        if self._console is not None:
+            self._console.print(
+                f"resumed after step {self._step}, averaging begins after step {self.first_average_step}"
+                + "".join(f"; {change}" for change in self._changes(content, self._options.plain())),
+                highlight=False,
+                soft_wrap=True,
+            )
+        return self._step
+
+    def run(self, log: MetricsLog | None, stop: StopRequest) -> Summary:
+        """Trains to the last step, or to the end of the step in which a signal came."""
+        options = self._options
+        signal_name = None
+        self._model.train()
+        with ProgressDisplay(self._console, total=options.steps, done=self._step) as progress:
+            while self._step < options.steps and signal_name is None:
+                with self._timed():
+                    loss = self._train_step()
+                    self._step += 1
+                    if self._step % options.log_every == 0 or self._step == options.steps:
+                        self._log_step(log, loss)
+                signal_name = self._agreed_signal(stop)
+                progress.show(self._step, text=self._progress_text())
+                if signal_name is None and self._is_due(options.eval_every):
+                    self._evaluate(log, progress)
+                if options.checkpoint_every and self._is_due(options.checkpoint_every):
+                    self._save()
+            if signal_name is None and (self._evaluation is None or self._evaluation.step < self._step):
+                self._evaluate(log, progress)
+        self._save()
+        return self._summary(signal_name)
+
+    def _train_step(self) -> Tensor:
+        """One optimizer step over `accumulation` backward passes; returns this rank's mean loss, 0-dim."""
+        options, processes = self._options, self._processes
+        self._optimizer.zero_grad()
+        losses = torch.zeros((), device=processes.device)
+        for accumulated in range(options.accumulation):
+            windows = self._corpus.batch(
+                seed=options.seed,
+                step=self._step,
+                slot=accumulated * processes.world_size + processes.rank,
+                num_slots=options.accumulation * processes.world_size,
+                windows=options.batch,
+                context=options.context,
+            )
+            is_last = accumulated == options.accumulation - 1
+            with nullcontext() if is_last else self._no_sync():
+                loss = self._loss(self._network, windows) / options.accumulation
+                loss.backward()
+            losses += loss.detach()
+        if options.clip:
+            self._optimizer.clip_grad_norm_(options.clip)
+        self._optimizer.step()
+        self._scheduler.step()
+        return losses
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        if isinstance(self._network, DistributedDataParallel):
+            return self._network.no_sync()
+        return self._optimizer.no_sync() if self._options.stage == 2 else nullcontext()
+
+    def _loss(self, network: nn.Module, windows: Tensor) -> Tensor:
+        device = self._processes.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._options.dtype is Precision.AUTOCAST):
+            loss: Tensor = network(windows.to(device, non_blocking=True))
+        return loss
+
+    def _log_step(self, log: MetricsLog | None, loss: Tensor) -> None:
+        (loss_sum,) = self._processes.total(loss.item())
+        self._train_loss = loss_sum / self._processes.world_size
+        if not math.isfinite(self._train_loss):
+            raise TrainingError(
+                f"the training loss of step {self._step} is {self._train_loss}: lower --lr or --clip; "
+                "the last checkpoint, if there is one, is untouched"
+            )
+        if log is not None:
+            log.write(self._step, train_loss=self._train_loss, lr=float(self._scheduler.get_last_lr()[0]))
+
+    def _agreed_signal(self, stop: StopRequest) -> str | None:
+        (num_stopped,) = self._processes.total(float(stop.signal_name is not None))
+        if not num_stopped:
+            return None
+        return next(name for name in self._processes.gather(stop.signal_name) if name is not None)
+
+    def _is_due(self, every: int) -> bool:
+        return self._step % every == 0 and self._step < self._options.steps
+
+    def _evaluate(self, log: MetricsLog | None, progress: ProgressDisplay) -> None:
+        last = average = self._held_out_loss()
+        note = "averaging has not begun"
+        # mu acts two steps late: up to t0 + 2 the average is the last iterate.
+        if self._step > self.first_average_step + 2:
+            with self._optimizer.averaged_parameters():
+                average = self._held_out_loss()
+            note = f"of the average {average:.4f}"
+        self._evaluation = Evaluation(self._step, last, average)
+        if log is not None:
+            log.write(self._step, held_out_last=last, held_out_average=average, tokens_per_second=self._speed())
+        progress.note(f"step {self._step}: held-out loss {last:.4f}, {note}")
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Mean over the held-out windows, of which every rank takes its share."""
+        options, processes = self._options, self._processes
+        windows = self._corpus.held_out_windows(windows=options.eval_windows, context=options.context)
+        loss_sum = 0.0
+        for batch in windows[processes.rank :: processes.world_size].split(options.batch):
+            loss_sum += self._loss(self._model, batch).item() * len(batch)
+        return processes.total(loss_sum)[0] / len(windows)
+
+    def _save(self) -> None:
+        optimizer = self._optimizer.consolidated_state_dict(to=0)
+        self._processes.on_first(
+            lambda: write_checkpoint(
+                self._options.checkpoint_folder,
+                {
+                    "step": self._step,
+                    "options": self._options.plain(),
+                    # Cloned: a view would bring the whole flat buffer behind it into the file.
+                    "model": {name: value.cpu().clone() for name, value in self._model.state_dict().items()},
+                    "optimizer": optimizer,
+                    "scheduler": self._scheduler.state_dict(),
+                },
+            )
+        )
+
+    def _checked(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Refuses options that the checkpoint would silently overrule."""
+        changes = self._changes(content, FIXED_BY_CHECKPOINT)
+        if changes:
+            raise ValueError(
+                f"the checkpoint belongs to another run: {', '.join(changes)}; "
+                "give the options it was made with, or leave out --resume to start anew"
+            )
+        return content
+
+    def _changes(self, content: dict[str, Any], names: Iterable[str]) -> list[str]:
+        now, then = self._options.plain(), content["options"]
+        return [
+            f"--{name.replace('_', '-')} is {now[name]}, was {then[name]}"
+            for name in names
+            if name != "resume" and now[name] != then[name]
+        ]
+
+    def _summary(self, signal_name: str | None) -> Summary:
+        held = self._optimizer.memory_report()
+        memory = Memory(**{field.name: getattr(held, field.name) for field in fields(Memory)})
+        parameters = list(self._model.parameters())
+        parameter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return Summary(
+            step=self._step,
+            stopped_by=signal_name,
+            train_loss=self._train_loss,
+            evaluation=self._evaluation,
+            tokens_per_second=self._speed(),
+            first_average_step=self.first_average_step,
+            average_dtype=str(self._optimizer.state[parameters[0]]["ax"].dtype).removeprefix("torch."),
+            memory_by_rank=self._processes.gather(memory),
+            unsharded=Memory(
+                parameter_bytes=parameter_bytes,
+                state_bytes=parameter_bytes + _NUM_ASGD_SCALARS * 4 * len(parameters),
+                gradient_bytes=parameter_bytes,
+                in_flight_bytes=0,
+                padding_bytes=0,
+            ),
+        )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Counts the time of a training step, of which evaluations and checkpoints are no part."""
+        start = time.perf_counter()
+        yield
+        self._timed_seconds += time.perf_counter() - start
+        self._num_timed_steps += 1
+
+    def _speed(self) -> float:
+        options = self._options
+        step_tokens = options.batch * options.accumulation * options.context * self._processes.world_size
+        return step_tokens * self._num_timed_steps / self._timed_seconds if self._num_timed_steps else 0.0
+
+    def _progress_text(self) -> str:
+        loss = "" if self._train_loss is None else f"loss {self._train_loss:.3f}  "
+        return f"{loss}{self._speed():,.0f} tokens/s"
