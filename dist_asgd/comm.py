@@ -237,10 +237,10 @@ class Gloo(_Grouped):
         self._global = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._bytes = 0
-        self._sums = torch.empty(SUM_NUMEL)
+        self._sums: Tensor | None = None
 
     def scratch_bytes(self) -> int:
-        return self._bytes + self._sums.nbytes
+        return self._bytes + (0 if self._sums is None else self._sums.nbytes)
 
     def _inbox(self, dtype: torch.dtype, numel: int) -> Tensor:
         """A buffer for peers' parts, kept for other buckets; the free one that fits best, or a new one."""
@@ -290,11 +290,13 @@ class Gloo(_Grouped):
         In stretches that stay in cache. 16-bit gradients are summed in float32, so that they are rounded once.
         """
         narrow = shard.dtype in SIXTEEN_BIT
+        if narrow and self._sums is None:
+            self._sums = torch.empty(SUM_NUMEL)
         for first in range(0, shard.numel(), SUM_NUMEL):
             stretch = slice(first, first + SUM_NUMEL)
             place = shard[stretch]
             chunks = [part[stretch] for part in parts]
-            if narrow:
+            if narrow and self._sums is not None:
                 total = self._sums[: place.numel()].copy_(chunks[0])
                 total.add_(chunks[1])
             else:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 ALIGN_BYTES = 64
 MIB = 1 << 20
 # In-flight memory is a small number of buckets: at least this many make up a model.
-MIN_BUCKETS = 16
+MIN_BUCKETS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def round_up(numel: int, multiple: int) -> int:
 def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int) -> int:
     """The size at which a bucket is closed, in bytes.
 
-    The user's cap, but no more than 1/16 of all parameters: two buckets in flight must stay small beside the
+    The user's cap, but no more than 1/32 of all parameters: two buckets in flight must stay small beside the
     shards. Never below 1 MiB unless the user asks for less: smaller messages cost more than they save.
     """
     return int(min(bucket_cap_mb * MIB, max(MIB, total_bytes // MIN_BUCKETS)))

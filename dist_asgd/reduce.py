@@ -280,6 +280,7 @@ class Reducer(Gradients):
         for bucket in self.buckets:
             if bucket.gradient is not None:
                 bucket.gradient.zero_()
+        self._consumed = False
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
