@@ -20,9 +20,19 @@ class Averages:
         self._gatherer = gatherer
         self._swapped: list[tuple[Bucket, list[tuple[int, int]]]] = []
         self._kept: dict[int, Tensor] = {}
+        self._inside = False
+
+    def refuse(self, call: str) -> None:
+        """RuntimeError while the averages are in place of the parameters."""
+        if self._inside:
+            raise RuntimeError(
+                f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
+                f"state holds the parameters. Call it after the with block."
+            )
 
     def swap_in(self, buckets: Sequence[Bucket], cohort_of: dict[int, Cohort]) -> None:
         """Collective: ``ax`` becomes the parameters on every rank, and the parameters wait where ``ax`` was."""
+        self._inside = True
         for bucket in buckets:
             begun = [member for member in bucket.members if cohort_of[member.index].begun]
             if not begun:
@@ -50,6 +60,7 @@ class Averages:
                 bucket.shard.copy_(kept)
             self._gatherer.launch(bucket)
         self._gatherer.wait()
+        self._inside = False
 
     def _exchange(self, bucket: Bucket, ranges: Sequence[tuple[int, int]]) -> None:
         for first, last in ranges:

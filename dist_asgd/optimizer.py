@@ -17,6 +17,7 @@ from .averaging import Averages
 from .buffers import Member, flattened
 from .checkpoint import consolidated, loading, sharded
 from .checkpoint.groups import pack_groups
+from .checkpoint.hooks import after_load, after_state_dict, before_load, before_state_dict
 from .checkpoint.shard import ShardMark
 from .claims import HyperparameterClaims, groups_claim
 from .comm import Communicators
@@ -89,7 +90,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._updater = Updater()
         self._gatherer = Gatherer(self._communicators)
         self._averages = Averages(self._updater, self._gatherer)
-        self._averaging = False
         self._differentiable = differentiable is True
         self._stage = stage
         self._bucket_cap_mb = bucket_cap_mb
@@ -131,7 +131,7 @@ class ShardedASGD(torch.optim.Optimizer):
             # The base constructor adds the first groups one by one; ranks compare them all at once, later.
             self._add_checked(param_group)
             return
-        self._refuse_while_averaging("add_param_group()")
+        self._averages.refuse("add_param_group()")
         first = len(self.param_groups)
         problem: Exception | None = None
         try:
@@ -198,7 +198,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._differentiable:
             differentiable.step(self.param_groups, self.state)
             return loss
-        self._refuse_while_averaging("step()")
+        self._averages.refuse("step()")
         with torch.no_grad():
             active = self._reduce()
             rules = self._rules()
@@ -276,7 +276,7 @@ class ShardedASGD(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if self._differentiable or not isinstance(self._gradients, Reducer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        self._refuse_while_averaging("clip_grad_norm_()")
+        self._averages.refuse("clip_grad_norm_()")
         entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
         claim = Claim("arguments of clip_grad_norm_()", entries, "Pass the same on every rank.")
         with torch.no_grad():
@@ -299,25 +299,16 @@ class ShardedASGD(torch.optim.Optimizer):
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        self._refuse_while_averaging("averaged_parameters()")
+        self._averages.refuse("averaged_parameters()")
         self._gradients.settle(Kind.AVERAGED_PARAMETERS, problem=self._problem())
-        self._averaging = True
         try:
             with torch.no_grad():
                 self._averages.swap_in(self._shards.buckets, self._shards.cohort_of)
             yield
         finally:
-            self._gradients.settle(Kind.END_OF_AVERAGED_PARAMETERS, problem=self._problem())
+            self._gradients.settle(Kind.END_OF_AVERAGED_PARAMETERS)
             with torch.no_grad():
                 self._averages.swap_back()
-            self._averaging = False
-
-    def _refuse_while_averaging(self, call: str) -> None:
-        if self._averaging:
-            raise RuntimeError(
-                f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
-                f"state holds the parameters. Call it after the with block."
-            )
 
     def start_averaging(self) -> None:
         """Set ``t0`` of every group to its current step, so that averaging begins now.
@@ -325,7 +316,7 @@ class ShardedASGD(torch.optim.Optimizer):
         No communication; call it at the same step on every rank. As mu is stored, the next step still copies
         the parameters and ``ax`` is the mean of the iterates from the step after it on.
         """
-        self._refuse_while_averaging("start_averaging()")
+        self._averages.refuse("start_averaging()")
         for group in self.param_groups:
             steps = [self.state[param]["step"].item() for param in group["params"]]
             group["t0"] = max(steps, default=0.0)
@@ -340,21 +331,13 @@ class ShardedASGD(torch.optim.Optimizer):
         They cannot be written by ``torch.distributed.checkpoint`` or loaded by ``torch.optim.ASGD``, which would
         take them for whole tensors: that is what ``consolidated_state_dict`` is for.
         """
-        self._refuse_while_averaging("state_dict()")
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
+        self._averages.refuse("state_dict()")
+        before_state_dict(self)
         if self._differentiable:
             packed = differentiable.pack(self.param_groups, self.state)
         else:
             packed = sharded.pack(self.param_groups, self._shards, self._mark())
-        return self._after_state_dict(packed)
-
-    def _after_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
-        return state_dict
+        return after_state_dict(self, packed)
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """The whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
@@ -363,7 +346,7 @@ class ShardedASGD(torch.optim.Optimizer):
         at a time: rank ``to`` holds the result and one bucket, the others what they already had. State-dict hooks
         run where the result is.
         """
-        self._refuse_while_averaging("consolidated_state_dict()")
+        self._averages.refuse("consolidated_state_dict()")
         if self._differentiable:
             return self.state_dict()
         world_size = self._communicators.world_size
@@ -378,12 +361,11 @@ class ShardedASGD(torch.optim.Optimizer):
         with torch.no_grad():
             here = to is None or to == self._communicators.rank
             if here:
-                for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-                    pre_hook(self)
+                before_state_dict(self)
             state = consolidated.collect_state(self._shards.buckets, self._shards.cohort_of, self._communicators, to)
         if not here:
             return {}
-        return self._after_state_dict({"state": state, "param_groups": pack_groups(self.param_groups)})
+        return after_state_dict(self, {"state": state, "param_groups": pack_groups(self.param_groups)})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -393,29 +375,20 @@ class ShardedASGD(torch.optim.Optimizer):
         narrower dtype, and ``state_dict`` is not changed. Nothing changes where any rank raises. Hyperparameters
         come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
-        self._refuse_while_averaging("load_state_dict()")
+        self._averages.refuse("load_state_dict()")
         loaded: loading.Loaded | None = None
         claim, problem = NO_CLAIM, self._problem()
         try:
             if problem is None:
                 places = self._places()
-                loaded = self._parse(self._before_load(state_dict), places)
+                loaded = self._parse(before_load(self, state_dict), places)
                 claim = loading.claim(loaded, places)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             problem = error
         self._gradients.settle(Kind.LOAD_STATE_DICT, claim, problem)
         if loaded is not None:
             self._apply(loaded)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
-        return state_dict
+        after_load(self)
 
     def _mark(self) -> ShardMark:
         return sharded.mark_of(self._shards, self._communicators)
