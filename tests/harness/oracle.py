@@ -1,0 +1,89 @@
+"""The oracle: a history run by ``torch.optim.ASGD`` itself, in one process, on the mean gradients.
+
+Memory layout matters to torch on 16-bit CPU tensors: ``x.add_(g, alpha=a)`` rounds the product first in the
+last ``numel % 32`` elements and in everything strided, but not in full vector lanes. So gradients lie in
+memory as their parameters do, which is how backward lays them, and a 16-bit parameter that is not dense in
+memory is made dense, which is what moving into a bucket does to it. All else is torch as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.harness.history import (
+    AddGroup,
+    Event,
+    GroupSpec,
+    History,
+    SetLr,
+    SetT0,
+    StartAveraging,
+    Step,
+    like,
+    make_params,
+    mean_gradient,
+)
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """As torch's schedulers do: in place where the learning rate is a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def group_dict(history: History, spec: GroupSpec, params: list[Tensor], first_index: int) -> dict[str, Any]:
+    """What the optimizer gets for one group: tensors, or (name, tensor) pairs."""
+    named = [(f"p{first_index + i}", p) for i, p in enumerate(params)]
+    return {"params": named if history.named else params, **spec.options()}
+
+
+class Oracle:
+    """``torch.optim.ASGD(foreach=foreach)`` living through a history, one event at a time."""
+
+    def __init__(self, history: History, *, foreach: bool, dyadic: bool) -> None:
+        self.history = history
+        self.dyadic = dyadic
+        self.params: list[Tensor] = []
+        self.num_steps = 0
+        groups = [self._make_group(spec) for spec in history.groups]
+        self.optimizer = torch.optim.ASGD(groups, foreach=foreach)
+
+    def apply(self, event: Event) -> None:
+        """One event; ``Reload`` changes nothing here."""
+        groups = self.optimizer.param_groups
+        if isinstance(event, Step):
+            self._step(event)
+        elif isinstance(event, SetLr):
+            set_lr(groups[event.group], event.lr)
+        elif isinstance(event, SetT0):
+            groups[event.group]["t0"] = event.t0
+        elif isinstance(event, StartAveraging):
+            for group in groups:
+                group["t0"] = max(self._step_of(p) for p in group["params"])
+        elif isinstance(event, AddGroup):
+            self.optimizer.add_param_group(self._make_group(event.group))
+
+    def _make_group(self, spec: GroupSpec) -> dict[str, Any]:
+        params = make_params(spec, self.history.seed, len(self.params))
+        params = [like(p) if p.element_size() == 2 else p for p in params]
+        group = group_dict(self.history, spec, params, len(self.params))
+        self.params.extend(params)
+        return group
+
+    def _step(self, event: Step) -> None:
+        self.num_steps += 1
+        for index, param in enumerate(self.params):
+            param.grad = None
+            if param.requires_grad and event.who[index % len(event.who)] != "none":
+                mean = mean_gradient(param, self.history.seed, self.num_steps, index, dyadic=self.dyadic)
+                param.grad = torch.empty_like(param).copy_(mean)
+        self.optimizer.step()
+
+    def _step_of(self, param: Tensor) -> float:
+        state = self.optimizer.state.get(param)
+        return float(state["step"]) if state else 0.0

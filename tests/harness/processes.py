@@ -1,0 +1,216 @@
+"""Ranks as processes on Gloo: a pool per world size, started once per test session, about 0.02 s a job.
+
+Processes come from a ``forkserver`` that has torch loaded, meet through a ``FileStore`` (no ports), and run
+one thread each. A job is a picklable module-level function. A job that raised leaves the process group in
+doubt, so the group is made anew (same processes); a job in which a rank hung or died costs the whole pool,
+which is killed and started again by the next job.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.harness.outcome import Outcome, RankError
+
+GROUP_TIMEOUT_S = 20.0
+JOB_TIMEOUT_S = 60.0
+_STOP, _REGROUP, _JOB = "stop", "regroup", "job"
+
+_pools: dict[int, ProcessPool] = {}
+
+
+def outcomes_of_processes(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = JOB_TIMEOUT_S
+) -> list[Outcome]:
+    """Run ``fn(rank, world_size, *args)`` on every rank of the pool; every outcome, in rank order."""
+    pool = _pools.get(world_size)
+    if pool is None:
+        pool = _pools[world_size] = ProcessPool(world_size)
+    outcomes = pool.run(fn, args, timeout_s)
+    if pool.broken:
+        del _pools[world_size]
+    return outcomes
+
+
+@atexit.register
+def close_pools() -> None:
+    """End every pool of this session: barrier, destroy, exit."""
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+class ProcessPool:
+    """``world_size`` processes with one Gloo group, which run one job after another."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.broken = False
+        self._folder = Path(tempfile.mkdtemp(prefix="dist_asgd_ranks_"))
+        self._num_groups = 0
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis"])
+        self._connections: list[Connection] = []
+        self._processes = []
+        with _no_main_module():
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(theirs, rank, world_size, str(self._folder)), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._connections.append(ours)
+                self._processes.append(process)
+        self._command(_REGROUP, self._next_group_path())
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Outcome]:
+        """One job on every rank; on return the pool is ready for the next, or ``broken``."""
+        outcomes = self._command(_JOB, (fn, args), timeout_s)
+        if self.broken:
+            self._kill()
+        elif any(o.error is not None for o in outcomes):
+            self._command(_REGROUP, self._next_group_path())
+        return outcomes
+
+    def close(self) -> None:
+        """Let every rank destroy its group and exit; kill what does not."""
+        with contextlib.suppress(OSError):
+            for connection in self._connections:
+                connection.send_bytes(pickle.dumps((_STOP, None)))
+        for process in self._processes:
+            process.join(5.0)
+        self._kill()
+
+    def _command(self, kind: str, payload: Any, timeout_s: float = JOB_TIMEOUT_S) -> list[Outcome]:
+        """Send to every rank, collect one reply from each; ranks that hang or die get an error instead."""
+        started = time.monotonic()
+        message = pickle.dumps((kind, payload))
+        for connection in self._connections:
+            connection.send_bytes(message)
+        outcomes: dict[int, Outcome] = {}
+        while len(outcomes) < self.world_size:
+            missing = {self._connections[r]: r for r in range(self.world_size) if r not in outcomes}
+            ready = wait(list(missing), timeout=max(0.0, started + timeout_s - time.monotonic()))
+            if not ready:
+                self.broken = True
+                for rank in missing.values():
+                    stack = self._stack_of(rank)
+                    error = RankError(rank, "RankHung", f"no answer within {timeout_s} s", stack)
+                    outcomes[rank] = Outcome(rank, None, error, time.monotonic() - started)
+            for connection in ready:
+                rank = missing[connection]
+                seconds = time.monotonic() - started
+                try:
+                    value, error = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    self.broken = True
+                    self._processes[rank].join(5.0)
+                    error = RankError(rank, "RankDied", f"exit code {self._processes[rank].exitcode}", "")
+                    value = None
+                outcomes[rank] = Outcome(rank, value, error, seconds)
+        return [outcomes[rank] for rank in range(self.world_size)]
+
+    def _next_group_path(self) -> str:
+        self._num_groups += 1
+        return str(self._folder / f"group{self._num_groups}")
+
+    def _stack_of(self, rank: int) -> str:
+        """Where a hung rank is, as its own faulthandler writes it."""
+        path = _stack_path(self._folder, rank)
+        pid = self._processes[rank].pid
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline and not path.stat().st_size:
+            time.sleep(0.05)
+        return path.read_text()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join(5.0)
+        for connection in self._connections:
+            connection.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keep ``multiprocessing`` from importing pytest's command line again in every rank."""
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    for name in kept:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)
+
+
+def _stack_path(folder: Path, rank: int) -> Path:
+    return folder / f"stack{rank}.txt"
+
+
+def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> None:
+    """A rank's life: read a command, obey, answer, until told to stop or the parent is gone."""
+    torch.set_num_threads(1)
+    gc.freeze()
+    with _stack_path(Path(folder), rank).open("w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        while True:
+            try:
+                command = connection.recv_bytes()
+            except EOFError:
+                return
+            value, error = None, None
+            try:
+                kind, payload = pickle.loads(command)
+                if kind == _JOB:
+                    fn, args = payload
+                    value = fn(rank, world_size, *args)
+                elif kind == _REGROUP:
+                    _regroup(rank, world_size, payload)
+                else:
+                    dist.barrier()
+                    dist.destroy_process_group()
+                    return
+                answer = pickle.dumps((value, None))
+            except BaseException as raised:
+                error = RankError.of(rank, raised)
+                answer = pickle.dumps((None, error))
+            connection.send_bytes(answer)
+
+
+def _regroup(rank: int, world_size: int, path: str) -> None:
+    """A new default group; every rank is known to be out of the old one's collectives."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(path, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+    )

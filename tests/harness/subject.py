@@ -1,0 +1,220 @@
+"""The subject: a history run by ``ShardedASGD`` on every rank, compared with the oracle after each event."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_asgd import ShardedASGD
+from tests.harness.bits import assert_same_bits, same_tree
+from tests.harness.history import (
+    AddGroup,
+    Event,
+    GroupSpec,
+    History,
+    Reload,
+    SetLr,
+    SetT0,
+    StartAveraging,
+    Step,
+    exact_share,
+    like,
+    make_params,
+    mean_gradient,
+    ranks_of,
+    shares,
+)
+from tests.harness.oracle import Oracle, group_dict, set_lr
+
+STATE_KEYS = {"step", "eta", "mu", "ax"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a history runs under."""
+
+    stage: int = 1
+    foreach: bool = False
+    bucket_cap_mb: float = 25.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a history stopped: whole parameters and the consolidated optimizer state."""
+
+    num_events: int
+    params: list[Tensor]
+    state: dict[str, Any]
+
+
+def check_history(
+    rank: int,
+    world_size: int,
+    history: History,
+    setting: Setting,
+    stop_after: int | None = None,
+    resume: Saved | None = None,
+) -> Saved:
+    """Job: live through ``history`` beside the oracle from ``resume`` to ``stop_after`` events."""
+    oracle = Oracle(history, foreach=setting.foreach, dyadic=setting.stage == 2)
+    begin = resume.num_events if resume else 0
+    for event in history.events[:begin]:
+        oracle.apply(event)
+    subject = Subject(rank, world_size, history, setting, oracle, resume)
+    subject.compare_params("at the start")
+    end = len(history.events) if stop_after is None else stop_after
+    for number, event in enumerate(history.events[begin:end], begin):
+        oracle.apply(event)
+        subject.apply(event)
+        subject.compare_params(f"after event {number}, {event}")
+    return Saved(end, [p.detach().clone() for p in subject.params], subject.compare_state())
+
+
+class Subject:
+    """One rank's ``ShardedASGD``, with the oracle beside it."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        history: History,
+        setting: Setting,
+        oracle: Oracle,
+        resume: Saved | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.history = history
+        self.setting = setting
+        self.oracle = oracle
+        self.specs: list[GroupSpec] = list(history.groups)
+        added = history.events[: resume.num_events] if resume else ()
+        self.specs += [event.group for event in added if isinstance(event, AddGroup)]
+        self.params: list[Tensor] = []
+        for spec in self.specs:
+            self.params += make_params(spec, history.seed, len(self.params))
+        if resume:
+            for param, saved in zip(self.params, resume.params, strict=True):
+                param.data.copy_(saved)
+        self.optimizer = self._make_optimizer()
+        if resume:
+            self.optimizer.load_state_dict(resume.state)
+
+    def apply(self, event: Event) -> None:
+        """One event."""
+        groups = self.optimizer.param_groups
+        if isinstance(event, Step):
+            self._step(event)
+        elif isinstance(event, SetLr):
+            set_lr(groups[event.group], event.lr)
+        elif isinstance(event, SetT0):
+            groups[event.group]["t0"] = event.t0
+        elif isinstance(event, StartAveraging):
+            self.optimizer.start_averaging()
+        elif isinstance(event, AddGroup):
+            params = make_params(event.group, self.history.seed, len(self.params))
+            group = group_dict(self.history, event.group, params, len(self.params))
+            self.specs.append(event.group)
+            self.params += params
+            self.optimizer.add_param_group(group)
+        else:
+            self._reload(event)
+
+    def compare_params(self, when: str) -> None:
+        """Every parameter, to the bit."""
+        for index, (found, expected) in enumerate(zip(self.params, self.oracle.params, strict=True)):
+            assert_same_bits(found, expected, f"parameter {index} {when}")
+
+    def compare_state(self) -> dict[str, Any]:
+        """Collective: the consolidated state against the oracle's, to the bit; returns it."""
+        found = self.optimizer.consolidated_state_dict(to=None)
+        expected = self.oracle.optimizer.state_dict()
+        assert found["state"].keys() == expected["state"].keys()
+        for index, state in expected["state"].items():
+            assert found["state"][index].keys() == STATE_KEYS
+            for key, value in state.items():
+                assert_same_bits(found["state"][index][key], value, f"{key} of parameter {index}")
+        for mine, theirs in zip(found["param_groups"], expected["param_groups"], strict=True):
+            for key, value in theirs.items():
+                assert same_tree(mine[key], value), f"group entry {key}: {mine[key]}, expected {value}"
+        return found
+
+    def _make_optimizer(self) -> ShardedASGD:
+        groups, index = [], 0
+        for spec in self.specs:
+            params = self.params[index : index + len(spec.params)]
+            groups.append(group_dict(self.history, spec, params, index))
+            index += len(params)
+        setting = self.setting
+        return ShardedASGD(groups, foreach=setting.foreach, stage=setting.stage, bucket_cap_mb=setting.bucket_cap_mb)
+
+    def _reload(self, event: Reload) -> None:
+        if event.kind == "own":
+            saved = self.optimizer.state_dict()
+        elif event.kind == "consolidated":
+            saved = self.optimizer.consolidated_state_dict(to=None)
+        else:
+            saved = copy.deepcopy(self.oracle.optimizer.state_dict())
+        self.params = [like(p) for p in self.params]
+        self.optimizer = self._make_optimizer()
+        self.optimizer.load_state_dict(saved)
+
+    def _step(self, event: Step) -> None:
+        self.optimizer.zero_grad()
+        if self.setting.stage == 1:
+            for index, param in enumerate(self.params):
+                if param.requires_grad and event.who[index % len(event.who)] != "none":
+                    param.grad = self._mean(index, dyadic=False)
+        else:
+            self._backwards(event)
+        self.optimizer.step()
+
+    def _backwards(self, event: Step) -> None:
+        """Deliver this rank's shares: by backward, in one or more parts, or by hand."""
+        by_backward, by_hand = self._my_shares(event)
+        parts: list[dict[int, Tensor]] = [{} for _ in range(event.num_backwards)]
+        generator = torch.Generator().manual_seed(self.history.seed + self.oracle.num_steps + self.rank)
+        for index, share in by_backward.items():
+            rest = share
+            for part_of in parts[1:]:
+                part_of[index] = exact_share(share, self.world_size, generator)
+                rest = rest - part_of[index]
+            parts[0][index] = rest
+        for number, part_of in enumerate(parts):
+            is_last = number == event.num_backwards - 1
+            silent = event.no_sync and not is_last
+            with self.optimizer.no_sync() if silent else contextlib.nullcontext():
+                backward(self.params, part_of)
+        for index, share in by_hand.items():
+            self.params[index].grad = share
+
+    def _my_shares(self, event: Step) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        by_backward: dict[int, Tensor] = {}
+        by_hand: dict[int, Tensor] = {}
+        step = self.oracle.num_steps
+        for index, param in enumerate(self.params):
+            who = event.who[index % len(event.who)]
+            ranks = ranks_of(who, self.world_size, self.history.seed, step, index)
+            if self.rank in ranks and param.requires_grad:
+                mean = self._mean(index, dyadic=True)
+                share = shares(mean, ranks, self.world_size, self.history.seed + step + index)[self.rank]
+                hand = event.by_hand[index % len(event.by_hand)]
+                (by_hand if hand else by_backward)[index] = share
+        return by_backward, by_hand
+
+    def _mean(self, index: int, *, dyadic: bool) -> Tensor:
+        param = self.params[index]
+        return mean_gradient(param, self.history.seed, self.oracle.num_steps, index, dyadic=dyadic)
+
+
+def backward(params: list[Tensor], gradients: dict[int, Tensor]) -> None:
+    """One real backward that gives each parameter exactly its gradient; none if there are no gradients."""
+    products = [params[index] * gradient.conj() for index, gradient in gradients.items()]
+    terms = [torch.real(product).sum().double() for product in products]
+    if terms:
+        torch.stack(terms).sum().backward()

@@ -1,0 +1,117 @@
+"""Process groups other than the default: sharding within part of the ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_asgd import ShardedASGD
+from tests.harness.bits import assert_same_bits
+from tests.harness.models import mlp, mlp_loss
+from tests.harness.ranks import run
+
+
+def beside_plain(model: nn.Module, optimizer: ShardedASGD, seeds: list[int]) -> None:
+    """Train on equal data on every rank of the group, beside torch in this process."""
+    plain = copy.deepcopy(model)
+    oracle = torch.optim.ASGD(plain.parameters(), lr=0.1, t0=1)
+    for seed in seeds:
+        optimizer.zero_grad()
+        oracle.zero_grad()
+        mlp_loss(model, seed).backward()
+        mlp_loss(plain, seed).backward()
+        optimizer.step()
+        oracle.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_same_bits(p, q, "parameter")
+    found = optimizer.consolidated_state_dict(to=None)["state"]
+    for index, entry in oracle.state_dict()["state"].items():
+        assert_same_bits(found[index]["ax"], entry["ax"], "ax")
+
+
+def halves(rank: int, world_size: int, stage: int, stride: int) -> list[int]:
+    """Job: two groups of two, which train on different data; a rank's slices."""
+    members = [[r for r in range(world_size) if (r // stride) % 2 == half] for half in (0, 1)]
+    groups = [dist.new_group(ranks) for ranks in members]
+    half = (rank // stride) % 2
+    model = mlp()
+    optimizer = ShardedASGD(
+        model.parameters(), lr=0.1, t0=1, stage=stage, process_group=groups[half], bucket_cap_mb=0.002
+    )
+    beside_plain(model, optimizer, [10 * half + i for i in range(3)])
+    assert optimizer.consolidated_state_dict(to=1).keys() == (
+        {"state", "param_groups"} if members[half].index(rank) == 1 else set()
+    )
+    with optimizer.averaged_parameters():
+        pass
+    beside_plain(mlp(), ShardedASGD(mlp().parameters(), process_group=groups[half]), [])
+    return [optimizer.state[p]["ax"].numel() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2], ids=["interleaved", "blocks"])
+def test_two_groups_of_two_train_apart(stage: int, stride: int) -> None:
+    """Ranks of the group, not of the world, own the shards and name the target."""
+    sizes = run("gloo", 4, halves, stage, stride)
+    for half in (0, 1):
+        members = [sizes[r] for r in range(4) if (r // stride) % 2 == half]
+        assert [sum(c) for c in zip(*members, strict=True)] == [p.numel() for p in mlp().parameters()]
+
+
+def outsider(rank: int, _world_size: int) -> None:
+    """Job: a rank constructs on a group that it is not in."""
+    group = dist.new_group([0, 1])
+    if rank == 2:
+        with pytest.raises(ValueError, match="not a member"):
+            ShardedASGD([nn.Parameter(torch.ones(3))], process_group=group)
+    else:
+        ShardedASGD([nn.Parameter(torch.ones(3))], process_group=group)
+
+
+def test_a_rank_outside_the_group_is_told_so() -> None:
+    """And the members are not disturbed."""
+    run("gloo", 3, outsider)
+
+
+def two_optimizers(rank: int, _world_size: int) -> None:
+    """Job: two optimizers on one group, whose backwards and steps interleave."""
+    first, second = mlp(seed=1), mlp(seed=2)
+    plain = [copy.deepcopy(first), copy.deepcopy(second)]
+    ours = [ShardedASGD(m.parameters(), lr=0.1, stage=2, bucket_cap_mb=0.002) for m in (first, second)]
+    theirs = [torch.optim.ASGD(m.parameters(), lr=0.1) for m in plain]
+    for seed in range(3):
+        for model, twin in zip((first, second), plain, strict=True):
+            mlp_loss(model, seed).backward()
+            mlp_loss(twin, seed).backward()
+        for optimizer in (*reversed(ours), *theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    for model, twin in zip((first, second), plain, strict=True):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert_same_bits(p, q, f"parameter on rank {rank}")
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("threads", 2), ("gloo", 2), ("gloo", 4)])
+def test_two_optimizers_share_a_group(backend: str, world_size: int) -> None:
+    """Their transfers do not mix."""
+    run(backend, world_size, two_optimizers)
+
+
+def generator_and_discriminator(_rank: int, _world_size: int) -> None:
+    """Job: one backward reaches the parameters of two optimizers."""
+    first, second = (nn.Parameter(torch.ones(40)) for _ in range(2))
+    ours = [ShardedASGD([p], lr=0.1, stage=2) for p in (first, second)]
+    for _ in range(3):
+        (first * second).sum().backward()
+        for optimizer in ours:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_bits(first, second, "the mirror image")
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("threads", 2), ("gloo", 2)])
+def test_one_backward_for_two_optimizers(backend: str, world_size: int) -> None:
+    """Each takes its own gradients."""
+    run(backend, world_size, generator_and_discriminator)

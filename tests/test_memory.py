@@ -1,0 +1,82 @@
+"""Memory: what a step allocates, and what consolidating holds on the ranks that get nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from dist_asgd import ShardedASGD
+from tests.harness.models import mlp
+from tests.harness.ranks import run
+
+WIDTH, DEPTH = 128, 8
+BUCKET_MB = 0.25
+
+
+def largest_allocation(call: Callable[[], Any]) -> int:
+    """The bytes of the largest single tensor that ``call`` allocates on the host."""
+    with profile(profile_memory=True) as recorded:
+        call()
+    sizes = [event.cpu_memory_usage for event in recorded.events() if event.name == "[memory]"]
+    sizes += [event.self_cpu_memory_usage for event in recorded.events() if event.name != "[memory]"]
+    return max([size for size in sizes if size > 0], default=0)
+
+
+def make(stage: int, foreach: bool) -> tuple[torch.nn.Module, ShardedASGD]:
+    """A model of about 2 MB in about 50 tensors."""
+    model = mlp(WIDTH, DEPTH)
+    return model, ShardedASGD(
+        model.parameters(),
+        lr=0.1,
+        t0=0,
+        weight_decay=0.1,
+        maximize=True,
+        stage=stage,
+        foreach=foreach,
+        bucket_cap_mb=BUCKET_MB,
+    )
+
+
+def steps_allocate(_rank: int, _world_size: int, stage: int, foreach: bool) -> int:
+    """Job: after two steps, the largest allocation of a third."""
+    model, optimizer = make(stage, foreach)
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = gradients[p]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    gradients = {p: torch.ones_like(p) for p in model.parameters()}
+    for _ in range(2):
+        step()
+    return largest_allocation(step)
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2), ("gloo", 4)])
+def test_a_step_allocates_no_buffers(backend: str, world_size: int, stage: int, foreach: bool) -> None:
+    """Control words and scalars only: buckets, shards and scratch are kept."""
+    for found in run(backend, world_size, steps_allocate, stage, foreach):
+        assert found < 4096
+
+
+def consolidating_allocates(rank: int, _world_size: int) -> tuple[int, int]:
+    """Job: the largest allocation while rank 0 gets the state, and the largest bucket's bytes."""
+    model, optimizer = make(1, False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    largest_parameter = max(p.nbytes for p in model.parameters())
+    found = largest_allocation(lambda: optimizer.consolidated_state_dict(to=0))
+    assert rank >= 0
+    return found, max(largest_parameter, int(BUCKET_MB * 2**20))
+
+
+def test_consolidating_holds_at_most_a_bucket_beside_the_result() -> None:
+    """On the other ranks nothing larger than a bucket either."""
+    for found, bucket in run("gloo", 4, consolidating_allocates):
+        assert found <= bucket + 64 * 64

@@ -1,0 +1,82 @@
+"""A rank that dies or never comes: the others raise in bounded time, and say which call it was."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from dist_asgd import ShardedASGD
+from tests.harness.models import mlp, mlp_loss
+from tests.harness.outcome import Outcome
+from tests.harness.processes import GROUP_TIMEOUT_S
+from tests.harness.ranks import outcomes
+
+
+def die(how: str) -> None:
+    """End this process at once."""
+    if how == "exit":
+        os._exit(9)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_death(rank: int, world_size: int, how: str, stage: int, where: str) -> None:
+    """Job: the last rank dies in the third step."""
+    model = mlp()
+    optimizer = ShardedASGD(model.named_parameters(), stage=stage, bucket_cap_mb=0.002)
+    for step in range(5):
+        dying = rank == world_size - 1 and step == 2
+        optimizer.zero_grad()
+        mlp_loss(model, step).backward()
+        if dying and where == "before step":
+            die(how)
+        optimizer.step()
+        if dying:
+            die(how)
+
+
+def assert_survivors_raised(found: list[Outcome], within_s: float) -> None:
+    """The last rank died; every other one raised a RuntimeError that says so, soon."""
+    *survivors, dead = found
+    assert dead.error is not None
+    assert dead.error.type_name == "RankDied"
+    for outcome in survivors:
+        assert outcome.error is not None, f"rank {outcome.rank} returned"
+        assert outcome.error.type_name in ("PeerError", "RuntimeError"), outcome.error.traceback
+        assert "peer" in outcome.error.message
+        assert outcome.seconds < within_s
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("where", ["before step", "after step"])
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_a_peer_that_dies(how: str, where: str, stage: int) -> None:
+    """Seen at the closed connection, not at the timeout."""
+    assert_survivors_raised(outcomes("gloo", 2, train_until_death, how, stage, where), within_s=10.0)
+
+
+def test_a_peer_of_three_that_dies() -> None:
+    """Also by the ranks that wait for one another."""
+    found = outcomes("gloo", 3, train_until_death, "kill", 2, "before step")
+    assert_survivors_raised(found, within_s=GROUP_TIMEOUT_S + 5.0)
+
+
+def stay_away(rank: int, _world_size: int) -> None:
+    """Job: rank 1 is too late for a step."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = ShardedASGD([("weight", weight)])
+    weight.grad = torch.ones(3)
+    if rank == 1:
+        time.sleep(GROUP_TIMEOUT_S + 2.0)
+    optimizer.step()
+
+
+@pytest.mark.slow
+def test_a_peer_that_does_not_come() -> None:
+    """The group's timeout ends the wait, on every rank."""
+    for outcome in outcomes("gloo", 2, stay_away):
+        assert outcome.error is not None
+        assert outcome.error.type_name == "PeerError"
+        assert outcome.seconds < GROUP_TIMEOUT_S + 10.0
