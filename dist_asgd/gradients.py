@@ -120,8 +120,8 @@ def checksum(flat: Tensor) -> Tensor:
     """A 0-dim int64 hash of a 1-D real tensor's bits, order included: a weighted sum modulo 2^64."""
     integers = flat.view(_INTEGERS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, integers.numel(), 1 << 20):
-        part = integers[start : start + (1 << 20)].long()
+    for start in range(0, integers.numel(), 1 << 16):
+        part = integers[start : start + (1 << 16)].long()
         weights = torch.arange(start + 1, start + 1 + part.numel(), device=flat.device)
         total += (part * (weights * _PRIME + 1)).sum()
     return total
