@@ -26,6 +26,10 @@ MASK_BITS = 62
 RAISED = (ValueError, TypeError, KeyError, RuntimeError)
 
 
+class CallsDiffer(RuntimeError):
+    """Ranks made different collective calls at the same point."""
+
+
 class Kind(IntEnum):
     """What a rank is calling; the names are those that users see in errors."""
 
@@ -166,7 +170,7 @@ class Agreement:
         allowed = set(answer.kinds) - {Kind.ROUND}
         if len(allowed) > 1:
             calls = [Kind(kind).call for kind in answer.kinds]
-            raise RuntimeError(
+            raise CallsDiffer(
                 f"dist_asgd: ranks called different things at the same point: {differing(calls)}. "
                 f"Every rank must make the same collective calls in the same order."
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")

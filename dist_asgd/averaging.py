@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
+from .agreement import CallsDiffer
 from .buffers import Bucket
+from .comm import PeerError
 from .gather import Gatherer
 from .update.plan import Updater
 from .update.schedule import Cohort
@@ -30,7 +34,27 @@ class Averages:
                 f"state holds the parameters. Call it after the with block."
             )
 
-    def swap_in(self, buckets: Sequence[Bucket], cohort_of: dict[int, Cohort]) -> None:
+    @contextmanager
+    def in_place(
+        self, buckets: Sequence[Bucket], cohort_of: dict[int, Cohort], leave: Callable[[], object]
+    ) -> Iterator[None]:
+        """Inside, ``ax`` is the parameters. ``leave`` is what ranks agree by on the way out; it may raise on all."""
+        try:
+            self._swap_in(buckets, cohort_of)
+            yield
+        finally:
+            try:
+                leave()
+            except (CallsDiffer, PeerError):
+                raise
+            except Exception:
+                # Raised on all ranks alike: nothing keeps them from swapping back first.
+                self._swap_back()
+                raise
+            self._swap_back()
+
+    @torch.no_grad()
+    def _swap_in(self, buckets: Sequence[Bucket], cohort_of: dict[int, Cohort]) -> None:
         """Collective: ``ax`` becomes the parameters on every rank, and the parameters wait where ``ax`` was."""
         self._inside = True
         for bucket in buckets:
@@ -49,8 +73,9 @@ class Averages:
             self._gatherer.launch(bucket)
         self._gatherer.wait()
 
-    def swap_back(self) -> None:
-        """Collective: undo ``swap_in``, bit for bit."""
+    @torch.no_grad()
+    def _swap_back(self) -> None:
+        """Collective: undo ``_swap_in``, bit for bit."""
         swapped, self._swapped = self._swapped, []
         for bucket, ranges in swapped:
             kept = self._kept.pop(id(bucket), None)

@@ -1,8 +1,8 @@
 """The only module that calls collectives: one strategy per kind of backend.
 
 ``Communicator`` is the seam. ``Local`` serves one process, ``Named`` uses a backend's own reduce-scatter and
-all-gather (NCCL), and ``Gloo`` builds them from peer-to-peer messages and broadcasts, because Gloo emulates the
-named ones with two to three times the traffic. Every method that talks is collective: all ranks of the group
+all-gather (NCCL), and ``Gloo`` builds them from peer-to-peer messages, because Gloo emulates the named ones with
+two to three times the traffic. Every method that talks is collective: all ranks of the group
 call it, in the same order. The mean over ranks is a sum in rank order on Gloo, whatever arrives first.
 """
 
@@ -228,7 +228,7 @@ class Named(_Grouped):
 
 
 class Gloo(_Grouped):
-    """Gloo on the host: peer-to-peer reduce-scatter with a local sum in rank order, all-gather by broadcasts."""
+    """Gloo on the host: both collectives from peer-to-peer messages, the sums local and in rank order."""
 
     def __init__(self, group: dist.ProcessGroup, control: dist.ProcessGroup) -> None:
         super().__init__(group, control)
@@ -311,11 +311,12 @@ class Gloo(_Grouped):
 
     def all_gather(self, flat: Tensor) -> Wait:
         parts = flat.view(self.world_size, -1)
+        works: list[dist.Work | None] = []
         with record_function("dist_asgd::all_gather"), self._guard("an all-gather"):
-            works = [
-                dist.broadcast(parts[rank], self._global[rank], group=self.group, async_op=True)
-                for rank in range(self.world_size)
-            ]
+            for peer in self._peers:
+                works.append(dist.irecv(parts[peer], self._global[peer], group=self.group, tag=_GATHER_TAG))
+            for peer in self._peers:
+                works.append(dist.isend(parts[self.rank], self._global[peer], group=self.group, tag=_GATHER_TAG))
         return self._waiting(works, "an all-gather")
 
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
@@ -336,7 +337,9 @@ class Gloo(_Grouped):
                     work.wait()
 
 
+# Messages of one tag between two ranks keep their order; these are beyond the tags of buckets.
 _COLLECT_TAG = 1 << 20
+_GATHER_TAG = _COLLECT_TAG + 1
 
 
 def _backend_for(group: dist.ProcessGroup, device_type: str) -> str | None:

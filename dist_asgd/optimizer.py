@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -112,7 +113,7 @@ class ShardedASGD(torch.optim.Optimizer):
         try:
             check_options(stage, bucket_cap_mb)
             super().__init__(params, defaults)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except Exception as error:
             problem = error
         groups = [] if problem else self.param_groups
         self._agree_on_groups(Kind.CONSTRUCT, 0, groups, problem)
@@ -136,7 +137,7 @@ class ShardedASGD(torch.optim.Optimizer):
         problem: Exception | None = None
         try:
             self._add_checked(param_group)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except Exception as error:
             problem = error
         try:
             self._agree_on_groups(Kind.ADD_PARAM_GROUP, first, self.param_groups[first:], problem)
@@ -213,7 +214,9 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _reduce(self) -> set[int]:
         """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
-        answer = self._gradients.settle(Kind.STEP, self._claims.of(self.param_groups), self._problem())
+        problem = self._problem()
+        claim = NO_CLAIM if problem else self._claims.of(self.param_groups)
+        answer = self._gradients.settle(Kind.STEP, claim, problem)
         if not self._values_checked:
             compare_values(self._gradients, self._communicators)
             self._values_checked = True
@@ -223,7 +226,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """What is wrong on this rank, to be raised on all of them."""
         try:
             self._check_unchanged()
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             return error
         return None
 
@@ -277,10 +280,14 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._differentiable or not isinstance(self._gradients, Reducer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         self._averages.refuse("clip_grad_norm_()")
-        entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
-        claim = Claim("arguments of clip_grad_norm_()", entries, "Pass the same on every rank.")
+        claim, problem = NO_CLAIM, None
+        try:
+            entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
+            claim = Claim("arguments of clip_grad_norm_()", entries, "Pass the same on every rank.")
+        except Exception as error:
+            problem = error
         with torch.no_grad():
-            answer = self._gradients.settle(Kind.CLIP_GRAD_NORM, claim)
+            answer = self._gradients.settle(Kind.CLIP_GRAD_NORM, claim, problem)
             active = self._gradients.present(answer)
             return clip.clip(self._shards.buckets, active, max_norm, norm_type, error_if_nonfinite, self._communicators)
 
@@ -301,14 +308,9 @@ class ShardedASGD(torch.optim.Optimizer):
             )
         self._averages.refuse("averaged_parameters()")
         self._gradients.settle(Kind.AVERAGED_PARAMETERS, problem=self._problem())
-        try:
-            with torch.no_grad():
-                self._averages.swap_in(self._shards.buckets, self._shards.cohort_of)
+        leave = partial(self._gradients.settle, Kind.END_OF_AVERAGED_PARAMETERS)
+        with self._averages.in_place(self._shards.buckets, self._shards.cohort_of, leave):
             yield
-        finally:
-            self._gradients.settle(Kind.END_OF_AVERAGED_PARAMETERS)
-            with torch.no_grad():
-                self._averages.swap_back()
 
     def start_averaging(self) -> None:
         """Set ``t0`` of every group to its current step, so that averaging begins now.
@@ -383,7 +385,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 places = self._places()
                 loaded = self._parse(before_load(self, state_dict), places)
                 claim = loading.claim(loaded, places)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except Exception as error:
             problem = error
         self._gradients.settle(Kind.LOAD_STATE_DICT, claim, problem)
         if loaded is not None:

@@ -12,6 +12,7 @@ settling  before a collective call: finish an open round (zeros where no gradien
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind
+from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing
 from .buffers import Bucket, Member, flattened
 from .comm import Communicators, Wait
 from .gradients import Gradients, indices_of
@@ -57,8 +58,10 @@ class Reducer(Gradients):
         super().__init__(agreement, communicators)
         self.synchronising = True
         self._problem: Exception | None = None
-        self._home: dict[int, Bucket] = {}
+        self._mispaired: Exception | None = None
+        self._member_of: dict[int, Member] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks)
         self._slots: dict[tuple[torch.device, torch.dtype], Slots] = {}
         self._sends: dict[int, SendLayout] = {}
         self._in_flight: deque[Wait] = deque()
@@ -80,15 +83,14 @@ class Reducer(Gradients):
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
         super().extend(buckets)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._home = {member.index: bucket for bucket in self.buckets for member in bucket.members}
+        _remove(self._hooks)
+        self._member_of = {member.index: member for member in self.members}
         self._rounds = [bucket for bucket in self.buckets if bucket.trainable]
         self._expected = {member.index for bucket in self._rounds for member in bucket.members}
         self._begin_round()
         for member in self.members:
-            self._hooks += [_hook_on(member, self._arrived)] if member.param.requires_grad else []
+            if member.param.requires_grad:
+                self._hooks.append(_hook_on(member.param, weakref.ref(self), member.index))
         self._slots = {}
         self._sends = {}
         for bucket in self.buckets:
@@ -107,14 +109,19 @@ class Reducer(Gradients):
         }
         self._next = 0
 
-    def _arrived(self, member: Member) -> None:
-        """The gradient of ``member`` is complete for this backward; called by autograd."""
+    def arrived(self, index: int) -> None:
+        """The gradient of parameter ``index`` is complete for this backward; called by autograd."""
+        member = self._member_of[index]
+        if not member.at_home:
+            # Another optimizer has taken the parameter over; step() says so.
+            return
         self._local.add(member.index)
         if not self.synchronising or member.index in self._came or not member.bucket.trainable:
             return
         self._came.add(member.index)
-        if member.index in self._expected:
-            self._missing[id(member.bucket)] -= 1
+        if member.index not in self._expected:
+            return
+        self._missing[id(member.bucket)] -= 1
         while self._next < len(self._rounds) and not self._missing[id(self._rounds[self._next])]:
             self._launch_next()
 
@@ -128,10 +135,19 @@ class Reducer(Gradients):
             self._begin_round()
 
     def _await_header(self) -> None:
-        # What others say beside a round is not judged: they join it, and say it again in the next exchange.
         if self._header is not None:
             header, self._header = self._header, None
-            header()
+            self._judge_round(header())
+
+    def _judge_round(self, answer: Answer) -> None:
+        # What else others say beside a round they repeat in the next exchange, once they have joined it. But a
+        # round that is paired with one from before a zero_grad() has mixed gradients: every rank sees it here.
+        if len(set(answer.column(1))) > 1:
+            self._mispaired = RuntimeError(
+                f"dist_asgd: ranks ran different numbers of backwards before zero_grad(), so that gradients of "
+                f"different steps were reduced together; zero_grad() calls so far: {differing(answer.column(1))}. "
+                f"Call zero_grad() on every rank to go on, and run the same number of backwards on all of them."
+            )
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter."""
@@ -228,20 +244,21 @@ class Reducer(Gradients):
         self._await_header()
         while True:
             pending = self._pending()
-            problem = problem or self._problem
+            problem = problem or self._mispaired or self._problem
             answer = self.agreement.open(kind, claim, (self._delivered | pending, pending), problem is not None)()
             if Kind.ROUND not in answer.kinds:
                 break
+            self._judge_round(answer)
             self._join_round()
         self.drain()
-        self._problem = None
+        self._problem = self._mispaired = None
         self.agreement.check(answer, claim, problem)
         self._reduce_pending(answer.union(1))
         return answer
 
     def _reduce_pending(self, pending: int) -> None:
         """Reduce, on all ranks, the buckets in which any rank still holds a gradient."""
-        wanted = {id(self._home[index]) for index in indices_of(pending)} if pending else set()
+        wanted = {id(self._member_of[index].bucket) for index in indices_of(pending)} if pending else set()
         for position, bucket in enumerate(self.buckets):
             if id(bucket) in wanted:
                 self._launch(bucket, position)
@@ -308,9 +325,17 @@ def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, 
     return flattened(gradient, bucket.members[stretch.slot].strides)[stretch.source : stretch.source + numel]
 
 
-def _hook_on(member: Member, arrived: Callable[[Member], None]) -> torch.utils.hooks.RemovableHandle:
+def _hook_on(param: Tensor, reducer: weakref.ref[Reducer], index: int) -> torch.utils.hooks.RemovableHandle:
+    # Parameters outlive optimizers: the hook must keep neither the reducer nor its buckets alive.
     def hook(_: Tensor) -> None:
-        arrived(member)
+        owner = reducer()
+        if owner is not None:
+            owner.arrived(index)
 
-    handle: torch.utils.hooks.RemovableHandle = member.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    handle: torch.utils.hooks.RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return handle
+
+
+def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()

@@ -48,6 +48,9 @@ def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str
 
 def check_hyperparameters(group: dict[str, Any], where: str) -> None:
     """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range."""
+    missing = [key for key in (*REAL_HYPERPARAMETERS, *FLAGS, "foreach") if key not in group]
+    if missing:
+        raise ValueError(f"dist_asgd: {where} lacks {missing}: set them again, or load a state dict that has them.")
     for key in REAL_HYPERPARAMETERS:
         value = group[key]
         if isinstance(value, Tensor):
