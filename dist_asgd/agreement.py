@@ -42,6 +42,7 @@ class Kind(IntEnum):
     LOAD_STATE_DICT = 7
     AVERAGED_PARAMETERS = 8
     END_OF_AVERAGED_PARAMETERS = 9
+    ZERO_GRAD = 10
 
     @property
     def call(self) -> str:

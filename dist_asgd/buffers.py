@@ -52,7 +52,7 @@ class Member:
     ranks tell each other. ``name`` is the user's where parameters were given with names.
     """
 
-    __slots__ = ("_pointer", "bucket", "index", "name", "param", "piece", "slot", "strides")
+    __slots__ = ("_pointer", "_shape", "_view_strides", "bucket", "index", "name", "param", "piece", "slot", "strides")
 
     def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
         self.param = param
@@ -69,11 +69,19 @@ class Member:
         home.copy_(param.detach())
         param.data = home
         self._pointer = param.data_ptr()
+        self._shape = param.shape
+        self._view_strides = param.stride()
 
     @property
     def at_home(self) -> bool:
         """Whether the parameter still is the view of the bucket that construction made it."""
-        return self.param.data_ptr() == self._pointer and self.param.dtype == self.dtype
+        param = self.param
+        return (
+            param.data_ptr() == self._pointer
+            and param.dtype == self.bucket.param_dtype
+            and param.shape == self._shape
+            and param.stride() == self._view_strides
+        )
 
     @property
     def dtype(self) -> torch.dtype:

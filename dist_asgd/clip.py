@@ -77,5 +77,7 @@ def clip(
     for bucket in buckets:
         if bucket.gradient is not None:
             bucket.gradient.mul_(factor.to(device=bucket.device, dtype=bucket.dtype))
-    double = any(bucket.dtype == torch.float64 for bucket in buckets)
-    return total if double else total.float()
+    dtype = buckets[0].dtype if buckets else torch.get_default_dtype()
+    for bucket in buckets:
+        dtype = torch.promote_types(dtype, bucket.dtype)
+    return total.to(dtype)

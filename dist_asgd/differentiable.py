@@ -21,8 +21,9 @@ def init_state(param: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
     return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": average}
 
 
+@torch.enable_grad()
 def step(groups: Sequence[dict[str, Any]], state: Any) -> None:
-    """One step, with gradients enabled as the caller set them; ``state`` is the optimizer's, and the only truth."""
+    """One step with gradients enabled, as torch does it here; ``state`` is the optimizer's, and the only truth."""
     for group in groups:
         rule = Rule.of(group, foreach=False)
         for param in group["params"]:

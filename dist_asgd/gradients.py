@@ -130,6 +130,8 @@ def checksum(flat: Tensor) -> Tensor:
 def compare_values(gradients: Gradients, communicators: Communicators) -> None:
     """First step: raise on every rank where the parameters do not start from the same values."""
     members = sorted(gradients.members, key=lambda m: m.index)
+    if not members:
+        return
     sums = torch.stack([checksum(m.bucket.flat[m.slot.offset : m.slot.stop]) for m in members]).cpu()
     table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())]))()
     if len(set(table[:, 0].tolist())) == 1:

@@ -246,8 +246,8 @@ class ShardedASGD(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that stage 2 has reduced included.
 
-        In stage 2 ``model.zero_grad()`` does not see the gradients: call this one. Communicates only where a
-        backward left parameters without a gradient.
+        In stage 2 ``model.zero_grad()`` does not see the gradients: call this one. Collective there where a backward
+        has run since the last step (a step that is skipped must be skipped on every rank).
         """
         if isinstance(self._gradients, Reducer):
             if set_to_none:
@@ -329,8 +329,8 @@ class ShardedASGD(torch.optim.Optimizer):
         """This rank's part of the state; no communication.
 
         ``state[i]["ax"]`` is this rank's slice, 1-D in memory order. Every group is marked with the rank, the world
-        size and a digest of the layout, which ``load_state_dict`` checks. The slices share the optimizer's memory.
-        They cannot be written by ``torch.distributed.checkpoint`` or loaded by ``torch.optim.ASGD``, which would
+        size and a digest of the layout, which ``load_state_dict`` checks. As in torch the tensors are the optimizer's
+        own and go on changing: ``copy.deepcopy`` the dict to keep it. They cannot be written by ``torch.distributed.checkpoint`` or loaded by ``torch.optim.ASGD``, which would
         take them for whole tensors: that is what ``consolidated_state_dict`` is for.
         """
         self._averages.refuse("state_dict()")

@@ -61,6 +61,8 @@ class Reducer(Gradients):
         self._mispaired: Exception | None = None
         self._member_of: dict[int, Member] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
+        self._hooked: set[int] = set()
         weakref.finalize(self, _remove, self._hooks)
         self._slots: dict[tuple[torch.device, torch.dtype], Slots] = {}
         self._sends: dict[int, SendLayout] = {}
@@ -80,6 +82,8 @@ class Reducer(Gradients):
         self._expected: set[int] = set()
         self._consumed = False
         self._warned = False
+        # Whether a backward has run since ranks last settled.
+        self._unsettled = False
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
         super().extend(buckets)
@@ -90,6 +94,7 @@ class Reducer(Gradients):
         self._begin_round()
         for member in self.members:
             if member.param.requires_grad:
+                self._hooked.add(member.index)
                 self._hooks.append(_hook_on(member.param, weakref.ref(self), member.index))
         self._slots = {}
         self._sends = {}
@@ -116,14 +121,18 @@ class Reducer(Gradients):
             # Another optimizer has taken the parameter over; step() says so.
             return
         self._local.add(member.index)
+        self._unsettled = True
         if not self.synchronising or member.index in self._came or not member.bucket.trainable:
             return
         self._came.add(member.index)
         if member.index not in self._expected:
             return
         self._missing[id(member.bucket)] -= 1
-        while self._next < len(self._rounds) and not self._missing[id(self._rounds[self._next])]:
+        while not self._missing[id(self._rounds[self._next])]:
             self._launch_next()
+            if self._next == 0:
+                # The round is complete: only another gradient may open the next.
+                break
 
     def _launch_next(self) -> None:
         if self._next == 0:
@@ -231,7 +240,8 @@ class Reducer(Gradients):
                 continue
             pending |= 1 << member.index
             self._checked(member)
-            if self._delivered >> member.index & 1 and member.index not in self._local:
+            hooked = member.index in self._hooked
+            if hooked and self._delivered >> member.index & 1 and member.index not in self._local:
                 self._problem = self._problem or RuntimeError(
                     f"dist_asgd: parameter {member.name} has a p.grad that did not come from backward, although "
                     f"backward's gradient was already reduced. With stage=2 do not wrap the model in DDP, and set "
@@ -240,10 +250,16 @@ class Reducer(Gradients):
         return pending
 
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
+        answer = self._meet(kind, claim, problem, keep=True)
+        self._reduce_pending(answer.union(1))
+        return answer
+
+    def _meet(self, kind: Kind, claim: Claim, problem: Exception | None, keep: bool) -> Answer:
+        """Finish this rank's round, join those of others, and agree on ``kind``; ``keep`` pending gradients or not."""
         self._complete_round()
         self._await_header()
         while True:
-            pending = self._pending()
+            pending = self._pending() if keep else 0
             problem = problem or self._mispaired or self._problem
             answer = self.agreement.open(kind, claim, (self._delivered | pending, pending), problem is not None)()
             if Kind.ROUND not in answer.kinds:
@@ -252,8 +268,8 @@ class Reducer(Gradients):
             self._join_round()
         self.drain()
         self._problem = self._mispaired = None
+        self._unsettled = False
         self.agreement.check(answer, claim, problem)
-        self._reduce_pending(answer.union(1))
         return answer
 
     def _reduce_pending(self, pending: int) -> None:
@@ -277,10 +293,8 @@ class Reducer(Gradients):
         return active
 
     def discard(self) -> None:
-        """Collective only where a backward was left unfinished: its round is completed before it is forgotten."""
-        self._complete_round()
-        self._await_header()
-        self.drain()
+        """``zero_grad``: forget what has been reduced. Collective where a backward has run since the last step."""
+        self._settle_discarded()
         self._begin_round()
         self._problem = None
         self._delivered = 0
@@ -291,13 +305,16 @@ class Reducer(Gradients):
 
     def zero(self) -> None:
         """``zero_grad(set_to_none=False)``: gradients become zeros and stay present, as in torch."""
-        self._complete_round()
-        self._await_header()
-        self.drain()
+        self._settle_discarded()
         for bucket in self.buckets:
             if bucket.gradient is not None:
                 bucket.gradient.zero_()
         self._consumed = False
+
+    def _settle_discarded(self) -> None:
+        # A round that only some ranks opened must not be left for a later backward to be paired with.
+        if self._unsettled:
+            self._meet(Kind.ZERO_GRAD, NO_CLAIM, None, keep=False)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

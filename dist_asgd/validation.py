@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -58,10 +59,11 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
                 raise ValueError(f"dist_asgd: {where}: {key} must be a number, got a Tensor. Only lr may be one.")
             if value.numel() != 1:
                 raise ValueError(f"dist_asgd: {where}: a Tensor lr must have 1 element, got {value.numel()}.")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"dist_asgd: {where}: {key} must be a number, got {value!r}.")
         number = scalar(value)
-        if not math.isfinite(number) or number < 0:
+        never = key == "t0" and number == math.inf
+        if number < 0 or not (math.isfinite(number) or never):
             raise ValueError(f"dist_asgd: {where}: {key} must be finite and >= 0, got {number}.")
     for key in FLAGS:
         if not isinstance(group[key], bool):
@@ -131,6 +133,14 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"memory. Make it contiguous: torch.nn.Parameter(p.detach().contiguous())."
             )
         spans += _span(name, param)
+    seen: dict[int, str] = {}
+    for name, param in named:
+        if id(param) in seen:
+            raise ValueError(
+                f"dist_asgd: parameter {name} is given twice (first as {seen[id(param)]}). Pass each parameter once; "
+                f"model.parameters() lists tied weights once."
+            )
+        seen[id(param)] = name
     spans.sort()
     for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:

@@ -22,23 +22,22 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The loaded state of one parameter; ``average`` is this rank's 1-D piece (``sharded``) or the whole ``ax``."""
+    """The loaded state of one parameter; ``average`` is this rank's 1-D piece (``sharded``) or the whole ``ax``.
+
+    ``fresh``: it has never stepped. Shards carry such parameters too; a whole dict has no entry for them.
+    """
 
     step: Tensor
     eta: Tensor
     mu: Tensor
     average: Tensor
     sharded: bool
+    fresh: bool
 
     @property
     def key(self) -> tuple[float, float, float, bool]:
         """What parameters of one cohort share."""
         return (self.step.item(), self.eta.item(), self.mu.item(), self.fresh)
-
-    @property
-    def fresh(self) -> bool:
-        """A shard also carries parameters that have never stepped; a whole dict has no entry for them."""
-        return self.sharded and self.step.item() == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +96,11 @@ def parse(
     unknown = [key for key in state_dict["state"] if key not in index_of]
     if unknown:
         raise ValueError(f"dist_asgd: the state dict has state for {unknown[:3]}, which no parameter group lists.")
+    fresh = saved_groups[0][MARK_KEY].fresh if sharded else ()
     entries = {
-        index_of[key]: _entry(places[index_of[key]], value, sharded) for key, value in state_dict["state"].items()
+        index: _entry(places[index], state_dict["state"][identity], sharded, index in fresh)
+        for identity, index in index_of.items()
+        if identity in state_dict["state"]
     }
     if sharded and len(entries) != len(places):
         raise ValueError("dist_asgd: a sharded state dict must have state for every parameter; this one is not whole.")
@@ -132,7 +134,7 @@ def _check_marks(saved_groups: Sequence[dict[str, Any]], mark: ShardMark) -> boo
     return True
 
 
-def _entry(place: Place, saved: Any, sharded: bool) -> Entry:
+def _entry(place: Place, saved: Any, sharded: bool, fresh: bool) -> Entry:
     if not isinstance(saved, dict) or set(saved) != set(STATE_KEYS):
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(
@@ -163,7 +165,7 @@ def _entry(place: Place, saved: Any, sharded: bool) -> Entry:
         raise ValueError(
             f"dist_asgd: ax of parameter {place.name} has dtype {average.dtype}, the parameter has {place.dtype}."
         )
-    return Entry(_scalar(saved["step"]), _scalar(saved["eta"]), _scalar(saved["mu"]), average, sharded)
+    return Entry(_scalar(saved["step"]), _scalar(saved["eta"]), _scalar(saved["mu"]), average, sharded, fresh)
 
 
 def _scalar(value: Tensor | float) -> Tensor:
@@ -233,13 +235,20 @@ def make_cohorts(loaded: Loaded, members: Sequence[Member], groups: Sequence[dic
 
 
 def load_averages(loaded: Loaded, buckets: Sequence[Bucket]) -> None:
-    """Write every parameter's piece of ``ax``; a bucket's average widens where a loaded one is wider."""
+    """Write every parameter's piece of ``ax``.
+
+    Where a loaded one is wider than its parameter, the averages of all parameters of that group and dtype are kept
+    in the wider dtype, so that the result does not depend on which of them share a bucket.
+    """
+    widest: dict[tuple[int, torch.dtype], torch.dtype] = {}
     for bucket in buckets:
-        dtype = bucket.dtype
+        key = (bucket.group_index, bucket.param_dtype)
         for member in bucket.members:
             entry = loaded.entries.get(member.index)
-            if entry is not None:
-                dtype = torch.promote_types(dtype, entry.average.dtype.to_real())
+            own = bucket.dtype if entry is None else entry.average.dtype.to_real()
+            widest[key] = torch.promote_types(widest.get(key, bucket.dtype), own)
+    for bucket in buckets:
+        dtype = widest[bucket.group_index, bucket.param_dtype]
         if bucket.average.dtype != dtype:
             bucket.average = torch.zeros(bucket.layout.shard_numel, dtype=dtype, device=bucket.device)
         for member in bucket.members:

@@ -72,18 +72,22 @@ _CONVERSIONS = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tens
 
 
 class ShardMark:
-    """Whose shard a state dict is; no tensor, number or string, so that helpers that gather "full" state refuse it."""
+    """Whose shard a state dict is; no tensor, number or string, so that helpers that gather "full" state refuse it.
 
-    def __init__(self, rank: int, world_size: int, layout: int) -> None:
+    ``layout`` is a digest of the layout it is a shard of, ``fresh`` the parameters that have never stepped.
+    """
+
+    def __init__(self, rank: int, world_size: int, layout: int, fresh: tuple[int, ...]) -> None:
         self.rank = rank
         self.world_size = world_size
         self.layout = layout
+        self.fresh = fresh
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardMark) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash((self.rank, self.world_size, self.layout))
+        return hash((self.rank, self.world_size, self.layout, self.fresh))
 
     def __repr__(self) -> str:
         return f"ShardMark(rank={self.rank}, world_size={self.world_size}, layout={self.layout:#x})"

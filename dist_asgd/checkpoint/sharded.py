@@ -18,18 +18,19 @@ def mark_of(shards: ShardedState, communicators: Communicators) -> ShardMark:
     layout = [
         (tuple(m.param.shape), str(m.dtype), m.strides, places[id(m.bucket)], m.slot.offset) for m in shards.members
     ]
-    return ShardMark(communicators.rank, communicators.world_size, digest_of(layout))
+    fresh = tuple(m.index for m in shards.members if shards.cohort_of[m.index].fresh)
+    return ShardMark(communicators.rank, communicators.world_size, digest_of(layout), fresh)
 
 
 def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, mark: ShardMark) -> dict[str, Any]:
-    """torch's layout with this rank's slices as ``ax`` and ``mark`` in every group; scalars are copies."""
+    """torch's layout with this rank's slices as ``ax`` and ``mark`` in every group; tensors are the live ones."""
     state = {}
     for member in shards.members:
         cohort = shards.cohort_of[member.index]
         state[member.index] = {
-            "step": cohort.step.clone(),
-            "eta": cohort.eta.clone(),
-            "mu": cohort.mu.clone(),
+            "step": cohort.step,
+            "eta": cohort.eta,
+            "mu": cohort.mu,
             "ax": AverageShard.of(member.average),
         }
     return {"state": state, "param_groups": [{**group, MARK_KEY: mark} for group in pack_groups(groups)]}

@@ -92,6 +92,9 @@ class Cohort:
     def prepare(self, lr: float | Tensor) -> None:
         """Before the first step, follow the lr: torch makes eta when the first gradient comes, not before."""
         if self.fresh:
+            # In place, so that state[p] goes on showing them: torch takes the default dtype of the first step.
+            for scalar in (self.step, self.eta, self.mu):
+                scalar.data = scalar.to(scalar_dtype())
             self._set_first_eta(lr)
             self.fresh = False
 

@@ -1,0 +1,6 @@
+"""The only package that calls collectives: one strategy per kind of backend."""
+
+from .base import Communicator, Parts, PeerError, Wait
+from .groups import Communicators
+
+__all__ = ["Communicator", "Communicators", "Parts", "PeerError", "Wait"]

@@ -1,0 +1,114 @@
+"""Which communicator serves which device of a process group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from .base import Communicator, Local
+from .gloo import Gloo
+from .named import Named
+
+# Tags from 2^30 on are ours; what users choose for their own messages is rarely that large.
+FIRST_TAG = 1 << 30
+TAG_RANGES = 1 << 12
+
+
+def _backend_for(group: dist.ProcessGroup, device_type: str) -> str | None:
+    """The name of the backend that serves ``device_type`` in ``group``, or None."""
+    config = str(dist.get_backend_config(group))
+    if ":" not in config:
+        return config
+    pairs = dict(entry.split(":", 1) for entry in config.split(","))
+    return pairs.get(device_type)
+
+
+def _own_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
+    ranks = dist.get_process_group_ranks(group)
+    own: dist.ProcessGroup = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    return own
+
+
+class _Tags:
+    """Hands out a range of message tags to each optimizer of this process.
+
+    Shared by the process, as the groups that it keeps apart are.
+    """
+
+    taken = 0
+
+
+def _agree_on_tags(group: dist.ProcessGroup) -> int:
+    """Collective: a first tag that no optimizer on any rank of ``group`` uses. Reused after 4,096 optimizers."""
+    number = torch.tensor([_Tags.taken])
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    _Tags.taken = int(number.item()) + 1
+    return FIRST_TAG + (_Tags.taken % TAG_RANGES << 16)
+
+
+class Communicators:
+    """One communicator per kind of device, on one process group; made when first asked for."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self._group = group
+        self._by_device: dict[str, Communicator] = {}
+        self._first_tag = 0
+        if group is not None:
+            self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+            if self.rank < 0:
+                raise ValueError(
+                    "dist_asgd: this process is not a member of process_group. Construct the optimizer only on "
+                    "the ranks of its group."
+                )
+        else:
+            self.rank, self.world_size = 0, 1
+
+    def _host_group(self, group: dist.ProcessGroup) -> dist.ProcessGroup:
+        """A group for small messages on the host; control traffic never touches the accelerator."""
+        backend = _backend_for(group, "cpu")
+        if backend is not None and backend != "nccl":
+            return group
+        return _own_group(group, "gloo")
+
+    @property
+    def host(self) -> Communicator:
+        """The communicator for control words."""
+        if self._group is None or self.world_size == 1:
+            return self._by_device.setdefault("", Local())
+        if "control" not in self._by_device:
+            group = self._host_group(self._group)
+            if _backend_for(group, "cpu") == "gloo":
+                self._first_tag = _agree_on_tags(group)
+                self._by_device["control"] = Gloo(group, self._first_tag)
+            else:
+                self._by_device["control"] = Named(group, averages=False)
+        return self._by_device["control"]
+
+    def on(self, device: torch.device) -> Communicator:
+        """The communicator for tensors on ``device``; ValueError where the group has no backend for it."""
+        if self._group is None or self.world_size == 1:
+            return self._by_device.setdefault("", Local())
+        if device.type not in self._by_device:
+            self._by_device[device.type] = self._make(self._group, device)
+        return self._by_device[device.type]
+
+    def _make(self, group: dist.ProcessGroup, device: torch.device) -> Communicator:
+        backend = _backend_for(group, device.type)
+        if backend == "gloo" and device.type == "cpu":
+            return Gloo(group, self._first_tag)
+        if backend == "nccl" and device.type == "cuda":
+            # Its own group: on a shared one a bucket could meet a collective of the user's in another order.
+            return Named(_own_group(group, "nccl"), averages=True)
+        if backend in (None, "gloo", "nccl"):
+            raise ValueError(
+                f"dist_asgd: parameters on {device.type!r}, but the process group's backend "
+                f"({dist.get_backend_config(group)}) has no fast path for that device. Pass a process_group whose "
+                f"backend serves it: init_process_group('cpu:gloo,cuda:nccl') serves both."
+            )
+        return Named(group, averages=False)
+
+    def scratch_bytes(self) -> int:
+        """Bytes of receive buffers kept between steps, over all devices."""
+        return sum(communicator.scratch_bytes() for communicator in self._by_device.values())
