@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import BucketLayout, Piece, Slot, bucket_cap_bytes, fill_buckets, lay_out
+from .layout import BucketLayout, Piece, Slot, fill_buckets, lay_out
 
 
 def memory_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -177,8 +177,7 @@ def build_buckets(
     first_index: int,
     rank: int,
     world_size: int,
-    bucket_cap_mb: float,
-    total_bytes: int,
+    cap_bytes: int,
 ) -> list[Bucket]:
     """Move one parameter group into buckets, bucket by bucket: at most one bucket is held twice meanwhile.
 
@@ -189,13 +188,12 @@ def build_buckets(
     for position in reversed(range(len(named_params))):
         param = named_params[position][1]
         classes.setdefault((param.dtype, param.device, param.requires_grad), []).append(position)
-    cap = bucket_cap_bytes(bucket_cap_mb, total_bytes)
     buckets: list[Bucket] = []
     for (dtype, _, _), positions in classes.items():
         reals = 2 if dtype.is_complex else 1
         itemsize = dtype.itemsize // reals
         numels = [named_params[position][1].numel() * reals for position in positions]
-        for chosen in fill_buckets(numels, itemsize, cap):
+        for chosen in fill_buckets(numels, itemsize, cap_bytes):
             layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
             bucket = Bucket(layout, named_params[positions[chosen[0]]][1], group_index, rank)
             for i, slot in zip(chosen, layout.slots, strict=True):

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 ALIGN_BYTES = 64
 MIB = 1 << 20
-# In-flight memory is a small number of buckets: at least this many make up a model.
-MIN_BUCKETS = 32
+# How many buckets a model makes at least, by stage. Stage 2: gradients in flight are a few buckets, and should be
+# small beside the shards. Stage 1: enough to gather one while another is updated.
+MIN_BUCKETS = {1: 4, 2: 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +144,12 @@ def round_up(numel: int, multiple: int) -> int:
     return -(-numel // multiple) * multiple
 
 
-def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int) -> int:
-    """The size at which a bucket is closed, in bytes.
+def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int, min_buckets: int) -> int:
+    """The size at which a bucket is closed, in bytes: the user's cap, or that which makes ``min_buckets`` if smaller.
 
-    The user's cap, but no more than 1/32 of all parameters: two buckets in flight must stay small beside the
-    shards. Never below 1 MiB unless the user asks for less: smaller messages cost more than they save.
+    Never below 1 MiB unless the user asks for less: smaller messages cost more than they save.
     """
-    return int(min(bucket_cap_mb * MIB, max(MIB, total_bytes // MIN_BUCKETS)))
+    return int(min(bucket_cap_mb * MIB, max(MIB, total_bytes // min_buckets)))
 
 
 def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayout:

@@ -24,6 +24,7 @@ from .claims import HyperparameterClaims, groups_claim
 from .comm import Communicators
 from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
+from .layout import MIN_BUCKETS
 from .reduce import Reducer
 from .state import ShardedState
 from .update.plan import Updater
@@ -118,7 +119,7 @@ class ShardedASGD(torch.optim.Optimizer):
         groups = [] if problem else self.param_groups
         self._agree_on_groups(Kind.CONSTRUCT, 0, groups, problem)
         self._constructed = True
-        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb)
+        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage])
         self._house(0)
 
     # --- construction --------------------------------------------------------------------------------------
@@ -329,9 +330,10 @@ class ShardedASGD(torch.optim.Optimizer):
         """This rank's part of the state; no communication.
 
         ``state[i]["ax"]`` is this rank's slice, 1-D in memory order. Every group is marked with the rank, the world
-        size and a digest of the layout, which ``load_state_dict`` checks. As in torch the tensors are the optimizer's
-        own and go on changing: ``copy.deepcopy`` the dict to keep it. They cannot be written by ``torch.distributed.checkpoint`` or loaded by ``torch.optim.ASGD``, which would
-        take them for whole tensors: that is what ``consolidated_state_dict`` is for.
+        size and a digest of the layout, which ``load_state_dict`` checks. As in torch the tensors are the
+        optimizer's own and go on changing: ``copy.deepcopy`` the dict to keep it. They cannot be written by
+        ``torch.distributed.checkpoint`` or loaded by ``torch.optim.ASGD``, which would take them for whole tensors:
+        that is what ``consolidated_state_dict`` is for.
         """
         self._averages.refuse("state_dict()")
         before_state_dict(self)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .buffers import Bucket, Member, build_buckets, reduce_order
 from .comm import Communicators
+from .layout import bucket_cap_bytes
 from .update.plan import Batch, plan_bucket
 from .update.schedule import Cohort, Rule
 
@@ -22,10 +23,13 @@ class ShardedState:
     ``shown`` is the optimizer's ``state``: a view for users, and checked for replaced entries at each step.
     """
 
-    def __init__(self, communicators: Communicators, shown: dict[Any, Any], bucket_cap_mb: float) -> None:
+    def __init__(
+        self, communicators: Communicators, shown: dict[Any, Any], bucket_cap_mb: float, min_buckets: int
+    ) -> None:
         self._communicators = communicators
         self._shown = shown
         self._bucket_cap_mb = bucket_cap_mb
+        self._min_buckets = min_buckets
         self._group_sizes: list[int] = []
         self.buckets: list[Bucket] = []
         self.members: list[Member] = []
@@ -45,8 +49,7 @@ class ShardedState:
                 first_index=first_index,
                 rank=self._communicators.rank,
                 world_size=self._communicators.world_size,
-                bucket_cap_mb=self._bucket_cap_mb,
-                total_bytes=total_bytes,
+                cap_bytes=bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets),
             )
             self.buckets += buckets
             self.members += [member for bucket in buckets for member in bucket.members]

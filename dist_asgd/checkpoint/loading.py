@@ -129,7 +129,7 @@ def _check_marks(saved_groups: Sequence[dict[str, Any]], mark: ShardMark) -> boo
         if found.layout != mark.layout:
             raise ValueError(
                 f"dist_asgd: this state dict is a shard of another model, or of other buckets (parameters, their "
-                f"order, dtypes, groups or bucket_cap_mb differ). {remedy}"
+                f"order, dtypes, groups, stage or bucket_cap_mb differ). {remedy}"
             )
     return True
 
