@@ -34,8 +34,9 @@ prepare_venv() {
         set -- "$@" -r "$file"
         shift
     done
-    "$VENV/bin/python" -m pip install --disable-pip-version-check "$@"
+    echo "Installing pinned packages into $VENV (torch is 200 MB; a minute or more)"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar on "$@"
     # The build tools are among the pins, so the build takes those instead of fetching others.
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e "$REPOSITORY"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$REPOSITORY"
     echo "$wanted" >"$stamp"
 }

@@ -1,0 +1,70 @@
+"""How evenly the state is split at world sizes that this machine does not have.
+
+The ``fake`` process group lets one process be any rank of any world: its collectives move nothing, but
+construction, which decides who owns what, needs nothing to be moved.
+
+Vocabulary
+    imbalance  the most bytes of state on one rank over the mean of the ranks that were looked at
+    overhead   the most bytes of state on one rank over an exact N-th of the unpadded state: padding counts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from benchmarks.measure import imbalance
+from benchmarks.model import Shape, build_model, parameter_bytes
+from benchmarks.peers import peer_of, state_tensors, storage_bytes
+
+WORLD_SIZES = (2, 8, 64, 1024)
+
+
+def measure_imbalance(shape: Shape, ours: bool) -> dict[str, dict[int, dict[str, float]]]:
+    """Imbalance and overhead by peer and world size."""
+    table: dict[str, dict[int, dict[str, float]]] = {"zero": {}}
+    if ours:
+        table["stage2"] = {}
+    for world_size in WORLD_SIZES:
+        table["zero"][world_size] = _figures(_zero_state_bytes(shape, world_size), shape, world_size)
+        if ours:
+            ranks = sorted({0, 1, world_size // 2, world_size - 1})
+            held = [_sharded_state_bytes(shape, rank, world_size) for rank in ranks]
+            table["stage2"][world_size] = _figures(held, shape, world_size)
+    return table
+
+
+def _figures(held: list[int], shape: Shape, world_size: int) -> dict[str, float]:
+    share = parameter_bytes(build_model(shape)) / world_size
+    return {"imbalance": imbalance(held), "overhead": max(held) / share}
+
+
+def _zero_state_bytes(shape: Shape, world_size: int) -> list[int]:
+    """``ax`` bytes of every rank, from the partition that ZeroRedundancyOptimizer makes."""
+    with fake_world(0, world_size):
+        optimizer = peer_of("zero").make_optimizer(build_model(shape))
+        assert isinstance(optimizer, ZeroRedundancyOptimizer)
+        return [
+            sum(p.numel() * p.element_size() for group in groups for p in group["params"])
+            for groups in optimizer._partition_parameters()  # type: ignore[attr-defined]
+        ]
+
+
+def _sharded_state_bytes(shape: Shape, rank: int, world_size: int) -> int:
+    """``ax`` bytes of one rank, by storages, padding and all."""
+    with fake_world(rank, world_size):
+        optimizer = peer_of("stage2").make_optimizer(build_model(shape))
+        return storage_bytes(tensor for tensor in state_tensors(optimizer) if tensor.dim() > 0)
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a world in which nothing is ever sent."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,147 @@
+"""Groups of rank processes on this machine that stay alive and do what they are told.
+
+Vocabulary
+    team   the ranks of one process group: fresh Python processes, one compute thread each, joined by Gloo
+    actor  the object that lives in every rank of a team, built by ``factory(rank, world_size, *args)``
+
+Teams let peers be interleaved step by step without sharing a process, hence without sharing a heap: a rank
+that is not called waits in a read and takes no processor time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+TIMEOUT = timedelta(seconds=120)
+
+
+class Team:
+    """``world_size`` rank processes, each with one actor. Use as a context manager.
+
+    ``environment`` is set before the processes start, since glibc reads its ``MALLOC_*`` variables only then.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="dist_asgd_bench_")
+        self._connections: list[Connection] = []
+        self._processes = []
+        with _environment({**RANK_ENVIRONMENT, **(environment or {})}):
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_rank_main,
+                    args=(theirs, self._folder.name, factory, rank, world_size, args),
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                self._connections.append(ours)
+                self._processes.append(process)
+
+    def wait_ready(self) -> None:
+        """Return once every actor is built; raises what building one raised."""
+        self._receive()
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every rank's actor at once and return the results in the order of the ranks."""
+        for connection in self._connections:
+            connection.send((method, args))
+        return self._receive()
+
+    def _receive(self) -> list[Any]:
+        """One answer of every rank; the first failure ends the team."""
+        results = []
+        for rank, connection in enumerate(self._connections):
+            try:
+                result, error = connection.recv()
+            except EOFError:
+                result, error = None, "the process ended without an answer"
+            if error is not None:
+                self.kill()
+                raise RuntimeError(f"rank {rank}: {error}")
+            results.append(result)
+        return results
+
+    def kill(self) -> None:
+        """End the processes of this team at once."""
+        for process in self._processes:
+            process.kill()
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.kill()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.send(None)
+        for process in self._processes:
+            process.join(30)
+        self.kill()
+        self._folder.cleanup()
+
+
+def _rank_main(
+    connection: Connection,
+    folder: str,
+    factory: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    args: tuple[Any, ...],
+) -> None:
+    """One rank's whole life: join the group, build the actor, answer calls, leave together."""
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(str(Path(folder, "store")), world_size)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        actor = factory(rank, world_size, *args)
+        connection.send((None, None))
+        while (call := connection.recv()) is not None:
+            method, arguments = call
+            connection.send((getattr(actor, method)(*arguments), None))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except BaseException:
+        connection.send((None, traceback.format_exc()))
+        raise
+    dist.barrier()  # a rank that leaves early can abort the others
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes started inside, then put the old ones back."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,77 @@
+"""What this repository set out to reach, beside what was measured: the rows that a reader looks for first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+WHOLE_STEP_RATIO = 0.85
+IMBALANCE = 1.001
+CONSOLIDATION_RATIO = 3.0
+BUCKET_BYTES = 25 * 2**20
+PEAK = 1.4
+
+
+@dataclass(frozen=True)
+class Target:
+    """One goal: ``measured`` and ``goal`` as they are shown, and whether the goal was met."""
+
+    what: str
+    goal: str
+    measured: str
+    met: bool
+
+
+def targets(report: Mapping[str, Any]) -> Iterator[Target]:
+    """The goals that this report has figures for."""
+    time, memory = report.get("time", {}), report.get("memory", {})
+    unit = report["parameter_bytes"]
+    if "stage2" in time:
+        ratio = time["stage2"]["whole_ratio"]
+        yield Target(
+            "stage 2's whole step over DDP + torch.optim.ASGD",
+            f"<= {WHOLE_STEP_RATIO}",
+            f"{ratio:.2f}",
+            ratio <= WHOLE_STEP_RATIO,
+        )
+        for key, name in (("ddp-views", "DDP (views)"), ("zero", "ZeroRedundancyOptimizer")):
+            if key in time:
+                other = time[key]["whole_ratio"]
+                yield Target(f"the same, beside {name}", f"< {other:.2f}, where it can", f"{ratio:.2f}", ratio < other)
+    if {"stage1-views", "zero"} <= time.keys():
+        ours, theirs = (time[key]["step_seconds"] * 1e3 for key in ("stage1-views", "zero"))
+        yield Target(
+            "`opt.step()` of stage 1, beside ZeroRedundancyOptimizer's",
+            f"< {theirs:.1f} ms",
+            f"{ours:.1f} ms",
+            ours < theirs,
+        )
+    if "stage2" in time:
+        worst = max(
+            time[key][f"{part}_imbalance"]
+            for key in ("stage1-views", "stage2")
+            if key in time
+            for part in ("state", "gradients")
+        )
+        yield Target("imbalance of state and gradients", f"<= {IMBALANCE}", f"{worst:.4f}", worst <= IMBALANCE)
+        ratio = time["stage2"]["consolidation_ratio"]
+        yield Target(
+            "consolidating, over torch.save of the full state",
+            f"<= {CONSOLIDATION_RATIO:.0f}",
+            f"{ratio:.1f}",
+            ratio <= CONSOLIDATION_RATIO,
+        )
+    if "stage2" in memory:
+        extra = max(memory["stage2"]["consolidation"][1:])
+        yield Target(
+            "extra memory of consolidating, other ranks",
+            f"<= a bucket, {BUCKET_BYTES / unit:.2f} P",
+            f"{extra / unit:.3f} P",
+            extra <= BUCKET_BYTES,
+        )
+        cold, warm = (max(rank[floor] for rank in memory["stage2"]["steps"]) / unit for floor in ("cold", "warm"))
+        yield Target(
+            "stage 2's peak memory above the model, without torch's own", f"<= {PEAK} P", f"{warm:.2f} P", warm <= PEAK
+        )
+        yield Target("the same, torch's own counted", f"<= {PEAK} P", f"{cold:.2f} P", cold <= PEAK)

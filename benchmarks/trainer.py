@@ -1,0 +1,191 @@
+"""One peer at work in one rank: the actor that the benchmark's teams are made of.
+
+Vocabulary
+    whole step  ``zero_grad``, forward, backward, ``optimizer.step()``, timed from a barrier to the end
+    split step  the same with a barrier before ``optimizer.step()``, of which only the latter is timed
+    peak        the most memory this process held since the last reset: the kernel's high-water mark (VmHWM)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.model import Shape, batch_of, build_model, parameter_bytes
+from benchmarks.peers import Peer, consolidate, state_tensors, storage_bytes
+
+
+class Trainer:
+    """Trains one peer's model. Every method is collective: all ranks of the team, same order."""
+
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: Optimizer
+
+    def __init__(self, rank: int, world_size: int, peer: Peer, shape: Shape) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.peer = peer
+        self.shape = shape
+        self._num_steps = 0
+        self.build()
+
+    def build(self) -> None:
+        """The model, the wrapping and the optimizer."""
+        self.model = build_model(self.shape)
+        self.wrap()
+
+    def wrap(self) -> None:
+        self.wrapped = self.peer.wrap(self.model)
+        self.optimizer = self.peer.make_optimizer(self.model)
+
+    def whole_step(self) -> tuple[float, float]:
+        """Seconds of a training step: on the clock, and of processor time over all threads of this process."""
+        tokens = self._next_batch()
+        dist.barrier()
+        begin, begin_processor = time.perf_counter(), time.process_time()
+        self.optimizer.zero_grad()
+        self.wrapped(tokens).backward()
+        self.optimizer.step()
+        return time.perf_counter() - begin, time.process_time() - begin_processor
+
+    def split_step(self) -> float:
+        """Seconds of ``optimizer.step()`` alone, after a backward that has ended on every rank."""
+        tokens = self._next_batch()
+        self.optimizer.zero_grad()
+        self.wrapped(tokens).backward()
+        dist.barrier()
+        begin = time.perf_counter()
+        self.optimizer.step()
+        return time.perf_counter() - begin
+
+    def _next_batch(self) -> torch.Tensor:
+        self._num_steps += 1
+        return batch_of(self.shape, self.rank, self._num_steps)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of parameters, state and gradients that this rank holds between backward and step."""
+        self.optimizer.zero_grad()
+        self.wrapped(self._next_batch()).backward()
+        parameters = list(self.model.parameters())
+        gradients = storage_bytes(p.grad for p in parameters if p.grad is not None)
+        if self.peer.stage == 2:
+            gradients = self.optimizer.memory_report().gradient_bytes  # type: ignore[attr-defined]
+        if self.peer.ddp and not self.peer.gradient_views:
+            gradients += parameter_bytes(self.model)  # DDP's buckets, which Python does not see
+        result = {
+            "parameters": storage_bytes(parameters),
+            "state": storage_bytes(state_tensors(self.optimizer)),
+            "gradients": gradients,
+        }
+        self.optimizer.step()
+        return result
+
+    def parameters_digest(self) -> str:
+        """A hash of every parameter's bits: peers that did the same work have the same one."""
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def consolidation_seconds(self) -> float:
+        """Seconds to bring the whole state to rank 0."""
+        dist.barrier()
+        begin = time.perf_counter()
+        state = consolidate(self.optimizer)
+        seconds = time.perf_counter() - begin
+        del state
+        return seconds
+
+    def save_seconds(self, folder: str) -> float:
+        """Seconds that ``torch.save`` takes to write this optimizer's whole state, on rank 0; 0 elsewhere."""
+        if self.rank != 0:
+            return 0.0
+        path = Path(folder, f"state_{os.getpid()}.pt")
+        begin = time.perf_counter()
+        torch.save(self.optimizer.state_dict(), path)
+        seconds = time.perf_counter() - begin
+        path.unlink()
+        return seconds
+
+
+class MemoryTrainer(Trainer):
+    """A ``Trainer`` that notes its memory between the stages of a run. Linux only: reads /proc/self.
+
+    Two floors, both with the bare model in memory and nothing else of it: ``cold``, as the model was just
+    built, and ``warm``, after a miniature was trained the same way and thrown away, so that code and scratch
+    space that torch loads on first use, whatever the size of the model, is not counted.
+    """
+
+    def build(self) -> None:
+        self.model = build_model(self.shape)
+        self.floors = {"cold": settled_bytes()}
+        miniature = build_model(Shape(num_layers=1, width=32, num_heads=2, context=8))
+        wrapped = self.peer.wrap(miniature)
+        optimizer = self.peer.make_optimizer(miniature)
+        for number in range(3):
+            optimizer.zero_grad()
+            wrapped(batch_of(Shape(context=8), self.rank, number)).backward()
+            optimizer.step()
+        del miniature, wrapped, optimizer
+        self.floors["warm"] = settled_bytes()
+
+    def wrap_peak(self) -> dict[str, int]:
+        """Peak of building the wrapping and the optimizer, in bytes above each floor."""
+        reset_peak()
+        self.wrap()
+        return self._above_floors(peak_bytes())
+
+    def steps_peak(self, num_steps: int) -> dict[str, int]:
+        """Peak of training steps, in bytes above each floor."""
+        reset_peak()
+        for _ in range(num_steps):
+            self.optimizer.zero_grad()
+            self.wrapped(self._next_batch()).backward()
+            self.optimizer.step()
+        return self._above_floors(peak_bytes())
+
+    def _above_floors(self, peak: int) -> dict[str, int]:
+        return {name: peak - floor for name, floor in self.floors.items()}
+
+    def consolidation_peak(self) -> int:
+        """Peak of consolidating to rank 0, in bytes above what this process held before."""
+        before = settled_bytes()
+        reset_peak()
+        state = consolidate(self.optimizer)
+        peak = peak_bytes()
+        del state
+        return peak - before
+
+
+def settled_bytes() -> int:
+    """Resident bytes of this process after garbage and free heap have gone back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def reset_peak() -> None:
+    """Start the kernel's high-water mark again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most bytes that were resident since the last ``reset_peak``."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
