@@ -48,7 +48,11 @@ class Gradients(ABC):
 
     @abstractmethod
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
-        """Collective: agree on ``kind`` and ``claim``, with all gradients reduced; raises on all ranks or none."""
+        """Collective: agree on ``kind`` and ``claim``, gradients reduced or on the way; raises on all ranks or none."""
+
+    @abstractmethod
+    def ready(self, bucket: Bucket | None) -> None:
+        """Wait until the gradient of ``bucket`` is reduced (None: of all); between ``settle`` and the update."""
 
     @abstractmethod
     def active(self, answer: Answer) -> set[int]:
@@ -76,6 +80,9 @@ class Arrived(Gradients):
                     except RuntimeError as error:
                         problem = problem or error
         return self.agreement.confer(kind, claim, (present, 0), problem)
+
+    def ready(self, bucket: Bucket | None) -> None:
+        """They have arrived."""
 
     def active(self, answer: Answer) -> set[int]:
         masks = answer.masks(0)

@@ -206,9 +206,11 @@ class ShardedASGD(torch.optim.Optimizer):
             rules = self._rules()
             self._shards.begin_update(active, rules)
             for bucket, batches in self._shards.planned(active, self._gradients.reduced):
+                self._gradients.ready(bucket)
                 for batch in batches:
                     self._updater.run(batch, rules[batch.group_index], _flat_gradient)
                 self._gatherer.launch(bucket)
+            self._gradients.ready(None)
             self._shards.end_update(active, rules)
             self._gatherer.wait()
         return loss

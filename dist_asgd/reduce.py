@@ -66,7 +66,7 @@ class Reducer(Gradients):
         weakref.finalize(self, _remove, self._hooks)
         self._slots: dict[tuple[torch.device, torch.dtype], Slots] = {}
         self._sends: dict[int, SendLayout] = {}
-        self._in_flight: deque[Wait] = deque()
+        self._in_flight: deque[tuple[Bucket, Wait]] = deque()
         # Of the open round: what has come, bucket by bucket, and the next bucket to launch.
         self._rounds: list[Bucket] = []
         self._came: set[int] = set()
@@ -190,7 +190,7 @@ class Reducer(Gradients):
             wait()
             self._slots[bucket.device, bucket.dtype].give_back(slot)
 
-        self._in_flight.append(finish)
+        self._in_flight.append((bucket, finish))
 
     def _slot(self, bucket: Bucket) -> Tensor:
         """A free send buffer; waits for the oldest bucket in flight while there is none."""
@@ -199,7 +199,7 @@ class Reducer(Gradients):
             alike = [b for b in self.buckets if (b.device, b.dtype) == key]
             self._slots[key] = Slots(max(self._sends[id(b)].packed_numel for b in alike), bucket.flat)
         while (slot := self._slots[key].take()) is None:
-            self._in_flight.popleft()()
+            self._finish_oldest()
         return slot
 
     def _checked(self, member: Member) -> Tensor | None:
@@ -213,10 +213,13 @@ class Reducer(Gradients):
                 return None
         return gradient
 
-    def drain(self) -> None:
-        """Wait for everything in flight."""
-        while self._in_flight:
-            self._in_flight.popleft()()
+    def _finish_oldest(self) -> None:
+        _, finish = self._in_flight.popleft()
+        finish()
+
+    def ready(self, bucket: Bucket | None) -> None:
+        while any(bucket is None or waiting is bucket for waiting, _ in self._in_flight):
+            self._finish_oldest()
 
     # --- before a collective call ------------------------------------------------------------------------
 
@@ -266,7 +269,9 @@ class Reducer(Gradients):
                 break
             self._judge_round(answer)
             self._join_round()
-        self.drain()
+        if kind is not Kind.STEP:
+            # A step waits bucket by bucket, and updates the first while the last are on their way.
+            self.ready(None)
         self._problem = self._mispaired = None
         self._unsettled = False
         self.agreement.check(answer, claim, problem)
@@ -277,8 +282,10 @@ class Reducer(Gradients):
         wanted = {id(self._member_of[index].bucket) for index in indices_of(pending)} if pending else set()
         for position, bucket in enumerate(self.buckets):
             if id(bucket) in wanted:
+                self.ready(bucket)
                 self._launch(bucket, position)
-        self.drain()
+        if wanted:
+            self.ready(None)
 
     def present(self, answer: Answer) -> set[int]:
         """Indices of the parameters for which any rank has contributed a gradient."""
@@ -315,6 +322,7 @@ class Reducer(Gradients):
         # A round that only some ranks opened must not be left for a later backward to be paired with.
         if self._unsettled:
             self._meet(Kind.ZERO_GRAD, NO_CLAIM, None, keep=False)
+        self.ready(None)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
