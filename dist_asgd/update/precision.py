@@ -1,0 +1,86 @@
+"""16-bit parameters: float32 masters beside them, and stochastic rounding; in torch operators, the oracle of the kernels.
+
+master     the float32 value of a 16-bit parameter. For bfloat16 it is held as the parameter and an int16 *remainder*:
+           ``master bits = (parameter bits << 16) + remainder``. The parameter is the master rounded to nearest, ties
+           away from zero: with ties to even 65,537 masters would share a parameter, one more than 16 bits can tell
+           apart. For float16 it is a float32 tensor of its own.
+key        32 bits that tell apart the random numbers of parameters, from the seed and the parameter's index
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9
+NAN_BITS = 0x7FC00000
+
+
+def mix(word: int) -> int:
+    """A bijection of 32-bit words in which every bit of the argument moves every bit of the result."""
+    word ^= word >> 16
+    word = word * 0x7FEB352D & MASK
+    word ^= word >> 15
+    word = word * 0x846CA68B & MASK
+    return word ^ word >> 16
+
+
+def _mix_all(words: Tensor) -> Tensor:
+    words = words ^ words >> 16
+    words = words * 0x7FEB352D & MASK
+    words = words ^ words >> 15
+    words = words * 0x846CA68B & MASK
+    return words ^ words >> 16
+
+
+def parameter_key(seed: int, index: int) -> int:
+    """The key of parameter ``index`` (in registration order) under a 64-bit ``seed``."""
+    return mix(mix(mix(seed & MASK) ^ (seed >> 32 & MASK)) + index * GOLDEN & MASK)
+
+
+def step_key(key: int, step: int) -> int:
+    """The key of one parameter in step ``step``, counted from 1."""
+    return mix(key ^ mix(step & MASK))
+
+
+def random_16(key: int, step: int, first: int, numel: int, device: torch.device) -> Tensor:
+    """Uniform integers in [0, 65536) for elements ``first`` on of a parameter: ``(numel,)`` int64.
+
+    A function of the key, the step and the element's place in its parameter only, so that it does not depend on
+    sharding.
+    """
+    elements = torch.arange(first, first + numel, device=device)
+    words = _mix_all(elements & MASK ^ step_key(key, step))
+    return _mix_all(words + (elements >> 32) * GOLDEN + key & MASK) >> 16
+
+
+def join(param: Tensor, remainder: Tensor, out: Tensor) -> Tensor:
+    """The float32 masters ``(n,)`` of bfloat16 ``param`` and int16 ``remainder``, into ``out``."""
+    bits = out.view(torch.int32)
+    bits.copy_(param.view(torch.int16)).mul_(1 << 16).add_(remainder)
+    return out
+
+
+def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    """Write bfloat16 ``param`` and int16 ``remainder`` from float32 ``master``, so that ``join`` gives every bit back.
+
+    NaNs lose their payload.
+    """
+    bits = torch.where(master.isnan(), NAN_BITS, master.view(torch.int32))
+    rounded = bits + 0x8000 >> 16
+    param.view(torch.int16).copy_(rounded)
+    remainder.copy_(bits - (rounded << 16))
+
+
+def recall(param: Tensor, master: Tensor, out: Tensor) -> Tensor:
+    """float32 masters of float16 ``param``, into ``out``: ``master``, or the parameter where somebody has changed it."""
+    return torch.where(master.half() == param, master, param.float(), out=out)
+
+
+def round_stochastically(values: Tensor, param: Tensor, random: Tensor) -> None:
+    """Write float32 ``values`` to bfloat16 ``param``, up or down with the probability that makes the mean exact."""
+    bits = values.view(torch.int32)
+    # Infinities and NaNs are kept: carrying into their exponent would change what they are.
+    moved = torch.where(values.isfinite(), bits + random.to(torch.int32), bits) >> 16
+    param.view(torch.int16).copy_(torch.where(values.isnan(), NAN_BITS >> 16, moved))
