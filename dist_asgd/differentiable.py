@@ -11,7 +11,7 @@ from torch import Tensor
 from .checkpoint.groups import pack_groups
 from .checkpoint.loading import Loaded
 from .update import reference
-from .update.schedule import Cohort, Rule
+from .update.schedule import Cohort, Form, Rule
 
 
 def init_state(param: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def init_state(param: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
 def step(groups: Sequence[dict[str, Any]], state: Any) -> None:
     """One step with gradients enabled, as torch does it here; ``state`` is the optimizer's, and the only truth."""
     for group in groups:
-        rule = Rule.of(group, foreach=False)
+        rule = Rule.of(group, Form.FORLOOP)
         for param in group["params"]:
             if param.grad is None:
                 continue

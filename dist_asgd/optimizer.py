@@ -15,7 +15,6 @@ from torch.optim.optimizer import ParamsT
 from . import clip, differentiable, memory
 from .agreement import NO_CLAIM, Agreement, Claim, Kind
 from .averaging import Averages
-from .buffers import Member, flattened
 from .checkpoint import consolidated, loading, sharded
 from .checkpoint.groups import pack_groups
 from .checkpoint.hooks import after_load, after_state_dict, before_load, before_state_dict
@@ -27,8 +26,8 @@ from .gradients import Arrived, Gradients, compare_values
 from .layout import MIN_BUCKETS
 from .reduce import Reducer
 from .state import ShardedState
-from .update.plan import Updater
-from .update.schedule import Rule
+from .update.plan import KernelBatch, Updater
+from .update.schedule import rules_of
 from .validation import (
     check_hyperparameters,
     check_mode,
@@ -58,7 +57,11 @@ class ShardedASGD(torch.optim.Optimizer):
 
     Args:
         params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable: as in
-            ``torch.optim.ASGD``. ``foreach=None`` is the for-loop form on CPUs and the foreach form elsewhere.
+            ``torch.optim.ASGD``. ``foreach=False`` is torch's for-loop form, ``foreach=True`` its foreach form, each to
+            the bit. Left open (``None``): the fused kernel on CPUs, the foreach form elsewhere.
+        fused: True: one pass over memory in a compiled kernel, with the bits of the for-loop form; CPU parameters
+            only. Where the kernel was not compiled, or torch runs without AVX2, the same bits come from torch
+            operators, and the log says so. False: never the kernel.
             ``differentiable`` needs a single process; ``capturable=True`` is refused, since the scalars live on
             the host (a step makes no device synchronisation).
         stage: 1, gradients arrive already averaged on every rank (DDP); 2, this optimizer reduce-scatters them
@@ -83,6 +86,7 @@ class ShardedASGD(torch.optim.Optimizer):
         differentiable: bool = False,
         capturable: bool = False,
         *,
+        fused: bool | None = None,
         stage: int = 1,
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float = 25.0,
@@ -108,6 +112,7 @@ class ShardedASGD(torch.optim.Optimizer):
             "maximize": maximize,
             "differentiable": differentiable,
             "capturable": capturable,
+            "fused": fused,
         }
         self._constructed = False
         problem: Exception | None = None
@@ -203,12 +208,16 @@ class ShardedASGD(torch.optim.Optimizer):
         self._averages.refuse("step()")
         with torch.no_grad():
             active = self._reduce()
-            rules = self._rules()
+            rules = rules_of(self.param_groups)
             self._shards.begin_update(active, rules)
-            for bucket, batches in self._shards.planned(active, self._gradients.reduced):
+            rows = self._shards.rows(rules)
+            for bucket, batches in self._shards.planned(active, self._gradients.reduced, rules):
                 self._gradients.ready(bucket)
                 for batch in batches:
-                    self._updater.run(batch, rules[batch.group_index], _flat_gradient)
+                    if isinstance(batch, KernelBatch):
+                        batch.run(rows)
+                    else:
+                        self._updater.run(batch, rules[batch.group_index])
                 self._gatherer.launch(bucket)
             self._gradients.ready(None)
             self._shards.end_update(active, rules)
@@ -237,14 +246,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._shards.check_unchanged()
         for index, group in enumerate(self.param_groups):
             check_hyperparameters(group, f"param_groups[{index}]")
-
-    def _rules(self) -> list[Rule]:
-        rules = []
-        for group in self.param_groups:
-            first = next(iter(group["params"]), None)
-            accelerated = first is not None and first.device.type != "cpu"
-            rules.append(Rule.of(group, accelerated if group["foreach"] is None else group["foreach"]))
-        return rules
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that stage 2 has reduced included.
@@ -443,6 +444,3 @@ def _base(name: str) -> Callable[..., None]:
     method = getattr(torch.optim.Optimizer, name)
     return cast(Callable[..., None], getattr(method, "__wrapped__", method))
 
-
-def _flat_gradient(member: Member) -> Tensor:
-    return flattened(cast(Tensor, member.param.grad), member.strides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 from .buffers import Bucket, Member, build_buckets, reduce_order
 from .comm import Communicators
 from .layout import bucket_cap_bytes
-from .update.plan import Batch, plan_bucket
-from .update.schedule import Cohort, Rule
+from .update import cpu
+from .update.plan import Batch, KernelBatch, has_kernel, plan_bucket, plan_kernel
+from .update.schedule import Cohort, Form, Rule
 
 Named = Sequence[tuple[str, Tensor]]
+Plan = list[tuple[Bucket, list[Batch | KernelBatch]]]
 
 
 class ShardedState:
@@ -35,7 +38,7 @@ class ShardedState:
         self.members: list[Member] = []
         self.cohorts: list[list[Cohort]] = []
         self.cohort_of: dict[int, Cohort] = {}
-        self._plan: tuple[set[int], list[tuple[Bucket, list[Batch]]]] | None = None
+        self._plan: tuple[object, Plan] | None = None
 
     def house(self, groups: Sequence[tuple[Named, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
@@ -124,13 +127,35 @@ class ShardedState:
                 if cohort.indices & active:
                     cohort.advance(rule)
 
-    def planned(self, active: set[int], reduced: bool) -> list[tuple[Bucket, list[Batch]]]:
+    def planned(self, active: set[int], reduced: bool, rules: Sequence[Rule]) -> Plan:
         """Buckets that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
-        if self._plan is None or self._plan[0] != active:
+        key = (active, [(rule.form, rule.maximize, rule.weight_decay) for rule in rules])
+        if self._plan is None or self._plan[0] != key:
             plan = [
-                (bucket, plan_bucket(bucket, self.cohort_of, active, reduced))
+                (bucket, self._batches(bucket, active, reduced, rules[bucket.group_index]))
                 for bucket in self.buckets
                 if any(member.index in active for member in bucket.members)
             ]
-            self._plan = (set(active), plan)
+            self._plan = ((set(active), key[1]), plan)
         return self._plan[1]
+
+    def _batches(self, bucket: Bucket, active: set[int], reduced: bool, rule: Rule) -> list[Batch | KernelBatch]:
+        unavailable = cpu.why_unavailable() if rule.form is Form.FUSED else None
+        if unavailable is not None:
+            cpu.log_fallback(unavailable)
+        if rule.form is not Form.FUSED or not has_kernel(bucket):
+            return list(plan_bucket(bucket, self.cohort_of, active, reduced))
+        rows = {id(cohort): row for row, cohort in enumerate(self._all_cohorts())}
+        streamed = sum(b.average.nbytes for b in self.buckets) > cpu.STREAMED_BYTES
+        return [plan_kernel(bucket, self.cohort_of, active, reduced, rule, rows, streamed)]
+
+    def _all_cohorts(self) -> list[Cohort]:
+        return [cohort for cohorts in self.cohorts for cohort in cohorts]
+
+    def rows(self, rules: Sequence[Rule]) -> array[float]:
+        """The scalars of every cohort for this step, in the order of the plan's rows."""
+        rows = array("d")
+        for cohorts, rule in zip(self.cohorts, rules, strict=True):
+            for cohort in cohorts:
+                rows.extend(cohort.factors(rule))
+        return rows

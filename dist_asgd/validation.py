@@ -13,6 +13,7 @@ from torch import Tensor
 
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
+FORMS = ("foreach", "fused")
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -49,7 +50,7 @@ def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str
 
 def check_hyperparameters(group: dict[str, Any], where: str) -> None:
     """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range."""
-    missing = [key for key in (*REAL_HYPERPARAMETERS, *FLAGS, "foreach") if key not in group]
+    missing = [key for key in (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS) if key not in group]
     if missing:
         raise ValueError(f"dist_asgd: {where} lacks {missing}: set them again, or load a state dict that has them.")
     for key in REAL_HYPERPARAMETERS:
@@ -68,12 +69,30 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
     for key in FLAGS:
         if not isinstance(group[key], bool):
             raise ValueError(f"dist_asgd: {where}: {key} must be True or False, got {group[key]!r}.")
-    if group["foreach"] not in (None, True, False):
-        raise ValueError(f"dist_asgd: {where}: foreach must be None, True or False, got {group['foreach']!r}.")
+    for key in FORMS:
+        if group[key] is not None and not isinstance(group[key], bool):
+            raise ValueError(f"dist_asgd: {where}: {key} must be None, True or False, got {group[key]!r}.")
+    _check_fused(group, where)
     if group["capturable"]:
         raise ValueError(
             f"dist_asgd: {where}: capturable=True is not supported: step, eta and mu live on the host, where a CUDA "
             f"graph cannot capture them. Pass capturable=False; a step makes no device synchronisation anyway."
+        )
+
+
+def _check_fused(group: dict[str, Any], where: str) -> None:
+    if not group["fused"]:
+        return
+    for key in ("foreach", "differentiable"):
+        if group[key]:
+            raise ValueError(
+                f"dist_asgd: {where}: fused=True with {key}=True: two forms of the update. Pass one of them."
+            )
+    others = {p.device.type for p in group.get("params", ())} - {"cpu"}
+    if others:
+        raise ValueError(
+            f"dist_asgd: {where}: fused=True with parameters on {', '.join(sorted(others))}: this version has a fused "
+            f"kernel for CPUs only. Pass fused=None, which takes the foreach form there."
         )
 
 
@@ -179,4 +198,4 @@ def check_gradient(name: str, param: Tensor, gradient: Tensor) -> None:
 def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
     """The hyperparameters of ``group`` as plain values, for comparison across ranks."""
     plain = [(key, scalar(group[key])) for key in REAL_HYPERPARAMETERS]
-    return (*plain, *((key, group[key]) for key in (*FLAGS, "foreach")))
+    return (*plain, *((key, group[key]) for key in (*FLAGS, *FORMS)))

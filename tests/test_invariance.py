@@ -13,7 +13,7 @@ from tests.harness.models import mlp, odd_loss, odd_net
 from tests.harness.ranks import run
 from tests.harness.subject import Saved, Setting, check_history
 
-forms = pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
+forms = pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
 stages = pytest.mark.parametrize("stage", [1, 2], ids=["stage1", "stage2"])
 
 STEPS = (
@@ -49,27 +49,27 @@ def history_of(dtype: str) -> History:
 @forms
 @stages
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_world_size_and_bucket_size_do_not_change_a_bit(dtype: str, stage: int, foreach: bool) -> None:
+def test_world_size_and_bucket_size_do_not_change_a_bit(dtype: str, stage: int, form: str) -> None:
     """1 to 4 ranks, one bucket or many; threads and Gloo processes."""
     history = history_of(dtype)
-    expected: Saved = run("none", 1, check_history, history, Setting(stage, foreach))[0]
+    expected: Saved = run("none", 1, check_history, history, Setting(stage, form))[0]
     for world_size in (1, 2, 3, 4):
         for bucket_cap_mb in (0.0005, 0.004, 25.0):
-            setting = Setting(stage, foreach, bucket_cap_mb)
+            setting = Setting(stage, form, bucket_cap_mb)
             for backend in ("threads",) if world_size == 1 else ("threads", "gloo"):
                 for found in run(backend, world_size, check_history, history, setting):
                     assert all(map(same_bits, found.params, expected.params))
                     assert same_tree(found.state["state"], expected.state["state"])
 
 
-def train_odd_net(_rank: int, _world_size: int, stage: int, foreach: bool) -> dict[str, Any]:
+def train_odd_net(_rank: int, _world_size: int, stage: int, form: str) -> dict[str, Any]:
     """The same batch on every rank, so that the mean of 2 or 4 equal gradients is exact."""
     theirs = odd_net()
     ours = copy.deepcopy(theirs)
     strides = {name: p.stride() for name, p in ours.named_parameters()}
-    options = {"lr": 0.1, "t0": 1, "weight_decay": 0.01, "foreach": foreach}
-    subject = ShardedASGD(ours.parameters(), stage=stage, **options)
-    oracle = torch.optim.ASGD(theirs.parameters(), **options)
+    options = {"lr": 0.1, "t0": 1, "weight_decay": 0.01}
+    subject = ShardedASGD(ours.parameters(), **Setting(stage, form).forms, stage=stage, **options)
+    oracle = torch.optim.ASGD(theirs.parameters(), foreach=form == "foreach", **options)
     assert ours.tied.weight is ours.inner.weight
     assert {name: p.stride() for name, p in ours.named_parameters()} == strides
     for seed in range(4):
@@ -95,11 +95,11 @@ def train_odd_net(_rank: int, _world_size: int, stage: int, foreach: bool) -> di
     ("backend", "world_size"), [("none", 1), ("threads", 2), ("threads", 4), ("gloo", 2), ("gloo", 4)]
 )
 def test_a_model_of_awkward_layouts_trains_as_with_torch(
-    backend: str, world_size: int, stage: int, foreach: bool
+    backend: str, world_size: int, stage: int, form: str
 ) -> None:
     """Tied, frozen, transposed, channels_last, 0-dim, empty and unused parameters in one model."""
     start = odd_net()
-    for found in run(backend, world_size, train_odd_net, stage, foreach):
+    for found in run(backend, world_size, train_odd_net, stage, form):
         assert same_bits(found["unused"], start.unused)
         assert same_bits(found["frozen"], start.frozen)
 

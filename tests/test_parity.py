@@ -1,7 +1,7 @@
 """Parity: random histories end, event by event, on the bits of ``torch.optim.ASGD``.
 
-The oracle of ``foreach=False`` is torch's for-loop form, of ``foreach=True`` torch's foreach form; the two
-differ from each other. Histories have odd shapes and layouts, 1 to 3 groups with their own hyperparameters,
+The oracle of the for-loop form and of the fused kernel is torch's for-loop form, of the foreach form torch's
+foreach form; the two differ from each other. Histories have odd shapes and layouts, 1 to 3 groups with their own hyperparameters,
 skipped gradients, changed learning rates, t0 inside the run, added groups, and saves and loads in the
 middle.
 """
@@ -31,7 +31,7 @@ TINY_BUCKETS_MB = 0.001
 WORLDS = [("none", 1), ("threads", 1), ("threads", 2), ("threads", 3), ("threads", 4), ("gloo", 2), ("gloo", 3)]
 DTYPES = [("float32",), ("float64",), ("bfloat16",), ("float16",), ("complex64",), ("float32", "bfloat16")]
 
-forms = pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
+forms = pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
 stages = pytest.mark.parametrize("stage", [1, 2], ids=["stage1", "stage2"])
 
 LAZY_ETA = History(
@@ -69,10 +69,10 @@ EVERYTHING = History(
 @example(history=EVERYTHING, bucket_cap_mb=25.0)
 @given(history=histories(), bucket_cap_mb=st.sampled_from([TINY_BUCKETS_MB, 25.0]))
 def test_float32_histories_are_torch_to_the_bit(
-    backend: str, world_size: int, stage: int, foreach: bool, history: History, bucket_cap_mb: float
+    backend: str, world_size: int, stage: int, form: str, history: History, bucket_cap_mb: float
 ) -> None:
     """Every world size, stage and form."""
-    run(backend, world_size, check_history, history, Setting(stage, foreach, bucket_cap_mb))
+    run(backend, world_size, check_history, history, Setting(stage, form, bucket_cap_mb))
 
 
 @forms
@@ -81,12 +81,12 @@ def test_float32_histories_are_torch_to_the_bit(
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_histories_of_every_dtype_are_torch_to_the_bit(
-    dtypes: tuple[str, ...], stage: int, foreach: bool, data: st.DataObject
+    dtypes: tuple[str, ...], stage: int, form: str, data: st.DataObject
 ) -> None:
     """Every dtype, and two dtypes in one group, at a drawn world size and bucket size."""
     history = data.draw(histories(dtypes))
     backend, world_size = data.draw(st.sampled_from(WORLDS))
-    setting = Setting(stage, foreach, data.draw(st.sampled_from([TINY_BUCKETS_MB, 25.0])))
+    setting = Setting(stage, form, data.draw(st.sampled_from([TINY_BUCKETS_MB, 25.0])))
     run(backend, world_size, check_history, history, setting)
 
 
@@ -95,11 +95,11 @@ def test_histories_of_every_dtype_are_torch_to_the_bit(
 @settings(max_examples=EXAMPLES)
 @given(history=histories(("float32", "bfloat16", "complex64")), data=st.data())
 def test_a_history_goes_on_at_another_world_size(
-    stage: int, foreach: bool, history: History, data: st.DataObject
+    stage: int, form: str, history: History, data: st.DataObject
 ) -> None:
     """Saved consolidated at one world size and bucket size, loaded at another."""
     worlds = data.draw(st.permutations([1, 2, 3, 4]))
     stop = data.draw(st.integers(1, len(history.events) - 1))
-    first = Setting(stage, foreach, TINY_BUCKETS_MB)
+    first = Setting(stage, form, TINY_BUCKETS_MB)
     saved: list[Saved] = run("threads", worlds[0], check_history, history, first, stop)
-    run("threads", worlds[1], check_history, history, Setting(stage, foreach), None, saved[0])
+    run("threads", worlds[1], check_history, history, Setting(stage, form), None, saved[0])

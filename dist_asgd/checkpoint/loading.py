@@ -196,7 +196,8 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
         # Releases of torch that lacked an option behaved like its default.
         loaded.setdefault(key, value)
     # How this process runs is its own: a dict saved elsewhere does not change it.
-    loaded["capturable"], loaded["differentiable"] = own["capturable"], own["differentiable"]
+    for key in ("capturable", "differentiable", "fused"):
+        loaded[key] = own[key]
     if own_names is not None:
         loaded["param_names"] = own_names
     else:

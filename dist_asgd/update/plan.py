@@ -1,27 +1,31 @@
 """Which runs of which shards one step updates, and with whose gradients: planned once, executed every step.
 
+batch   what one bucket updates with one set of operators, or in one call of the compiled kernel
 run     a stretch of a shard whose parameters all step together: cut into chunks that stay in cache
 source  the part of one member's gradient that fills a part of a chunk (stage 1: gradients lie with the parameters)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..buffers import Bucket, Member
-from . import foreach, reference
-from .schedule import Cohort, Rule
+from ..buffers import Bucket, Member, flattened
+from . import cpu, foreach, reference
+from .schedule import Cohort, Form, Rule
+from .segments import Kind, Segment
 
 CHUNK_NUMEL = {"cpu": 1 << 19}
 ACCELERATOR_CHUNK_NUMEL = 1 << 24
 # Below this a copy into the chunk's scratch is cheaper than a set of operators of its own.
 DIRECT_NUMEL = 1 << 15
 
-Gradient = Callable[[Member], Tensor]
+Rows = dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,74 @@ class Batch:
     cohort: Cohort
     group_index: int
     chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBatch:
+    """One call of the compiled kernel: everything that steps in one bucket.
+
+    ``sources`` are (member, first element) of each segment's gradient; None where segments have their own (stage 2).
+    """
+
+    launch: cpu.Launch
+    sources: tuple[tuple[Member, int], ...] | None
+
+    def run(self, rows: array[float]) -> None:
+        """Update the bucket's segments with these rows of (c, -eta, mu, t)."""
+        if self.sources is None:
+            self.launch.run(None, rows, 1, 1)
+            return
+        flats = [_memory_of_gradient(member) for member, _ in self.sources]
+        pointers = [
+            flat.data_ptr() + first * flat.element_size() for flat, (_, first) in zip(flats, self.sources, strict=True)
+        ]
+        self.launch.run(pointers, rows, 1, 1)
+
+
+def _memory_of_gradient(member: Member) -> Tensor:
+    """A tensor whose memory is the member's gradient, as 1-D reals in memory order: itself where it already lies so."""
+    gradient = cast(Tensor, member.param.grad)
+    if gradient.stride() == member.strides and not gradient.is_complex() and not gradient.is_neg():
+        return gradient
+    return flattened(gradient, member.strides)
+
+
+def kind_of(bucket: Bucket) -> Kind:
+    """The dtypes of the bucket's arrays."""
+    return Kind(bucket.dtype, bucket.dtype, bucket.average.dtype)
+
+
+def has_kernel(bucket: Bucket) -> bool:
+    """Whether the compiled kernel can update this bucket with torch's bits."""
+    return bucket.device.type == "cpu" and cpu.why_unavailable() is None and cpu.supports(kind_of(bucket))
+
+
+def plan_kernel(
+    bucket: Bucket,
+    cohort_of: dict[int, Cohort],
+    active: set[int],
+    reduced: bool,
+    rule: Rule,
+    rows: Rows,
+    streamed: bool,
+) -> KernelBatch:
+    """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
+    narrow = bucket.dtype.itemsize == 2
+    segments: list[Segment] = []
+    sources: list[tuple[Member, int]] = []
+    for run in _runs(bucket, cohort_of, active, merge=True):
+        row = rows[id(cohort_of[run[0].index])]
+        # In one piece where that is one gradient; 16-bit parameters each have their own vector lanes.
+        for members in [run] if reduced and not narrow else [[member] for member in run]:
+            start, stop = members[0].piece.start, members[-1].piece.stop
+            piece, numel = members[0].piece, members[0].slot.numel
+            gradient = bucket.gradient_shard()[start:stop] if reduced else None
+            lanes = cpu.lanes(numel, piece.param_start, piece.param_start + piece.numel) if narrow else 0
+            param, average = bucket.shard[start:stop], bucket.average[start:stop]
+            segments.append(Segment(param, average, None, gradient, row, lanes=lanes))
+            sources.append((members[0], piece.param_start))
+    launch = cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed)
+    return KernelBatch(launch, None if reduced else tuple(sources))
 
 
 def chunk_numel(device: torch.device) -> int:
@@ -157,26 +229,30 @@ class Updater:
         """Scratch for a chunk of ``like``'s device, dtype and length."""
         return self._scratch[like.device, like.dtype][: like.numel()].view(like.shape)
 
-    def run(self, batch: Batch, rule: Rule, flat_gradient: Gradient) -> None:
-        """Update every chunk of ``batch``. ``flat_gradient`` gives a member's gradient as 1-D reals (stage 1)."""
+    def run(self, batch: Batch, rule: Rule) -> None:
+        """Update every chunk of ``batch``."""
         if not batch.chunks:
             return
-        form = foreach.update if rule.foreach else reference.update
+        form = foreach.update if rule.form is Form.FOREACH else reference.update
         eta, mu = batch.cohort.eta, batch.cohort.mu
         device = batch.chunks[0].param.device
-        if rule.foreach and device.type != "cpu":
+        if rule.form is Form.FOREACH and device.type != "cpu":
             # Filled on the device from host values: a launch, not a synchronisation.
             eta = torch.full((), eta.item(), dtype=eta.dtype, device=device)
             mu = torch.full((), mu.item(), dtype=mu.dtype, device=device)
         for chunk in batch.chunks:
             scratch = self.scratch(chunk.param)
-            gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, flat_gradient, scratch)
+            gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, scratch)
             form(chunk.param, gradient, chunk.average, eta, mu, rule, scratch)
 
 
-def _collected(chunk: Chunk, flat_gradient: Gradient, scratch: Tensor) -> Tensor:
+def _flat_gradient(member: Member) -> Tensor:
+    return flattened(cast(Tensor, member.param.grad), member.strides)
+
+
+def _collected(chunk: Chunk, scratch: Tensor) -> Tensor:
     """The chunk's gradient: a view where it lies in one piece, else gathered in ``scratch``."""
-    sources = [flat_gradient(s.member)[s.start : s.start + s.numel] for s in chunk.sources]
+    sources = [_flat_gradient(s.member)[s.start : s.start + s.numel] for s in chunk.sources]
     if len(sources) == 1 and not chunk.gaps:
         return sources[0].view(scratch.shape)
     torch._foreach_copy_([scratch[s.at : s.at + s.numel] for s in chunk.sources], sources)

@@ -1,4 +1,4 @@
-"""16-bit parameters: float32 masters beside them, and stochastic rounding; in torch operators, the oracle of the kernels.
+"""16-bit parameters: float32 masters beside them, and stochastic rounding; in torch operators, the kernels' oracle.
 
 master     the float32 value of a 16-bit parameter. For bfloat16 it is held as the parameter and an int16 *remainder*:
            ``master bits = (parameter bits << 16) + remainder``. The parameter is the master rounded to nearest, ties
@@ -74,7 +74,7 @@ def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
 
 
 def recall(param: Tensor, master: Tensor, out: Tensor) -> Tensor:
-    """float32 masters of float16 ``param``, into ``out``: ``master``, or the parameter where somebody has changed it."""
+    """float32 masters of float16 ``param``, into ``out``: ``master``, but ``param`` where somebody has changed that."""
     return torch.where(master.half() == param, master, param.float(), out=out)
 
 

@@ -7,8 +7,9 @@ cohort and step, however many parameters there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,6 +19,32 @@ from torch import Tensor
 def scalar_dtype() -> torch.dtype:
     """The dtype of ``step``, ``eta`` and ``mu``: float64 where that is torch's default dtype, else float32."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+class Form(Enum):
+    """Which of torch's forms the arithmetic follows, and what computes it.
+
+    FORLOOP  torch's for-loop form, in chunks of torch operators
+    FOREACH  torch's foreach form, in chunks of torch operators
+    FUSED    the for-loop form in one pass of a compiled kernel
+    """
+
+    FORLOOP = 1
+    FOREACH = 2
+    FUSED = 3
+
+    @classmethod
+    def of(cls, group: dict[str, Any], device_type: str | None) -> Form:
+        """What a group asks for by ``foreach`` and ``fused``; left open, the fastest that ``device_type`` has."""
+        if group["foreach"]:
+            return cls.FOREACH
+        if group["fused"]:
+            return cls.FUSED
+        if group["foreach"] is False:
+            return cls.FORLOOP
+        if device_type in (None, "cpu"):
+            return cls.FORLOOP if group["fused"] is False else cls.FUSED
+        return cls.FOREACH
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +57,10 @@ class Rule:
     t0: float
     weight_decay: float
     maximize: bool
-    foreach: bool
+    form: Form
 
     @classmethod
-    def of(cls, group: dict[str, Any], foreach: bool) -> Rule:
+    def of(cls, group: dict[str, Any], form: Form) -> Rule:
         """The rule that ``group`` gives; a Tensor lr keeps its dtype, and becomes 0-dim as in torch."""
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.dim() != 0:
@@ -45,8 +72,17 @@ class Rule:
             group["t0"],
             group["weight_decay"],
             group["maximize"],
-            foreach,
+            form,
         )
+
+
+def rules_of(groups: Sequence[dict[str, Any]]) -> list[Rule]:
+    """The rule of each group, as its hyperparameters are now."""
+    rules = []
+    for group in groups:
+        first = next(iter(group["params"]), None)
+        rules.append(Rule.of(group, Form.of(group, None if first is None else first.device.type)))
+    return rules
 
 
 class Cohort:
@@ -98,14 +134,22 @@ class Cohort:
             self._set_first_eta(lr)
             self.fresh = False
 
+    def factors(self, rule: Rule) -> tuple[float, float, float, float]:
+        """What the kernel updates with: (1 - lambd·eta, -eta, mu, t), in double precision."""
+        eta = self.eta.item()
+        return 1 - rule.lambd * eta, -eta, self.mu.item(), self.step.item() + 1
+
     def advance(self, rule: Rule) -> None:
         """After an update: ``step <- t``, ``eta <- lr / (1 + lambd·lr·t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
 
         The for-loop form computes eta in double precision, the foreach form on 0-dim tensors: torch's two
         schedules differ in about half of the steps by one unit in the last place.
         """
+        if self.step.dtype == torch.float32 and self.step.item() >= 1 << 24:
+            # float32 counts no further; torch's counter stops here.
+            self.step.data = self.step.double()
         self.step += 1
         step = self.step.item()
-        count: float | Tensor = self.step if rule.foreach else step
+        count: float | Tensor = self.step if rule.form is Form.FOREACH else step
         self.eta.copy_(torch.as_tensor(rule.lr / ((1 + rule.lambd * rule.lr * count) ** rule.alpha)))
         self.mu.copy_(torch.as_tensor(1 / max(1, step - rule.t0)))

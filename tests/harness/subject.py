@@ -39,8 +39,13 @@ class Setting:
     """What a history runs under."""
 
     stage: int = 1
-    foreach: bool = False
+    form: str = "forloop"
     bucket_cap_mb: float = 25.0
+
+    @property
+    def forms(self) -> dict[str, bool]:
+        """The optimizer's options for ``form``: forloop, foreach or fused."""
+        return {"foreach": self.form == "foreach", "fused": self.form == "fused"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def check_history(
     resume: Saved | None = None,
 ) -> Saved:
     """Job: live through ``history`` beside the oracle from ``resume`` to ``stop_after`` events."""
-    oracle = Oracle(history, foreach=setting.foreach, dyadic=setting.stage == 2)
+    oracle = Oracle(history, foreach=setting.form == "foreach", dyadic=setting.stage == 2)
     begin = resume.num_events if resume else 0
     for event in history.events[:begin]:
         oracle.apply(event)
@@ -151,7 +156,7 @@ class Subject:
             groups.append(group_dict(self.history, spec, params, index))
             index += len(params)
         setting = self.setting
-        return ShardedASGD(groups, foreach=setting.foreach, stage=setting.stage, bucket_cap_mb=setting.bucket_cap_mb)
+        return ShardedASGD(groups, **setting.forms, stage=setting.stage, bucket_cap_mb=setting.bucket_cap_mb)
 
     def _reload(self, event: Reload) -> None:
         if event.kind == "own":

@@ -1,0 +1,169 @@
+"""The compiled CPU kernel (kernel.c), and the checks on every pointer that it is given.
+
+Its oracle is torch's for-loop form. Where it cannot run, for want of a compiler at installation or of the vector
+instructions whose rounding it reproduces, the same form runs in cache-sized chunks of torch operators, to the same
+bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .segments import Kind, Segment
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Starting a thread costs about as much as updating this many elements.
+NUMEL_PER_THREAD = 1 << 17
+# While mu is 1 an average is written and not read: where the averages of a step are larger than this, past the caches.
+STREAMED_BYTES = 1 << 26
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("segments", ctypes.c_void_p),
+        ("gradients", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_segments", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("param", "gradient", "average", "mode")),
+        *((name, ctypes.c_int64) for name in ("maximize", "scaled", "streamed")),
+        *((name, ctypes.c_double) for name in ("weight_decay", "unscale", "clip")),
+    ]
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    folder = Path(__file__).parent
+    files = [folder / f"_kernel{suffix}" for suffix in EXTENSION_SUFFIXES]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+        return "it was not compiled when dist_asgd was installed (is there a C compiler?)"
+    try:
+        library = ctypes.CDLL(str(found))
+        library.dist_asgd_abi.restype = ctypes.c_int64
+        library.dist_asgd_update.argtypes = [ctypes.POINTER(_Call)]
+        library.dist_asgd_update.restype = None
+        abi = library.dist_asgd_abi()
+    except (OSError, AttributeError) as error:
+        return f"{found.name} does not load ({error})"
+    return library if abi == ABI else f"{found.name} is of another version of dist_asgd: install it again"
+
+
+@cache
+def why_unavailable() -> str | None:
+    """Why the compiled kernel cannot be used here with torch's bits; None where it can."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512"):
+        return f"torch itself runs without fused multiply-adds here (CPU capability {capability})"
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+@cache
+def log_fallback(reason: str) -> None:
+    """Say once in the log that torch operators do the kernel's work."""
+    logging.getLogger("dist_asgd").warning(
+        "the CPU kernel is not used: %s. The update runs in chunks of torch operators instead, with the same bits "
+        "but at about half the speed.",
+        reason,
+    )
+
+
+def supports(kind: Kind) -> bool:
+    """Whether the kernel knows these dtypes."""
+    narrow = kind.param.itemsize == 2
+    averages = (kind.param, torch.float32) if narrow else (kind.param,)
+    gradients = (kind.param, torch.float32) if narrow else (kind.param,)
+    return kind.param in DTYPES and kind.average in averages and kind.gradient in gradients
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, numel: int, what: str) -> int:
+    """The data pointer of ``tensor``; ValueError unless it is what the kernel will take it for."""
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or tensor.shape != (numel,) or not tensor.is_contiguous():
+        raise ValueError(
+            f"dist_asgd: the {what} of a CPU kernel must be contiguous {dtype} of shape ({numel},) on the CPU, got "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}."
+        )
+    return tensor.data_ptr()
+
+
+class Launch:
+    """One kernel call for many segments, which may be updated by different rows of scalars.
+
+    Args:
+        segments: see ``Segment``; all on the CPU, with the dtypes of ``kind``.
+        maximize, weight_decay: of their group.
+        streamed: float32 and float64 averages that are written only go past the caches.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], kind: Kind, maximize: bool, weight_decay: float, streamed: bool
+    ) -> None:
+        library = _load()
+        assert not isinstance(library, str), library
+        self._update = library.dist_asgd_update
+        self._segments = [segment for segment in segments if segment.numel]
+        master_dtype = torch.int16 if kind.param == torch.bfloat16 else torch.float32
+        table = array("q")
+        gradients = array("Q")
+        for s in self._segments:
+            param = _check(s.param, kind.param, s.numel, "parameters")
+            average = _check(s.average, kind.average, s.numel, "average")
+            if kind.master != (s.master is not None):
+                raise ValueError("dist_asgd: a CPU kernel got masters where it expected none, or none where it did.")
+            master = 0 if s.master is None else _check(s.master, master_dtype, s.numel, "masters")
+            gradients.append(0 if s.gradient is None else _check(s.gradient, kind.gradient, s.numel, "gradient"))
+            table.extend((param, average, master, s.numel, s.row, s.lanes, s.first, s.key))
+        numel = sum(s.numel for s in self._segments)
+        self._table, self._gradients = table, gradients
+        self._last_row = max((s.row for s in self._segments), default=-1)
+        self._max_threads = max(1, numel // NUMEL_PER_THREAD)
+        self._call = _Call(
+            segments=table.buffer_info()[0],
+            num_segments=len(self._segments),
+            param=DTYPES[kind.param],
+            gradient=DTYPES[kind.gradient],
+            average=DTYPES[kind.average],
+            mode=1 if kind.master else 2 if kind.stochastic else 0,
+            maximize=maximize,
+            streamed=streamed,
+            weight_decay=weight_decay,
+        )
+
+    def run(self, gradients: Sequence[int] | None, rows: array[float], unscale: float, clip: float) -> None:
+        """Update all segments.
+
+        Args:
+            gradients: the data pointers of this step's gradients, one for each segment that is not empty, where
+                they come with the step: of the kind's gradient dtype, contiguous and as long as the segment. None
+                where the segments have their own.
+            rows: (c, -eta, mu, t) of every row, in double precision.
+            unscale, clip: factors of the gradient; 1 where there is none.
+        """
+        if not self._segments:
+            return
+        own = self._gradients if gradients is None else array("Q", gradients)
+        if len(own) != len(self._segments) or not all(own) or len(rows) < 4 * (self._last_row + 1):
+            raise ValueError("dist_asgd: a CPU kernel needs a gradient for every segment and scalars for every row.")
+        call = self._call
+        call.gradients = own.buffer_info()[0]
+        call.rows = rows.buffer_info()[0]
+        call.num_threads = min(torch.get_num_threads(), self._max_threads)
+        call.unscale, call.clip = unscale, clip
+        call.scaled = not (unscale == 1 and clip == 1)
+        self._update(ctypes.byref(call))
+
+
+def lanes(numel: int, start: int, stop: int) -> int:
+    """How many of elements ``start`` to ``stop`` of a 16-bit parameter torch rounds as full vector lanes."""
+    return max(0, min(stop, numel // 32 * 32) - start)

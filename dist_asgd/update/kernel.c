@@ -1,0 +1,385 @@
+/* The ASGD update of a table of segments in one pass over memory. Plain C, no Python and no torch headers; loaded
+ * through ctypes by cpu.py, which checks every pointer before it gets here.
+ *
+ * The arithmetic is that of torch's for-loop form on CPUs with AVX2 or AVX-512, to the bit: where ATen fuses a
+ * multiply-add, an fma is written, and the compiler is told to contract nothing else (-ffp-contract=off).
+ *
+ *   g  <- -g;  g <- g * unscale;  g <- g * clip          each where asked for
+ *   g  <- fma(x, weight_decay, g)                        where it is not 0
+ *   x  <- x * c;  x <- fma(g, -eta, x)                   c = 1 - lambd * eta, from double precision
+ *   ax <- x if mu = 1 else ax + (x - ax) * mu
+ *
+ * 16-bit arrays are converted in registers. Without masters, every operation is rounded to 16 bits as torch does,
+ * and torch rounds the product of a scaled addition first in the last numel % 32 elements of a tensor ("tail"), but
+ * not in those before ("lanes").
+ */
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define ABI 1
+#define INLINE static inline __attribute__((always_inline))
+
+enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum mode { PLAIN, MASTER, STOCHASTIC };
+enum { BLOCK = 1024, MAX_THREADS = 256 };
+
+typedef struct {
+    void *param, *average, *master;
+    int64_t numel, row, lanes, first, key;
+} segment;
+
+typedef struct {
+    double c, minus_eta, mu, step;
+} scalars;
+
+typedef struct {
+    const segment *segments;
+    const void *const *gradients;
+    const scalars *rows;
+    int64_t num_segments, num_threads;
+    int64_t param, gradient, average, mode; /* of enum dtype and enum mode */
+    int64_t maximize, scaled, streamed;
+    double weight_decay, unscale, clip;
+} call;
+
+INLINE uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+INLINE float of_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+/* A choice without a branch, in loops that are to be vectorised. */
+INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
+    uint32_t mask = -(uint32_t)(condition != 0);
+    return (yes & mask) | (no & ~mask);
+}
+
+/* --- float32 and float64 -------------------------------------------------------------------------------------- */
+
+#define WIDE(T, FMA)                                                                                                   \
+    INLINE void update_##T(T *restrict p, const T *restrict g, T *restrict ax, int64_t n, T c, T minus_eta, T mu,      \
+                           T decay, T unscale, T clip, const int maximize, const int scaled, const int decays,         \
+                           const int begun) {                                                                          \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            T grad = maximize ? -g[i] : g[i], x = p[i];                                                                \
+            if (scaled) { grad *= unscale; grad *= clip; }                                                             \
+            if (decays) grad = FMA(x, decay, grad);                                                                    \
+            x *= c;                                                                                                    \
+            x = FMA(grad, minus_eta, x);                                                                               \
+            p[i] = x;                                                                                                  \
+            if (begun) { T d = x - ax[i]; d *= mu; ax[i] += d; } else ax[i] = x;                                       \
+        }                                                                                                              \
+    }                                                                                                                  \
+    INLINE void choose_##T(const call *k, const scalars *s, T *p, const T *g, T *ax, int64_t n, const int begun) {     \
+        T c = (T)s->c, e = (T)s->minus_eta, mu = (T)s->mu, w = (T)k->weight_decay, u = (T)k->unscale, l = (T)k->clip;  \
+        switch ((k->maximize != 0) | (k->scaled != 0) << 1 | (w != 0) << 2) {                                          \
+        case 0: update_##T(p, g, ax, n, c, e, mu, w, u, l, 0, 0, 0, begun); break;                                     \
+        case 1: update_##T(p, g, ax, n, c, e, mu, w, u, l, 1, 0, 0, begun); break;                                     \
+        case 2: update_##T(p, g, ax, n, c, e, mu, w, u, l, 0, 1, 0, begun); break;                                     \
+        case 3: update_##T(p, g, ax, n, c, e, mu, w, u, l, 1, 1, 0, begun); break;                                     \
+        case 4: update_##T(p, g, ax, n, c, e, mu, w, u, l, 0, 0, 1, begun); break;                                     \
+        case 5: update_##T(p, g, ax, n, c, e, mu, w, u, l, 1, 0, 1, begun); break;                                     \
+        case 6: update_##T(p, g, ax, n, c, e, mu, w, u, l, 0, 1, 1, begun); break;                                     \
+        default: update_##T(p, g, ax, n, c, e, mu, w, u, l, 1, 1, 1, begun);                                           \
+        }                                                                                                              \
+    }
+WIDE(float, __builtin_fmaf)
+WIDE(double, __builtin_fma)
+
+/* Past the caches, on the way to memory: a store that is not read again need not fetch its line first. */
+INLINE void stream(void *to, const void *from, int64_t bytes) {
+#if defined(__SSE2__)
+    char *t = to;
+    const char *f = from;
+    int64_t head = (16 - ((uintptr_t)t & 15)) & 15;
+    if (head > bytes) head = bytes;
+    memcpy(t, f, (size_t)head);
+    int64_t i = head;
+    for (; i + 64 <= bytes; i += 64)
+        for (int64_t j = i; j < i + 64; j += 16)
+            _mm_stream_si128((__m128i *)(t + j), _mm_loadu_si128((const __m128i *)(f + j)));
+    memcpy(t + i, f + i, (size_t)(bytes - i));
+#else
+    memcpy(to, from, (size_t)bytes);
+#endif
+}
+
+#define WIDE_SEGMENT(T)                                                                                                \
+    INLINE void segment_##T(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to) {       \
+        const scalars *s = k->rows + seg->row;                                                                         \
+        T *p = (T *)seg->param + from, *ax = (T *)seg->average + from;                                                 \
+        const T *g = (const T *)gradient + from;                                                                       \
+        int64_t n = to - from;                                                                                         \
+        if (s->mu != 1) choose_##T(k, s, p, g, ax, n, 1);                                                              \
+        else if (!k->streamed) choose_##T(k, s, p, g, ax, n, 0);                                                       \
+        else {                                                                                                         \
+            T block[BLOCK];                                                                                            \
+            for (int64_t i = 0; i < n; i += BLOCK) {                                                                   \
+                int64_t m = n - i < BLOCK ? n - i : BLOCK;                                                             \
+                choose_##T(k, s, p + i, g + i, block, m, 0);                                                           \
+                stream(ax + i, block, m * (int64_t)sizeof(T));                                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+WIDE_SEGMENT(float)
+WIDE_SEGMENT(double)
+
+/* --- 16 bits: values on the grid of the narrow type, held as floats --------------------------------------------- */
+
+INLINE float bfloat16_grid(float x) {
+    uint32_t b = bits_of(x), rounded = (b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u;
+    return of_bits(choose((b & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000u, rounded));
+}
+
+INLINE float float16_grid(float x) {
+    uint32_t b = bits_of(x), sign = b & 0x80000000u, a = b & 0x7FFFFFFF;
+    uint32_t normal = (a + 0xFFF + (a >> 13 & 1)) & ~0x1FFFu;
+    uint32_t small = bits_of(of_bits(a) + 0.5f - 0.5f); /* below 2^-14 the grid is 2^-24, the spacing of 0.5 */
+    uint32_t r = choose(a < 0x38800000, small, normal);
+    r = choose(r > 0x477FE000, 0x7F800000u, r);
+    return of_bits(sign | choose(a > 0x7F800000, 0x7FC00000u, r));
+}
+
+INLINE float float_of_half(uint16_t h) {
+    uint32_t a = h & 0x7FFFu, sign = (uint32_t)(h & 0x8000u) << 16;
+    float scaled = of_bits(a << 13) * of_bits(0x77800000u); /* 2^112 moves the exponent's bias */
+    return of_bits(sign | choose(a >= 0x7C00u, 0x7F800000u | (a & 0x3FF) << 13, bits_of(scaled)));
+}
+
+/* x lies on the grid already. */
+INLINE uint16_t half_of_grid(float x) {
+    uint32_t b = bits_of(x), a = b & 0x7FFFFFFF, sign = b >> 16 & 0x8000;
+    uint32_t normal = (a - 0x38000000u) >> 13;
+    uint32_t small = (uint32_t)(int32_t)(of_bits(choose(a < 0x38800000, a, 0)) * 16777216.0f);
+    uint32_t h = choose(a < 0x38800000, small, normal);
+    h = choose(a >= 0x7F800000, choose(a > 0x7F800000, 0x7E00u, 0x7C00u), h);
+    return (uint16_t)(sign | h);
+}
+
+INLINE float grid(float x, const int half) { return half ? float16_grid(x) : bfloat16_grid(x); }
+INLINE float wide(uint16_t h, const int half) { return half ? float_of_half(h) : of_bits((uint32_t)h << 16); }
+INLINE uint16_t narrow(float x, const int half) { return half ? half_of_grid(x) : (uint16_t)(bits_of(x) >> 16); }
+
+INLINE uint32_t mix(uint32_t w) {
+    w ^= w >> 16;
+    w *= 0x7FEB352Du;
+    w ^= w >> 15;
+    w *= 0x846CA68Bu;
+    return w ^ w >> 16;
+}
+
+typedef struct {
+    float c, minus_eta, mu;
+    uint32_t key, step_key;
+    uint64_t first;
+} narrow_scalars;
+
+/* The master of float16, or the parameter where somebody has written it since. */
+INLINE float recall(float master, float param) {
+    return of_bits(choose(float16_grid(master) == param, bits_of(master), bits_of(param)));
+}
+
+INLINE float join(uint16_t param, int16_t remainder) {
+    return of_bits(((uint32_t)param << 16) + (uint32_t)(int32_t)remainder);
+}
+
+INLINE float master_of(uint16_t p, const void *master, int64_t i, const int half) {
+    return half ? recall(((const float *)master)[i], float_of_half(p)) : join(p, ((const int16_t *)master)[i]);
+}
+
+INLINE void loop(const narrow_scalars s, uint16_t *restrict p, const float *restrict g, void *restrict ax,
+                 void *restrict master, int64_t n, const int half, const int mode, const int wide_average,
+                 const int begun, const int lanes) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = mode == MASTER ? master_of(p[i], master, i, half) : wide(p[i], half);
+        if (mode == PLAIN) {
+            x = grid(x * s.c, half);
+            x = lanes ? grid(__builtin_fmaf(g[i], s.minus_eta, x), half) : grid(x + grid(g[i] * s.minus_eta, half), half);
+            p[i] = narrow(x, half);
+        } else {
+            x *= s.c;
+            x = __builtin_fmaf(g[i], s.minus_eta, x);
+            uint32_t b = bits_of(x), a = b & 0x7FFFFFFF;
+            if (mode == STOCHASTIC) {
+                uint64_t e = s.first + (uint64_t)i;
+                uint32_t r = mix(mix((uint32_t)e ^ s.step_key) + (uint32_t)(e >> 32) * 0x9E3779B9u + s.key) >> 16;
+                b = choose(a < 0x7F800000, b + r, choose(a > 0x7F800000, 0x7FC00000u, b));
+                x = of_bits(b & 0xFFFF0000u);
+                p[i] = (uint16_t)(b >> 16);
+            } else if (half) {
+                ((float *)master)[i] = x;
+                p[i] = narrow(float16_grid(x), 1);
+            } else {
+                b = choose(a > 0x7F800000, 0x7FC00000u, b);
+                uint32_t h = (b + 0x8000u) >> 16;
+                p[i] = (uint16_t)h;
+                ((int16_t *)master)[i] = (int16_t)(b - (h << 16));
+            }
+        }
+        if (wide_average) {
+            float *f = (float *)ax + i;
+            if (begun) { float d = x - *f; d *= s.mu; *f += d; } else *f = x;
+        } else {
+            uint16_t *h = (uint16_t *)ax + i;
+            float y = grid(x, half);
+            if (begun) {
+                float old = wide(*h, half), d = x - old;
+                if (mode == PLAIN) d = grid(grid(d, half) * s.mu, half);
+                else d *= s.mu;
+                y = grid(old + d, half);
+            }
+            *h = narrow(y, half);
+        }
+    }
+}
+
+#define BY_BEGUN(HALF, MODE, WIDE_AVERAGE, LANES)                                                                      \
+    if (begun) loop(s, p, g, ax, master, n, HALF, MODE, WIDE_AVERAGE, 1, LANES);                                       \
+    else loop(s, p, g, ax, master, n, HALF, MODE, WIDE_AVERAGE, 0, LANES);
+#define BY_AVERAGE(HALF, MODE, LANES)                                                                                  \
+    if (k->average == FLOAT32) { BY_BEGUN(HALF, MODE, 1, LANES) } else { BY_BEGUN(HALF, MODE, 0, LANES) }
+
+/* The gradient of one block as floats: negated, scaled and decayed. Returns with it in g. */
+INLINE void prepare(const call *k, const uint16_t *p, const void *master, const void *gradient, float *restrict g,
+                    int64_t n, int64_t lanes, const int half) {
+    uint32_t sign = k->maximize ? 0x80000000u : 0;
+    int plain = k->mode == PLAIN, narrow_gradient = k->gradient != FLOAT32;
+    float unscale = (float)k->unscale, clip = (float)k->clip, decay = (float)k->weight_decay;
+    if (narrow_gradient)
+        for (int64_t i = 0; i < n; i++) g[i] = of_bits(bits_of(wide(((const uint16_t *)gradient)[i], half)) ^ sign);
+    else
+        for (int64_t i = 0; i < n; i++) g[i] = of_bits(bits_of(((const float *)gradient)[i]) ^ sign);
+    if (k->scaled && narrow_gradient)
+        for (int64_t i = 0; i < n; i++) g[i] = grid(grid(g[i] * unscale, half) * clip, half);
+    else if (k->scaled)
+        for (int64_t i = 0; i < n; i++) { g[i] *= unscale; g[i] *= clip; }
+    if (plain && !narrow_gradient)
+        for (int64_t i = 0; i < n; i++) g[i] = grid(g[i], half);
+    if (decay == 0) return;
+    if (plain) {
+        decay = grid(decay, half);
+        for (int64_t i = 0; i < lanes; i++) g[i] = grid(__builtin_fmaf(wide(p[i], half), decay, g[i]), half);
+        for (int64_t i = lanes; i < n; i++) g[i] = grid(g[i] + grid(wide(p[i], half) * decay, half), half);
+    } else if (k->mode == MASTER)
+        for (int64_t i = 0; i < n; i++) g[i] = __builtin_fmaf(master_of(p[i], master, i, half), decay, g[i]);
+    else
+        for (int64_t i = 0; i < n; i++) g[i] = __builtin_fmaf(wide(p[i], half), decay, g[i]);
+}
+
+INLINE void block(const call *k, narrow_scalars s, uint16_t *p, const float *g, void *ax, void *master, int64_t n,
+                  const int begun, const int half, const int lanes) {
+    if (k->mode == PLAIN) {
+        if (lanes) { BY_AVERAGE(half, PLAIN, 1) } else { BY_AVERAGE(half, PLAIN, 0) }
+    } else if (k->mode == MASTER) { BY_AVERAGE(half, MASTER, 0) }
+    else if (!half) { BY_AVERAGE(0, STOCHASTIC, 0) }
+}
+
+INLINE void segment_narrow(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to,
+                           const int half) {
+    const scalars *row = k->rows + seg->row;
+    int64_t grad_size = k->gradient == FLOAT32 ? 4 : 2, average_size = k->average == FLOAT32 ? 4 : 2;
+    int64_t master_size = half ? 4 : 2;
+    int begun = row->mu != 1;
+    narrow_scalars s = {(float)row->c, (float)row->minus_eta, (float)row->mu, (uint32_t)seg->key, 0, 0};
+    /* torch hands the factor of a scaled addition to its 16-bit vector loops in 16 bits. */
+    if (k->mode == PLAIN) s.minus_eta = grid(s.minus_eta, half);
+    s.step_key = mix(s.key ^ mix((uint32_t)(uint64_t)row->step));
+    float g[BLOCK];
+    for (int64_t i = from; i < to; i += BLOCK) {
+        int64_t n = to - i < BLOCK ? to - i : BLOCK;
+        int64_t lanes = seg->lanes - i < 0 ? 0 : seg->lanes - i > n ? n : seg->lanes - i;
+        uint16_t *p = (uint16_t *)seg->param + i;
+        char *ax = (char *)seg->average + i * average_size;
+        char *master = seg->master ? (char *)seg->master + i * master_size : 0;
+        prepare(k, p, master, (const char *)gradient + i * grad_size, g, n, lanes, half);
+        s.first = (uint64_t)(seg->first + i);
+        if (k->mode != PLAIN) block(k, s, p, g, ax, master, n, begun, half, 0);
+        else {
+            block(k, s, p, g, ax, master, lanes, begun, half, 1);
+            block(k, s, p + lanes, g + lanes, ax + lanes * average_size, master, n - lanes, begun, half, 0);
+        }
+    }
+}
+
+/* --- threads ---------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const call *call;
+    int64_t start, stop;
+} part;
+
+INLINE int64_t cut(int64_t at, int64_t numel) {
+    if (at <= 0) return 0;
+    return at >= numel ? numel : at / BLOCK * BLOCK;
+}
+
+/* Elements start to stop, counted over all segments; cuts inside of a segment fall on blocks. */
+INLINE void update_part(const part *range) {
+    const call *k = range->call;
+    int64_t offset = 0;
+    for (int64_t i = 0; i < k->num_segments; i++) {
+        const segment *seg = k->segments + i;
+        int64_t from = cut(range->start - offset, seg->numel), to = cut(range->stop - offset, seg->numel);
+        offset += seg->numel;
+        if (from >= to) continue;
+        switch (k->param) {
+        case FLOAT32: segment_float(k, seg, k->gradients[i], from, to); break;
+        case FLOAT64: segment_double(k, seg, k->gradients[i], from, to); break;
+        case BFLOAT16: segment_narrow(k, seg, k->gradients[i], from, to, 0); break;
+        default: segment_narrow(k, seg, k->gradients[i], from, to, 1);
+        }
+    }
+#if defined(__SSE2__)
+    if (k->streamed) _mm_sfence();
+#endif
+}
+
+/* One copy for each set of vector instructions; the processor decides. (Attributes like target_clones("arch=...") ask
+ * for processor models instead, and miss later ones.) */
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) static void *part_avx512(void *range) {
+    update_part(range);
+    return 0;
+}
+__attribute__((target("avx2,fma"))) static void *part_avx2(void *range) {
+    update_part(range);
+    return 0;
+}
+#endif
+static void *part_plain(void *range) {
+    update_part(range);
+    return 0;
+}
+
+static void *(*fastest_part(void))(void *) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("fma")) {
+        if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl"))
+            return part_avx512;
+        if (__builtin_cpu_supports("avx2")) return part_avx2;
+    }
+#endif
+    return part_plain;
+}
+
+int64_t dist_asgd_abi(void) { return ABI; }
+
+/* Update every segment; returns when it is done. Threads live for this call only, so a fork at any other time is safe. */
+void dist_asgd_update(const call *k) {
+    pthread_t threads[MAX_THREADS];
+    part parts[MAX_THREADS];
+    int started[MAX_THREADS] = {0};
+    void *(*run)(void *) = fastest_part();
+    int64_t total = 0, count = k->num_threads < 1 ? 1 : k->num_threads > MAX_THREADS ? MAX_THREADS : k->num_threads;
+    for (int64_t i = 0; i < k->num_segments; i++) total += k->segments[i].numel;
+    for (int64_t t = 0; t < count; t++)
+        parts[t] = (part){k, total / count * t, t == count - 1 ? total : total / count * (t + 1)};
+    for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, run, &parts[t]);
+    run(&parts[0]);
+    for (int64_t t = 1; t < count; t++) {
+        if (started[t]) pthread_join(threads[t], 0);
+        else run(&parts[t]);
+    }
+}
