@@ -100,12 +100,13 @@ class Bucket:
 
     flat      (world_size * shard_numel,)  the parameters, whole
     shard     (shard_numel,)               this rank's part of ``flat``
-    average   (shard_numel,)               ``ax`` of the shard; may be wider than the parameters after a load
+    average   (shard_numel,)               ``ax`` of the shard, in ``average_dtype`` or, after a load, a wider one
     gradient  (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
     """
 
     __slots__ = (
         "average",
+        "average_dtype",
         "device",
         "dtype",
         "flat",
@@ -118,7 +119,9 @@ class Bucket:
         "trainable",
     )
 
-    def __init__(self, layout: BucketLayout, like: Tensor, group_index: int, rank: int) -> None:
+    def __init__(
+        self, layout: BucketLayout, like: Tensor, group_index: int, rank: int, average_dtype: torch.dtype | None
+    ) -> None:
         self.layout = layout
         self.group_index = group_index
         self.param_dtype = like.dtype
@@ -127,7 +130,9 @@ class Bucket:
         self.trainable = like.requires_grad
         self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
         self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
-        self.average = torch.zeros(layout.shard_numel, dtype=self.dtype, device=self.device)
+        asked = average_dtype or (torch.float32 if self.dtype.itemsize == 2 else self.dtype)
+        self.average_dtype = torch.promote_types(self.dtype, asked)
+        self.average = torch.zeros(layout.shard_numel, dtype=self.average_dtype, device=self.device)
         self.gradient: Tensor | None = None
         self.members: list[Member] = []
         self._clear_padding()
@@ -178,6 +183,7 @@ def build_buckets(
     rank: int,
     world_size: int,
     cap_bytes: int,
+    average_dtype: torch.dtype | None,
 ) -> list[Bucket]:
     """Move one parameter group into buckets, bucket by bucket: at most one bucket is held twice meanwhile.
 
@@ -195,7 +201,7 @@ def build_buckets(
         numels = [named_params[position][1].numel() * reals for position in positions]
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
             layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
-            bucket = Bucket(layout, named_params[positions[chosen[0]]][1], group_index, rank)
+            bucket = Bucket(layout, named_params[positions[chosen[0]]][1], group_index, rank, average_dtype)
             for i, slot in zip(chosen, layout.slots, strict=True):
                 name, param = named_params[positions[i]]
                 member = Member(param, name, first_index + positions[i], bucket, slot, rank)

@@ -19,10 +19,10 @@ def _describe(param: Tensor) -> str:
 
 
 def groups_claim(
-    stage: int, bucket_cap_mb: float, groups: Sequence[tuple[int, dict[str, Any], Sequence[tuple[str, Tensor]]]]
+    options: dict[str, object], groups: Sequence[tuple[int, dict[str, Any], Sequence[tuple[str, Tensor]]]]
 ) -> Claim:
-    """The claim of new groups: (index, group, named parameters) each."""
-    entries: list[tuple[str, object]] = [("stage", stage), ("bucket_cap_mb", bucket_cap_mb)]
+    """The claim of the constructor's own ``options``, and of new groups: (index, group, named parameters) each."""
+    entries: list[tuple[str, object]] = list(options.items())
     for index, group, named in groups:
         entries += [(f"parameter {name}", _describe(param)) for name, param in named]
         entries += _hyperparameter_entries(index, group)

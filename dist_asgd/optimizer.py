@@ -68,6 +68,8 @@ class ShardedASGD(torch.optim.Optimizer):
             during backward and keeps only its shard: do not wrap the model in DDP.
         process_group: the ranks to shard over; None is the default group, or one process where there is none.
         bucket_cap_mb: largest flat bucket, in MiB; a larger parameter has a bucket of its own.
+        average_dtype: dtype of ``ax``, but never narrower than the parameter. None: the parameter's, float32 for 16-bit
+            ones. (For complex parameters: of the real and imaginary parts.)
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -90,6 +92,7 @@ class ShardedASGD(torch.optim.Optimizer):
         stage: int = 1,
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float = 25.0,
+        average_dtype: torch.dtype | None = None,
     ) -> None:
         self._communicators = Communicators(process_group)
         self._agreement = Agreement(self._communicators.host)
@@ -98,7 +101,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._averages = Averages(self._updater, self._gatherer)
         self._differentiable = differentiable is True
         self._stage = stage
-        self._bucket_cap_mb = bucket_cap_mb
+        self._options = {"stage": stage, "bucket_cap_mb": bucket_cap_mb, "average_dtype": str(average_dtype)}
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
         self._claims = HyperparameterClaims()
         self._values_checked = self._communicators.world_size == 1
@@ -117,14 +120,14 @@ class ShardedASGD(torch.optim.Optimizer):
         self._constructed = False
         problem: Exception | None = None
         try:
-            check_options(stage, bucket_cap_mb)
+            check_options(stage, bucket_cap_mb, average_dtype)
             super().__init__(params, defaults)
         except Exception as error:
             problem = error
         groups = [] if problem else self.param_groups
         self._agree_on_groups(Kind.CONSTRUCT, 0, groups, problem)
         self._constructed = True
-        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage])
+        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], average_dtype)
         self._house(0)
 
     # --- construction --------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _agree_on_groups(self, kind: Kind, first: int, groups: list[dict[str, Any]], problem: Exception | None) -> None:
         described = [(i, group, self._named(i)) for i, group in enumerate(groups, start=first)]
-        self._gradients.settle(kind, groups_claim(self._stage, self._bucket_cap_mb, described), problem)
+        self._gradients.settle(kind, groups_claim(self._options, described), problem)
 
     def _house(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
@@ -443,4 +446,3 @@ def _base(name: str) -> Callable[..., None]:
     """torch's own method, without the wrapper that imports the compiler only to hide from it: 1 s and 70 MB."""
     method = getattr(torch.optim.Optimizer, name)
     return cast(Callable[..., None], getattr(method, "__wrapped__", method))
-

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .buffers import Bucket, Member, build_buckets, reduce_order
@@ -27,12 +28,18 @@ class ShardedState:
     """
 
     def __init__(
-        self, communicators: Communicators, shown: dict[Any, Any], bucket_cap_mb: float, min_buckets: int
+        self,
+        communicators: Communicators,
+        shown: dict[Any, Any],
+        bucket_cap_mb: float,
+        min_buckets: int,
+        average_dtype: torch.dtype | None,
     ) -> None:
         self._communicators = communicators
         self._shown = shown
         self._bucket_cap_mb = bucket_cap_mb
         self._min_buckets = min_buckets
+        self._average_dtype = average_dtype
         self._group_sizes: list[int] = []
         self.buckets: list[Bucket] = []
         self.members: list[Member] = []
@@ -53,6 +60,7 @@ class ShardedState:
                 rank=self._communicators.rank,
                 world_size=self._communicators.world_size,
                 cap_bytes=bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets),
+                average_dtype=self._average_dtype,
             )
             self.buckets += buckets
             self.members += [member for bucket in buckets for member in bucket.members]

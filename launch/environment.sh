@@ -18,10 +18,10 @@ find_python() {
 }
 
 # prepare_venv FILE...: installs these pinned requirements and the package itself into .venv. Returns at once
-# where that was done before and neither the pins nor the package's metadata have changed since.
+# where that was done before and neither the pins nor the package's metadata or C source have changed since.
 prepare_venv() {
     local python stamp wanted file
-    wanted="$(cat "$REPOSITORY/pyproject.toml" "$@"; echo "$REPOSITORY")"
+    wanted="$(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY/dist_asgd/update/kernel.c" "$@"; echo "$REPOSITORY")"
     stamp="$VENV/installed-$(basename "${!#}")"
     if [ -x "$VENV/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return

@@ -1,9 +1,9 @@
 """Parity: random histories end, event by event, on the bits of ``torch.optim.ASGD``.
 
 The oracle of the for-loop form and of the fused kernel is torch's for-loop form, of the foreach form torch's
-foreach form; the two differ from each other. Histories have odd shapes and layouts, 1 to 3 groups with their own hyperparameters,
-skipped gradients, changed learning rates, t0 inside the run, added groups, and saves and loads in the
-middle.
+foreach form; the two differ from each other. Histories have odd shapes and layouts, 1 to 3 groups with their own
+hyperparameters, skipped gradients, changed learning rates, t0 inside the run, added groups, and saves and loads in
+the middle.
 """
 
 import os

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+# How a process runs, not what it trains; torch.optim.ASGD's groups have no such key.
+NOT_SAVED = ("fused",)
+
 
 def _snapshot(value: Any) -> Any:
     # A Tensor lr changes in place; what was saved must not.
@@ -18,7 +21,7 @@ def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     packed = []
     first = 0
     for group in groups:
-        entry = {key: _snapshot(value) for key, value in group.items() if key != "params"}
+        entry = {key: _snapshot(value) for key, value in group.items() if key not in ("params", *NOT_SAVED)}
         entry["params"] = list(range(first, first + len(group["params"])))
         first += len(group["params"])
         packed.append(entry)

@@ -238,7 +238,7 @@ def make_cohorts(loaded: Loaded, members: Sequence[Member], groups: Sequence[dic
 def load_averages(loaded: Loaded, buckets: Sequence[Bucket]) -> None:
     """Write every parameter's piece of ``ax``.
 
-    Where a loaded one is wider than its parameter, the averages of all parameters of that group and dtype are kept
+    Where a loaded one is wider than ``average_dtype``, the averages of all parameters of that group and dtype are kept
     in the wider dtype, so that the result does not depend on which of them share a bucket.
     """
     widest: dict[tuple[int, torch.dtype], torch.dtype] = {}
@@ -246,8 +246,8 @@ def load_averages(loaded: Loaded, buckets: Sequence[Bucket]) -> None:
         key = (bucket.group_index, bucket.param_dtype)
         for member in bucket.members:
             entry = loaded.entries.get(member.index)
-            own = bucket.dtype if entry is None else entry.average.dtype.to_real()
-            widest[key] = torch.promote_types(widest.get(key, bucket.dtype), own)
+            own = bucket.average_dtype if entry is None else entry.average.dtype.to_real()
+            widest[key] = torch.promote_types(widest.get(key, bucket.average_dtype), own)
     for bucket in buckets:
         dtype = widest[bucket.group_index, bucket.param_dtype]
         if bucket.average.dtype != dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_asgd import ShardedASGD
 from tests.harness.bits import assert_same_bits, same_tree
 from tests.harness.history import (
+    DTYPES,
     AddGroup,
     Event,
     GroupSpec,
@@ -156,7 +157,15 @@ class Subject:
             groups.append(group_dict(self.history, spec, params, index))
             index += len(params)
         setting = self.setting
-        return ShardedASGD(groups, **setting.forms, stage=setting.stage, bucket_cap_mb=setting.bucket_cap_mb)
+        narrow = {s.dtype for g in self.specs for s in g.params} & {"bfloat16", "float16"}
+        average_dtype = DTYPES[narrow.pop()] if narrow else None  # torch's own, so that its bits come back
+        return ShardedASGD(
+            groups,
+            average_dtype=average_dtype,
+            **setting.forms,
+            stage=setting.stage,
+            bucket_cap_mb=setting.bucket_cap_mb,
+        )
 
     def _reload(self, event: Reload) -> None:
         if event.kind == "own":
