@@ -1,0 +1,398 @@
+"""The rule in torch's for-loop form as Triton kernels: one launch for all segments of a kind, none per parameter.
+
+    advance_kernel  the schedule: (step, eta, mu) of every cohort to the factors (c, -eta, mu, t) of this step
+    update_kernel   the rule, on elements x, gradients g and averages ax, with the factors of the segment's row:
+
+        g  <- -g                      if maximize
+        g  <- g + weight_decay * x    if weight_decay is not 0; fused
+        x  <- x * c                   c = 1 - lambd * eta, in double precision
+        x  <- x - eta * g             fused
+        ax <- ax + (x - ax) * mu      a copy of x while mu is 1: ax is not read
+
+Bit-identical to ``torch.optim.ASGD(foreach=False)`` in float32 and float64; 16-bit parameters round after every
+operation, as torch's CUDA operators do. ``precision.py`` is the oracle of masters and of stochastic rounding.
+
+block   consecutive elements of one segment, updated by one program
+table   int64 ``(num_segments, 8)``: addresses of param, average and master, numel, row, first, key, weight decay
+column  int64 ``(num_segments,)``: addresses of the gradients, apart because they may change with every step
+
+Compiled without contraction. Needs triton: imported by who launches kernels, and not before.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton types its kernels itself.
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from . import precision
+from .schedule import scalar_dtype
+from .segments import Kind, Segment
+
+BLOCK_NUMEL = 4096
+NUM_WARPS = 8
+BLOCK_ROWS = 32
+SEGMENT_ALIGNMENT_BYTES = 64
+GRADIENT_ALIGNMENT_BYTES = 16
+
+_TABLE_COLUMNS = tl.constexpr(8)
+_GOLDEN = tl.constexpr(precision.GOLDEN)
+_NAN_BITS = tl.constexpr(precision.NAN_BITS)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """``x`` rounded to ``DTYPE``, in its own dtype."""
+    return x.to(DTYPE).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["found_inf"])
+def advance_kernel(scalars, hyper, factors, found_inf, num_rows, DOUBLE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """One row of ``scalars``, ``hyper`` and ``factors`` (see ``advance``) in every lane."""
+    SCALAR: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    if found_inf is not None:  # noqa: SIM102 (the outer one is decided by the compiler)
+        if tl.load(found_inf) != 0:
+            return
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    scalars += row * 3
+    hyper += row * 6
+    factors += row * 4
+    inside = row < num_rows
+    active = tl.load(hyper + 4, mask=inside, other=0) != 0
+    lr = tl.load(hyper, mask=active, other=0)
+    lambd = tl.load(hyper + 1, mask=active, other=0)
+    alpha = tl.load(hyper + 2, mask=active, other=0)
+    t0 = tl.load(hyper + 3, mask=active, other=0)
+    initial = tl.load(hyper + 5, mask=active, other=0)
+    step = tl.load(scalars, mask=active, other=0)
+    eta = tl.load(scalars + 1, mask=active, other=0)
+    mu = tl.load(scalars + 2, mask=active, other=0)
+
+    # torch makes eta from the lr of the first step, not of construction.
+    eta = tl.where(tl.where(step == 0, initial, 0) != 0, _rounded(lr, SCALAR), eta)
+    step += 1
+    tl.store(factors, 1 - lambd * eta, mask=active)
+    # Not 0 - eta: an eta of 0 must become -0.
+    tl.store(factors + 1, eta * -1.0, mask=active)
+    tl.store(factors + 2, mu, mask=active)
+    tl.store(factors + 3, step, mask=active)
+
+    power = tl.exp(alpha * tl.log(1 + lambd * lr * step))
+    tl.store(scalars, step, mask=active)
+    tl.store(scalars + 1, _rounded(lr / power, SCALAR), mask=active)
+    tl.store(scalars + 2, _rounded(1 / tl.maximum(step - t0, 1.0), SCALAR), mask=active)
+
+
+@triton.jit
+def _pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Element ``start`` of the array of ``DTYPE`` at ``address``; with ``ALIGNED`` loads may be 16 bytes wide."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start
+
+
+@triton.jit
+def _mix(word):
+    """``precision.mix`` of uint32."""
+    word = word ^ (word >> 16)
+    word = word * 0x7FEB352D
+    word = word ^ (word >> 15)
+    word = word * 0x846CA68B
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def _random_16(key, t, elements):
+    """``precision.random_16`` for int64 ``elements`` of a parameter, as int32."""
+    step_key = _mix(key ^ _mix(t.to(tl.int64).to(tl.uint32)))
+    words = _mix(elements.to(tl.uint32) ^ step_key)
+    words = _mix(words + (elements >> 32).to(tl.uint32) * _GOLDEN + key)
+    return (words >> 16).to(tl.int32)
+
+
+@triton.jit(do_not_specialize_on_alignment=["grad_scale", "clip", "found_inf"])
+def update_kernel(
+    blocks,
+    table,
+    column,
+    factors,
+    grad_scale,
+    clip,
+    found_inf,
+    PARAM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    GRADIENT_ALIGNED: tl.constexpr,
+    BLOCK_NUMEL: tl.constexpr,
+):
+    """One block: ``blocks`` (num_blocks, 2) int32 says of which segment, and which of its blocks."""
+    WIDE: tl.constexpr = tl.float64 if tl.float64 == PARAM else tl.float32
+    AVERAGE_WIDE: tl.constexpr = tl.float64 if tl.float64 == AVERAGE else WIDE
+    # What every operation rounds to: 16-bit parameters without a wider copy follow torch's operators.
+    EACH: tl.constexpr = tl.float32 if MASTER or STOCHASTIC else PARAM
+    AVERAGE_EACH: tl.constexpr = EACH if AVERAGE == EACH else AVERAGE_WIDE
+    # bfloat16 that is joined, split or rounded here, as integers.
+    BITS: tl.constexpr = (MASTER or STOCHASTIC) and tl.bfloat16 == PARAM
+    if found_inf is not None:  # noqa: SIM102 (the outer one is decided by the compiler)
+        if tl.load(found_inf) != 0:
+            return
+    segment = tl.load(blocks + tl.program_id(0) * 2)
+    start = tl.load(blocks + tl.program_id(0) * 2 + 1).to(tl.int64) * BLOCK_NUMEL
+    line = table + segment * _TABLE_COLUMNS
+    param = _pointer(tl.load(line), start, tl.int16 if BITS else PARAM, True)
+    average = _pointer(tl.load(line + 1), start, AVERAGE, True)
+    master = _pointer(tl.load(line + 2), start, tl.int16 if BITS else tl.float32, True)
+    gradient = _pointer(tl.load(column + segment), start, GRADIENT, GRADIENT_ALIGNED)
+    left = tl.load(line + 3) - start
+    factors += tl.load(line + 4) * 4
+    c = tl.load(factors).to(WIDE)
+    negative_eta = tl.load(factors + 1).to(WIDE)
+    mu = tl.load(factors + 2)
+    offsets = tl.arange(0, BLOCK_NUMEL)
+
+    for full in tl.static_range(2):
+        # With a constant for numel the masks fold away, and accesses are 16 bytes wide.
+        numel = BLOCK_NUMEL if full else left.to(tl.int32)
+        if left >= BLOCK_NUMEL if full else left < BLOCK_NUMEL:
+            inside = offsets < numel
+            x = tl.load(param + offsets, mask=inside, other=0)
+            g = tl.load(gradient + offsets, mask=inside, other=0).to(WIDE)
+            read = offsets < tl.where(mu == 1.0, 0, numel)
+            ax = tl.load(average + offsets, mask=read, other=0).to(AVERAGE_WIDE)
+            if MASTER:
+                held = tl.load(master + offsets, mask=inside, other=0)
+            if BITS:
+                bits = x.to(tl.int32) << 16
+                if MASTER:
+                    bits += held.to(tl.int32)
+                x = bits.to(tl.float32, bitcast=True)
+            elif MASTER:
+                # A change that somebody else made to the parameter wins.
+                x = tl.where(held.to(PARAM) == x, held, x.to(tl.float32))
+            else:
+                x = x.to(WIDE)
+
+            if grad_scale is not None:
+                inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(tl.float32)
+                g = _rounded(g * inverse.to(WIDE), GRADIENT)
+            if clip is not None:
+                g = _rounded(g * tl.load(clip).to(WIDE), GRADIENT)
+            if MAXIMIZE:
+                # Not 0 - g: the sign of a zero counts.
+                g = g * -1.0
+            g = _rounded(g, EACH)
+            if WEIGHT_DECAY:
+                weight_decay = tl.load(line + 7).to(tl.float64, bitcast=True).to(WIDE)
+                g = _rounded(tl.fma(x, weight_decay, g), EACH)
+            x = _rounded(x * c, EACH)
+            x = _rounded(tl.fma(g, negative_eta, x), EACH)
+
+            if BITS:
+                bits = x.to(tl.int32, bitcast=True)
+                if MASTER:
+                    bits = tl.where(x != x, _NAN_BITS, bits)
+                    rounded = (bits + 0x8000) >> 16
+                    tl.store(master + offsets, (bits - (rounded << 16)).to(tl.int16), mask=inside)
+                else:
+                    elements = tl.load(line + 5) + start + offsets
+                    random = _random_16(tl.load(line + 6).to(tl.uint32), tl.load(factors + 3), elements)
+                    # An infinity stays one: its lower 16 bits are 0, and nothing carries.
+                    rounded = tl.where(x != x, _NAN_BITS, bits + random) >> 16
+                    x = (rounded << 16).to(tl.float32, bitcast=True)
+                tl.store(param + offsets, rounded.to(tl.int16), mask=inside)
+            else:
+                if MASTER:
+                    tl.store(master + offsets, x, mask=inside)
+                tl.store(param + offsets, x.to(PARAM), mask=inside)
+            x = x.to(AVERAGE_WIDE)
+            moved = _rounded(_rounded(x - ax, AVERAGE_EACH) * mu.to(AVERAGE_WIDE), AVERAGE_EACH)
+            tl.store(average + offsets, tl.where(mu == 1.0, x, ax + moved).to(AVERAGE), mask=inside)
+
+
+def advance(scalars: Tensor, hyper: Tensor, factors: Tensor, found_inf: Tensor | None) -> None:
+    """Write this step's ``factors`` and move ``scalars`` on to the next step's; one launch, no synchronisation.
+
+    scalars    (num_rows, 3) float64: step, eta, mu of each cohort
+    hyper      (num_rows, 6) float64: lr, lambd, alpha, t0, active, initial. A row that is not active keeps its
+               scalars; ``initial`` takes eta from the lr while step is 0.
+    factors    (num_rows, 4) float64, written: 1 - lambd * eta, -eta, mu, the step counted from 1
+    found_inf  (1,) float32, nonzero: nothing changes, and ``Launch.run`` with it changes nothing either
+    """
+    num_rows, double = len(scalars), scalar_dtype() == torch.float64
+    if num_rows:
+        with _on(scalars.device):
+            advance_kernel[(-(-num_rows // BLOCK_ROWS),)](
+                scalars, hyper, factors, found_inf, num_rows, double, BLOCK_ROWS, num_warps=1, enable_fp_fusion=False
+            )
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    # Triton launches on the current device, whatever its arguments lie on.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check(segment: Segment, position: int, kind: Kind) -> None:
+    """Kernels see addresses only: what a segment holds is compared with what the kind says."""
+    master = (torch.int16 if kind.param == torch.bfloat16 else torch.float32) if kind.master else None
+    gradient = None if segment.gradient is None else kind.gradient
+    wanted = {"param": kind.param, "average": kind.average, "master": master, "gradient": gradient}
+    for name, dtype in wanted.items():
+        tensor: Tensor | None = getattr(segment, name)
+        found = None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        expected = None if dtype is None else (dtype, (segment.numel,), (1,), segment.param.device)
+        if found != expected:
+            raise ValueError(f"segment {position}: {name} must be {expected}; got {found}")
+        past = 0 if tensor is None else tensor.data_ptr() % SEGMENT_ALIGNMENT_BYTES
+        if past and name != "gradient":
+            raise ValueError(
+                f"segment {position}: {name} starts {past} bytes past a multiple of {SEGMENT_ALIGNMENT_BYTES}; "
+                "pad segments to start at one, or update this parameter without the kernel"
+            )
+
+
+def default_block_numel(kind: Kind) -> int:
+    """Elements of a block: in double precision half as many, or registers leave room for one block only."""
+    return BLOCK_NUMEL // 2 if kind.average == torch.float64 else BLOCK_NUMEL
+
+
+class _Column:
+    """Gradient addresses on the device; uploaded when they change, without waiting for the device.
+
+    A CUDA graph keeps the addresses it was captured with: what it uses is kept for good, and never written again.
+    """
+
+    def __init__(self, chosen: Sequence[int], num_segments: int, device: torch.device) -> None:
+        self._chosen, self._num_segments = chosen, num_segments
+        self._device, self._pinned = device, device.type == "cuda"
+        self._latest: tuple[list[int], tuple[Tensor, bool]] | None = None
+        # Addresses, staging memory (none where an upload before the capture serves), column.
+        self._captured: list[tuple[list[int], Tensor | None, Tensor]] = []
+        self._spare: tuple[Tensor, Tensor] | None = self._make_spare()
+
+    def _make_spare(self) -> tuple[Tensor, Tensor]:
+        # Pinned memory cannot be allocated while a graph is captured.
+        staging = torch.zeros(len(self._chosen), dtype=torch.int64, pin_memory=self._pinned)
+        return staging, torch.zeros_like(staging, device=self._device)
+
+    def of(self, addresses: list[int]) -> tuple[Tensor, bool]:
+        """The column ``(num_chosen,)`` of these addresses, and whether all are aligned."""
+        capturing = _is_capturing(self._device)
+        if not capturing and self._spare is None:
+            self._spare = self._make_spare()
+        if self._latest is not None and self._latest[0] == addresses:
+            if capturing:
+                self._captured.append((addresses, None, self._latest[1][0]))
+            return self._latest[1]
+        if len(addresses) != self._num_segments:
+            raise ValueError(f"{len(addresses)} gradients for {self._num_segments} segments")
+        rows = [addresses[i] for i in self._chosen]
+        aligned = not any(address % GRADIENT_ALIGNMENT_BYTES for address in rows)
+        if capturing:
+            return self._of_graph(addresses, rows), aligned
+        host = torch.tensor(rows, dtype=torch.int64, pin_memory=self._pinned)
+        self._latest = (addresses, (host.to(self._device, non_blocking=True), aligned))
+        return self._latest[1]
+
+    def _of_graph(self, addresses: list[int], rows: list[int]) -> Tensor:
+        for captured, staging, column in self._captured:
+            if captured == addresses and staging is not None:
+                # Again: what was captured first may be another graph, and may not have run.
+                return column.copy_(staging, non_blocking=True)
+        if self._spare is None:
+            raise RuntimeError(
+                "a second CUDA graph is captured with gradients at new addresses, and what was set aside for one is "
+                "used up: take one step outside of graphs before each capture"
+            )
+        (staging, column), self._spare = self._spare, None
+        self._captured.append((addresses, staging, column))
+        return column.copy_(staging.copy_(torch.tensor(rows, dtype=torch.int64)), non_blocking=True)
+
+
+class Launch:
+    """The update of a table of segments in one launch a step; built when the segments change, run every step.
+
+    All gradients of ``segments`` are given, or none; empty segments are left out.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        kind: Kind,
+        maximize: bool,
+        weight_decay: float,
+        device: torch.device,
+        block_numel: int | None = None,
+    ) -> None:
+        block_numel = block_numel or default_block_numel(kind)
+        chosen = [i for i, segment in enumerate(segments) if segment.numel]
+        for i in chosen:
+            _check(segments[i], i, kind)
+        # The table holds addresses: the tensors live as long as it does.
+        self._segments = [segments[i] for i in chosen]
+        self._device = device
+        given = [s.gradient.data_ptr() for s in self._segments if s.gradient is not None]
+        if len(given) not in (0, len(chosen)):
+            raise ValueError(f"{len(given)} of {len(chosen)} segments have a gradient: give all of them, or none")
+        self._given = given or None
+        self._column = _Column(range(len(chosen)) if given else chosen, len(given or segments), device)
+        dtypes = {"PARAM": kind.param, "GRADIENT": kind.gradient, "AVERAGE": kind.average}
+        self._constants: dict[str, Any] = {
+            **{name: getattr(tl, str(dtype).removeprefix("torch.")) for name, dtype in dtypes.items()},
+            "MASTER": kind.master,
+            "STOCHASTIC": kind.stochastic,
+            "MAXIMIZE": maximize,
+            "WEIGHT_DECAY": weight_decay != 0,
+            "BLOCK_NUMEL": block_numel,
+            "num_warps": NUM_WARPS,
+            "enable_fp_fusion": False,
+        }
+        decay_bits = torch.tensor(weight_decay, dtype=torch.float64).view(torch.int64).item()
+        table = []
+        for s in self._segments:
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (s.param, s.average, s.master)]
+            table.append([*addresses, s.numel, s.row, s.first, s.key, decay_bits])
+        self._table = torch.tensor(table, dtype=torch.int64).to(device)
+        counts = torch.tensor([-(-s.numel // block_numel) for s in self._segments], dtype=torch.int64)
+        of_block = torch.arange(len(counts)).repeat_interleave(counts)
+        place = torch.arange(len(of_block)) - (counts.cumsum(0) - counts)[of_block]
+        self._blocks = torch.stack([of_block, place], dim=1).to(device, torch.int32)
+
+    def run(
+        self,
+        gradients: Sequence[int] | None,
+        factors: Tensor,
+        grad_scale: Tensor | None = None,
+        clip: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update every segment; one launch, and an upload where the gradients have moved; no synchronisation.
+
+        gradients   their data pointers, one a segment, where they come with the step; else None
+        factors     (num_rows, 4) float64 from ``advance``
+        grad_scale  (1,) float32: gradients are multiplied by its inverse, taken in double precision
+        clip        (1,) float32 or float64: gradients are multiplied by it
+        found_inf   (1,) float32, nonzero: nothing changes
+        """
+        if not self._segments:
+            return
+        if (gradients is None) == (self._given is None):
+            raise ValueError("gradients: pass data pointers if the segments have none, and None if they have their own")
+        column, aligned = self._column.of(list(gradients or self._given or ()))
+        inputs = (self._blocks, self._table, column, factors, grad_scale, clip, found_inf)
+        with _on(self._device):
+            update_kernel[(len(self._blocks),)](*inputs, GRADIENT_ALIGNED=aligned, **self._constants)

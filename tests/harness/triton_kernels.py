@@ -1,0 +1,609 @@
+"""Cases for the Triton kernels, run in a process of their own: Triton reads its settings when it is first imported.
+
+``python -m tests.harness.triton_kernels cpu`` interprets the kernels and ``cuda`` runs them on a GPU; both print a line
+``name<TAB>what went wrong`` a case. ``ahead`` compiles for an H100, without one, and prints what its code holds.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_asgd.update import precision
+from dist_asgd.update.schedule import Cohort, Rule
+from dist_asgd.update.segments import Kind, Segment
+
+from .bits import assert_same_bits
+
+Case = Callable[[torch.device], None]
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+KINDS = {
+    "fp32": Kind(F32, F32, F32),
+    "fp64": Kind(F64, F64, F64),
+    "fp32-average64": Kind(F32, F32, F64),
+    "bf16": Kind(BF16, BF16, F32),
+    "bf16-average16": Kind(BF16, BF16, BF16),
+    "bf16-gradient32": Kind(BF16, F32, F32),
+    "fp16": Kind(F16, F16, F32),
+    "fp16-average16": Kind(F16, F32, F16),
+    "bf16-master": Kind(BF16, BF16, F32, master=True),
+    "bf16-master-gradient32": Kind(BF16, F32, BF16, master=True),
+    "fp16-master": Kind(F16, F16, F32, master=True),
+    "bf16-stochastic": Kind(BF16, BF16, F32, stochastic=True),
+    "bf16-stochastic-gradient32": Kind(BF16, F32, F32, stochastic=True),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a launch is told; ``found_inf`` None is not passed."""
+
+    weight_decay: float = 0.0
+    maximize: bool = False
+    scale: float | None = None
+    clip: Tensor | None = None
+    found_inf: float | None = None
+    aligned: bool = True
+
+
+OPTIONS = {
+    "plain": Options(),
+    "decay": Options(weight_decay=0.013),
+    "maximize": Options(maximize=True),
+    "scale": Options(scale=3.0, found_inf=0.0),
+    "clip": Options(clip=torch.tensor([0.37])),
+    "all": Options(0.1, True, 65536.0, torch.tensor([0.61], dtype=F64), 0.0, False),
+    "skipped": Options(weight_decay=0.013, found_inf=1.0),
+    "unaligned": Options(weight_decay=0.013, aligned=False),
+}
+BLOCK_NUMEL = 1024
+NUMELS = (1, 15, 0, 1023, 1024, 1025, 3333)
+# Rows of factors: mu 1, and two others.
+FACTORS = torch.tensor([[1 - 1e-4, -0.3, 1.0, 1.0], [1 - 0.03, -0.07, 0.25, 7.0], [1 - 1e-5, -1e-3, 1 / 3, 2.0**33]])
+SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -3e-41, 3e38, 65504.0, 1.0)
+
+
+def values(numel: int, dtype: torch.dtype, generator: torch.Generator, special: bool = True) -> Tensor:
+    """``(numel,)`` normal numbers of many magnitudes, and now and then a special one."""
+    exponents = torch.randint(-12, 4, (numel,), generator=generator)
+    x = torch.randn(numel, generator=generator, dtype=F64) * 2.0**exponents
+    if special:
+        chosen = torch.tensor(SPECIAL, dtype=F64)[torch.randint(len(SPECIAL), (numel,), generator=generator)]
+        x = torch.where(torch.rand(numel, generator=generator) < 0.02, chosen, x)
+    return x.to(dtype)
+
+
+def bits_of_nan(x: Tensor) -> Tensor:
+    """``x`` with one kind of NaN: which one an operation gives is the hardware's choice."""
+    return torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
+
+
+@dataclass
+class Arrays:
+    """One segment's tensors; ``gradient`` may lie at an odd address."""
+
+    param: Tensor
+    gradient: Tensor
+    average: Tensor
+    master: Tensor | None
+    row: int
+    first: int
+    key: int
+
+    @classmethod
+    def random(cls, numel: int, kind: Kind, index: int, aligned: bool, generator: torch.Generator) -> "Arrays":
+        """Arrays of a kind, with masters that belong to their parameters (and float16 ones that do not)."""
+        gradient = values(numel + 1, kind.gradient, generator)
+        param, master = values(numel, kind.param, generator), None
+        if kind.master:
+            wide = values(numel, F32, generator)
+            if kind.param == BF16:
+                master = torch.empty(numel, dtype=torch.int16)
+                precision.split(wide, param, master)
+            else:
+                master = wide
+                param = torch.where(torch.rand(numel, generator=generator) < 0.1, param, wide.half())
+        average = values(numel, kind.average, generator)
+        first = 2**32 - 7 if index % 2 else 5
+        start = 0 if aligned else 1
+        return cls(param, gradient[start : start + numel], average, master, index % 3, first, 0x9E3779B1 + index)
+
+    def on(self, device: torch.device, given: bool) -> Segment:
+        """A segment of copies on ``device``."""
+        gradient = self.gradient.to(device) if given else None
+        master = None if self.master is None else self.master.to(device, copy=True)
+        param, average = self.param.to(device, copy=True), self.average.to(device, copy=True)
+        return Segment(param, average, master, gradient, self.row, self.first, self.key)
+
+
+def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Parameter, average and master after one step, in torch operators on the CPU.
+
+    ``add`` with ``alpha`` is fused there in float32 and float64 (not under ``ATEN_CPU_CAPABILITY=default``).
+    """
+    if options.found_inf:
+        return arrays.param, arrays.average, arrays.master
+    factors = FACTORS.double()[arrays.row]
+    c, negative_eta, mu, step = factors.tolist()
+    wide = F64 if kind.param == F64 else F32
+    each = F32 if kind.master or kind.stochastic else kind.param
+
+    def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    g = arrays.gradient.to(wide)
+    if options.scale is not None:
+        inverse = torch.tensor([options.scale]).double().reciprocal().float()
+        g = rounded(g * inverse.to(wide), kind.gradient)
+    if options.clip is not None:
+        g = rounded(g * options.clip.to(wide), kind.gradient)
+    if options.maximize:
+        g = -g
+    g = rounded(g, each)
+    if arrays.master is None:
+        x = arrays.param.to(wide)
+    elif kind.param == BF16:
+        x = precision.join(arrays.param, arrays.master, torch.empty_like(g))
+    else:
+        x = precision.recall(arrays.param, arrays.master, torch.empty_like(g))
+    if options.weight_decay:
+        g = rounded(torch.add(g, x, alpha=options.weight_decay), each)
+    x = rounded(x * c, each)
+    x = rounded(torch.add(x, g, alpha=negative_eta), each)
+
+    param, master = x.to(kind.param), None
+    if arrays.master is not None and kind.param == BF16:
+        master = torch.empty_like(arrays.master)
+        precision.split(x, param, master)
+    elif kind.master:
+        master = x
+    elif kind.stochastic:
+        random = precision.random_16(arrays.key, int(step), arrays.first, len(x), x.device)
+        precision.round_stochastically(x, param, random)
+        x = param.to(wide)
+    average_wide = torch.promote_types(wide, kind.average)
+    average_each = each if kind.average == each else average_wide
+    ax = arrays.average.to(average_wide)
+    x = x.to(average_wide)
+    moved = rounded(rounded(x - ax, average_each) * mu, average_each)
+    return param, (x if mu == 1 else ax + moved).to(kind.average), master
+
+
+def check(found: Segment, arrays: Arrays, kind: Kind, options: Options) -> None:
+    """Compare a segment with the oracle, to the bit; a NaN equals any other, but where the kernel chooses it."""
+    chosen = kind.param == BF16 and (kind.master or kind.stochastic)
+    wanted = expected(arrays, kind, options)
+    results = (found.param, found.average, found.master)
+    for name, result, oracle in zip(("param", "average", "master"), results, wanted, strict=True):
+        if oracle is None or result is None:
+            assert oracle is result
+            continue
+        exact = chosen and name != "average"
+        pair = (result.cpu(), oracle) if exact else (bits_of_nan(result.cpu()), bits_of_nan(oracle))
+        assert_same_bits(*pair, f"{name}, {len(oracle)}, row {arrays.row}")
+
+
+def compare_with_operators(kind: Kind, options: Options, given: bool, device: torch.device) -> None:
+    """One launch over segments of many sizes and three rows."""
+    from dist_asgd.update.cuda import Launch
+
+    generator = torch.Generator().manual_seed(17)
+    arrays = [Arrays.random(numel, kind, i, options.aligned, generator) for i, numel in enumerate(NUMELS)]
+    segments = [a.on(device, given) for a in arrays]
+    gradients = [a.gradient.to(device) if options.aligned else shifted(a.gradient, device) for a in arrays]
+    launch = Launch(segments, kind, options.maximize, options.weight_decay, device, BLOCK_NUMEL)
+    launch.run(
+        None if given else [gradient.data_ptr() for gradient in gradients],
+        FACTORS.double().to(device),
+        None if options.scale is None else torch.tensor([options.scale], device=device),
+        None if options.clip is None else options.clip.to(device),
+        None if options.found_inf is None else torch.tensor([options.found_inf], device=device),
+    )
+    for segment, array in zip(segments, arrays, strict=True):
+        check(segment, array, kind, options)
+
+
+def shifted(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of ``x`` that starts one element past an aligned address."""
+    copy = torch.empty(len(x) + 1, dtype=x.dtype, device=device)[1:]
+    assert not len(x) or copy.data_ptr() % 16
+    return copy.copy_(x)
+
+
+def table_of(rules: Sequence[Rule], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
+    """``hyper`` of ``advance``."""
+    return torch.tensor(
+        [[r.lr, r.lambd, r.alpha, r.t0, a, i] for r, a, i in zip(rules, active, initial, strict=True)], dtype=F64
+    )
+
+
+def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
+    """torch.optim.ASGD(foreach=False) over seven steps: two groups, an lr that changes, skips of both sorts."""
+    from dist_asgd.update.cuda import Launch, advance
+
+    generator = torch.Generator().manual_seed(3)
+    kind = Kind(dtype, dtype, dtype)
+    params = [torch.nn.Parameter(values(n, dtype, generator, special=False)) for n in (70001, 5, 4096)]
+    options = [{"lr": 0.1, "t0": 2, "lambd": 1e-2}, {"lr": 0.05, "t0": float("inf"), "alpha": 0.5}]
+    groups = [{"params": params[:2], **options[0]}, {"params": params[2:], **options[1]}]
+    oracle = torch.optim.ASGD(groups, weight_decay=0.01, foreach=False)  # type: ignore[arg-type]
+    segments = []
+    for param, row in zip(params, (0, 0, 1), strict=True):
+        copy = param.detach().to(device, copy=True)
+        segments.append(Segment(copy, torch.zeros_like(copy), None, None, row))
+    scalars = torch.tensor([[0.0, 9.0, 1.0], [0.0, 9.0, 1.0]], dtype=F64, device=device)
+    factors = torch.zeros(2, 4, dtype=F64, device=device)
+    for step in range(7):
+        if step == 0:
+            oracle.param_groups[0]["lr"] = 0.2
+        active = [True, step != 4]
+        infinite = step == 2
+        gradients = [values(p.numel(), dtype, generator, special=False) for p in params]
+        found_inf = torch.tensor([float(infinite)], device=device)
+        rules = [Rule.of({**group, "maximize": False}, False) for group in oracle.param_groups]
+        advance(scalars, table_of(rules, active, [True, True]).to(device), factors, found_inf)
+        on_device = [gradient.to(device) for gradient in gradients]
+        count = 3 if active[1] else 2
+        launch = Launch(segments[:count], kind, False, 0.01, device, 16384)
+        launch.run([gradient.data_ptr() for gradient in on_device[:count]], factors, found_inf=found_inf)
+        if not infinite:
+            for i, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
+                param.grad = gradient if active[i == 2] else None
+            oracle.step()
+        if step == 0:
+            oracle.param_groups[1]["lr"] = 0.3
+    for i, (param, segment) in enumerate(zip(params, segments, strict=True)):
+        state = oracle.state[param]
+        assert_same_bits(segment.param.cpu(), param.detach(), f"param {i}")
+        assert_same_bits(segment.average.cpu(), state["ax"], f"ax {i}")
+        for column, key in enumerate(("step", "eta", "mu")):
+            found = scalars[segment.row, column].to(state[key].dtype)
+            assert_same_bits(found.cpu(), state[key], f"{key} {i}")
+
+
+def compare_schedules(double: bool, device: torch.device) -> None:
+    """``advance`` against ``Cohort.advance``: 40 of 120 rules, 60 steps, and some far on."""
+    from dist_asgd.update.cuda import advance
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(F64 if double else F32)
+    try:
+        rules = [
+            Rule(lr, lambd, alpha, t0, 0.0, False, False)
+            for lr in (0.1, 3.0, 0.0, 1e-5)
+            for lambd in (1e-4, 0.3)
+            for alpha in (0.75, 0.0, 1.0)
+            for t0 in (1e6, 5.0, 0.0, float("inf"), 2.5)
+        ][::3]
+        cohorts = [Cohort.new(rule.lr, {i}) for i, rule in enumerate(rules)]
+        scalars = torch.zeros(len(rules), 3, dtype=F64)
+        for row, cohort in enumerate(cohorts):
+            if row % 4 == 3:
+                cohort.step.fill_(1_000_000 + row)
+            scalars[row] = torch.stack([cohort.step, cohort.eta, cohort.mu]).double()
+        scalars = scalars.to(device)
+        factors = torch.zeros(len(rules), 4, dtype=F64, device=device)
+        hyper = table_of(rules, [True] * len(rules), [False] * len(rules)).to(device)
+        for _ in range(60):
+            used = [
+                (1 - r.lambd * c.eta.item(), -c.eta.item(), c.mu.item()) for r, c in zip(rules, cohorts, strict=True)
+            ]
+            advance(scalars, hyper, factors, None)
+            for rule, cohort in zip(rules, cohorts, strict=True):
+                cohort.advance(rule)
+            wanted = torch.stack([torch.stack([c.step, c.eta, c.mu]) for c in cohorts]).double()
+            if double:
+                # A power made of exp and log, and one of the C library, in the last places of float64.
+                torch.testing.assert_close(scalars.cpu(), wanted, rtol=1e-14, atol=0)
+                scalars.copy_(wanted)
+            else:
+                assert_same_bits(scalars.cpu(), wanted, "scalars")
+            steps = wanted[:, :1]
+            assert_same_bits(factors.cpu(), torch.cat([torch.tensor(used, dtype=F64), steps], dim=1), "factors")
+    finally:
+        torch.set_default_dtype(before)
+
+
+def skip_inactive_rows(device: torch.device) -> None:
+    """Neither a row that is not active nor any row after an overflow changes, and factors stay."""
+    from dist_asgd.update.cuda import advance
+
+    rule = Rule(0.1, 1e-4, 0.75, 1e6, 0.0, False, False)
+    start = torch.tensor([[3.0, 0.5, 0.25]] * 2, dtype=F64)
+    scalars, factors = start.to(device, copy=True), torch.full((2, 4), 7.0, dtype=F64, device=device)
+    hyper = table_of([rule, rule], [False, True], [True, True]).to(device)
+    advance(scalars, hyper, factors, torch.ones(1, device=device))
+    assert torch.equal(scalars.cpu(), start)
+    assert bool((factors == 7).all())
+    advance(scalars, hyper, factors, None)
+    assert torch.equal(scalars[0].cpu(), start[0])
+    assert bool((factors[0] == 7).all())
+    assert scalars[1, 0] == 4
+    # The lr makes eta in step 0 only.
+    assert factors[1, 1] == -0.5
+
+
+def update_large(device: torch.device) -> None:
+    """A million elements, an odd number."""
+    from dist_asgd.update.cuda import Launch
+
+    kind = KINDS["fp32"]
+    arrays = Arrays.random(1_000_003, kind, 1, True, torch.Generator().manual_seed(1))
+    segment = arrays.on(device, True)
+    Launch([segment], kind, False, 0.01, device, 1 << 16).run(None, FACTORS.double().to(device))
+    check(segment, arrays, kind, Options(weight_decay=0.01))
+
+
+def update_far_elements(device: torch.device) -> None:
+    """The block at element 2^33 of a segment: addresses so that it falls on the arrays, which are that block only."""
+    from dist_asgd.update import cuda
+
+    kind, numel, place = KINDS["bf16-stochastic"], 777, 2**33 // BLOCK_NUMEL
+    arrays = Arrays.random(numel, kind, 1, True, torch.Generator().manual_seed(2))
+    segment = arrays.on(device, True)
+    launch = cuda.Launch([segment], kind, False, 0.0, device, BLOCK_NUMEL)
+    start = place * BLOCK_NUMEL
+    offsets = torch.tensor([2, 4, 0, -1, 0, 1, 0, 0], device=device) * start
+    launch._table.sub_(offsets)
+    launch._blocks[0, 1] = place
+    assert arrays.gradient.itemsize == 2
+    assert launch._given is not None
+    launch._given = [launch._given[0] - 2 * start]
+    launch.run(None, FACTORS.double().to(device))
+    check(segment, arrays, kind, Options())
+
+
+def follow_gradients(device: torch.device) -> None:
+    """Pointers are uploaded when they change, and only then; unaligned ones are noticed."""
+    from dist_asgd.update.cuda import Launch
+
+    kind = KINDS["fp32"]
+    generator = torch.Generator().manual_seed(5)
+    segments = [Arrays.random(9, kind, i, True, generator).on(device, False) for i in range(3)]
+    launch = Launch(segments, kind, False, 0.0, device, 16)
+    factors = FACTORS.double().to(device)
+    columns = []
+    gradients = [torch.ones(9, device=device) for _ in segments]
+    others = [shifted(torch.full((9,), 2.0), device) for _ in segments]
+    for now in (gradients, gradients, others, others):
+        before = [segment.param.clone() for segment in segments]
+        launch.run([gradient.data_ptr() for gradient in now], factors)
+        assert launch._column._latest is not None
+        columns.append(launch._column._latest[1][0])
+        for segment, param in zip(segments, before, strict=True):
+            c, negative_eta = FACTORS.double()[segment.row, :2].tolist()
+            wanted = torch.add(param.cpu() * c, now[0].cpu(), alpha=negative_eta)
+            assert_same_bits(bits_of_nan(segment.param.cpu()), bits_of_nan(wanted), "param")
+    assert columns[0] is columns[1]
+    assert columns[1] is not columns[2]
+    assert columns[2] is columns[3]
+
+
+def keep_columns_of_graphs(device: torch.device) -> None:
+    """While a graph is captured: a column of its own, kept; one spare; then an error that says what to do."""
+    from dist_asgd.update import cuda
+
+    column = cuda._Column([0, 2], 3, device)
+    eager, aligned = column.of([16, 0, 32])
+    assert (eager.tolist(), aligned) == ([16, 32], True)
+    with mock.patch.object(cuda, "_is_capturing", return_value=True):
+        assert column.of([16, 0, 32])[0] is eager
+        captured, aligned = column.of([48, 0, 68])
+        assert (captured.tolist(), aligned) == ([48, 68], False)
+        assert column.of([48, 0, 68])[0] is captured
+        with pytest.raises(RuntimeError, match="one step outside of graphs"):
+            column.of([64, 0, 80])
+    # What was captured was not uploaded: a step outside does not rely on it, and makes a new spare.
+    assert column.of([48, 0, 68])[0] is not captured
+    with mock.patch.object(cuda, "_is_capturing", return_value=True):
+        assert column.of([64, 0, 80])[0].tolist() == [64, 80]
+    assert (captured.tolist(), eager.tolist()) == ([48, 68], [16, 32])
+
+
+def refuse(device: torch.device) -> None:
+    """Errors at construction and at the call, each saying what is wrong."""
+    from dist_asgd.update.cuda import Launch
+
+    kind = KINDS["fp32"]
+    good = Segment(torch.zeros(8, device=device), torch.zeros(8, device=device), None, None, 0)
+    given = Segment(good.param, good.average, None, torch.zeros(8, device=device), 0)
+    off = torch.zeros(24, device=device)[4:12]
+    factors = FACTORS.double().to(device)
+    refusals: list[tuple[str, Callable[[], Any]]] = [
+        (
+            "param starts 16 bytes",
+            lambda: Launch([Segment(off, good.average, None, None, 0)], kind, False, 0.0, device),
+        ),
+        (
+            "average starts 16",
+            lambda: Launch([good, Segment(good.param, off, None, None, 0)], kind, False, 0.0, device),
+        ),
+        ("param must be", lambda: Launch([good], KINDS["fp64"], False, 0.0, device)),
+        ("master must be", lambda: Launch([Segment(good.param, good.average, off, None, 0)], kind, False, 0.0, device)),
+        ("average must be", lambda: Launch([Segment(good.param, off[:3], None, None, 0)], kind, False, 0.0, device)),
+        ("1 of 2 segments", lambda: Launch([good, given], kind, False, 0.0, device)),
+        ("None if they have their own", lambda: Launch([good], kind, False, 0.0, device).run(None, factors)),
+        ("pass data pointers if", lambda: Launch([given], kind, False, 0.0, device).run([0], factors)),
+        ("2 gradients for 1", lambda: Launch([good], kind, False, 0.0, device).run([0, 0], factors)),
+    ]
+    for message, action in refusals:
+        with pytest.raises(ValueError, match=message):
+            action()
+    Launch([], kind, False, 0.0, device).run(None, factors)
+    Launch([Segment(off[:0], off[:0], None, None, 0)], kind, False, 0.0, device).run([0], factors)
+
+
+def all_cases() -> dict[str, Case]:
+    """Every case by name."""
+    cases: dict[str, Case] = {
+        f"{kind}/{name}": partial(compare_with_operators, KINDS[kind], options, name == "plain")
+        for kind in KINDS
+        for name, options in OPTIONS.items()
+    }
+    cases |= {f"optimizer/{dtype}": partial(compare_with_optimizer, dtype) for dtype in (F32, F64)}
+    cases |= {f"schedule/{'double' if double else 'single'}": partial(compare_schedules, double) for double in (0, 1)}
+    extra: list[Case] = [skip_inactive_rows, follow_gradients, keep_columns_of_graphs, refuse, update_large]
+    return cases | {case.__name__: case for case in [*extra, update_far_elements]}  # type: ignore[attr-defined]
+
+
+def round_as_hardware() -> None:
+    """Teach Triton's interpreter the conversions of the device.
+
+    It truncates float32 to bfloat16 where PTX rounds to nearest even, and loses bfloat16 subnormals. Before 3.9 its
+    fma rounds twice.
+    """
+    import numpy as np
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        pair = (source.dtype.scalar, target.scalar)
+        if pair == (tl.bfloat16, tl.float32):
+            data = (source.data.astype(np.uint32) << 16).view(np.float32)
+        elif pair == (tl.float32, tl.bfloat16):
+            bits = source.data.view(np.uint32)
+            data = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+            data = np.where(np.isnan(source.data), np.uint16(0x7FFF), data)
+        else:
+            return cast(self, source, target)
+        return interpreter.TensorHandle(data, target.scalar)
+
+    builder.cast_impl = cast_impl
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+
+        def create_fma(_: Any, x: Any, y: Any, z: Any) -> Any:
+            a, b, c = (torch.from_numpy(np.array(v)) for v in np.broadcast_arrays(x.data, y.data, z.data))
+            # torch's fused operator takes one factor only as a number; here one always is one value.
+            factor, other = (a, b) if a.unique().numel() == 1 else (b, a)
+            total = torch.add(c, other, alpha=factor.flatten()[0].item())
+            return interpreter.TensorHandle(total.numpy(), z.dtype.scalar)
+
+        builder.create_fma = create_fma
+
+
+def compiled(kind: Kind, aligned: bool = True, options: bool = False) -> Any:
+    """``update_kernel`` for an H100."""
+    import triton.language as tl
+
+    from dist_asgd.update import cuda
+
+    names = cuda.update_kernel.arg_names
+    flags = {"MASTER": kind.master, "STOCHASTIC": kind.stochastic, "MAXIMIZE": False, "WEIGHT_DECAY": True}
+    constants: dict[str, Any] = {**flags, "GRADIENT_ALIGNED": aligned, "BLOCK_NUMEL": cuda.default_block_numel(kind)}
+    for name in ("param", "gradient", "average"):
+        constants[name.upper()] = getattr(tl, str(getattr(kind, name)).removeprefix("torch."))
+    signature = {"blocks": "*i32", "table": "*i64", "column": "*i64", "factors": "*fp64"}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in signature}
+    for name in ("grad_scale", "clip", "found_inf"):
+        if options:
+            signature[name] = "*fp32"
+        else:
+            constants[name] = None
+    return build(cuda.update_kernel, signature, constants, attributes, cuda.NUM_WARPS)
+
+
+def compiled_advance() -> Any:
+    """``advance_kernel`` for an H100."""
+    from dist_asgd.update import cuda
+
+    signature = {"scalars": "*fp64", "hyper": "*fp64", "factors": "*fp64", "found_inf": "*fp32", "num_rows": "i32"}
+    constants = {"DOUBLE": False, "BLOCK_ROWS": cuda.BLOCK_ROWS}
+    return build(cuda.advance_kernel, signature, constants, {}, 1)
+
+
+def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], attributes: Any, num_warps: int) -> Any:
+    """Compile ``kernel`` without a GPU, as its launch would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        kernel,
+        {name: signature[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        attributes,
+    )
+    settings = {"enable_fp_fusion": False, "num_warps": num_warps}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=settings)
+
+
+def machine_code(kernel: Any) -> dict[str, int]:
+    """How often each instruction stands in the SASS, and REG, STACK and LOCAL as cuobjdump gives them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "-res-usage")
+        )
+    counts = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE))
+    return {**counts, **{key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}}
+
+
+def ahead_of_time() -> dict[str, dict[str, int]]:
+    """Machine code facts of some kinds, and of one with unaligned gradients."""
+    facts = {name: machine_code(compiled(KINDS[name])) for name in AHEAD}
+    facts["fp32-unaligned"] = machine_code(compiled(KINDS["fp32"], aligned=False))
+    facts["fp32-options"] = machine_code(compiled(KINDS["fp32"], options=True))
+    facts["advance"] = machine_code(compiled_advance())
+    return facts
+
+
+AHEAD = ("fp32", "fp64", "bf16", "bf16-average16", "bf16-master", "fp16-master", "bf16-stochastic")
+
+
+def main(what: str) -> None:
+    """Run what the process was started for."""
+    torch.set_num_threads(1)
+    if what == "ahead":
+        print(json.dumps(ahead_of_time()))
+        return
+    if what == "cpu":
+        round_as_hardware()
+    for name, case in all_cases().items():
+        outcome = ""
+        try:
+            case(torch.device(what))
+        except Exception:
+            outcome = traceback.format_exc()
+        print(name, json.dumps(outcome), sep="\t", flush=True)
+
+
+def start(what: str) -> str:
+    """Run this file in a process of its own with Triton's settings for ``what``; its output."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": str(int(what == "cpu"))}
+        command = [sys.executable, "-W", "ignore", "-m", "tests.harness.triton_kernels", what]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"{what} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
