@@ -20,7 +20,7 @@ from benchmarks.targets import Target, targets
 MB = 1e6
 
 
-def surroundings() -> dict[str, str]:
+def surroundings(module: str = "benchmarks.step") -> dict[str, str]:
     """Hardware, versions, command and date of this run."""
     return {
         "processor": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
@@ -30,7 +30,7 @@ def surroundings() -> dict[str, str]:
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "load average at start": f"{os.getloadavg()[0]:.1f}",
     }
@@ -78,11 +78,11 @@ def as_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _fields(values: Mapping[str, str]) -> str:
-    return _table(["field", "value"], [[name, str(value)] for name, value in values.items()])
+    return markdown_table(["field", "value"], [[name, str(value)] for name, value in values.items()])
 
 
 def _goals_table(goals: Sequence[Target]) -> str:
-    return _table(
+    return markdown_table(
         ["what", "goal", "measured", "met"],
         [[goal.what, goal.goal, goal.measured, "yes" if goal.met else "**no**"] for goal in goals],
     )
@@ -107,7 +107,7 @@ def _time_table(time: Mapping[str, Any]) -> str:
         for key, t in time.items()
     ]
     return (
-        _table(
+        markdown_table(
             [
                 "peer",
                 "whole step (ms)",
@@ -147,7 +147,7 @@ def _bytes_table(report: Mapping[str, Any]) -> str:
         for key, t in report["time"].items()
     ]
     return (
-        _table(
+        markdown_table(
             ["peer", "state (MB)", "of P", "max/mean", "gradients (MB)", "of P", "max/mean"],
             rows,
         )
@@ -173,7 +173,7 @@ def _memory_table(report: Mapping[str, Any]) -> str:
         for key, m in report["memory"].items()
     ]
     return (
-        _table(["peer", "peak of 5 steps (P)", "without torch's own (P)", "peak of construction (P)"], rows)
+        markdown_table(["peer", "peak of 5 steps (P)", "without torch's own (P)", "peak of construction (P)"], rows)
         + "\n\nResident memory above the process that holds the bare model, in units of the parameters'"
         "\nbytes, on the rank with the most. *without torch's own*: above the same process after training and"
         "\ndropping a miniature, so that code which torch loads on first use is not counted; construction"
@@ -192,7 +192,7 @@ def _consolidation_table(report: Mapping[str, Any]) -> str:
         memory = [f"{peaks[0] / unit:.3f}", f"{max(peaks[1:]) / unit:.3f}"] if peaks else ["", ""]
         seconds = t["consolidation_seconds"]
         rows.append([peer_of(key).label, f"{seconds * 1e3:.0f}", f"**{t['consolidation_ratio']:.1f}**", *memory])
-    return _table(["what", "ms", "ratio", "extra memory, target (P)", "extra memory, others (P)"], rows)
+    return markdown_table(["what", "ms", "ratio", "extra memory, target (P)", "extra memory, others (P)"], rows)
 
 
 def _imbalance_table(table: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
@@ -201,10 +201,10 @@ def _imbalance_table(table: Mapping[str, Mapping[int, Mapping[str, float]]]) -> 
         rows.append([peer_of(key).label, "max/mean", *(f"{v['imbalance']:.4f}" for v in sizes.values())])
         rows.append([peer_of(key).label, "max over an exact N-th", *(f"{v['overhead']:.4f}" for v in sizes.values())])
     sizes = next(iter(table.values()))
-    return _table(["peer", "bytes of state", *(f"{n} ranks" for n in sizes)], rows)
+    return markdown_table(["peer", "bytes of state", *(f"{n} ranks" for n in sizes)], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned in plain text too; figures to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 

@@ -41,8 +41,7 @@ def check_options(stage: Any, bucket_cap_mb: Any, average_dtype: Any) -> None:
         raise ValueError(f"dist_asgd: bucket_cap_mb must be a positive number of MiB, got {bucket_cap_mb!r}.")
     if average_dtype is not None and (average_dtype not in DTYPES or average_dtype.is_complex):
         raise ValueError(
-            f"dist_asgd: average_dtype must be None, float32, float64, bfloat16 or float16, got "
-            f"{average_dtype!r}."
+            f"dist_asgd: average_dtype must be None, float32, float64, bfloat16 or float16, got {average_dtype!r}."
         )
 
 

@@ -94,9 +94,7 @@ def train_odd_net(_rank: int, _world_size: int, stage: int, form: str) -> dict[s
 @pytest.mark.parametrize(
     ("backend", "world_size"), [("none", 1), ("threads", 2), ("threads", 4), ("gloo", 2), ("gloo", 4)]
 )
-def test_a_model_of_awkward_layouts_trains_as_with_torch(
-    backend: str, world_size: int, stage: int, form: str
-) -> None:
+def test_a_model_of_awkward_layouts_trains_as_with_torch(backend: str, world_size: int, stage: int, form: str) -> None:
     """Tied, frozen, transposed, channels_last, 0-dim, empty and unused parameters in one model."""
     start = odd_net()
     for found in run(backend, world_size, train_odd_net, stage, form):

@@ -94,9 +94,7 @@ def test_histories_of_every_dtype_are_torch_to_the_bit(
 @stages
 @settings(max_examples=EXAMPLES)
 @given(history=histories(("float32", "bfloat16", "complex64")), data=st.data())
-def test_a_history_goes_on_at_another_world_size(
-    stage: int, form: str, history: History, data: st.DataObject
-) -> None:
+def test_a_history_goes_on_at_another_world_size(stage: int, form: str, history: History, data: st.DataObject) -> None:
     """Saved consolidated at one world size and bucket size, loaded at another."""
     worlds = data.draw(st.permutations([1, 2, 3, 4]))
     stop = data.draw(st.integers(1, len(history.events) - 1))
