@@ -1,4 +1,4 @@
-"""``python -m benchmarks.update``: the update alone, one process, in bytes a second; all forms in one interleaved run."""
+"""``python -m benchmarks.update``: the update alone, on one process; all forms in one interleaved run."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def main() -> None:
         [
             "# Benchmark: the update alone",
             markdown_table(["field", "value"], fields),
-            f"GB/s of the bytes that the update has to move ({args.numel:,} elements; medians of {args.rounds} interleaved"
-            " rounds). 16-bit: averages are float32 here and 16-bit in torch.",
+            f"GB/s of the bytes that the update has to move ({args.numel:,} elements; medians of {args.rounds} "
+            "interleaved rounds). 16-bit: averages are float32 here and 16-bit in torch.",
             markdown_table(["dtype", "tensors", "phase", *names], tables),
         ]
     )
