@@ -157,7 +157,8 @@ class Subject:
             groups.append(group_dict(self.history, spec, params, index))
             index += len(params)
         setting = self.setting
-        narrow = {s.dtype for g in self.specs for s in g.params} & {"bfloat16", "float16"}
+        added = [event.group for event in self.history.events if isinstance(event, AddGroup)]
+        narrow = {s.dtype for g in (*self.history.groups, *added) for s in g.params} & {"bfloat16", "float16"}
         average_dtype = DTYPES[narrow.pop()] if narrow else None  # torch's own, so that its bits come back
         return ShardedASGD(
             groups,
