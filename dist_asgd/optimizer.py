@@ -120,7 +120,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._constructed = False
         problem: Exception | None = None
         try:
-            check_options(stage, bucket_cap_mb, average_dtype)
+            check_options(stage, bucket_cap_mb, average_dtype, self._differentiable)
             super().__init__(params, defaults)
         except Exception as error:
             problem = error
@@ -304,7 +304,8 @@ class ShardedASGD(torch.optim.Optimizer):
     def averaged_parameters(self) -> Iterator[None]:
         """Inside, the parameters are the averaged weights ``ax``, on every rank; afterwards they are back, bit for bit.
 
-        Collective on entry and on exit, also when leaving by an exception. Makes no second copy of the model.
+        Collective on entry and on exit, also when leaving by an exception. Makes no second copy of the model;
+        where ``ax`` is wider than the parameters (16-bit ones), each rank sets its own shard of them aside.
         Parameters whose averaging has not begun (step <= t0) stay as they are. Buffers of modules (BatchNorm's
         statistics) are not averaged. ``step()``, ``state_dict()`` and whatever else reads the state are refused inside.
         """

@@ -29,7 +29,7 @@ def scalar(value: Any) -> float:
     return float(value.item()) if isinstance(value, Tensor) else float(value)
 
 
-def check_options(stage: Any, bucket_cap_mb: Any, average_dtype: Any) -> None:
+def check_options(stage: Any, bucket_cap_mb: Any, average_dtype: Any, differentiable: bool) -> None:
     """Raise ValueError unless the constructor's own options are of their kind and in range."""
     if stage not in (1, 2) or isinstance(stage, bool):
         raise ValueError(
@@ -39,9 +39,20 @@ def check_options(stage: Any, bucket_cap_mb: Any, average_dtype: Any) -> None:
     number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
     if not number or not 0 < bucket_cap_mb < math.inf:
         raise ValueError(f"dist_asgd: bucket_cap_mb must be a positive number of MiB, got {bucket_cap_mb!r}.")
-    if average_dtype is not None and (average_dtype not in DTYPES or average_dtype.is_complex):
+    _check_average_dtype(average_dtype, differentiable)
+
+
+def _check_average_dtype(average_dtype: Any, differentiable: bool) -> None:
+    if average_dtype is None:
+        return
+    if average_dtype not in DTYPES or average_dtype.is_complex:
         raise ValueError(
             f"dist_asgd: average_dtype must be None, float32, float64, bfloat16 or float16, got {average_dtype!r}."
+        )
+    if differentiable:
+        raise ValueError(
+            "dist_asgd: average_dtype with differentiable=True: averages have the parameters' dtype there. "
+            "Pass average_dtype=None."
         )
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from array import array
@@ -15,6 +17,7 @@ from dist_asgd.update import cpu, precision, reference
 from dist_asgd.update.schedule import Form, Rule
 from dist_asgd.update.segments import Kind, Segment
 from tests.harness.bits import assert_same_bits
+from tests.harness.ranks import run, run_errors
 
 needs_kernel = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no kernel: {cpu.why_unavailable()}")
 
@@ -96,6 +99,16 @@ def check(
     for found, wanted, what in zip((p, ax, master), expected, ("parameters", "average", "masters"), strict=True):
         if wanted is not None and found is not None:
             assert_same_bits(found, wanted, f"{what} of {kind}, {numel=} {offset=} {maximize=} {decay=} {mu=} {scale=}")
+
+
+def test_the_kernel_was_compiled_where_it_can_be() -> None:
+    """So that the tests below do not all skip unseen: on x86-64 with a compiler and AVX2 there is a kernel."""
+    has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+    capable = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if platform.machine() == "x86_64" and has_compiler and capable:
+        assert cpu.why_unavailable() is None
+    else:
+        assert cpu.why_unavailable() is not None or capable
 
 
 @needs_kernel
@@ -250,6 +263,43 @@ def test_bf16_averages_stay_exact_and_counters_go_on() -> None:
     assert optimizer.state[param]["step"].item() == 2**24 + 3
 
 
+def disagrees(rank: int, _world_size: int, option: str, values: list[object]) -> None:
+    """Job: every rank constructs with a value of its own."""
+    ShardedASGD([torch.nn.Parameter(torch.ones(3))], **{option: values[rank % len(values)]})
+
+
+@pytest.mark.parametrize(
+    ("option", "values"), [("average_dtype", [None, torch.float64]), ("fused", [True, None]), ("fused", [False, 3])]
+)
+@pytest.mark.parametrize("backend", ["threads", "gloo"])
+def test_ranks_that_differ_in_an_option_all_raise(backend: str, option: str, values: list[object]) -> None:
+    """At construction, with the option's name."""
+    for error in run_errors(backend, 2, disagrees, option, values):
+        assert option in error.message
+
+
+def hostile(_rank: int, _world_size: int, form: str, stage: int) -> list[Tensor]:
+    """Job: fewer elements than ranks, an empty parameter, NaN and infinity in the gradients."""
+    params = [torch.nn.Parameter(torch.ones(numel)) for numel in (1, 0, 3)]
+    optimizer = ShardedASGD(params, lr=0.1, t0=0, stage=stage, foreach=form == "foreach", fused=form == "fused")
+    for value in (1.0, torch.inf, torch.nan):
+        optimizer.zero_grad()
+        for p in params:
+            p.grad = torch.full_like(p, value)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_empty_shards_and_what_is_no_number(world_size: int, stage: int) -> None:
+    """As the for-loop form has it: NaN where torch has NaN, and no crash."""
+    expected = run("none", 1, hostile, "forloop", 1)[0]
+    for found in run("gloo" if world_size > 1 else "none", world_size, hostile, "fused", stage):
+        for p, q in zip(found, expected, strict=True):
+            assert torch.equal(p.isnan(), q.isnan())
+
+
 def test_average_dtype() -> None:
     """None, the parameter's own, a wider one; and what is no dtype for it."""
     for asked, wanted in ((None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float64, torch.float64)):
@@ -261,6 +311,8 @@ def test_average_dtype() -> None:
         assert optimizer.consolidated_state_dict()["state"][0]["ax"].dtype == wanted
     wide = torch.nn.Parameter(torch.ones(2))
     assert ShardedASGD([wide], average_dtype=torch.bfloat16).state[wide]["ax"].dtype == torch.float32
+    with pytest.raises(ValueError, match="differentiable"):
+        ShardedASGD([torch.nn.Parameter(torch.ones(2))], average_dtype=torch.float64, differentiable=True)
     for bad in (torch.int8, torch.complex64, "float32"):
         with pytest.raises(ValueError, match="average_dtype"):
             ShardedASGD([torch.nn.Parameter(torch.ones(2))], average_dtype=bad)

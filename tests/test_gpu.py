@@ -20,7 +20,7 @@ def train_both(device: torch.device, dtype: torch.dtype, foreach: bool, stage: i
     shapes = [(), (3, 5), (257, 129), (1000,)]
     ours = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
     theirs = copy.deepcopy(ours)
-    sharded = ShardedASGD(ours, **HYPERPARAMETERS, foreach=foreach, stage=stage)
+    sharded = ShardedASGD(ours, **HYPERPARAMETERS, foreach=foreach, stage=stage, average_dtype=dtype)
     oracle = torch.optim.ASGD(theirs, **HYPERPARAMETERS, foreach=foreach)
     for _ in range(10):
         for mine, other in zip(ours, theirs, strict=True):

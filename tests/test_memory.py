@@ -8,6 +8,7 @@ import torch
 from torch.profiler import profile
 
 from dist_asgd import ShardedASGD
+from dist_asgd.comm.gloo import SUM_NUMEL
 from tests.harness.models import mlp
 from tests.harness.ranks import run
 
@@ -24,9 +25,9 @@ def largest_allocation(call: Callable[[], Any]) -> int:
     return max([size for size in sizes if size > 0], default=0)
 
 
-def make(stage: int, foreach: bool) -> tuple[torch.nn.Module, ShardedASGD]:
+def make(stage: int, form: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, ShardedASGD]:
     """A model of about 2 MB in about 50 tensors."""
-    model = mlp(WIDTH, DEPTH)
+    model = mlp(WIDTH, DEPTH).to(dtype)
     return model, ShardedASGD(
         model.parameters(),
         lr=0.1,
@@ -34,14 +35,15 @@ def make(stage: int, foreach: bool) -> tuple[torch.nn.Module, ShardedASGD]:
         weight_decay=0.1,
         maximize=True,
         stage=stage,
-        foreach=foreach,
+        foreach=form == "foreach",
+        fused=form == "fused",
         bucket_cap_mb=BUCKET_MB,
     )
 
 
-def steps_allocate(_rank: int, _world_size: int, stage: int, foreach: bool) -> int:
+def steps_allocate(_rank: int, _world_size: int, stage: int, form: str, dtype: torch.dtype) -> int:
     """Job: after two steps, the largest allocation of a third."""
-    model, optimizer = make(stage, foreach)
+    model, optimizer = make(stage, form, dtype)
 
     def step() -> None:
         for p in model.parameters():
@@ -55,18 +57,21 @@ def steps_allocate(_rank: int, _world_size: int, stage: int, foreach: bool) -> i
     return largest_allocation(step)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2), ("gloo", 4)])
-def test_a_step_allocates_no_buffers(backend: str, world_size: int, stage: int, foreach: bool) -> None:
+def test_a_step_allocates_no_buffers(backend: str, world_size: int, stage: int, form: str, dtype: torch.dtype) -> None:
     """Control words and scalars only: buckets, shards and scratch are kept."""
-    for found in run(backend, world_size, steps_allocate, stage, foreach):
-        assert found < 4096
+    for found in run(backend, world_size, steps_allocate, stage, form, dtype):
+        # Gloo's sum of 16-bit gradients: torch widens a stretch of each.
+        summing = stage == 2 and world_size > 1 and dtype.itemsize == 2
+        assert found < (4 * SUM_NUMEL + 4096 if summing else 4096)
 
 
 def consolidating_allocates(rank: int, _world_size: int) -> tuple[int, int]:
     """Job: the largest allocation while rank 0 gets the state, and the largest bucket's bytes."""
-    model, optimizer = make(1, False)
+    model, optimizer = make(1, "forloop")
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()

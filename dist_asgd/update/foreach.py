@@ -17,11 +17,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import subtract
 from .schedule import Rule
 
 
 def update(
-    param: Tensor, gradient: Tensor, average: Tensor, eta: Tensor, mu: Tensor, rule: Rule, scratch: Tensor | None
+    param: Tensor,
+    gradient: Tensor,
+    average: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    rule: Rule,
+    scratch: Tensor | None = None,
+    difference: Tensor | None = None,
 ) -> None:
     """Update ``param`` and ``average`` in place; arguments as in ``reference.update``.
 
@@ -33,7 +41,4 @@ def update(
         gradient = torch.add(gradient, param, alpha=rule.weight_decay, out=scratch)
     gradient = torch.add(gradient, param, alpha=rule.lambd, out=scratch)
     param.addcmul_(gradient, eta, value=-1)
-    if average.dtype == param.dtype:
-        average.addcmul_(torch.sub(param, average, out=scratch), mu)
-    else:
-        average.addcmul_(torch.sub(param, average), mu)
+    average.addcmul_(subtract(param, average, difference), mu)

@@ -211,10 +211,14 @@ class Updater:
     def reserve(self, buckets: Sequence[Bucket]) -> None:
         """Make scratch for these buckets, once: nothing is allocated per step."""
         for bucket in buckets:
-            key = (bucket.device, bucket.dtype)
             numel = min(chunk_numel(bucket.device), bucket.layout.shard_numel)
-            if key not in self._scratch or self._scratch[key].numel() < numel:
-                self._scratch[key] = torch.empty(numel, dtype=bucket.dtype, device=bucket.device)
+            for dtype in {bucket.dtype} if has_kernel(bucket) else {bucket.dtype, bucket.average.dtype}:
+                self._reserve((bucket.device, dtype), numel)
+
+    def _reserve(self, key: tuple[torch.device, torch.dtype], numel: int) -> Tensor:
+        if key not in self._scratch or self._scratch[key].numel() < numel:
+            self._scratch[key] = torch.empty(numel, dtype=key[1], device=key[0])
+        return self._scratch[key]
 
     @property
     def scratch_bytes(self) -> int:
@@ -227,7 +231,7 @@ class Updater:
 
     def scratch(self, like: Tensor) -> Tensor:
         """Scratch for a chunk of ``like``'s device, dtype and length."""
-        return self._scratch[like.device, like.dtype][: like.numel()].view(like.shape)
+        return self._reserve((like.device, like.dtype), like.numel())[: like.numel()].view(like.shape)
 
     def run(self, batch: Batch, rule: Rule) -> None:
         """Update every chunk of ``batch``."""
@@ -243,7 +247,7 @@ class Updater:
         for chunk in batch.chunks:
             scratch = self.scratch(chunk.param)
             gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, scratch)
-            form(chunk.param, gradient, chunk.average, eta, mu, rule, scratch)
+            form(chunk.param, gradient, chunk.average, eta, mu, rule, scratch, self.scratch(chunk.average))
 
 
 def _flat_gradient(member: Member) -> Tensor:

@@ -19,14 +19,29 @@ from torch import Tensor
 from .schedule import Rule
 
 
+def subtract(param: Tensor, average: Tensor, out: Tensor | None) -> Tensor:
+    """``param - average`` in the average's dtype, into ``out``; without the temporary of torch's mixed subtraction."""
+    if out is None or average.dtype == param.dtype:
+        return torch.sub(param, average, out=out)
+    return out.copy_(param).sub_(average)
+
+
 def update(
-    param: Tensor, gradient: Tensor, average: Tensor, eta: Tensor, mu: Tensor, rule: Rule, scratch: Tensor | None
+    param: Tensor,
+    gradient: Tensor,
+    average: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    rule: Rule,
+    scratch: Tensor | None = None,
+    difference: Tensor | None = None,
 ) -> None:
     """Update ``param`` and ``average`` in place; all tensors have one shape, real dtypes, one device.
 
     ``eta`` and ``mu`` are 0-dim tensors on the host. ``gradient`` is only read, and may be ``scratch``.
     ``scratch`` is of the parameter's dtype and shape, and is overwritten; None allocates instead, which keeps
-    every intermediate for autograd (``differentiable``). ``average`` may be wider than ``param``.
+    every intermediate for autograd (``differentiable``). ``average`` may be wider than ``param``;
+    ``difference`` is the like of ``scratch`` in its dtype, and may be ``scratch`` where the dtypes are the same.
     """
     eta_value = eta.item()
     if rule.maximize:
@@ -37,7 +52,5 @@ def update(
     param.add_(gradient, alpha=-eta_value)
     if mu.item() == 1:
         average.copy_(param)
-    elif average.dtype == param.dtype:
-        average.add_(torch.sub(param, average, out=scratch).mul_(mu))
     else:
-        average.add_(torch.sub(param, average).mul_(mu))
+        average.add_(subtract(param, average, difference).mul_(mu))
