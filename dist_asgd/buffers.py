@@ -94,6 +94,10 @@ class Member:
         real = self.bucket.average[self.piece.start : self.piece.stop]
         return torch.view_as_complex(real.view(-1, 2)) if self.bucket.param_dtype.is_complex else real
 
+    def slices(self) -> dict[str, Tensor]:
+        """The sharded state of this parameter by its key in state dicts: this rank's 1-D slice of each."""
+        return {"ax": self.average}
+
 
 class Bucket:
     """The storage of one bucket on this rank.

@@ -88,7 +88,7 @@ class ShardedState:
     def _publish(self) -> None:
         self._plan = None
         for member in self.members:
-            self._shown[member.param] = {**self._scalars(member), "ax": member.average}
+            self._shown[member.param] = {**self._scalars(member), **member.slices()}
 
     def _scalars(self, member: Member) -> dict[str, Tensor]:
         cohort = self.cohort_of[member.index]

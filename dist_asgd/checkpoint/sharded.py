@@ -31,6 +31,6 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, mark: ShardMark
             "step": cohort.step,
             "eta": cohort.eta,
             "mu": cohort.mu,
-            "ax": AverageShard.of(member.average),
+            **{key: AverageShard.of(slice_) for key, slice_ in member.slices().items()},
         }
     return {"state": state, "param_groups": [{**group, MARK_KEY: mark} for group in pack_groups(groups)]}
