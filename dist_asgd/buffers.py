@@ -8,11 +8,27 @@ Complex parameters are stored as pairs of reals; every count here is in real ele
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from . import masters
 from .layout import BucketLayout, Piece, Slot, fill_buckets, lay_out
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtypes that are kept and sent beside the parameters' own, as the constructor's options name them."""
+
+    average_dtype: torch.dtype | None = None
+    master_weights: bool = False
+    stochastic_rounding: int | None = None
+    reduce_dtype: torch.dtype | None = None
+
+    def options(self) -> dict[str, str]:
+        """By name, as plain values."""
+        return {key: str(value) for key, value in asdict(self).items()}
 
 
 def memory_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -95,8 +111,14 @@ class Member:
         return torch.view_as_complex(real.view(-1, 2)) if self.bucket.param_dtype.is_complex else real
 
     def slices(self) -> dict[str, Tensor]:
-        """The sharded state of this parameter by its key in state dicts: this rank's 1-D slice of each."""
-        return {"ax": self.average}
+        """The sharded state of this parameter by its key in state dicts: this rank's 1-D slice of each.
+
+        ``ax`` is the live one, ``master`` a new float32 tensor.
+        """
+        slices = {"ax": self.average}
+        if self.bucket.master is not None:
+            slices["master"] = self.bucket.masters(self.piece.start, self.piece.stop)
+        return slices
 
 
 class Bucket:
@@ -105,7 +127,11 @@ class Bucket:
     flat      (world_size * shard_numel,)  the parameters, whole
     shard     (shard_numel,)               this rank's part of ``flat``
     average   (shard_numel,)               ``ax`` of the shard, in ``average_dtype`` or, after a load, a wider one
+    master    (shard_numel,) or None       what is kept beside the shard for float32 masters; see ``masters.py``
     gradient  (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
+
+    ``seed`` is that of stochastic rounding, None without it. Gradients are sent in ``wire_dtype`` and kept in
+    ``gradient_dtype``.
     """
 
     __slots__ = (
@@ -115,17 +141,19 @@ class Bucket:
         "dtype",
         "flat",
         "gradient",
+        "gradient_dtype",
         "group_index",
         "layout",
+        "master",
         "members",
         "param_dtype",
+        "seed",
         "shard",
         "trainable",
+        "wire_dtype",
     )
 
-    def __init__(
-        self, layout: BucketLayout, like: Tensor, group_index: int, rank: int, average_dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, layout: BucketLayout, like: Tensor, group_index: int, rank: int, precision: Precision) -> None:
         self.layout = layout
         self.group_index = group_index
         self.param_dtype = like.dtype
@@ -134,9 +162,17 @@ class Bucket:
         self.trainable = like.requires_grad
         self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
         self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
-        asked = average_dtype or (torch.float32 if self.dtype.itemsize == 2 else self.dtype)
+        narrow = self.dtype.itemsize == 2
+        asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
         self.average = torch.zeros(layout.shard_numel, dtype=self.average_dtype, device=self.device)
+        self.master: Tensor | None = None
+        if narrow and precision.master_weights:
+            self.master = torch.zeros(layout.shard_numel, dtype=masters.held_dtype(self.dtype), device=self.device)
+        self.seed = precision.stochastic_rounding if self.dtype == torch.bfloat16 else None
+        self.wire_dtype = precision.reduce_dtype or self.dtype
+        # A sum that is wider than a 16-bit parameter stays so; float32 and float64 ones need no wider.
+        self.gradient_dtype = torch.float32 if narrow and self.wire_dtype != self.dtype else self.dtype
         self.gradient: Tensor | None = None
         self.members: list[Member] = []
         self._clear_padding()
@@ -151,8 +187,37 @@ class Bucket:
     def gradient_shard(self) -> Tensor:
         """The gradient shard, allocated on first use and kept: ``(shard_numel,)``."""
         if self.gradient is None:
-            self.gradient = torch.zeros_like(self.shard)
+            self.gradient = torch.zeros_like(self.shard, dtype=self.gradient_dtype)
         return self.gradient
+
+    @property
+    def updates_in_float32(self) -> bool:
+        """Whether 16-bit parameters are updated in float32 and rounded once: with masters, or stochastically."""
+        return self.master is not None or self.seed is not None
+
+    def masters(self, start: int, stop: int) -> Tensor:
+        """A copy of the float32 masters of ``shard[start:stop]``; only where there are masters."""
+        assert self.master is not None
+        out = torch.empty(stop - start, dtype=torch.float32, device=self.device)
+        return masters.read(self.shard[start:stop], self.master[start:stop], out)
+
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's shard ``(shard_numel,)`` of all state, by its key in state dicts; a new tensor for masters."""
+        shards = {"ax": self.average}
+        if self.master is not None:
+            shards["master"] = self.masters(0, self.layout.shard_numel)
+        return shards
+
+    def set_masters(self, start: int, values: Tensor) -> None:
+        """Set masters, and parameters with them, to float32 ``values`` ``(n,)`` from ``shard[start]`` on."""
+        assert self.master is not None
+        stop = start + values.numel()
+        masters.write(values, self.shard[start:stop], self.master[start:stop])
+
+    def forget_masters(self) -> None:
+        """Let the parameters be their own masters."""
+        if self.master is not None:
+            self.set_masters(0, self.shard.float())
 
     def pack(self, gradients: Sequence[Tensor | None], packed: Sequence[tuple[int, int]], out: Tensor) -> None:
         """Copy gradients to ``out``: (member, offset) pairs, in order. Zeros for None and wherever nothing goes."""
@@ -187,7 +252,7 @@ def build_buckets(
     rank: int,
     world_size: int,
     cap_bytes: int,
-    average_dtype: torch.dtype | None,
+    precision: Precision,
 ) -> list[Bucket]:
     """Move one parameter group into buckets, bucket by bucket: at most one bucket is held twice meanwhile.
 
@@ -205,11 +270,12 @@ def build_buckets(
         numels = [named_params[position][1].numel() * reals for position in positions]
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
             layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
-            bucket = Bucket(layout, named_params[positions[chosen[0]]][1], group_index, rank, average_dtype)
+            bucket = Bucket(layout, named_params[positions[chosen[0]]][1], group_index, rank, precision)
             for i, slot in zip(chosen, layout.slots, strict=True):
                 name, param = named_params[positions[i]]
                 member = Member(param, name, first_index + positions[i], bucket, slot, rank)
                 bucket.members.append(member)
+            bucket.forget_masters()
             buckets.append(bucket)
     return buckets
 

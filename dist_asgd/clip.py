@@ -8,8 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .agreement import NO_CLAIM, Claim
 from .buffers import Bucket, Member
 from .comm import Communicators
+
+
+def claim_of(max_norm: float, norm_type: float) -> tuple[Claim, Exception | None]:
+    """The arguments, as what must be equal on all ranks; or what is wrong with them on this one."""
+    try:
+        entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
+    except Exception as error:
+        return NO_CLAIM, error
+    return Claim("arguments of clip_grad_norm_()", entries, "Pass the same on every rank."), None
 
 
 def _piece_norm(member: Member, norm_type: float) -> Tensor:

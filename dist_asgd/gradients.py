@@ -58,6 +58,10 @@ class Gradients(ABC):
     def active(self, answer: Answer) -> set[int]:
         """Indices of the parameters that step, the same on all ranks; ``answer`` is what ``settle`` returned."""
 
+    @abstractmethod
+    def forget(self, set_to_none: bool) -> None:
+        """``zero_grad``: drop gradients that are not in ``p.grad``, or set them to zeros."""
+
 
 class Arrived(Gradients):
     """Stage 1: every rank holds the same averaged gradients in ``p.grad``."""
@@ -83,6 +87,9 @@ class Arrived(Gradients):
 
     def ready(self, bucket: Bucket | None) -> None:
         """They have arrived."""
+
+    def forget(self, set_to_none: bool) -> None:
+        """All of them are in ``p.grad``."""
 
     def active(self, answer: Answer) -> set[int]:
         masks = answer.masks(0)

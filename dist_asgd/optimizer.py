@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from . import clip, differentiable, memory
 from .agreement import NO_CLAIM, Agreement, Claim, Kind
 from .averaging import Averages
+from .buffers import Precision
 from .checkpoint import consolidated, loading, sharded
 from .checkpoint.groups import pack_groups
 from .checkpoint.hooks import after_load, after_state_dict, before_load, before_state_dict
@@ -28,11 +29,14 @@ from .reduce import Reducer
 from .state import ShardedState
 from .update.plan import KernelBatch, Updater
 from .update.schedule import rules_of
+from .update.segments import UNSCALED
 from .validation import (
     check_hyperparameters,
     check_mode,
     check_options,
     check_params,
+    check_precision_fits,
+    check_rounding,
     named_params,
 )
 
@@ -70,6 +74,12 @@ class ShardedASGD(torch.optim.Optimizer):
         bucket_cap_mb: largest flat bucket, in MiB; a larger parameter has a bucket of its own.
         average_dtype: dtype of ``ax``, but never narrower than the parameter. None: the parameter's, float32 for 16-bit
             ones. (For complex parameters: of the real and imaginary parts.)
+        master_weights: 16-bit parameters are roundings of float32 masters, which are sharded and updated: 2 bytes an
+            element for bfloat16, 4 for float16. Averages are those of the masters.
+        stochastic_rounding: a seed; bfloat16 parameters are updated in float32 and rounded up or down at random, so
+            that the mean is exact, and alike for every sharding. None: rounded to nearest, after every operation.
+        reduce_dtype: stage 2: dtype that gradients are sent in. 16-bit ones are summed in float32 whatever is sent,
+            and stay float32 where this is not the parameter's own dtype.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -93,6 +103,9 @@ class ShardedASGD(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float = 25.0,
         average_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: int | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self._communicators = Communicators(process_group)
         self._agreement = Agreement(self._communicators.host)
@@ -101,7 +114,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._averages = Averages(self._updater, self._gatherer)
         self._differentiable = differentiable is True
         self._stage = stage
-        self._options = {"stage": stage, "bucket_cap_mb": bucket_cap_mb, "average_dtype": str(average_dtype)}
+        self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
+        self._options = {"stage": stage, "bucket_cap_mb": bucket_cap_mb, **self._precision.options()}
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
         self._claims = HyperparameterClaims()
         self._values_checked = self._communicators.world_size == 1
@@ -120,14 +134,15 @@ class ShardedASGD(torch.optim.Optimizer):
         self._constructed = False
         problem: Exception | None = None
         try:
-            check_options(stage, bucket_cap_mb, average_dtype, self._differentiable)
+            check_options(stage, bucket_cap_mb, self._precision, self._differentiable)
             super().__init__(params, defaults)
+            check_precision_fits(self._precision, self.param_groups)
         except Exception as error:
             problem = error
         groups = [] if problem else self.param_groups
         self._agree_on_groups(Kind.CONSTRUCT, 0, groups, problem)
         self._constructed = True
-        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], average_dtype)
+        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision)
         self._house(0)
 
     # --- construction --------------------------------------------------------------------------------------
@@ -168,6 +183,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 check_params(self._named(index), known)
                 for _, param in self._named(index):
                     self._communicators.on(param.device)
+                check_rounding(self._precision, self._named(index))
         except Exception:
             del self.param_groups[index]
             raise
@@ -218,9 +234,9 @@ class ShardedASGD(torch.optim.Optimizer):
                 self._gradients.ready(bucket)
                 for batch in batches:
                     if isinstance(batch, KernelBatch):
-                        batch.run(rows)
+                        batch.run(rows, UNSCALED)
                     else:
-                        self._updater.run(batch, rules[batch.group_index])
+                        self._updater.run(batch, rules[batch.group_index], UNSCALED)
                 self._gatherer.launch(bucket)
             self._gradients.ready(None)
             self._shards.end_update(active, rules)
@@ -240,15 +256,12 @@ class ShardedASGD(torch.optim.Optimizer):
     def _problem(self) -> Exception | None:
         """What is wrong on this rank, to be raised on all of them."""
         try:
-            self._check_unchanged()
+            self._shards.check_unchanged()
+            for index, group in enumerate(self.param_groups):
+                check_hyperparameters(group, f"param_groups[{index}]")
         except Exception as error:
             return error
         return None
-
-    def _check_unchanged(self) -> None:
-        self._shards.check_unchanged()
-        for index, group in enumerate(self.param_groups):
-            check_hyperparameters(group, f"param_groups[{index}]")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that stage 2 has reduced included.
@@ -256,11 +269,7 @@ class ShardedASGD(torch.optim.Optimizer):
         In stage 2 ``model.zero_grad()`` does not see the gradients: call this one. Collective there where a backward
         has run since the last step (a step that is skipped must be skipped on every rank).
         """
-        if isinstance(self._gradients, Reducer):
-            if set_to_none:
-                self._gradients.discard()
-            else:
-                self._gradients.zero()
+        self._gradients.forget(set_to_none)
         _base("zero_grad")(self, set_to_none)
 
     @contextmanager
@@ -287,12 +296,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._differentiable or not isinstance(self._gradients, Reducer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         self._averages.refuse("clip_grad_norm_()")
-        claim, problem = NO_CLAIM, None
-        try:
-            entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
-            claim = Claim("arguments of clip_grad_norm_()", entries, "Pass the same on every rank.")
-        except Exception as error:
-            problem = error
+        claim, problem = clip.claim_of(max_norm, norm_type)
         with torch.no_grad():
             answer = self._gradients.settle(Kind.CLIP_GRAD_NORM, claim, problem)
             active = self._gradients.present(answer)
@@ -361,13 +365,8 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._differentiable:
             return self.state_dict()
         world_size = self._communicators.world_size
-        problem: Exception | None = None
-        if to is not None and (isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < world_size):
-            problem = ValueError(
-                f"dist_asgd: consolidated_state_dict(to={to!r}): wanted a rank of the process group, 0 to "
-                f"{world_size - 1}, or None for all ranks."
-            )
         claim = Claim("targets of consolidated_state_dict()", [("to", to)], "Pass the same rank on every rank.")
+        problem = consolidated.problem_with_target(to, world_size)
         self._gradients.settle(Kind.CONSOLIDATED_STATE_DICT, claim, problem)
         with torch.no_grad():
             here = to is None or to == self._communicators.rank
@@ -408,7 +407,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if not self._differentiable:
             return [loading.Place.of(member) for member in self._shards.members]
         named = [pair for index in range(len(self.param_groups)) for pair in self._named(index)]
-        return [loading.Place(name, param.dtype, tuple(param.shape), 0) for name, param in named]
+        return [loading.Place(name, param.dtype, tuple(param.shape), 0, False) for name, param in named]
 
     def _parse(self, state_dict: dict[str, Any], places: list[loading.Place]) -> loading.Loaded:
         loaded = loading.parse(state_dict, self.param_groups, places, self._mark(), self.defaults)
@@ -424,7 +423,9 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._differentiable:
             differentiable.apply(loaded, self.param_groups, self.state)
             return
-        loading.load_averages(loaded, self._shards.buckets)
+        for bucket in loading.load_shards(loaded, self._shards.buckets):
+            self._gatherer.launch(bucket)
+        self._gatherer.wait()
         self._shards.replace_cohorts(loading.make_cohorts(loaded, self._shards.members, self.param_groups))
 
     # --- what else users ask -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ settling  before a collective call: finish an open round (zeros where no gradien
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import deque
@@ -36,8 +37,8 @@ DIRECT_BYTES = 1 << 18
 class Slots:
     """Send buffers for what is packed of the buckets in flight: as many as buckets may be on their way."""
 
-    def __init__(self, numel: int, like: Tensor) -> None:
-        self._free = [like.new_empty(numel) for _ in range(MAX_IN_FLIGHT)]
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._free = [torch.empty(numel, dtype=dtype, device=device) for _ in range(MAX_IN_FLIGHT)]
         self.nbytes = sum(slot.nbytes for slot in self._free)
 
     def take(self) -> Tensor | None:
@@ -102,7 +103,8 @@ class Reducer(Gradients):
             if self.communicators.on(bucket.device).contiguous:
                 self._sends[id(bucket)] = whole_layout(bucket.layout)
             else:
-                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize
+                as_they_lie = bucket.wire_dtype == bucket.dtype
+                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize if as_they_lie else sys.maxsize
                 self._sends[id(bucket)] = send_layout(bucket.layout, direct_numel)
 
     # --- during backward ---------------------------------------------------------------------------------
@@ -188,16 +190,17 @@ class Reducer(Gradients):
 
         def finish() -> None:
             wait()
-            self._slots[bucket.device, bucket.dtype].give_back(slot)
+            self._slots[bucket.device, bucket.wire_dtype].give_back(slot)
 
         self._in_flight.append((bucket, finish))
 
     def _slot(self, bucket: Bucket) -> Tensor:
         """A free send buffer; waits for the oldest bucket in flight while there is none."""
-        key = (bucket.device, bucket.dtype)
+        key = (bucket.device, bucket.wire_dtype)
         if key not in self._slots:
-            alike = [b for b in self.buckets if (b.device, b.dtype) == key]
-            self._slots[key] = Slots(max(self._sends[id(b)].packed_numel for b in alike), bucket.flat)
+            alike = [b for b in self.buckets if (b.device, b.wire_dtype) == key]
+            numel = max(self._sends[id(b)].packed_numel for b in alike)
+            self._slots[key] = Slots(numel, bucket.wire_dtype, bucket.device)
         while (slot := self._slots[key].take()) is None:
             self._finish_oldest()
         return slot
@@ -299,24 +302,21 @@ class Reducer(Gradients):
         self._consumed = True
         return active
 
-    def discard(self) -> None:
-        """``zero_grad``: forget what has been reduced. Collective where a backward has run since the last step."""
+    def forget(self, set_to_none: bool) -> None:
+        """Collective where a backward has run since the last step. Zeros stay present, as in torch."""
         self._settle_discarded()
+        self._consumed = False
+        if not set_to_none:
+            for bucket in self.buckets:
+                if bucket.gradient is not None:
+                    bucket.gradient.zero_()
+            return
         self._begin_round()
         self._problem = None
         self._delivered = 0
         self._valid.clear()
         self._local.clear()
-        self._consumed = False
         self.agreement.discards += 1
-
-    def zero(self) -> None:
-        """``zero_grad(set_to_none=False)``: gradients become zeros and stay present, as in torch."""
-        self._settle_discarded()
-        for bucket in self.buckets:
-            if bucket.gradient is not None:
-                bucket.gradient.zero_()
-        self._consumed = False
 
     def _settle_discarded(self) -> None:
         # A round that only some ranks opened must not be left for a later backward to be paired with.

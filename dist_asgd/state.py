@@ -6,10 +6,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .buffers import Bucket, Member, build_buckets, reduce_order
+from .buffers import Bucket, Member, Precision, build_buckets, reduce_order
 from .comm import Communicators
 from .layout import bucket_cap_bytes
 from .update import cpu
@@ -33,13 +32,13 @@ class ShardedState:
         shown: dict[Any, Any],
         bucket_cap_mb: float,
         min_buckets: int,
-        average_dtype: torch.dtype | None,
+        precision: Precision,
     ) -> None:
         self._communicators = communicators
         self._shown = shown
         self._bucket_cap_mb = bucket_cap_mb
         self._min_buckets = min_buckets
-        self._average_dtype = average_dtype
+        self._precision = precision
         self._group_sizes: list[int] = []
         self.buckets: list[Bucket] = []
         self.members: list[Member] = []
@@ -60,7 +59,7 @@ class ShardedState:
                 rank=self._communicators.rank,
                 world_size=self._communicators.world_size,
                 cap_bytes=bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets),
-                average_dtype=self._average_dtype,
+                precision=self._precision,
             )
             self.buckets += buckets
             self.members += [member for bucket in buckets for member in bucket.members]
@@ -88,7 +87,7 @@ class ShardedState:
     def _publish(self) -> None:
         self._plan = None
         for member in self.members:
-            self._shown[member.param] = {**self._scalars(member), **member.slices()}
+            self._shown[member.param] = {**self._scalars(member), "ax": member.average}
 
     def _scalars(self, member: Member) -> dict[str, Tensor]:
         cohort = self.cohort_of[member.index]

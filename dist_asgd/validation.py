@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .buffers import Precision
 
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
@@ -29,7 +32,7 @@ def scalar(value: Any) -> float:
     return float(value.item()) if isinstance(value, Tensor) else float(value)
 
 
-def check_options(stage: Any, bucket_cap_mb: Any, average_dtype: Any, differentiable: bool) -> None:
+def check_options(stage: Any, bucket_cap_mb: Any, precision: Precision, differentiable: bool) -> None:
     """Raise ValueError unless the constructor's own options are of their kind and in range."""
     if stage not in (1, 2) or isinstance(stage, bool):
         raise ValueError(
@@ -39,20 +42,61 @@ def check_options(stage: Any, bucket_cap_mb: Any, average_dtype: Any, differenti
     number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
     if not number or not 0 < bucket_cap_mb < math.inf:
         raise ValueError(f"dist_asgd: bucket_cap_mb must be a positive number of MiB, got {bucket_cap_mb!r}.")
-    _check_average_dtype(average_dtype, differentiable)
-
-
-def _check_average_dtype(average_dtype: Any, differentiable: bool) -> None:
-    if average_dtype is None:
-        return
-    if average_dtype not in DTYPES or average_dtype.is_complex:
+    _check_kinds(precision)
+    if precision.reduce_dtype is not None and stage != 2:
         raise ValueError(
-            f"dist_asgd: average_dtype must be None, float32, float64, bfloat16 or float16, got {average_dtype!r}."
+            "dist_asgd: reduce_dtype with stage=1: gradients arrive reduced there. Pass stage=2, or register one of "
+            "DDP's communication hooks (torch.distributed.algorithms.ddp_comm_hooks) and reduce_dtype=None."
         )
-    if differentiable:
+    if precision.master_weights and precision.stochastic_rounding is not None:
         raise ValueError(
-            "dist_asgd: average_dtype with differentiable=True: averages have the parameters' dtype there. "
-            "Pass average_dtype=None."
+            "dist_asgd: master_weights=True with stochastic_rounding: masters lose nothing to rounding. Pass one "
+            "of them."
+        )
+    asked = [key for key, value in asdict(precision).items() if value is not None and value is not False]
+    if differentiable and asked:
+        raise ValueError(
+            f"dist_asgd: {asked[0]} with differentiable=True: everything has the parameters' dtype there. Leave "
+            f"{asked[0]} out."
+        )
+
+
+def _check_kinds(precision: Precision) -> None:
+    for key in ("average_dtype", "reduce_dtype"):
+        dtype = getattr(precision, key)
+        if dtype is not None and (dtype not in DTYPES or dtype.is_complex):
+            raise ValueError(f"dist_asgd: {key} must be None, float32, float64, bfloat16 or float16, got {dtype!r}.")
+    if not isinstance(precision.master_weights, bool):
+        raise ValueError(f"dist_asgd: master_weights must be True or False, got {precision.master_weights!r}.")
+    seed = precision.stochastic_rounding
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64):
+        raise ValueError(
+            f"dist_asgd: stochastic_rounding must be None or a seed, a whole number from 0 to 2^64 - 1, got {seed!r}."
+        )
+
+
+def check_precision_fits(precision: Precision, groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError where no parameter of all ``groups`` is of the kind that ``precision`` is about."""
+    dtypes = {param.dtype for group in groups for param in group["params"]}
+    if precision.master_weights and not dtypes & {torch.bfloat16, torch.float16}:
+        raise ValueError(
+            "dist_asgd: master_weights=True, but no parameter is bfloat16 or float16. Pass master_weights=False, or "
+            "convert the model first (model.bfloat16())."
+        )
+    if precision.stochastic_rounding is not None and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            "dist_asgd: stochastic_rounding, but no parameter is bfloat16. Pass stochastic_rounding=None, or convert "
+            "the model first (model.bfloat16())."
+        )
+
+
+def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError where a parameter cannot be rounded as ``precision`` asks."""
+    half = next((name for name, param in named if param.dtype == torch.float16), None)
+    if precision.stochastic_rounding is not None and half is not None:
+        raise ValueError(
+            f"dist_asgd: stochastic_rounding is for bfloat16 parameters, and {half} is float16. Pass "
+            f"master_weights=True instead."
         )
 
 

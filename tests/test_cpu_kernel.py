@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_asgd import ShardedASGD
-from dist_asgd.update import cpu, precision, reference
+from dist_asgd import ShardedASGD, masters
+from dist_asgd.update import cpu, reference, rounding
 from dist_asgd.update.schedule import Form, Rule
 from dist_asgd.update.segments import Kind, Segment
 from tests.harness.bits import assert_same_bits
@@ -37,7 +37,7 @@ KINDS += [
 ]
 ETA = torch.tensor(0.0371)
 LAMBD, STEP, FIRST = 0.01, 5, 11
-KEY = precision.parameter_key(1_234_567_890_123, 3)
+KEY = rounding.parameter_key(1_234_567_890_123, 3)
 
 
 def spread(numel: int, dtype: torch.dtype, offset: int) -> Tensor:
@@ -52,21 +52,15 @@ def oracle(
     """The same step in torch operators, on copies."""
     p, ax = p.clone(), ax.clone()
     if kind.master and master is not None:
-        exact = torch.empty(p.shape)
-        if kind.param == torch.bfloat16:
-            precision.join(p, master, exact)
-        else:
-            precision.recall(p, master, exact)
+        exact = masters.read(p, master, torch.empty(p.shape))
         reference.update(exact, g.float(), ax, ETA, mu, rule, None)
-        if kind.param == torch.float16:
-            return exact.half(), ax, exact
-        remainder = torch.empty_like(master)
-        precision.split(exact, p, remainder)
-        return p, ax, remainder
+        held = torch.empty_like(master)
+        masters.write(exact, p, held)
+        return p, ax, held
     if kind.stochastic:
         exact = p.float()
         reference.update(exact, g.float(), torch.zeros(p.shape), ETA, mu, rule, None)
-        precision.round_stochastically(exact, p, precision.random_16(KEY, STEP, FIRST, p.numel(), p.device))
+        rounding.round_stochastically(exact, p, rounding.random_16(KEY, STEP, FIRST, p.numel(), p.device))
         if mu == 1:
             ax.copy_(p)
         else:
@@ -222,8 +216,8 @@ def test_remainders_give_back_every_bit_of_the_master() -> None:
     master = bits.view(torch.float32)
     master = torch.cat([master[master.isfinite()], torch.tensor([0.0, -0.0, 3.3895e38, 1e-45, torch.inf, -torch.inf])])
     param, remainder = torch.empty(master.shape, dtype=torch.bfloat16), torch.empty(master.shape, dtype=torch.int16)
-    precision.split(master, param, remainder)
-    assert_same_bits(precision.join(param, remainder, torch.empty(master.shape)), master, "master")
+    masters.write(master, param, remainder)
+    assert_same_bits(masters.read(param, remainder, torch.empty(master.shape)), master, "master")
     ties = remainder == -(2**15)
     assert_same_bits(param[~ties], master[~ties].bfloat16(), "parameter")
 
@@ -233,8 +227,8 @@ def test_stochastic_rounding_is_unbiased() -> None:
     value = 1 + 0.3 * 2**-7
     numel = 1 << 20
     rounded = torch.empty(numel, dtype=torch.bfloat16)
-    random = precision.random_16(KEY, 1, 0, numel, rounded.device)
-    precision.round_stochastically(torch.full((numel,), value), rounded, random)
+    random = rounding.random_16(KEY, 1, 0, numel, rounded.device)
+    rounding.round_stochastically(torch.full((numel,), value), rounded, random)
     deviation = (rounded.double().mean() - value).abs().item()
     assert 0 < deviation < 6 * 2**-7 * (0.3 * 0.7 / numel) ** 0.5
     assert set(rounded.unique().tolist()) == {1.0, 1 + 2**-7}

@@ -7,9 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..buffers import Bucket
+from ..buffers import Bucket, Member
 from ..comm import Communicators
 from ..update.schedule import Cohort
+
+# Buffers for the largest bucket of a device and dtype, by the dtype of what is collected.
+Staging = dict[tuple[torch.device, torch.dtype, torch.dtype], Tensor]
+
+
+def problem_with_target(to: object, world_size: int) -> Exception | None:
+    """A ValueError, to be raised on all ranks, unless ``to`` is a rank or None."""
+    if to is None or (isinstance(to, int) and not isinstance(to, bool) and 0 <= to < world_size):
+        return None
+    return ValueError(
+        f"dist_asgd: consolidated_state_dict(to={to!r}): wanted a rank of the process group, 0 to {world_size - 1}, or "
+        f"None for all ranks."
+    )
 
 
 def collect_state(
@@ -21,48 +34,51 @@ def collect_state(
     """
     here = to is None or to == communicators.rank
     state: dict[int, dict[str, Tensor]] = {}
-    staging: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    staging: Staging = {}
     for bucket in buckets:
         stepped = [member for member in bucket.members if not cohort_of[member.index].fresh]
         if not stepped:
             continue
-        flat = None
-        if here and communicators.world_size > 1:
-            flat = _staging(staging, buckets, bucket)
-        elif here:
-            flat = bucket.average
-        communicator = communicators.on(bucket.device)
-        if communicators.world_size > 1:
-            pieces = None if flat is None else flat.view(communicators.world_size, -1).unbind(0)
-            communicator.collect(bucket.average, pieces, to)
-        if flat is None:
-            continue
-        for member in stepped:
+        for member in stepped if here else ():
             cohort = cohort_of[member.index]
-            whole = torch.empty_strided(
-                member.param.shape, member.strides, dtype=_widened(member.dtype, bucket), device="cpu"
-            )
-            target = whole.as_strided((whole.numel(),), (1,))
-            real = torch.view_as_real(target).view(-1) if target.is_complex() else target
-            real.copy_(flat[member.slot.offset : member.slot.stop])
-            state[member.index] = {
-                "step": cohort.step.clone(),
-                "eta": cohort.eta.clone(),
-                "mu": cohort.mu.clone(),
-                "ax": whole,
-            }
+            state[member.index] = {"step": cohort.step.clone(), "eta": cohort.eta.clone(), "mu": cohort.mu.clone()}
+        for key, shard in bucket.shards().items():
+            flat = _whole(bucket, shard, buckets, staging, communicators, to)
+            if flat is None:
+                continue
+            for member in stepped:
+                state[member.index][key] = _of_member(member, flat)
     return dict(sorted(state.items()))
 
 
-def _widened(dtype: torch.dtype, bucket: Bucket) -> torch.dtype:
-    """The dtype of ``ax``: the average's own, as complex for a complex parameter."""
-    return bucket.average.dtype.to_complex() if dtype.is_complex else bucket.average.dtype
+def _whole(
+    bucket: Bucket,
+    shard: Tensor,
+    buckets: Sequence[Bucket],
+    staging: Staging,
+    communicators: Communicators,
+    to: int | None,
+) -> Tensor | None:
+    """Collective: all ranks' ``shard`` ``(world_size * shard_numel,)``, in a buffer kept for others; None elsewhere."""
+    if communicators.world_size == 1:
+        return shard
+    flat = None
+    if to is None or to == communicators.rank:
+        key = (bucket.device, bucket.dtype, shard.dtype)
+        if key not in staging:
+            alike = (b.layout.numel for b in buckets if (b.device, b.dtype) == key[:2])
+            staging[key] = shard.new_empty(max(alike))
+        flat = staging[key][: bucket.layout.numel]
+    pieces = None if flat is None else flat.view(communicators.world_size, -1).unbind(0)
+    communicators.on(bucket.device).collect(shard, pieces, to)
+    return flat
 
 
-def _staging(kept: dict[tuple[torch.device, torch.dtype], Tensor], buckets: Sequence[Bucket], bucket: Bucket) -> Tensor:
-    """One buffer for the largest bucket of this device and dtype."""
-    key = (bucket.device, bucket.average.dtype)
-    if key not in kept:
-        alike = (b for b in buckets if (b.device, b.average.dtype) == key)
-        kept[key] = bucket.average.new_empty(max(b.layout.numel for b in alike))
-    return kept[key][: bucket.layout.numel]
+def _of_member(member: Member, flat: Tensor) -> Tensor:
+    """The member's part of a whole bucket, on the CPU, with the parameter's shape and strides."""
+    dtype = flat.dtype.to_complex() if member.dtype.is_complex else flat.dtype
+    whole = torch.empty_strided(member.param.shape, member.strides, dtype=dtype, device="cpu")
+    target = whole.as_strided((whole.numel(),), (1,))
+    real = torch.view_as_real(target).view(-1) if target.is_complex() else target
+    real.copy_(flat[member.slot.offset : member.slot.stop])
+    return whole

@@ -17,6 +17,7 @@ from ..validation import hyperparameters
 from .shard import MARK_KEY, AverageShard, ShardMark
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
+MASTER_KEY = "master"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -24,6 +25,7 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 class Entry:
     """The loaded state of one parameter; ``average`` is this rank's 1-D piece (``sharded``) or the whole ``ax``.
 
+    ``master`` is the like of its float32 master, None where the dict has none.
     ``fresh``: it has never stepped. Shards carry such parameters too; a whole dict has no entry for them.
     """
 
@@ -31,6 +33,7 @@ class Entry:
     eta: Tensor
     mu: Tensor
     average: Tensor
+    master: Tensor | None
     sharded: bool
     fresh: bool
 
@@ -56,12 +59,14 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
     shard_numel: int
+    has_master: bool
 
     @classmethod
     def of(cls, member: Member) -> Place:
         """The place of a housed parameter; ``shard_numel`` counts complex elements once."""
         numel = member.piece.numel // (2 if member.dtype.is_complex else 1)
-        return cls(member.name, member.dtype, tuple(member.param.shape), numel)
+        has_master = member.bucket.master is not None
+        return cls(member.name, member.dtype, tuple(member.param.shape), numel, has_master)
 
 
 def parse(
@@ -135,7 +140,7 @@ def _check_marks(saved_groups: Sequence[dict[str, Any]], mark: ShardMark) -> boo
 
 
 def _entry(place: Place, saved: Any, sharded: bool, fresh: bool) -> Entry:
-    if not isinstance(saved, dict) or set(saved) != set(STATE_KEYS):
+    if not isinstance(saved, dict) or set(saved) - {MASTER_KEY} != set(STATE_KEYS):
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(
             f"dist_asgd: the state of parameter {place.name} has {got}, wanted {list(STATE_KEYS)}: this is not the "
@@ -145,27 +150,49 @@ def _entry(place: Place, saved: Any, sharded: bool, fresh: bool) -> Entry:
         value = saved[key]
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, (Tensor, int, float)):
             raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a number or a 1-element tensor.")
-    average = saved["ax"]
-    if not isinstance(average, Tensor):
-        raise ValueError(f"dist_asgd: ax of parameter {place.name} must be a tensor, got {type(average).__name__}.")
-    if isinstance(average, AverageShard):
-        average = average.as_subclass(Tensor)
-        if not sharded:
-            raise ValueError(
-                f"dist_asgd: ax of parameter {place.name} is one rank's slice, in a state dict that is not marked as "
-                f"a shard. Load the whole dict that state_dict() gave, or use consolidated_state_dict()."
-            )
-    wanted = (place.shard_numel,) if sharded else place.shape
-    if tuple(average.shape) != wanted:
-        raise ValueError(
-            f"dist_asgd: ax of parameter {place.name} has shape {tuple(average.shape)}, wanted {wanted}. The state "
-            f"dict was saved from another model."
-        )
+    average = _tensor(place, saved, "ax", sharded)
     if average.is_complex() != place.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
         raise ValueError(
             f"dist_asgd: ax of parameter {place.name} has dtype {average.dtype}, the parameter has {place.dtype}."
         )
-    return Entry(_scalar(saved["step"]), _scalar(saved["eta"]), _scalar(saved["mu"]), average, sharded, fresh)
+    master = _master(place, saved, sharded)
+    return Entry(_scalar(saved["step"]), _scalar(saved["eta"]), _scalar(saved["mu"]), average, master, sharded, fresh)
+
+
+def _tensor(place: Place, saved: dict[str, Any], key: str, sharded: bool) -> Tensor:
+    """The entry ``key``, this rank's slice or the whole, of the shape that the parameter wants."""
+    value = saved[key]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a tensor, got {type(value).__name__}.")
+    if isinstance(value, AverageShard):
+        value = value.as_subclass(Tensor)
+        if not sharded:
+            raise ValueError(
+                f"dist_asgd: {key} of parameter {place.name} is one rank's slice, in a state dict that is not marked "
+                f"as a shard. Load the whole dict that state_dict() gave, or use consolidated_state_dict()."
+            )
+    wanted = (place.shard_numel,) if sharded else place.shape
+    if tuple(value.shape) != wanted:
+        raise ValueError(
+            f"dist_asgd: {key} of parameter {place.name} has shape {tuple(value.shape)}, wanted {wanted}. The state "
+            f"dict was saved from another model."
+        )
+    return value
+
+
+def _master(place: Place, saved: dict[str, Any], sharded: bool) -> Tensor | None:
+    if MASTER_KEY not in saved:
+        return None
+    if not place.has_master:
+        raise ValueError(
+            f"dist_asgd: the state dict has a float32 master of parameter {place.name}, and this optimizer keeps none "
+            f"for it. Pass master_weights=True and 16-bit parameters, or delete the {MASTER_KEY!r} entries to go on "
+            f"from the rounded parameters."
+        )
+    master = _tensor(place, saved, MASTER_KEY, sharded)
+    if master.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dist_asgd: the master of parameter {place.name} must be float32, got {master.dtype}.")
+    return master
 
 
 def _scalar(value: Tensor | float) -> Tensor:
@@ -211,8 +238,10 @@ def claim(loaded: Loaded, places: Sequence[Place]) -> Claim:
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
     for index, entry in sorted(loaded.entries.items()):
-        label = f"(step, eta, mu, never stepped), dtype of ax of parameter {places[index].name}"
-        entries.append((label, (entry.key, str(entry.average.dtype))))
+        label = (
+            f"(step, eta, mu, never stepped), dtype of ax, whether it has a master, of parameter {places[index].name}"
+        )
+        entries.append((label, (entry.key, str(entry.average.dtype), entry.master is not None)))
     return Claim("loaded state dicts", entries, "Load the same checkpoint on every rank.")
 
 
@@ -235,11 +264,12 @@ def make_cohorts(loaded: Loaded, members: Sequence[Member], groups: Sequence[dic
     return list(cohorts.values())
 
 
-def load_averages(loaded: Loaded, buckets: Sequence[Bucket]) -> None:
-    """Write every parameter's piece of ``ax``.
+def load_shards(loaded: Loaded, buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Write every parameter's piece of ``ax`` and of its master; returns the buckets whose parameters masters changed.
 
-    Where a loaded one is wider than ``average_dtype``, the averages of all parameters of that group and dtype are kept
-    in the wider dtype, so that the result does not depend on which of them share a bucket.
+    A parameter without a loaded master is its own. Where a loaded ``ax`` is wider than ``average_dtype``, the averages
+    of all parameters of that group and dtype are kept in the wider dtype, so that the result does not depend on which
+    of them share a bucket.
     """
     widest: dict[tuple[int, torch.dtype], torch.dtype] = {}
     for bucket in buckets:
@@ -254,13 +284,29 @@ def load_averages(loaded: Loaded, buckets: Sequence[Bucket]) -> None:
             bucket.average = torch.zeros(bucket.layout.shard_numel, dtype=dtype, device=bucket.device)
         for member in bucket.members:
             entry = loaded.entries.get(member.index)
-            piece = member.piece
-            target = bucket.average[piece.start : piece.stop]
+            target = bucket.average[member.piece.start : member.piece.stop]
             if entry is None:
                 target.zero_()
-            elif entry.sharded:
-                flat = entry.average
-                target.copy_(torch.view_as_real(flat.resolve_conj()).view(-1) if flat.is_complex() else flat)
             else:
-                flat = flattened(entry.average, member.strides)
-                target.copy_(flat[piece.param_start : piece.param_start + piece.numel])
+                target.copy_(_piece(entry.average, member, entry.sharded))
+    return [bucket for bucket in buckets if _load_masters(loaded, bucket)]
+
+
+def _piece(value: Tensor, member: Member, sharded: bool) -> Tensor:
+    """This rank's part of a loaded tensor, 1-D and real."""
+    if sharded:
+        return torch.view_as_real(value.resolve_conj()).view(-1) if value.is_complex() else value
+    piece = member.piece
+    return flattened(value, member.strides)[piece.param_start : piece.param_start + piece.numel]
+
+
+def _load_masters(loaded: Loaded, bucket: Bucket) -> bool:
+    """Whether there were any; the same on all ranks."""
+    bucket.forget_masters()
+    found = False
+    for member in bucket.members:
+        entry = loaded.entries.get(member.index)
+        if entry is not None and entry.master is not None:
+            found = True
+            bucket.set_masters(member.piece.start, _piece(entry.master, member, entry.sharded).float())
+    return found

@@ -66,11 +66,13 @@ class Gloo(Grouped):
         tag %= BUCKET_TAGS
         mine = parts[self.rank]
         numel = sum(part.numel() for _, part in mine)
+        dtype = mine[0][1].dtype if mine else shard.dtype
         # The first peer's parts land where the result will be; the sum is in rank order all the same.
-        rows = len(self._peers) - (0 if accumulate else 1)
-        inbox = self._inbox(shard.dtype, rows * numel) if rows * numel else None
+        in_place = not accumulate and dtype == shard.dtype
+        rows = len(self._peers) - in_place
+        inbox = self._inbox(dtype, rows * numel) if rows * numel else None
         landing: list[list[Tensor]] = []
-        if not accumulate:
+        if in_place:
             landing.append([shard[start : start + part.numel()] for start, part in mine])
         if inbox is not None:
             sizes = [part.numel() for _, part in mine]
@@ -89,16 +91,17 @@ class Gloo(Grouped):
                 received.insert(self.rank, part)
                 self._store_mean(received, shard[start : start + part.numel()], accumulate)
             if inbox is not None:
-                self._inboxes[shard.dtype].append(inbox)
+                self._inboxes[dtype].append(inbox)
 
         return self._waiting(works, "a reduce-scatter", store)
 
     def _store_mean(self, parts: list[Tensor], shard: Tensor, accumulate: bool) -> None:
-        """``shard (+)= mean(parts)``, summed in list order; unless accumulating, the first peer's part is ``shard``.
+        """``shard (+)= mean(parts)``, summed in list order; one part is ``shard`` where dtypes are equal and it is set.
 
-        In stretches that stay in cache. 16-bit gradients are summed in float32, so that they are rounded once.
+        In stretches that stay in cache. 16-bit gradients are summed in float32, so that they are rounded at most once.
         """
-        narrow = shard.dtype in SIXTEEN_BIT
+        narrow = parts[0].dtype in SIXTEEN_BIT
+        in_place = not accumulate and parts[0].dtype == shard.dtype
         if narrow and self._sums is None:
             self._sums = torch.empty(SUM_NUMEL)
         for first in range(0, shard.numel(), SUM_NUMEL):
@@ -109,13 +112,13 @@ class Gloo(Grouped):
                 total = self._sums[: place.numel()].copy_(chunks[0])
                 total.add_(chunks[1])
             else:
-                total = torch.add(chunks[0], chunks[1], out=chunks[0 if self.rank else 1] if accumulate else place)
+                total = torch.add(chunks[0], chunks[1], out=place if in_place else chunks[0 if self.rank else 1])
             for chunk in chunks[2:]:
                 total.add_(chunk)
             total.div_(len(chunks))
             if accumulate:
-                place.add_(total.to(place.dtype) if narrow else total)
-            elif narrow:
+                place.add_(total.to(place.dtype))
+            elif narrow or not in_place:
                 place.copy_(total)
 
     def all_gather(self, flat: Tensor) -> Wait:

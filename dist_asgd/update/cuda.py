@@ -10,7 +10,8 @@
         ax <- ax + (x - ax) * mu      a copy of x while mu is 1: ax is not read
 
 Bit-identical to ``torch.optim.ASGD(foreach=False)`` in float32 and float64; 16-bit parameters round after every
-operation, as torch's CUDA operators do. ``precision.py`` is the oracle of masters and of stochastic rounding.
+operation, as torch's CUDA operators do. ``masters.py`` and ``rounding.py`` are the oracles of
+masters and of stochastic rounding.
 
 block   consecutive elements of one segment, updated by one program
 table   int64 ``(num_segments, 8)``: addresses of param, average and master, numel, row, first, key, weight decay
@@ -31,7 +32,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from . import precision
+from ..masters import NAN_BITS
+from . import rounding
 from .schedule import scalar_dtype
 from .segments import Kind, Segment
 
@@ -42,8 +44,8 @@ SEGMENT_ALIGNMENT_BYTES = 64
 GRADIENT_ALIGNMENT_BYTES = 16
 
 _TABLE_COLUMNS = tl.constexpr(8)
-_GOLDEN = tl.constexpr(precision.GOLDEN)
-_NAN_BITS = tl.constexpr(precision.NAN_BITS)
+_GOLDEN = tl.constexpr(rounding.GOLDEN)
+_NAN_BITS = tl.constexpr(NAN_BITS)
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _mix(word):
-    """``precision.mix`` of uint32."""
+    """``rounding.mix`` of uint32."""
     word = word ^ (word >> 16)
     word = word * 0x7FEB352D
     word = word ^ (word >> 15)
@@ -110,7 +112,7 @@ def _mix(word):
 
 @triton.jit
 def _random_16(key, t, elements):
-    """``precision.random_16`` for int64 ``elements`` of a parameter, as int32."""
+    """``rounding.random_16`` for int64 ``elements`` of a parameter, as int32."""
     step_key = _mix(key ^ _mix(t.to(tl.int64).to(tl.uint32)))
     words = _mix(elements.to(tl.uint32) ^ step_key)
     words = _mix(words + (elements >> 32).to(tl.uint32) * _GOLDEN + key)

@@ -35,10 +35,20 @@ def update(
 
     ``eta`` and ``mu`` are 0-dim tensors on the parameters' device.
     """
+    descend(param, gradient, eta, rule, scratch)
+    take_average(param, average, mu, difference)
+
+
+def descend(param: Tensor, gradient: Tensor, eta: Tensor, rule: Rule, scratch: Tensor | None) -> None:
+    """The lines that update ``param``."""
     if rule.maximize:
         gradient = torch.neg(gradient, out=scratch)
     if rule.weight_decay != 0:
         gradient = torch.add(gradient, param, alpha=rule.weight_decay, out=scratch)
     gradient = torch.add(gradient, param, alpha=rule.lambd, out=scratch)
     param.addcmul_(gradient, eta, value=-1)
+
+
+def take_average(param: Tensor, average: Tensor, mu: Tensor, difference: Tensor | None) -> None:
+    """The line that updates ``average``."""
     average.addcmul_(subtract(param, average, difference), mu)

@@ -15,10 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .. import masters
 from ..buffers import Bucket, Member, flattened
-from . import cpu, foreach, reference
+from . import cpu, foreach, reference, rounding
 from .schedule import Cohort, Form, Rule
-from .segments import Kind, Segment
+from .segments import Kind, Scaling, Segment
 
 CHUNK_NUMEL = {"cpu": 1 << 19}
 ACCELERATOR_CHUNK_NUMEL = 1 << 24
@@ -40,13 +41,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One call of the rule: views of a shard, its average and, in stage 2, its gradient."""
+    """One call of the rule: views of a shard, its average, its masters and, in stage 2, its gradient.
+
+    ``rounds_by`` is (key, place in the parameter) where the update is rounded stochastically.
+    """
 
     param: Tensor
     average: Tensor
     gradient: Tensor | None
-    sources: tuple[Source, ...]
-    gaps: tuple[tuple[int, int], ...]
+    sources: tuple[Source, ...] = ()
+    gaps: tuple[tuple[int, int], ...] = ()
+    master: Tensor | None = None
+    rounds_by: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +74,16 @@ class KernelBatch:
     launch: cpu.Launch
     sources: tuple[tuple[Member, int], ...] | None
 
-    def run(self, rows: array[float]) -> None:
+    def run(self, rows: array[float], scaling: Scaling) -> None:
         """Update the bucket's segments with these rows of (c, -eta, mu, t)."""
         if self.sources is None:
-            self.launch.run(None, rows, 1, 1)
+            self.launch.run(None, rows, *scaling.numbers())
             return
         flats = [_memory_of_gradient(member) for member, _ in self.sources]
         pointers = [
             flat.data_ptr() + first * flat.element_size() for flat, (_, first) in zip(flats, self.sources, strict=True)
         ]
-        self.launch.run(pointers, rows, 1, 1)
+        self.launch.run(pointers, rows, *scaling.numbers())
 
 
 def _memory_of_gradient(member: Member) -> Tensor:
@@ -90,7 +96,8 @@ def _memory_of_gradient(member: Member) -> Tensor:
 
 def kind_of(bucket: Bucket) -> Kind:
     """The dtypes of the bucket's arrays."""
-    return Kind(bucket.dtype, bucket.dtype, bucket.average.dtype)
+    master = bucket.master is not None
+    return Kind(bucket.dtype, bucket.gradient_dtype, bucket.average.dtype, master, bucket.seed is not None)
 
 
 def has_kernel(bucket: Bucket) -> bool:
@@ -108,20 +115,22 @@ def plan_kernel(
     streamed: bool,
 ) -> KernelBatch:
     """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
-    narrow = bucket.dtype.itemsize == 2
+    apart = _needs_members_apart(bucket)
     segments: list[Segment] = []
     sources: list[tuple[Member, int]] = []
     for run in _runs(bucket, cohort_of, active, merge=True):
         row = rows[id(cohort_of[run[0].index])]
-        # In one piece where that is one gradient; 16-bit parameters each have their own vector lanes.
-        for members in [run] if reduced and not narrow else [[member] for member in run]:
+        # In one piece where that is one gradient.
+        for members in [run] if reduced and not apart else [[member] for member in run]:
             start, stop = members[0].piece.start, members[-1].piece.stop
-            piece, numel = members[0].piece, members[0].slot.numel
+            first, piece = members[0], members[0].piece
             gradient = bucket.gradient_shard()[start:stop] if reduced else None
-            lanes = cpu.lanes(numel, piece.param_start, piece.param_start + piece.numel) if narrow else 0
+            master = None if bucket.master is None else bucket.master[start:stop]
+            lanes = cpu.lanes(first.slot.numel, piece.param_start, piece.param_start + piece.numel) if apart else 0
+            key = 0 if bucket.seed is None else rounding.parameter_key(bucket.seed, first.index)
             param, average = bucket.shard[start:stop], bucket.average[start:stop]
-            segments.append(Segment(param, average, None, gradient, row, lanes=lanes))
-            sources.append((members[0], piece.param_start))
+            segments.append(Segment(param, average, master, gradient, row, piece.param_start, key, lanes))
+            sources.append((first, piece.param_start))
     launch = cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed)
     return KernelBatch(launch, None if reduced else tuple(sources))
 
@@ -131,15 +140,17 @@ def chunk_numel(device: torch.device) -> int:
     return CHUNK_NUMEL.get(device.type, ACCELERATOR_CHUNK_NUMEL)
 
 
-def _keeps_lanes(bucket: Bucket) -> bool:
+def _needs_members_apart(bucket: Bucket) -> bool:
     # On CPUs torch rounds a 16-bit add(alpha=) otherwise in vector lanes than in the last odd elements of a
-    # tensor. Its bits come back only where each parameter is a call of its own.
-    return bucket.device.type == "cpu" and bucket.dtype.itemsize == 2
+    # tensor. Its bits come back only where each parameter is a call of its own. And each has random numbers of its own.
+    return bucket.seed is not None or (
+        bucket.device.type == "cpu" and bucket.dtype.itemsize == 2 and not bucket.updates_in_float32
+    )
 
 
 def _is_narrow_scalar(member: Member) -> bool:
     # With a 0-dim eta torch promotes a 0-dim 16-bit parameter to float32, and no other shape.
-    return member.param.dim() == 0 and member.dtype.itemsize == 2
+    return member.param.dim() == 0 and member.dtype.itemsize == 2 and not member.bucket.updates_in_float32
 
 
 def _runs(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], merge: bool) -> Iterator[list[Member]]:
@@ -150,7 +161,7 @@ def _runs(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], merge:
             continue
         steps = member.index in active
         alone = _is_narrow_scalar(member) or (
-            not merge and (_keeps_lanes(bucket) or member.piece.numel >= DIRECT_NUMEL)
+            not merge and (_needs_members_apart(bucket) or member.piece.numel >= DIRECT_NUMEL)
         )
         if run and (not steps or alone or cohort_of[member.index] is not cohort_of[run[-1].index]):
             yield run
@@ -168,7 +179,7 @@ def plan_bucket(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], 
     """The batches of one bucket. ``reduced``: gradients lie in the bucket's gradient shard, as in stage 2."""
     chunks: dict[int, list[Chunk]] = {}
     cohorts: dict[int, Cohort] = {}
-    merge = reduced and not _keeps_lanes(bucket)
+    merge = reduced and not _needs_members_apart(bucket)
     for run in _runs(bucket, cohort_of, active, merge):
         cohort = cohort_of[run[0].index]
         cohorts[id(cohort)] = cohort
@@ -183,8 +194,14 @@ def plan_bucket(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], 
 def _chunk(bucket: Bucket, run: list[Member], start: int, stop: int, reduced: bool) -> Chunk:
     shape = () if _is_narrow_scalar(run[0]) else (stop - start,)
     param, average = bucket.shard[start:stop].view(shape), bucket.average[start:stop].view(shape)
+    master = None if bucket.master is None else bucket.master[start:stop]
+    rounds_by = None
+    if bucket.seed is not None:
+        place = run[0].piece.param_start + start - run[0].piece.start
+        rounds_by = (rounding.parameter_key(bucket.seed, run[0].index), place)
     if reduced:
-        return Chunk(param, average, bucket.gradient_shard()[start:stop].view(shape), (), ())
+        gradient = bucket.gradient_shard()[start:stop].view(shape)
+        return Chunk(param, average, gradient, master=master, rounds_by=rounds_by)
     sources: list[Source] = []
     gaps: list[tuple[int, int]] = []
     filled = start
@@ -199,23 +216,29 @@ def _chunk(bucket: Bucket, run: list[Member], start: int, stop: int, reduced: bo
         filled = high
     if filled < stop:
         gaps.append((filled - start, stop - start))
-    return Chunk(param, average, None, tuple(sources), tuple(gaps))
+    return Chunk(param, average, None, tuple(sources), tuple(gaps), master, rounds_by)
 
 
 class Updater:
-    """Runs the rule over batches; keeps one scratch chunk per device and dtype."""
+    """Runs the rule over batches; keeps one scratch chunk per device and dtype, and one more for widened parameters."""
 
     def __init__(self) -> None:
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}
 
     def reserve(self, buckets: Sequence[Bucket]) -> None:
         """Make scratch for these buckets, once: nothing is allocated per step."""
         for bucket in buckets:
             numel = min(chunk_numel(bucket.device), bucket.layout.shard_numel)
-            for dtype in {bucket.dtype} if has_kernel(bucket) else {bucket.dtype, bucket.average.dtype}:
-                self._reserve((bucket.device, dtype), numel)
+            dtypes = {bucket.dtype}
+            if not has_kernel(bucket):
+                dtypes |= {bucket.average.dtype, bucket.gradient_dtype}
+                if bucket.updates_in_float32:
+                    dtypes.add(torch.float32)
+                    self._reserve((bucket.device, torch.float32, True), numel)
+            for dtype in dtypes:
+                self._reserve((bucket.device, dtype, False), numel)
 
-    def _reserve(self, key: tuple[torch.device, torch.dtype], numel: int) -> Tensor:
+    def _reserve(self, key: tuple[torch.device, torch.dtype, bool], numel: int) -> Tensor:
         if key not in self._scratch or self._scratch[key].numel() < numel:
             self._scratch[key] = torch.empty(numel, dtype=key[1], device=key[0])
         return self._scratch[key]
@@ -227,27 +250,51 @@ class Updater:
 
     def scratch_numel(self, bucket: Bucket) -> int:
         """The longest chunk of ``bucket`` that scratch was reserved for."""
-        return self._scratch[bucket.device, bucket.dtype].numel()
+        return self._scratch[bucket.device, bucket.dtype, False].numel()
 
-    def scratch(self, like: Tensor) -> Tensor:
-        """Scratch for a chunk of ``like``'s device, dtype and length."""
-        return self._reserve((like.device, like.dtype), like.numel())[: like.numel()].view(like.shape)
+    def scratch(self, like: Tensor, dtype: torch.dtype | None = None, widened: bool = False) -> Tensor:
+        """Scratch for a chunk of ``like``'s device, shape and dtype, or another dtype."""
+        key = (like.device, dtype or like.dtype, widened)
+        return self._reserve(key, like.numel())[: like.numel()].view(like.shape)
 
-    def run(self, batch: Batch, rule: Rule) -> None:
-        """Update every chunk of ``batch``."""
+    def run(self, batch: Batch, rule: Rule, scaling: Scaling) -> None:
+        """Update every chunk of ``batch``, with gradients multiplied by ``scaling``."""
         if not batch.chunks:
             return
-        form = foreach.update if rule.form is Form.FOREACH else reference.update
+        form = foreach if rule.form is Form.FOREACH else reference
         eta, mu = batch.cohort.eta, batch.cohort.mu
         device = batch.chunks[0].param.device
         if rule.form is Form.FOREACH and device.type != "cpu":
             # Filled on the device from host values: a launch, not a synchronisation.
             eta = torch.full((), eta.item(), dtype=eta.dtype, device=device)
             mu = torch.full((), mu.item(), dtype=mu.dtype, device=device)
+        factors = [factor.to(device) for factor in scaling]
         for chunk in batch.chunks:
-            scratch = self.scratch(chunk.param)
-            gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, scratch)
-            form(chunk.param, gradient, chunk.average, eta, mu, rule, scratch, self.scratch(chunk.average))
+            narrow = chunk.master is None and chunk.rounds_by is None
+            param = chunk.param if narrow else self._widened(chunk)
+            scratch, difference = self.scratch(param), self.scratch(chunk.average)
+            form.descend(param, self._gradient(chunk, scratch, factors), eta, rule, scratch)
+            if chunk.rounds_by is not None:
+                key, first = chunk.rounds_by
+                step = int(batch.cohort.step.item()) + 1
+                random = rounding.random_16(key, step, first, param.numel(), device)
+                rounding.round_stochastically(param, chunk.param, random)
+                param.copy_(chunk.param)
+            form.take_average(param, chunk.average, mu, difference)
+            if chunk.master is not None:
+                masters.write(param, chunk.param, chunk.master)
+
+    def _widened(self, chunk: Chunk) -> Tensor:
+        """The chunk's parameters, or their masters, in float32 scratch."""
+        out = self.scratch(chunk.param, torch.float32, widened=True)
+        return out.copy_(chunk.param) if chunk.master is None else masters.read(chunk.param, chunk.master, out)
+
+    def _gradient(self, chunk: Chunk, scratch: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """The chunk's gradient in the dtype of ``scratch``, scaled; in ``scratch``, or a view where it lies so."""
+        gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, self.scratch(chunk.param))
+        for factor in factors:
+            gradient = torch.mul(gradient, factor, out=self.scratch(gradient))
+        return gradient if gradient.dtype == scratch.dtype else scratch.copy_(gradient)
 
 
 def _flat_gradient(member: Member) -> Tensor:

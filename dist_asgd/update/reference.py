@@ -43,6 +43,12 @@ def update(
     every intermediate for autograd (``differentiable``). ``average`` may be wider than ``param``;
     ``difference`` is the like of ``scratch`` in its dtype, and may be ``scratch`` where the dtypes are the same.
     """
+    descend(param, gradient, eta, rule, scratch)
+    take_average(param, average, mu, difference)
+
+
+def descend(param: Tensor, gradient: Tensor, eta: Tensor, rule: Rule, scratch: Tensor | None) -> None:
+    """The lines that update ``param``."""
     eta_value = eta.item()
     if rule.maximize:
         gradient = torch.neg(gradient, out=scratch)
@@ -50,6 +56,10 @@ def update(
         gradient = torch.add(gradient, param, alpha=rule.weight_decay, out=scratch)
     param.mul_(1 - rule.lambd * eta_value)
     param.add_(gradient, alpha=-eta_value)
+
+
+def take_average(param: Tensor, average: Tensor, mu: Tensor, difference: Tensor | None) -> None:
+    """The line that updates ``average``."""
     if mu.item() == 1:
         average.copy_(param)
     else:

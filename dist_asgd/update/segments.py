@@ -8,6 +8,7 @@ row      the line of the scalars (c, -eta, mu) that a segment is updated with
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,3 +56,22 @@ class Segment:
     def numel(self) -> int:
         """Elements of the segment."""
         return self.param.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What a step multiplies its gradients by: 0-dim tensors, None where there is nothing to do."""
+
+    unscale: Tensor | None = None
+    clip: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (factor for factor in (self.unscale, self.clip) if factor is not None)
+
+    def numbers(self) -> tuple[float, float]:
+        """Both factors on the host."""
+        unscale, clip = (1.0 if factor is None else float(factor.item()) for factor in (self.unscale, self.clip))
+        return unscale, clip
+
+
+UNSCALED = Scaling()

@@ -23,7 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_asgd.update import precision
+from dist_asgd import masters
+from dist_asgd.update import rounding
 from dist_asgd.update.schedule import Cohort, Rule
 from dist_asgd.update.segments import Kind, Segment
 
@@ -114,7 +115,7 @@ class Arrays:
             wide = values(numel, F32, generator)
             if kind.param == BF16:
                 master = torch.empty(numel, dtype=torch.int16)
-                precision.split(wide, param, master)
+                masters.write(wide, param, master)
             else:
                 master = wide
                 param = torch.where(torch.rand(numel, generator=generator) < 0.1, param, wide.half())
@@ -157,10 +158,8 @@ def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tens
     g = rounded(g, each)
     if arrays.master is None:
         x = arrays.param.to(wide)
-    elif kind.param == BF16:
-        x = precision.join(arrays.param, arrays.master, torch.empty_like(g))
     else:
-        x = precision.recall(arrays.param, arrays.master, torch.empty_like(g))
+        x = masters.read(arrays.param, arrays.master, torch.empty_like(g))
     if options.weight_decay:
         g = rounded(torch.add(g, x, alpha=options.weight_decay), each)
     x = rounded(x * c, each)
@@ -169,12 +168,12 @@ def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tens
     param, master = x.to(kind.param), None
     if arrays.master is not None and kind.param == BF16:
         master = torch.empty_like(arrays.master)
-        precision.split(x, param, master)
+        masters.write(x, param, master)
     elif kind.master:
         master = x
     elif kind.stochastic:
-        random = precision.random_16(arrays.key, int(step), arrays.first, len(x), x.device)
-        precision.round_stochastically(x, param, random)
+        random = rounding.random_16(arrays.key, int(step), arrays.first, len(x), x.device)
+        rounding.round_stochastically(x, param, random)
         x = param.to(wide)
     average_wide = torch.promote_types(wide, kind.average)
     average_each = each if kind.average == each else average_wide

@@ -1,10 +1,6 @@
-"""16-bit parameters: float32 masters beside them, and stochastic rounding; in torch operators, the kernels' oracle.
+"""Stochastic rounding of float32 values to bfloat16 parameters, in torch operators: the kernels' oracle.
 
-master     the float32 value of a 16-bit parameter. For bfloat16 it is held as the parameter and an int16 *remainder*:
-           ``master bits = (parameter bits << 16) + remainder``. The parameter is the master rounded to nearest, ties
-           away from zero: with ties to even 65,537 masters would share a parameter, one more than 16 bits can tell
-           apart. For float16 it is a float32 tensor of its own.
-key        32 bits that tell apart the random numbers of parameters, from the seed and the parameter's index
+key  32 bits that tell apart the random numbers of parameters, from the seed and the parameter's index
 """
 
 from __future__ import annotations
@@ -12,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..masters import NAN_BITS
+
 MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
-NAN_BITS = 0x7FC00000
 
 
 def mix(word: int) -> int:
@@ -53,29 +50,6 @@ def random_16(key: int, step: int, first: int, numel: int, device: torch.device)
     elements = torch.arange(first, first + numel, device=device)
     words = _mix_all(elements & MASK ^ step_key(key, step))
     return _mix_all(words + (elements >> 32) * GOLDEN + key & MASK) >> 16
-
-
-def join(param: Tensor, remainder: Tensor, out: Tensor) -> Tensor:
-    """The float32 masters ``(n,)`` of bfloat16 ``param`` and int16 ``remainder``, into ``out``."""
-    bits = out.view(torch.int32)
-    bits.copy_(param.view(torch.int16)).mul_(1 << 16).add_(remainder)
-    return out
-
-
-def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
-    """Write bfloat16 ``param`` and int16 ``remainder`` from float32 ``master``, so that ``join`` gives every bit back.
-
-    NaNs lose their payload.
-    """
-    bits = torch.where(master.isnan(), NAN_BITS, master.view(torch.int32))
-    rounded = bits + 0x8000 >> 16
-    param.view(torch.int16).copy_(rounded)
-    remainder.copy_(bits - (rounded << 16))
-
-
-def recall(param: Tensor, master: Tensor, out: Tensor) -> Tensor:
-    """float32 masters of float16 ``param``, into ``out``: ``master``, but ``param`` where somebody has changed that."""
-    return torch.where(master.half() == param, master, param.float(), out=out)
 
 
 def round_stochastically(values: Tensor, param: Tensor, random: Tensor) -> None:
