@@ -78,8 +78,8 @@ class ShardedASGD(torch.optim.Optimizer):
             element for bfloat16, 4 for float16. Averages are those of the masters.
         stochastic_rounding: a seed; bfloat16 parameters are updated in float32 and rounded up or down at random, so
             that the mean is exact, and alike for every sharding. None: rounded to nearest, after every operation.
-        reduce_dtype: stage 2: dtype that gradients are sent in. 16-bit ones are summed in float32 whatever is sent,
-            and stay float32 where this is not the parameter's own dtype.
+        reduce_dtype: stage 2: dtype that gradients are sent in; on NCCL also that of the sum, which Gloo's is not below
+            float32. 16-bit parameters keep the sum in float32 where this is not their own dtype.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.

@@ -92,6 +92,21 @@ def test_histories_of_every_dtype_are_torch_to_the_bit(
 
 @forms
 @stages
+@pytest.mark.parametrize("dtypes", [("bfloat16",), ("float16",), ("bfloat16", "float16")], ids="+".join)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_masters_are_float32_parameters_to_the_bit(
+    dtypes: tuple[str, ...], stage: int, form: str, data: st.DataObject
+) -> None:
+    """Masters and averages are torch's on float32 parameters, and the parameters are their roundings."""
+    history = data.draw(histories(dtypes))
+    backend, world_size = data.draw(st.sampled_from(WORLDS))
+    setting = Setting(stage, form, data.draw(st.sampled_from([TINY_BUCKETS_MB, 25.0])), masters=True)
+    run(backend, world_size, check_history, history, setting)
+
+
+@forms
+@stages
 @settings(max_examples=EXAMPLES)
 @given(history=histories(("float32", "bfloat16", "complex64")), data=st.data())
 def test_a_history_goes_on_at_another_world_size(stage: int, form: str, history: History, data: st.DataObject) -> None:

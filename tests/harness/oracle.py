@@ -43,11 +43,16 @@ def group_dict(history: History, spec: GroupSpec, params: list[Tensor], first_in
 
 
 class Oracle:
-    """``torch.optim.ASGD(foreach=foreach)`` living through a history, one event at a time."""
+    """``torch.optim.ASGD(foreach=foreach)`` living through a history, one event at a time.
 
-    def __init__(self, history: History, *, foreach: bool, dyadic: bool) -> None:
+    ``widened``: with float32 copies of 16-bit parameters, which still get 16-bit gradients.
+    """
+
+    def __init__(self, history: History, *, foreach: bool, dyadic: bool, widened: bool = False) -> None:
         self.history = history
         self.dyadic = dyadic
+        self.widened = widened
+        self.dtypes: list[torch.dtype] = []
         self.params: list[Tensor] = []
         self.num_steps = 0
         groups = [self._make_group(spec) for spec in history.groups]
@@ -70,7 +75,10 @@ class Oracle:
 
     def _make_group(self, spec: GroupSpec) -> dict[str, Any]:
         params = make_params(spec, self.history.seed, len(self.params))
+        self.dtypes += [p.dtype for p in params]
         params = [like(p) if p.element_size() == 2 else p for p in params]
+        if self.widened:
+            params = [_float32(p) if p.element_size() == 2 else p for p in params]
         group = group_dict(self.history, spec, params, len(self.params))
         self.params.extend(params)
         return group
@@ -80,10 +88,15 @@ class Oracle:
         for index, param in enumerate(self.params):
             param.grad = None
             if param.requires_grad and event.who[index % len(event.who)] != "none":
-                mean = mean_gradient(param, self.history.seed, self.num_steps, index, dyadic=self.dyadic)
+                narrow = param.detach().to(self.dtypes[index])
+                mean = mean_gradient(narrow, self.history.seed, self.num_steps, index, dyadic=self.dyadic)
                 param.grad = torch.empty_like(param).copy_(mean)
         self.optimizer.step()
 
     def _step_of(self, param: Tensor) -> float:
         state = self.optimizer.state.get(param)
         return float(state["step"]) if state else 0.0
+
+
+def _float32(param: Tensor) -> Tensor:
+    return param.detach().float().requires_grad_(param.requires_grad)

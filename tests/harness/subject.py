@@ -32,8 +32,6 @@ from tests.harness.history import (
 )
 from tests.harness.oracle import Oracle, group_dict, set_lr
 
-STATE_KEYS = {"step", "eta", "mu", "ax"}
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -42,6 +40,7 @@ class Setting:
     stage: int = 1
     form: str = "forloop"
     bucket_cap_mb: float = 25.0
+    masters: bool = False
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -67,7 +66,7 @@ def check_history(
     resume: Saved | None = None,
 ) -> Saved:
     """Job: live through ``history`` beside the oracle from ``resume`` to ``stop_after`` events."""
-    oracle = Oracle(history, foreach=setting.form == "foreach", dyadic=setting.stage == 2)
+    oracle = Oracle(history, foreach=setting.form == "foreach", dyadic=setting.stage == 2, widened=setting.masters)
     begin = resume.num_events if resume else 0
     for event in history.events[:begin]:
         oracle.apply(event)
@@ -134,6 +133,8 @@ class Subject:
     def compare_params(self, when: str) -> None:
         """Every parameter, to the bit."""
         for index, (found, expected) in enumerate(zip(self.params, self.oracle.params, strict=True)):
+            if found.dtype != expected.dtype:
+                expected = _rounded(expected.detach(), found.dtype)
             assert_same_bits(found, expected, f"parameter {index} {when}")
 
     def compare_state(self) -> dict[str, Any]:
@@ -142,7 +143,9 @@ class Subject:
         expected = self.oracle.optimizer.state_dict()
         assert found["state"].keys() == expected["state"].keys()
         for index, state in expected["state"].items():
-            assert found["state"][index].keys() == STATE_KEYS
+            if self.params[index].dtype != self.oracle.params[index].dtype:
+                state = {**state, "master": self.oracle.params[index].detach()}
+            assert found["state"][index].keys() == state.keys()
             for key, value in state.items():
                 assert_same_bits(found["state"][index][key], value, f"{key} of parameter {index}")
         for mine, theirs in zip(found["param_groups"], expected["param_groups"], strict=True):
@@ -159,10 +162,12 @@ class Subject:
         setting = self.setting
         added = [event.group for event in self.history.events if isinstance(event, AddGroup)]
         narrow = {s.dtype for g in (*self.history.groups, *added) for s in g.params} & {"bfloat16", "float16"}
-        average_dtype = DTYPES[narrow.pop()] if narrow else None  # torch's own, so that its bits come back
+        # torch's own, so that its bits come back; float32 beside masters.
+        average_dtype = DTYPES[narrow.pop()] if narrow and not setting.masters else None
         return ShardedASGD(
             groups,
             average_dtype=average_dtype,
+            master_weights=setting.masters,
             **setting.forms,
             stage=setting.stage,
             bucket_cap_mb=setting.bucket_cap_mb,
@@ -171,7 +176,7 @@ class Subject:
     def _reload(self, event: Reload) -> None:
         if event.kind == "own":
             saved = self.optimizer.state_dict()
-        elif event.kind == "consolidated":
+        elif event.kind == "consolidated" or self.setting.masters:  # torch's dict has no masters
             saved = self.optimizer.consolidated_state_dict(to=None)
         else:
             saved = copy.deepcopy(self.oracle.optimizer.state_dict())
@@ -225,6 +230,14 @@ class Subject:
     def _mean(self, index: int, *, dyadic: bool) -> Tensor:
         param = self.params[index]
         return mean_gradient(param, self.history.seed, self.oracle.num_steps, index, dyadic=dyadic)
+
+
+def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 16-bit parameter from its float32 master."""
+    if dtype == torch.float16:
+        return master.half()
+    bits = master.contiguous().view(torch.int32) + 0x8000 >> 16  # nearest, ties away from zero
+    return bits.to(torch.int16).view(torch.bfloat16)
 
 
 def backward(params: list[Tensor], gradients: dict[int, Tensor]) -> None:
