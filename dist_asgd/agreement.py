@@ -43,6 +43,7 @@ class Kind(IntEnum):
     AVERAGED_PARAMETERS = 8
     END_OF_AVERAGED_PARAMETERS = 9
     ZERO_GRAD = 10
+    UNSCALE = 11
 
     @property
     def call(self) -> str:

@@ -41,11 +41,14 @@ class HyperparameterClaims:
         self._values: object = None
         self._claim = NO_CLAIM
 
-    def of(self, groups: Sequence[dict[str, Any]]) -> Claim:
-        """All hyperparameters of ``groups``, as they are now."""
-        values = [hyperparameters(group) for group in groups]
+    def of(self, groups: Sequence[dict[str, Any]], by_scaler: bool) -> Claim:
+        """All hyperparameters of ``groups``, as they are now, and whether a gradient scaler calls."""
+        values = (by_scaler, [hyperparameters(group) for group in groups])
         if values != self._values:
             entries = [entry for i, group in enumerate(groups) for entry in _hyperparameter_entries(i, group)]
+            entries.append(("step() called by a GradScaler", by_scaler))
             self._values = values
-            self._claim = Claim("hyperparameters", entries, "Use the same lr schedule on every rank.")
+            self._claim = Claim(
+                "hyperparameters", entries, "Use the same lr schedule, and a gradient scaler or none, on every rank."
+            )
         return self._claim

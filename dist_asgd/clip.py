@@ -11,6 +11,8 @@ from torch import Tensor
 from .agreement import NO_CLAIM, Claim
 from .buffers import Bucket, Member
 from .comm import Communicators
+from .reduce import Reducer
+from .update.segments import Scaling
 
 
 def claim_of(max_norm: float, norm_type: float) -> tuple[Claim, Exception | None]:
@@ -68,25 +70,26 @@ def total_norm(buckets: Sequence[Bucket], active: set[int], norm_type: float, co
     return torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else table.new_zeros(())
 
 
-def clip(
-    buckets: Sequence[Bucket],
-    active: set[int],
-    max_norm: float,
-    norm_type: float,
-    error_if_nonfinite: bool,
-    communicators: Communicators,
-) -> Tensor:
-    """Collective: scale the gradient shards to a global norm of at most ``max_norm``; returns the norm before."""
+def clip(gradients: Reducer, active: set[int], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """Collective: make the next update scale its gradients to a global norm of at most ``max_norm``.
+
+    Returns the norm before. Reads the shards once and writes nothing: the factor is left for the update, together with
+    that of a gradient scaler.
+    """
+    buckets, communicators = gradients.buckets, gradients.communicators
+    if gradients.scaling.clip is not None:
+        gradients.scale()
     total = total_norm(buckets, active, float(norm_type), communicators)
+    unscale = gradients.scaling.unscale
+    if unscale is not None and norm_type != 0:
+        total = total * unscale.to(total.device).abs().double()
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(
             f"dist_asgd: the total norm of order {norm_type} of the gradients is {total.item()}, so they cannot be "
             f"clipped. Pass error_if_nonfinite=False to clip anyway."
         )
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    for bucket in buckets:
-        if bucket.gradient is not None:
-            bucket.gradient.mul_(factor.to(device=bucket.device, dtype=bucket.dtype))
+    gradients.scaling = Scaling(unscale, factor)
     dtype = buckets[0].dtype if buckets else torch.get_default_dtype()
     for bucket in buckets:
         dtype = torch.promote_types(dtype, bucket.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing, digest_of, ranks_text
 from .buffers import Bucket, Member, flattened
 from .comm import Communicators
+from .update.segments import UNSCALED
 from .validation import check_gradient
 
 
@@ -36,6 +37,8 @@ class Gradients(ABC):
         self.agreement = agreement
         self.communicators = communicators
         self.buckets: list[Bucket] = []
+        # What reduced gradients are still to be multiplied by.
+        self.scaling = UNSCALED
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
         """Take all buckets, in reduce order; replaces what was given before."""

@@ -26,10 +26,10 @@ from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
 from .layout import MIN_BUCKETS
 from .reduce import Reducer
+from .scaling import Told, unscale
 from .state import ShardedState
 from .update.plan import KernelBatch, Updater
 from .update.schedule import rules_of
-from .update.segments import UNSCALED
 from .validation import (
     check_hyperparameters,
     check_mode,
@@ -225,8 +225,12 @@ class ShardedASGD(torch.optim.Optimizer):
             differentiable.step(self.param_groups, self.state)
             return loss
         self._averages.refuse("step()")
+        told = Told.of(self)
         with torch.no_grad():
-            active = self._reduce()
+            active = self._reduce(told)
+            if active is None:
+                return loss
+            scaling = told.factors(self._gradients.scaling)
             rules = rules_of(self.param_groups)
             self._shards.begin_update(active, rules)
             rows = self._shards.rows(rules)
@@ -234,23 +238,26 @@ class ShardedASGD(torch.optim.Optimizer):
                 self._gradients.ready(bucket)
                 for batch in batches:
                     if isinstance(batch, KernelBatch):
-                        batch.run(rows, UNSCALED)
+                        batch.run(rows, scaling)
                     else:
-                        self._updater.run(batch, rules[batch.group_index], UNSCALED)
+                        self._updater.run(batch, rules[batch.group_index], scaling)
                 self._gatherer.launch(bucket)
             self._gradients.ready(None)
             self._shards.end_update(active, rules)
             self._gatherer.wait()
         return loss
 
-    def _reduce(self) -> set[int]:
-        """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
-        problem = self._problem()
-        claim = NO_CLAIM if problem else self._claims.of(self.param_groups)
+    def _reduce(self, told: Told) -> set[int] | None:
+        """Which parameters step, once their gradients are reduced and all ranks agree; None where one overflowed."""
+        problem = self._problem() or told.problem(self._stage)
+        claim = NO_CLAIM if problem else self._claims.of(self.param_groups, told.by_scaler)
         answer = self._gradients.settle(Kind.STEP, claim, problem)
         if not self._values_checked:
             compare_values(self._gradients, self._communicators)
             self._values_checked = True
+        if told.by_scaler and told.overflowed(self._communicators):
+            self._gradients.ready(None)
+            return None
         return self._gradients.active(answer)
 
     def _problem(self) -> Exception | None:
@@ -290,7 +297,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
 
         Collective. In stage 2 this is the one to call: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there.
-        In stage 1 and with one process's own gradients it is torch's function, bit for bit.
+        In stage 1 it is torch's function, bit for bit. In stage 2 it reads the gradients once: the update scales them.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         if self._differentiable or not isinstance(self._gradients, Reducer):
@@ -300,7 +307,22 @@ class ShardedASGD(torch.optim.Optimizer):
         with torch.no_grad():
             answer = self._gradients.settle(Kind.CLIP_GRAD_NORM, claim, problem)
             active = self._gradients.present(answer)
-            return clip.clip(self._shards.buckets, active, max_norm, norm_type, error_if_nonfinite, self._communicators)
+            return clip.clip(self._gradients, active, max_norm, norm_type, error_if_nonfinite)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by ``torch.amp.GradScaler``: ``step()`` unscales, and skips on overflow, by itself."""
+        return not self._differentiable
+
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether gradients are reduced here and leave ``p.grad`` (stage 2)."""
+        return isinstance(self._gradients, Reducer)
+
+    @torch.no_grad()
+    def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
+        """For ``dist_asgd.GradScaler`` in stage 2; see ``scaling.unscale``. Collective."""
+        return unscale(cast(Reducer, self._gradients), inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from .buffers import Bucket, Member, flattened
 from .comm import Communicators, Wait
 from .gradients import Gradients, indices_of
 from .layout import SendLayout, Stretch, send_layout, whole_layout
+from .update.segments import UNSCALED
 from .validation import check_gradient
 
 # Buckets on their way at a time: one arrives while the next is filled.
@@ -178,6 +179,8 @@ class Reducer(Gradients):
                 self._delivered |= 1 << member.index
         shard = bucket.gradient_shard()
         accumulate = id(bucket) in self._valid
+        if accumulate:
+            self.scale()
         if accumulate and self._consumed and not self._warned:
             self._warned = True
             warnings.warn(
@@ -290,6 +293,20 @@ class Reducer(Gradients):
         if wanted:
             self.ready(None)
 
+    def scale(self) -> None:
+        """Multiply the shards by what is pending, because something else is about to be added or measured."""
+        for factor in self.scaling:
+            for bucket in self.buckets:
+                if bucket.gradient is not None:
+                    bucket.gradient.mul_(factor.to(bucket.device))
+        self.scaling = UNSCALED
+
+    def overflowed(self) -> Tensor:
+        """Whether anything in this rank's shards is not finite: ``(1,)`` int64 on the host."""
+        shards = [b.gradient for b in self.buckets if b.gradient is not None and id(b) in self._valid]
+        finite = [torch.linalg.vector_norm(shard, torch.inf).isfinite().cpu() for shard in shards]
+        return torch.tensor([not all(finite)], dtype=torch.int64)
+
     def present(self, answer: Answer) -> set[int]:
         """Indices of the parameters for which any rank has contributed a gradient."""
         return indices_of(answer.union(0))
@@ -306,6 +323,7 @@ class Reducer(Gradients):
         """Collective where a backward has run since the last step. Zeros stay present, as in torch."""
         self._settle_discarded()
         self._consumed = False
+        self.scaling = UNSCALED
         if not set_to_none:
             for bucket in self.buckets:
                 if bucket.gradient is not None:

@@ -83,7 +83,8 @@ def check(
         master = p.float() * (1 + 1e-5)
         p[::7] += 1  # written by somebody else since the last step
     mu_tensor = torch.tensor(mu)
-    scaled = g * torch.tensor(scale) * torch.tensor(clip)
+    wide = g.float() if kind.master or kind.stochastic else g
+    scaled = wide * torch.tensor(scale) * torch.tensor(clip)
     rule = Rule(0.1, LAMBD, 0.75, 0.0, decay, maximize, Form.FORLOOP)
     expected = oracle(kind, p, scaled, ax, master, rule, mu_tensor)
     segment = Segment(p, ax, master, g, 0, FIRST, KEY, cpu.lanes(numel, 0, numel))

@@ -17,11 +17,13 @@ LAYERS = [
     {"version", "layout", "masters"},
     {"buffers", "comm"},
     {"agreement", "validation", "update"},
-    {"gradients", "clip", "memory", "gather", "state", "claims"},
+    {"gradients", "memory", "gather", "state", "claims"},
     {"reduce"},
+    {"clip", "scaling"},
     {"averaging", "checkpoint"},
     {"differentiable"},
     {"optimizer"},
+    {"amp"},
     {"__init__"},
 ]
 ROOMS = {"averaging", "checkpoint", "plan", "cli"}

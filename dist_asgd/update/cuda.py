@@ -143,6 +143,7 @@ def update_kernel(
     AVERAGE_WIDE: tl.constexpr = tl.float64 if tl.float64 == AVERAGE else WIDE
     # What every operation rounds to: 16-bit parameters without a wider copy follow torch's operators.
     EACH: tl.constexpr = tl.float32 if MASTER or STOCHASTIC else PARAM
+    SCALED: tl.constexpr = tl.float32 if MASTER or STOCHASTIC else GRADIENT
     AVERAGE_EACH: tl.constexpr = EACH if AVERAGE == EACH else AVERAGE_WIDE
     # bfloat16 that is joined, split or rounded here, as integers.
     BITS: tl.constexpr = (MASTER or STOCHASTIC) and tl.bfloat16 == PARAM
@@ -187,9 +188,9 @@ def update_kernel(
 
             if grad_scale is not None:
                 inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(tl.float32)
-                g = _rounded(g * inverse.to(WIDE), GRADIENT)
+                g = _rounded(g * inverse.to(WIDE), SCALED)
             if clip is not None:
-                g = _rounded(g * tl.load(clip).to(WIDE), GRADIENT)
+                g = _rounded(g * tl.load(clip).to(WIDE), SCALED)
             if MAXIMIZE:
                 # Not 0 - g: the sign of a zero counts.
                 g = g * -1.0

@@ -9,7 +9,8 @@
  *   x  <- x * c;  x <- fma(g, -eta, x)                   c = 1 - lambd * eta, from double precision
  *   ax <- x if mu = 1 else ax + (x - ax) * mu
  *
- * 16-bit arrays are converted in registers. Without masters, every operation is rounded to 16 bits as torch does,
+ * 16-bit arrays are converted in registers. With masters, and where the result is rounded stochastically, nothing
+ * else is rounded to 16 bits. Without, every operation is as torch does,
  * and torch rounds the product of a scaled addition first in the last numel % 32 elements of a tensor ("tail"), but
  * not in those before ("lanes").
  */
@@ -249,7 +250,7 @@ INLINE void prepare(const call *k, const uint16_t *p, const void *master, const 
         for (int64_t i = 0; i < n; i++) g[i] = of_bits(bits_of(wide(((const uint16_t *)gradient)[i], half)) ^ sign);
     else
         for (int64_t i = 0; i < n; i++) g[i] = of_bits(bits_of(((const float *)gradient)[i]) ^ sign);
-    if (k->scaled && narrow_gradient)
+    if (k->scaled && narrow_gradient && plain)
         for (int64_t i = 0; i < n; i++) g[i] = grid(grid(g[i] * unscale, half) * clip, half);
     else if (k->scaled)
         for (int64_t i = 0; i < n; i++) { g[i] *= unscale; g[i] *= clip; }

@@ -292,6 +292,8 @@ class Updater:
     def _gradient(self, chunk: Chunk, scratch: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """The chunk's gradient in the dtype of ``scratch``, scaled; in ``scratch``, or a view where it lies so."""
         gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, self.scratch(chunk.param))
+        if gradient.dtype.itemsize < scratch.dtype.itemsize:
+            gradient = scratch.copy_(gradient)
         for factor in factors:
             gradient = torch.mul(gradient, factor, out=self.scratch(gradient))
         return gradient if gradient.dtype == scratch.dtype else scratch.copy_(gradient)

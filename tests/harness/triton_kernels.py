@@ -143,6 +143,7 @@ def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tens
     c, negative_eta, mu, step = factors.tolist()
     wide = F64 if kind.param == F64 else F32
     each = F32 if kind.master or kind.stochastic else kind.param
+    scaled = F32 if kind.master or kind.stochastic else kind.gradient
 
     def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype).to(x.dtype)
@@ -150,9 +151,9 @@ def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tens
     g = arrays.gradient.to(wide)
     if options.scale is not None:
         inverse = torch.tensor([options.scale]).double().reciprocal().float()
-        g = rounded(g * inverse.to(wide), kind.gradient)
+        g = rounded(g * inverse.to(wide), scaled)
     if options.clip is not None:
-        g = rounded(g * options.clip.to(wide), kind.gradient)
+        g = rounded(g * options.clip.to(wide), scaled)
     if options.maximize:
         g = -g
     g = rounded(g, each)

@@ -1,0 +1,70 @@
+"""What a gradient scaler (``torch.amp.GradScaler``) tells ``step()``: how gradients are scaled, and if any overflowed.
+
+The scaler sets ``grad_scale`` and ``found_inf`` on the optimizer for the length of the call
+(torch/amp/grad_scaler.py, ``step``); ``grad_scale`` is None where gradients are unscaled already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .agreement import Kind
+from .comm import Communicators
+from .reduce import Reducer
+from .update.segments import Scaling
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """``by_scaler``: whether a scaler calls at all. ``found_inf`` is no tensor where it has seen no gradients."""
+
+    by_scaler: bool
+    grad_scale: Tensor | None
+    found_inf: Tensor | int
+
+    @classmethod
+    def of(cls, optimizer: object) -> Told:
+        """What stands on ``optimizer`` now."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        return cls(found_inf is not None, getattr(optimizer, "grad_scale", None), 0 if found_inf is None else found_inf)
+
+    def problem(self, stage: int) -> Exception | None:
+        """A RuntimeError, for all ranks, where the scaler cannot have looked at the gradients."""
+        if stage == 1 or not self.by_scaler or isinstance(self.found_inf, Tensor):
+            return None
+        return RuntimeError(
+            "dist_asgd: torch.amp.GradScaler found no gradients: with stage=2 they are reduced as shards and leave "
+            "p.grad. Use dist_asgd.GradScaler instead, which takes the same arguments."
+        )
+
+    def overflowed(self, communicators: Communicators) -> bool:
+        """Collective: whether any rank has a gradient that is not finite. Waits for the device."""
+        found = torch.as_tensor(self.found_inf).ne(0).any().long().reshape(1).cpu()
+        return bool(communicators.host.exchange(found)().any())
+
+    def factors(self, pending: Scaling) -> Scaling:
+        """What the update multiplies gradients by; the inverse of the scale as torch takes it."""
+        if self.grad_scale is None:
+            return pending
+        inverse = self.grad_scale.double().reciprocal().float()
+        return Scaling(inverse if pending.unscale is None else inverse * pending.unscale, pending.clip)
+
+
+def unscale(gradients: Reducer, inverse: Tensor, in_place_of_float16: bool) -> Tensor:
+    """Collective, for ``GradScaler``: leave ``inverse``, 0-dim, for the update; 1.0 where a rank overflowed, else 0.0.
+
+    Reads the reduced shards once and writes nothing. ``in_place_of_float16``: the user asks to unscale before the step.
+    """
+    problem = None
+    if in_place_of_float16 and any(b.gradient_dtype == torch.float16 and b.master is None for b in gradients.buckets):
+        problem = ValueError(
+            "dist_asgd: unscale_() of float16 gradients would lose the small ones. Pass master_weights=True, or do not "
+            "call unscale_(): step() unscales."
+        )
+    gradients.settle(Kind.UNSCALE, problem=problem)
+    found = gradients.communicators.host.exchange(gradients.overflowed())().any()
+    gradients.scaling = Scaling(inverse.detach().clone(), gradients.scaling.clip)
+    return found.to(device=inverse.device, dtype=torch.float32)
