@@ -65,10 +65,11 @@ class Member:
     """One parameter at home in a bucket, and the piece of it in this rank's shard.
 
     ``index`` counts all parameters of the optimizer in registration order; it names the parameter's bit in what
-    ranks tell each other. ``name`` is the user's where parameters were given with names.
+    ranks tell each other. ``name`` is the user's where parameters were given with names. ``pointer`` and
+    ``view_strides`` are of the view that the parameter became.
     """
 
-    __slots__ = ("_pointer", "_shape", "_view_strides", "bucket", "index", "name", "param", "piece", "slot", "strides")
+    __slots__ = ("_shape", "bucket", "index", "name", "param", "piece", "pointer", "slot", "strides", "view_strides")
 
     def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
         self.param = param
@@ -84,20 +85,29 @@ class Member:
         home = home.as_strided(param.shape, self.strides)
         home.copy_(param.detach())
         param.data = home
-        self._pointer = param.data_ptr()
+        self.pointer = param.data_ptr()
         self._shape = param.shape
-        self._view_strides = param.stride()
+        self.view_strides = param.stride()
 
     @property
     def at_home(self) -> bool:
         """Whether the parameter still is the view of the bucket that construction made it."""
         param = self.param
         return (
-            param.data_ptr() == self._pointer
+            param.data_ptr() == self.pointer
             and param.dtype == self.bucket.param_dtype
             and param.shape == self._shape
-            and param.stride() == self._view_strides
+            and param.stride() == self.view_strides
         )
+
+    def check_at_home(self) -> None:
+        """RuntimeError unless ``at_home``."""
+        if not self.at_home:
+            raise RuntimeError(
+                f"dist_asgd: parameter {self.name} was moved, re-cast or re-bound after the optimizer was constructed "
+                f"(it was {self.dtype} on {self.bucket.device}, it is {self.param.dtype} on {self.param.device}). "
+                f"Change parameters in place (p.copy_()), or convert the model first and then construct the optimizer."
+            )
 
     @property
     def dtype(self) -> torch.dtype:

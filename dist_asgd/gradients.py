@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing, digest_of, ranks_text
 from .buffers import Bucket, Member, flattened
 from .comm import Communicators
+from .facts import Facts, gradient_of
 from .update.segments import UNSCALED
 from .validation import check_gradient
 
@@ -32,6 +34,8 @@ class Gradients(ABC):
     """Where a step's gradients come from."""
 
     reduced: bool
+    # Whether every gradient of this step is real and lies in memory as its parameter does.
+    direct = False
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         self.agreement = agreement
@@ -39,6 +43,7 @@ class Gradients(ABC):
         self.buckets: list[Bucket] = []
         # What reduced gradients are still to be multiplied by.
         self.scaling = UNSCALED
+        self._indices: tuple[int, set[int]] = (0, set())
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
         """Take all buckets, in reduce order; replaces what was given before."""
@@ -48,6 +53,12 @@ class Gradients(ABC):
     def members(self) -> Iterator[Member]:
         """Every member of every bucket."""
         return (member for bucket in self.buckets for member in bucket.members)
+
+    def indices_of(self, mask: int) -> set[int]:
+        """``indices_of``, kept while the mask stays the same."""
+        if self._indices[0] != mask:
+            self._indices = (mask, indices_of(mask))
+        return self._indices[1]
 
     @abstractmethod
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
@@ -66,6 +77,20 @@ class Gradients(ABC):
         """``zero_grad``: drop gradients that are not in ``p.grad``, or set them to zeros."""
 
 
+class Pattern:
+    """Which parameters have a gradient, as long as that stays the same; and what such gradients should be."""
+
+    def __init__(self, members: Iterable[Member], missing: Sequence[bool]) -> None:
+        self.missing = missing
+        self.members = [member for member, absent in zip(members, missing, strict=True) if not absent]
+        self.mask = bits(member.index for member in self.members)
+        self.facts = Facts(
+            [member.slot.numel // (2 if member.dtype.is_complex else 1) for member in self.members],
+            [member.strides for member in self.members],
+            [member.dtype for member in self.members],
+        )
+
+
 class Arrived(Gradients):
     """Stage 1: every rank holds the same averaged gradients in ``p.grad``."""
 
@@ -74,19 +99,29 @@ class Arrived(Gradients):
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         super().__init__(agreement, communicators)
         self._checked = communicators.world_size == 1
+        self._params: list[Tensor] = []
+        self._pattern = Pattern((), [])
+
+    def extend(self, buckets: Sequence[Bucket]) -> None:
+        super().extend(buckets)
+        self._params = [member.param for member in self.members]
+        self._pattern = Pattern((), [])
 
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
-        present = 0
-        if kind is Kind.STEP:
-            for member in self.members:
-                gradient = member.param.grad
-                if gradient is not None:
-                    present |= 1 << member.index
-                    try:
-                        check_gradient(member.name, member.param, gradient)
-                    except RuntimeError as error:
-                        problem = problem or error
-        return self.agreement.confer(kind, claim, (present, 0), problem)
+        if kind is not Kind.STEP:
+            return self.agreement.confer(kind, claim, problem=problem)
+        gradients = list(map(gradient_of, self._params))
+        missing = [gradient is None for gradient in gradients]
+        if missing != self._pattern.missing:
+            self._pattern = Pattern(self.members, missing)
+        self.direct = self._pattern.facts.hold_for([gradient for gradient in gradients if gradient is not None])
+        if not self.direct:
+            try:
+                for member in self._pattern.members:
+                    check_gradient(member, cast(Tensor, member.param.grad))
+            except RuntimeError as error:
+                problem = problem or error
+        return self.agreement.confer(kind, claim, (self._pattern.mask, 0), problem)
 
     def ready(self, bucket: Bucket | None) -> None:
         """They have arrived."""
@@ -98,7 +133,7 @@ class Arrived(Gradients):
         masks = answer.masks(0)
         if len(set(masks)) > 1:
             self._raise_missing(masks)
-        present = indices_of(masks[0])
+        present = self.indices_of(masks[0])
         if not self._checked and present:
             self._compare(present)
             self._checked = True

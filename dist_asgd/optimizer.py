@@ -238,7 +238,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 self._gradients.ready(bucket)
                 for batch in batches:
                     if isinstance(batch, KernelBatch):
-                        batch.run(rows, scaling)
+                        batch.run(rows, scaling, self._gradients.direct)
                     else:
                         self._updater.run(batch, rules[batch.group_index], scaling)
                 self._gatherer.launch(bucket)

@@ -213,7 +213,7 @@ class Reducer(Gradients):
         gradient = member.param.grad
         if gradient is not None:
             try:
-                check_gradient(member.name, member.param, gradient)
+                check_gradient(member, gradient)
             except RuntimeError as error:
                 self._problem = self._problem or error
                 return None
@@ -309,7 +309,7 @@ class Reducer(Gradients):
 
     def present(self, answer: Answer) -> set[int]:
         """Indices of the parameters for which any rank has contributed a gradient."""
-        return indices_of(answer.union(0))
+        return self.indices_of(answer.union(0))
 
     def active(self, answer: Answer) -> set[int]:
         active = self.present(answer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,8 @@ from .layout import bucket_cap_bytes
 from .update import cpu
 from .update.plan import Batch, KernelBatch, has_kernel, plan_bucket, plan_kernel
 from .update.schedule import Cohort, Form, Rule
+
+_SCALARS = itemgetter("step", "eta", "mu")
 
 Named = Sequence[tuple[str, Tensor]]
 Plan = list[tuple[Bucket, list[Batch | KernelBatch]]]
@@ -45,6 +49,9 @@ class ShardedState:
         self.cohorts: list[list[Cohort]] = []
         self.cohort_of: dict[int, Cohort] = {}
         self._plan: tuple[object, Plan] | None = None
+        self._params: list[Tensor] = []
+        self._homes: tuple[list[int], list[tuple[int, ...]]] = ([], [])
+        self._kept: list[Tensor] | None = None
 
     def house(self, groups: Sequence[tuple[Named, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
@@ -85,7 +92,9 @@ class ShardedState:
             self.cohort_of[index] = cohort
 
     def _publish(self) -> None:
-        self._plan = None
+        self._plan = self._kept = None
+        self._params = [member.param for member in self.members]
+        self._homes = [m.pointer for m in self.members], [m.view_strides for m in self.members]
         for member in self.members:
             self._shown[member.param] = {**self._scalars(member), "ax": member.average}
 
@@ -94,19 +103,30 @@ class ShardedState:
         return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu}
 
     def check_unchanged(self) -> None:
-        """RuntimeError where a parameter or its state is not what the shards were built for."""
-        shown = self._shown
+        """RuntimeError where a parameter or its state is not what the shards were built for.
+
+        A parameter that was only cut short is found by the gradients that it gets then.
+        """
+        pointers, strides = list(map(Tensor.data_ptr, self._params)), list(map(Tensor.stride, self._params))
+        if (pointers, strides) != self._homes:
+            for member in self.members:
+                member.check_at_home()
+        if not self._shows_kept_scalars():
+            self._raise_replaced()
+
+    def _shows_kept_scalars(self) -> bool:
+        if self._kept is None:
+            self._kept = [s for m in self.members for s in self._scalars(m).values()]
+        try:
+            shown = list(chain.from_iterable(map(_SCALARS, map(self._shown.__getitem__, self._params))))
+        except (KeyError, TypeError):
+            return False
+        return all(map(is_, shown, self._kept))
+
+    def _raise_replaced(self) -> None:
         for member in self.members:
-            if not member.at_home:
-                param = member.param
-                raise RuntimeError(
-                    f"dist_asgd: parameter {member.name} was moved, re-cast or re-bound after the optimizer was "
-                    f"constructed (it was {member.dtype} on {member.bucket.device}, it is {param.dtype} on "
-                    f"{param.device}). Change parameters in place (p.copy_()), or convert the model first and then "
-                    f"construct the optimizer."
-                )
-            own, cohort = shown.get(member.param, {}), self.cohort_of[member.index]
-            if own.get("step") is not cohort.step or own.get("eta") is not cohort.eta or own.get("mu") is not cohort.mu:
+            own, kept = self._shown.get(member.param, {}), self._scalars(member)
+            if any(own.get(key) is not value for key, value in kept.items()):
                 raise RuntimeError(
                     f"dist_asgd: the state of parameter {member.name} was replaced. Change it in place, or through "
                     f"load_state_dict()."
@@ -119,7 +139,7 @@ class ShardedState:
                 stepping = cohort.indices & active
                 if stepping and stepping != cohort.indices:
                     self._add_cohort(cohort.split(stepping), group_index)
-                    self._plan = None
+                    self._plan = self._kept = None
                     for index in stepping:
                         member = self.members[index]
                         self._shown[member.param].update(self._scalars(member))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import Precision
+from .buffers import Member, Precision
 
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
@@ -235,8 +235,10 @@ def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
     return [(param.data_ptr(), param.data_ptr() + extent * param.element_size(), name)]
 
 
-def check_gradient(name: str, param: Tensor, gradient: Tensor) -> None:
-    """Raise unless ``gradient`` is dense and has the parameter's shape, dtype and device."""
+def check_gradient(member: Member, gradient: Tensor) -> None:
+    """RuntimeError unless the parameter is at home and ``gradient`` is dense and has its shape, dtype and device."""
+    member.check_at_home()
+    name, param = member.name, member.param
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"dist_asgd: parameter {name} has a sparse gradient ({gradient.layout}), which ASGD does not support. "

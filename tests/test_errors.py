@@ -244,7 +244,22 @@ def _recast(p: nn.Parameter) -> None:
     p.data = p.data.double()
 
 
-DAMAGE = {"sparse": _sparse, "wrong dtype": _wrong_dtype, "rebound": _rebound, "recast": _recast}
+def _shortened(p: nn.Parameter) -> None:
+    p.data = p.data[:2]
+
+
+def _restrided(p: nn.Parameter) -> None:
+    p.data = p.data.as_strided((4,), (0,))
+
+
+DAMAGE = {
+    "sparse": _sparse,
+    "wrong dtype": _wrong_dtype,
+    "rebound": _rebound,
+    "recast": _recast,
+    "shortened": _shortened,
+    "restrided": _restrided,
+}
 
 
 def damaged(rank: int, _world_size: int, what: str, stage: int) -> None:

@@ -14,7 +14,7 @@ MAX_LINES = 450
 
 # From the top: a module imports only from those on lines above its own, or beside it in its own folder.
 LAYERS = [
-    {"version", "layout", "masters"},
+    {"version", "layout", "masters", "facts"},
     {"buffers", "comm"},
     {"agreement", "validation", "update"},
     {"gradients", "memory", "gather", "state", "claims"},

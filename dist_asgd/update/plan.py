@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import add, attrgetter
 from typing import cast
 
 import torch
@@ -25,6 +26,8 @@ CHUNK_NUMEL = {"cpu": 1 << 19}
 ACCELERATOR_CHUNK_NUMEL = 1 << 24
 # Below this a copy into the chunk's scratch is cheaper than a set of operators of its own.
 DIRECT_NUMEL = 1 << 15
+
+_GRADIENT = attrgetter("param.grad")
 
 Rows = dict[int, int]
 
@@ -68,21 +71,27 @@ class Batch:
 class KernelBatch:
     """One call of the compiled kernel: everything that steps in one bucket.
 
-    ``sources`` are (member, first element) of each segment's gradient; None where segments have their own (stage 2).
+    ``sources`` are the member whose gradient each segment takes, and where in it, in bytes; None where segments have
+    their own (stage 2).
     """
 
     launch: cpu.Launch
-    sources: tuple[tuple[Member, int], ...] | None
+    sources: tuple[list[Member], list[int]] | None
 
-    def run(self, rows: array[float], scaling: Scaling) -> None:
-        """Update the bucket's segments with these rows of (c, -eta, mu, t)."""
+    def run(self, rows: array[float], scaling: Scaling, direct: bool) -> None:
+        """Update the bucket's segments with these rows of (c, -eta, mu, t).
+
+        ``direct``: all gradients are known to lie in memory as their parameters do.
+        """
         if self.sources is None:
             self.launch.run(None, rows, *scaling.numbers())
             return
-        flats = [_memory_of_gradient(member) for member, _ in self.sources]
-        pointers = [
-            flat.data_ptr() + first * flat.element_size() for flat, (_, first) in zip(flats, self.sources, strict=True)
-        ]
+        members, starts_bytes = self.sources
+        if direct and not members[0].dtype.is_complex:
+            flats = list(map(_GRADIENT, members))
+        else:
+            flats = [_memory_of_gradient(member) for member in members]
+        pointers = list(map(add, map(Tensor.data_ptr, flats), starts_bytes))
         self.launch.run(pointers, rows, *scaling.numbers())
 
 
@@ -117,7 +126,7 @@ def plan_kernel(
     """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
     apart = _needs_members_apart(bucket)
     segments: list[Segment] = []
-    sources: list[tuple[Member, int]] = []
+    sources: tuple[list[Member], list[int]] = ([], [])
     for run in _runs(bucket, cohort_of, active, merge=True):
         row = rows[id(cohort_of[run[0].index])]
         # In one piece where that is one gradient.
@@ -130,9 +139,10 @@ def plan_kernel(
             key = 0 if bucket.seed is None else rounding.parameter_key(bucket.seed, first.index)
             param, average = bucket.shard[start:stop], bucket.average[start:stop]
             segments.append(Segment(param, average, master, gradient, row, piece.param_start, key, lanes))
-            sources.append((first, piece.param_start))
+            sources[0].append(first)
+            sources[1].append(piece.param_start * bucket.dtype.itemsize)
     launch = cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed)
-    return KernelBatch(launch, None if reduced else tuple(sources))
+    return KernelBatch(launch, None if reduced or not segments else sources)
 
 
 def chunk_numel(device: torch.device) -> int:
