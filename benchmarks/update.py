@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.measure import MEMORY_ENVIRONMENT
 from benchmarks.report import markdown_table, surroundings
+from benchmarks.trainer import peak_bytes, reset_peak, settled_bytes
 from dist_asgd import ShardedASGD
 
 OPTIONS = {"lr": 0.01, "weight_decay": 0.0}
+FORMS = ["torch forloop", "torch foreach", "dist_asgd forloop", "dist_asgd foreach", "dist_asgd fused"]
+# What the parameters are, and whether they have float32 masters.
+KINDS = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "bfloat16 + master": (torch.bfloat16, True),
+}
 Call = Callable[[], object]
 
 
-def make(form: str, dtype: torch.dtype, numel: int, num_tensors: int, t0: float) -> tuple[Call, int]:
+def make(form: str, kind: str, numel: int, num_tensors: int, t0: float) -> tuple[Call, int]:
     """One optimizer's ``step`` on fresh parameters with gradients, and the bytes that the update has to move."""
+    dtype, master = KINDS[kind]
     params = [torch.nn.Parameter(torch.full((numel // num_tensors,), 0.5, dtype=dtype)) for _ in range(num_tensors)]
     for param in params:
         param.grad = torch.full_like(param, 0.01)
@@ -28,19 +43,77 @@ def make(form: str, dtype: torch.dtype, numel: int, num_tensors: int, t0: float)
         optimizer: torch.optim.Optimizer = torch.optim.ASGD(params, **OPTIONS, t0=t0, foreach=how == "foreach")
         average_bytes = dtype.itemsize
     else:
-        optimizer = ShardedASGD(params, **OPTIONS, t0=t0, foreach=how == "foreach", fused=how == "fused")
+        forms = {"foreach": how == "foreach", "fused": how == "fused"}
+        optimizer = ShardedASGD(params, **OPTIONS, t0=t0, master_weights=master, **forms)
         average_bytes = 4
     for _ in range(3):
         optimizer.step()
     passes = 2 if t0 == 0 else 1
-    return optimizer.step, numel * (3 * dtype.itemsize + passes * average_bytes)
+    return optimizer.step, numel * (3 * dtype.itemsize + passes * average_bytes + 4 * master)
 
 
-def machine(numel: int) -> Iterator[tuple[str, Call, int]]:
-    """What the memory gives to torch's own simplest operators."""
-    a, b = torch.ones(numel), torch.ones(numel)
-    yield "copy (1 read, 1 write)", lambda: a.copy_(b), 8 * numel
-    yield "in-place add (2 reads, 1 write)", lambda: a.add_(b), 12 * numel
+def machine(numel: int, num_threads: int) -> Iterator[tuple[str, Call, int]]:
+    """What the memory gives to the simplest loops: torch's copy, and an in-place triad of the update's own shape."""
+    p, g, ax = torch.ones(numel), torch.full((numel,), 1e-6), torch.ones(numel)
+    yield "copy (1 read, 1 write)", lambda: p.copy_(g), 8 * numel
+    triad = _triad()
+    if triad is not None:
+        length, factor, threads = ctypes.c_int64(numel), ctypes.c_float(1e-6), ctypes.c_int64(num_threads)
+
+        def in_place() -> None:
+            triad(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (p, g, ax)), length, factor, threads)
+
+        yield "triad (3 reads, 2 writes)", in_place, 20 * numel
+
+
+def _triad() -> Callable[..., object] | None:
+    """``triad.c``, compiled for this machine; None without a compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "triad.so"
+        source = Path(__file__).with_name("triad.c")
+        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+        function: Callable[..., object] = ctypes.CDLL(str(library)).triad
+    return function
+
+
+def measure(kind: str, num_tensors: int, t0: float, numel: int, rounds: int, threads: int) -> dict[str, float]:
+    """GB/s by name: medians over interleaved rounds."""
+    print(f"{kind}, {num_tensors} tensors, t0={t0:g}", file=sys.stderr)
+    forms = [form for form in FORMS if not (KINDS[kind][1] and form.startswith("torch"))]
+    calls = [*machine(numel, threads), *((form, *make(form, kind, numel, num_tensors, t0)) for form in forms)]
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in calls}
+    for _ in range(rounds):
+        for name, call, _ in calls:
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: num_bytes / statistics.median(seconds[name]) / 1e9 for name, _, num_bytes in calls}
+
+
+def peak_of_steps(kind: str, numel: int) -> int:
+    """Bytes that three fused steps need beyond what is held before them; run in a process of its own."""
+    step, _ = make("dist_asgd fused", kind, numel, 100, 0.0)
+    before = settled_bytes()
+    reset_peak()
+    for _ in range(3):
+        step()
+    return peak_bytes() - before
+
+
+def peaks(numel: int) -> list[list[str]]:
+    """A row for each kind, each from a fresh process in which freed memory goes back at once."""
+    rows = []
+    for kind in KINDS:
+        print(f"memory, {kind}", file=sys.stderr)
+        command = [sys.executable, "-m", "benchmarks.update", "--peak-of", kind, "--numel", str(numel)]
+        environment = {**os.environ, **MEMORY_ENVIRONMENT}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        rows.append([kind, f"{int(done.stdout) / 1024:,.0f}"])
+    return rows
 
 
 def main() -> None:
@@ -50,42 +123,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--markdown", type=Path, help="also write the report here")
+    parser.add_argument("--peak-of", choices=KINDS, help="only print the extra bytes of fused steps of this kind")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    forms = ["torch forloop", "torch foreach", "dist_asgd forloop", "dist_asgd foreach", "dist_asgd fused"]
-    tables = []
-    for dtype in (torch.float32, torch.bfloat16):
+    if args.peak_of:
+        print(peak_of_steps(args.peak_of, args.numel))
+        return
+    names: list[str] = []
+    rows = []
+    for kind in KINDS:
         for num_tensors in (1, 100, 1000):
             for t0 in (0.0, 1e6):
-                print(f"{dtype}, {num_tensors} tensors, t0={t0:g}", file=sys.stderr)
-                calls = list(machine(args.numel))
-                calls += [(form, *make(form, dtype, args.numel, num_tensors, t0)) for form in forms]
-                seconds: dict[str, list[float]] = {name: [] for name, _, _ in calls}
-                for _ in range(args.rounds):
-                    for name, call, _ in calls:
-                        start = time.perf_counter()
-                        call()
-                        seconds[name].append(time.perf_counter() - start)
-                speeds = {name: num_bytes / statistics.median(seconds[name]) / 1e9 for name, _, num_bytes in calls}
-                tables.append(
-                    [
-                        str(dtype).removeprefix("torch."),
-                        str(num_tensors),
-                        "averaging" if t0 == 0 else "mu = 1",
-                        *(f"{speed:.1f}" for speed in speeds.values()),
-                    ]
-                )
-                names = list(speeds)
-    fields = [
-        [key, value] for key, value in {**surroundings("benchmarks.update"), "threads": str(args.threads)}.items()
-    ]
+                speeds = measure(kind, num_tensors, t0, args.numel, args.rounds, args.threads)
+                names = names or list(speeds)
+                phase = "averaging" if t0 == 0 else "mu = 1"
+                cells = [f"{speeds[name]:.1f}" if name in speeds else "" for name in names]
+                rows.append([kind, str(num_tensors), phase, *cells])
+    fields = {**surroundings("benchmarks.update"), "threads": str(args.threads)}
     report = "\n\n".join(
         [
             "# Benchmark: the update alone",
-            markdown_table(["field", "value"], fields),
+            markdown_table(["field", "value"], [[key, value] for key, value in fields.items()]),
             f"GB/s of the bytes that the update has to move ({args.numel:,} elements; medians of {args.rounds} "
-            "interleaved rounds). 16-bit: averages are float32 here and 16-bit in torch.",
-            markdown_table(["dtype", "tensors", "phase", *names], tables),
+            "interleaved rounds). 16-bit: averages are float32 here and 16-bit in torch. While mu is 1 the average is "
+            "written and not read.",
+            markdown_table(["parameters", "tensors", "phase", *names], rows),
+            "What a fused step needs beyond what is held between steps (100 tensors; peak resident memory of three "
+            "steps above that before them, in a fresh process).",
+            markdown_table(["parameters", "KiB"], peaks(args.numel)),
         ]
     )
     print(report)
