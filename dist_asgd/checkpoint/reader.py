@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from .extents import check_extents
 from .files import CheckpointError, check_name, names_in, open_confined, read_range, read_whole
 from .manifest import MANIFEST_NAME, Manifest, check_files, hash_of, read_manifest
-from .metadata import MAX_METADATA_BYTES, METADATA_NAME, check, parse
+from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
 from .objects import dump_object, load_object, load_tensor
 
 
@@ -42,7 +43,7 @@ class Opened:
         where = str(self.path / METADATA_NAME)
         self.metadata: Metadata = parse(raw, where)
         self.sizes = self._sizes()
-        check(self.metadata, self.sizes, where)
+        check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
 
     def _checked_manifest(self) -> Manifest:
