@@ -15,13 +15,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, incomplete, or holds what no checkpoint of this kind holds."""
 
 
-def check_name(name: object, where: str) -> str:
-    """``name`` if it is that of a file right inside the directory: no folders, no ``..``, nothing to quote."""
+def check_name(name: object) -> str:
+    """``name`` if it is that of a file right inside the directory: no folders, no ``..``, nothing to quote.
+
+    ValueError otherwise, to be said with the place where the name was found.
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
         shown = repr(name[:80]) if isinstance(name, str) else type(name).__name__
-        raise CheckpointError(
-            f"dist_asgd: {where} names a file {shown}. Files of a checkpoint lie right inside its directory, with "
-            f"names of letters, digits, '.', '_' and '-': this was not written by torch.distributed.checkpoint."
+        raise ValueError(
+            f"a file named {shown}; files of a checkpoint lie right inside its directory, with names of letters, "
+            f"digits, '.', '_' and '-'"
         )
     return name
 
@@ -42,12 +45,11 @@ def open_confined(directory: Path, name: str) -> tuple[BinaryIO, int]:
                 f"dist_asgd: {path} is a symbolic link. A checkpoint holds its own files: copy them into a directory."
             ) from None
         raise CheckpointError(f"dist_asgd: cannot open {path}: {error.strerror}.") from error
-    file = os.fdopen(descriptor, "rb")
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        file.close()
+        os.close(descriptor)
         raise CheckpointError(f"dist_asgd: {path} is not a regular file.")
-    return file, status.st_size
+    return os.fdopen(descriptor, "rb"), status.st_size
 
 
 def read_range(file: BinaryIO, path: Path, offset: int, length: int) -> bytes:

@@ -162,7 +162,7 @@ def decode(data: bytes, path: Path) -> Manifest:
         refuse("'dist_asgd' must be a version")
     try:
         step, world_size = _count(body["step"], "step"), _count(body["world_size"], "world_size")
-        files = {check_name(name, str(path)): _file_entry(name, entry) for name, entry in _dict(body, "files").items()}
+        files = {check_name(name): _file_entry(name, entry) for name, entry in _dict(body, "files").items()}
         chunks = {name: _chunks(name, rows, files) for name, rows in _dict(body, "chunks").items()}
         if MANIFEST_NAME in files:
             raise ValueError("it lists itself")

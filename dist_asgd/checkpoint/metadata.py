@@ -106,7 +106,11 @@ def _info(state: Any) -> _StorageInfo:
     fields = _fields(state, {"relative_path", "offset", "length"}, {"transform_descriptors"}, "_StorageInfo")
     want(not fields.get("transform_descriptors"), "data that a DCP extension has transformed (compressed, say)")
     want(_is_count(fields["offset"]) and _is_count(fields["length"]), "where the data of a chunk lies")
-    return _StorageInfo(check_name(fields["relative_path"], "its metadata"), fields["offset"], fields["length"])
+    try:
+        name = check_name(fields["relative_path"])
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    return _StorageInfo(name, fields["offset"], fields["length"])
 
 
 def _storage_meta(state: Any) -> StorageMeta:

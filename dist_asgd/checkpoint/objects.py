@@ -15,6 +15,9 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 
 from .files import CheckpointError
 
+# Deeper values are refused: those who walk them (pickle, copy, repr) recurse.
+MAX_DEPTH = 64
+
 
 def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str) -> Tensor:
     """The tensor in ``data``, on the CPU: of this shape and dtype, or CheckpointError, which ``what`` begins."""
@@ -31,18 +34,32 @@ def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, wh
 
 def load_object(data: bytes, what: str) -> Any:
     """The object in ``data``: plain values and tensors, or CheckpointError, which ``what`` begins."""
-    return _load(data, what)
+    value = _load(data, what)
+    if _depth(value) > MAX_DEPTH:
+        raise CheckpointError(f"dist_asgd: {what} is nested more than {MAX_DEPTH} deep.")
+    return value
 
 
-def dump_object(value: Any, what: str) -> io.BytesIO:
+def dump_object(value: Any) -> io.BytesIO:
     """``value`` serialized anew, for a reader that would unpickle whatever it is given."""
     stream = io.BytesIO()
-    try:
-        torch.save(value, stream)
-    except RecursionError:
-        raise CheckpointError(f"dist_asgd: {what} is nested too deeply.") from None
+    torch.save(value, stream)
     stream.seek(0)
     return stream
+
+
+def _depth(value: Any) -> int:
+    """How deep containers lie in containers; counts to a little beyond ``MAX_DEPTH`` only."""
+    level, seen, depth = [value], set[int](), 0
+    while level and depth <= MAX_DEPTH:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict | list | tuple | set) and id(item) not in seen:
+                seen.add(id(item))
+                inner += [*item, *item.values()] if isinstance(item, dict) else item
+        level = inner
+        depth += bool(level)
+    return depth
 
 
 def _load(data: bytes, what: str) -> Any:

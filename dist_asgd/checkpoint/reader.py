@@ -67,7 +67,7 @@ class Opened:
 
     def read_file(self, name: str, max_bytes: int) -> bytes:
         """The bytes of a small file of the checkpoint, hashed if there is a manifest."""
-        data = read_whole(self.path, check_name(name, "the caller"), max_bytes)
+        data = read_whole(self.path, check_name(name), max_bytes)
         if self.manifest is not None and (
             name not in self.manifest.files or hash_of(data) != self.manifest.files[name].xxh3_128
         ):
@@ -187,12 +187,16 @@ class CheckedReader(FileSystemReader):
         for item in plan.items:
             requests.setdefault(item.storage_index, []).append(item)
         for index, data in self.opened.chunks(list(requests)):
-            for item in requests[index]:
-                if item.type == LoadItemType.BYTE_IO:
-                    # Planners unpickle whatever they are given: give them what was loaded safely, serialized anew.
-                    planner.load_bytes(item, dump_object(self.opened.value(index, data), index.fqn))
-                else:
-                    _fill(self.opened.tensor(index, data), item, planner)
+            items = requests[index]
+            if items[0].type == LoadItemType.BYTE_IO:
+                # Planners unpickle whatever they are given: give them what was loaded safely, serialized anew.
+                value = self.opened.value(index, data)
+                for item in items:
+                    planner.load_bytes(item, dump_object(value))
+            else:
+                tensor = self.opened.tensor(index, data)
+                for item in items:
+                    _fill(tensor, item, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
