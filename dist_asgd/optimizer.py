@@ -336,9 +336,9 @@ class ShardedASGD(torch.optim.Optimizer):
         """This rank's part of the state; no communication, no copy of ``ax``.
 
         On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
-        this rank's part, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and loads it
-        at any world size; ``torch.optim.ASGD`` and whatever else would take it for a whole tensor is refused: that is
-        what ``consolidated_state_dict`` is for. On one rank it is a plain tensor.
+        this rank's part, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
+        loads it at any world size; ``torch.optim.ASGD`` and whatever else would take it for a whole tensor is refused:
+        that is what ``consolidated_state_dict`` is for. On one rank it is a plain tensor.
         """
         self._averages.refuse("state_dict()")
         before_state_dict(self)

@@ -133,7 +133,8 @@ def _entry(place: Place, saved: Any, lr: Any) -> Entry:
     if tuple(average.shape) != place.shape:
         raise ValueError(
             f"dist_asgd: ax of parameter {place.name} has shape {tuple(average.shape)}, wanted {place.shape}. The "
-            f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the whole."
+            f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
+            f"whole."
         )
     if isinstance(average, ShardTensor):
         average = _own_part(place, average)
@@ -152,8 +153,8 @@ def _own_part(place: Place, average: ShardTensor) -> Tensor:
         raise ValueError(
             f"dist_asgd: ax of parameter {place.name} is elements {start} to {start + numel} of {tuple(average.shape)} "
             f"with strides {strides}; this rank holds elements {place.start} to {place.start + place.numel} with "
-            f"strides {place.strides}. The state dict is another rank's part, or of other buckets: load what this rank saved, on "
-            f"the same number of ranks, or use consolidated_state_dict(), save_checkpoint() or "
+            f"strides {place.strides}. The state dict is another rank's part, or of other buckets: load what this rank "
+            f"saved, on the same number of ranks, or use consolidated_state_dict(), save_checkpoint() or "
             f"torch.distributed.checkpoint, whose files load on any."
         )
     return average.to_local()
