@@ -43,7 +43,11 @@ class Kind(IntEnum):
     AVERAGED_PARAMETERS = 8
     END_OF_AVERAGED_PARAMETERS = 9
     ZERO_GRAD = 10
-    UNSCALE = 11
+    SAVE_CHECKPOINT = 11
+    ASYNC_SAVE_CHECKPOINT = 12
+    LOAD_CHECKPOINT = 13
+    RESTORE_CHECKPOINT = 14
+    UNSCALE = 15
 
     @property
     def call(self) -> str:
