@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import clip, differentiable, memory
-from .agreement import NO_CLAIM, Agreement, Claim, Kind
+from .agreement import NO_CLAIM, Agreement, Kind
 from .averaging import Averages
 from .buffers import Precision
-from .checkpoint import consolidated, loading, sharded
-from .checkpoint.groups import pack_groups
-from .checkpoint.hooks import after_load, after_state_dict, before_load, before_state_dict
+from .checkpoint import consolidated
 from .claims import HyperparameterClaims, groups_claim
 from .comm import Communicators
 from .gather import Gatherer
@@ -27,6 +25,7 @@ from .layout import MIN_BUCKETS
 from .reduce import Reducer
 from .scaling import Told, unscale
 from .state import ShardedState
+from .state_dicts import StateDicts
 from .update.plan import KernelBatch, Updater
 from .update.schedule import rules_of
 from .validation import (
@@ -143,6 +142,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._constructed = True
         self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision)
         self._house(0)
+        shards = None if self._differentiable else self._shards
+        self._state_dicts = StateDicts(self, shards, self._communicators, self._gatherer)
 
     # --- construction --------------------------------------------------------------------------------------
 
@@ -367,12 +368,7 @@ class ShardedASGD(torch.optim.Optimizer):
         that is what ``consolidated_state_dict`` is for. On one rank it is a plain tensor.
         """
         self._averages.refuse("state_dict()")
-        before_state_dict(self)
-        if self._differentiable:
-            packed = differentiable.pack(self.param_groups, self.state)
-        else:
-            packed = sharded.pack(self.param_groups, self._shards, self._communicators.world_size)
-        return after_state_dict(self, packed)
+        return self._state_dicts.part()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """The whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
@@ -382,22 +378,11 @@ class ShardedASGD(torch.optim.Optimizer):
         run where the result is.
         """
         self._averages.refuse("consolidated_state_dict()")
-        if self._differentiable:
-            return self.state_dict()
-        world_size = self._communicators.world_size
-        claim = Claim("targets of consolidated_state_dict()", [("to", to)], "Pass the same rank on every rank.")
-        problem = consolidated.problem_with_target(to, world_size)
-        self._gradients.settle(Kind.CONSOLIDATED_STATE_DICT, claim, problem)
-        with torch.no_grad():
-            here = to is None or to == self._communicators.rank
-            if here:
-                before_state_dict(self)
-            state = consolidated.collect_state(self._shards.buckets, self._shards.cohort_of, self._communicators, to)
-        if not here:
-            return {}
-        return after_state_dict(self, {"state": state, "param_groups": pack_groups(self.param_groups)})
+        if not self._differentiable:
+            claim, problem = consolidated.claim_of(to, self._communicators.world_size)
+            self._gradients.settle(Kind.CONSOLIDATED_STATE_DICT, claim, problem)
+        return self._state_dicts.whole(to)
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's own part, a consolidated dict, or a plain ``torch.optim.ASGD`` one. Collective.
 
@@ -406,44 +391,11 @@ class ShardedASGD(torch.optim.Optimizer):
         come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
         self._averages.refuse("load_state_dict()")
-        loaded: loading.Loaded | None = None
-        claim, problem = NO_CLAIM, self._problem()
-        try:
-            if problem is None:
-                places = self._places()
-                loaded = self._parse(before_load(self, state_dict), places)
-                claim = loading.claim(loaded, places)
-        except Exception as error:
-            problem = error
-        self._gradients.settle(Kind.LOAD_STATE_DICT, claim, problem)
+        problem = self._problem()
+        loaded, claim, unreadable = self._state_dicts.read(state_dict)
+        self._gradients.settle(Kind.LOAD_STATE_DICT, claim, problem or unreadable)
         if loaded is not None:
-            self._apply(loaded)
-        after_load(self)
-
-    def _places(self) -> list[loading.Place]:
-        if not self._differentiable:
-            return [loading.Place.of(member) for member in self._shards.members]
-        named = [pair for index in range(len(self.param_groups)) for pair in self._named(index)]
-        return [loading.Place.of_whole(name, param) for name, param in named]
-
-    def _parse(self, state_dict: dict[str, Any], places: list[loading.Place]) -> loading.Loaded:
-        loaded = loading.parse(state_dict, self.param_groups, places, self.defaults)
-        for index, group in enumerate(loaded.groups):
-            check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
-        return loaded
-
-    def _apply(self, loaded: loading.Loaded) -> None:
-        for group, values in zip(self.param_groups, loaded.groups, strict=True):
-            params = group["params"]
-            group.clear()
-            group.update(values, params=params)
-        if self._differentiable:
-            differentiable.apply(loaded, self.param_groups, self.state)
-            return
-        for bucket in loading.load_shards(loaded, self._shards.buckets):
-            self._gatherer.launch(bucket)
-        self._gatherer.wait()
-        self._shards.replace_cohorts(loading.make_cohorts(loaded, self._shards.members, self.param_groups))
+            self._state_dicts.apply(loaded)
 
     # --- what else users ask -------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ LAYERS = [
     {"clip", "scaling"},
     {"averaging", "checkpoint"},
     {"differentiable"},
+    {"state_dicts"},
     {"optimizer"},
     {"amp"},
     {"__init__"},

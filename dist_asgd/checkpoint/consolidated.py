@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..agreement import Claim
 from ..buffers import Bucket, Member
 from ..comm import Communicators
 from ..update.schedule import Cohort
@@ -15,11 +16,12 @@ from ..update.schedule import Cohort
 Staging = dict[tuple[torch.device, torch.dtype, torch.dtype], Tensor]
 
 
-def problem_with_target(to: object, world_size: int) -> Exception | None:
-    """A ValueError, to be raised on all ranks, unless ``to`` is a rank or None."""
+def claim_of(to: object, world_size: int) -> tuple[Claim, Exception | None]:
+    """The target, as what must be equal on all ranks; and a ValueError unless it is a rank or None."""
+    claim = Claim("targets of consolidated_state_dict()", [("to", to)], "Pass the same rank on every rank.")
     if to is None or (isinstance(to, int) and not isinstance(to, bool) and 0 <= to < world_size):
-        return None
-    return ValueError(
+        return claim, None
+    return claim, ValueError(
         f"dist_asgd: consolidated_state_dict(to={to!r}): wanted a rank of the process group, 0 to {world_size - 1}, or "
         f"None for all ranks."
     )
