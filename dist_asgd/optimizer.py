@@ -26,7 +26,7 @@ from .reduce import Reducer
 from .scaling import Told, unscale
 from .state import ShardedState
 from .state_dicts import StateDicts
-from .update.plan import KernelBatch, Updater
+from .update.plan import Step, Updater
 from .update.schedule import rules_of
 from .validation import (
     check_hyperparameters,
@@ -61,11 +61,10 @@ class ShardedASGD(torch.optim.Optimizer):
         params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable: as in
             ``torch.optim.ASGD``. ``foreach=False`` is torch's for-loop form, ``foreach=True`` its foreach form, each to
             the bit. Left open (``None``): the fused kernel on CPUs, the foreach form elsewhere.
-        fused: True: one pass over memory in a compiled kernel, with the bits of the for-loop form; CPU parameters
-            only. Where the kernel was not compiled, or torch runs without AVX2, the same bits come from torch
-            operators, and the log says so. False: never the kernel.
-            ``differentiable`` needs a single process; ``capturable=True`` is refused, since the scalars live on
-            the host (a step makes no device synchronisation).
+        fused: True: one pass over memory in a compiled kernel, with the bits of the for-loop form. On CPUs, where the
+            kernel was not compiled or torch runs without AVX2, the same bits come from torch operators, and the log
+            says so. On CUDA devices a Triton kernel; scalars live on the device, and an lr may. False: never a kernel.
+            ``differentiable`` needs a single process, ``capturable`` one process, stage 1 and ``fused=True`` on CUDA.
         stage: 1, gradients arrive already averaged on every rank (DDP); 2, this optimizer reduce-scatters them
             during backward and keeps only its shard: do not wrap the model in DDP.
         process_group: the ranks to shard over; None is the default group, or one process where there is none.
@@ -225,39 +224,43 @@ class ShardedASGD(torch.optim.Optimizer):
             differentiable.step(self.param_groups, self.state)
             return loss
         self._averages.refuse("step()")
+        self._shards.check_capture(self.param_groups)
         told = Told.of(self)
         with torch.no_grad():
             active = self._reduce(told)
-            if active is None:
-                return loss
-            scaling = told.factors(self._gradients.scaling)
             rules = rules_of(self.param_groups)
+            if told.waits_for(rules) and told.overflowed(self._communicators):
+                self._gradients.ready(None)
+                return loss
+            found_inf = told.found_on_device(rules, self._communicators)
             self._shards.begin_update(active, rules)
-            rows = self._shards.rows(rules)
+            step = Step(
+                self._updater,
+                rules,
+                self._shards.rows(rules),
+                self._shards.advance_on_devices(active, rules, found_inf),
+                told.factors(self._gradients.scaling),
+                self._gradients.direct,
+                found_inf,
+            )
             for bucket, batches in self._shards.planned(active, self._gradients.reduced, rules):
                 self._gradients.ready(bucket)
                 for batch in batches:
-                    if isinstance(batch, KernelBatch):
-                        batch.run(rows, scaling, self._gradients.direct)
-                    else:
-                        self._updater.run(batch, rules[batch.group_index], scaling)
+                    batch.run(step)
                 self._gatherer.launch(bucket)
             self._gradients.ready(None)
             self._shards.end_update(active, rules)
             self._gatherer.wait()
         return loss
 
-    def _reduce(self, told: Told) -> set[int] | None:
-        """Which parameters step, once their gradients are reduced and all ranks agree; None where one overflowed."""
+    def _reduce(self, told: Told) -> set[int]:
+        """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
         problem = self._problem() or told.problem(self._stage)
         claim = NO_CLAIM if problem else self._claims.of(self.param_groups, told.by_scaler)
         answer = self._gradients.settle(Kind.STEP, claim, problem)
         if not self._values_checked:
             compare_values(self._gradients, self._communicators)
             self._values_checked = True
-        if told.by_scaler and told.overflowed(self._communicators):
-            self._gradients.ready(None)
-            return None
         return self._gradients.active(answer)
 
     def _problem(self) -> Exception | None:

@@ -6,6 +6,7 @@ The scaler sets ``grad_scale`` and ``found_inf`` on the optimizer for the length
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from .agreement import Kind
 from .comm import Communicators
 from .reduce import Reducer
+from .update.schedule import Rule
 from .update.segments import Scaling
 
 
@@ -39,6 +41,23 @@ class Told:
             "dist_asgd: torch.amp.GradScaler found no gradients: with stage=2 they are reduced as shards and leave "
             "p.grad. Use dist_asgd.GradScaler instead, which takes the same arguments."
         )
+
+    def _device(self, rules: Sequence[Rule]) -> torch.device | None:
+        """The one device on which all scalars are, so that a step can be skipped there; None if there is none."""
+        devices = {rule.device for rule in rules}
+        return devices.pop() if len(devices) == 1 else None
+
+    def waits_for(self, rules: Sequence[Rule]) -> bool:
+        """Whether the host has to know if gradients overflowed."""
+        return self.by_scaler and self._device(rules) is None
+
+    def found_on_device(self, rules: Sequence[Rule], communicators: Communicators) -> Tensor | None:
+        """Collective: ``(1,)`` float32, nonzero where any rank's gradients overflowed; None where the host knows."""
+        device = self._device(rules)
+        if not self.by_scaler or device is None:
+            return None
+        found = torch.as_tensor(self.found_inf, dtype=torch.float32, device=device).reshape(1)
+        return communicators.on(device).gather_rows(found).amax(0)
 
     def overflowed(self, communicators: Communicators) -> bool:
         """Collective: whether any rank has a gradient that is not finite. Waits for the device."""

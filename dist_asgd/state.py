@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .buffers import Bucket, Member, Precision, build_buckets, reduce_order
 from .comm import Communicators
 from .layout import bucket_cap_bytes
 from .update import cpu
-from .update.plan import Batch, KernelBatch, has_kernel, plan_bucket, plan_kernel
+from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
+from .update.scalars import ScalarTable
 from .update.schedule import Cohort, Form, Rule
 
 _SCALARS = itemgetter("step", "eta", "mu")
 
 Named = Sequence[tuple[str, Tensor]]
-Plan = list[tuple[Bucket, list[Batch | KernelBatch]]]
+Batches = list[Batch | KernelBatch | DeviceBatch]
+Plan = list[tuple[Bucket, Batches]]
 
 
 class ShardedState:
@@ -52,6 +55,8 @@ class ShardedState:
         self._params: list[Tensor] = []
         self._homes: tuple[list[int], list[tuple[int, ...]]] = ([], [])
         self._kept: list[Tensor] | None = None
+        self._tables: dict[int, ScalarTable] = {}
+        self._on_cuda = False
 
     def house(self, groups: Sequence[tuple[Named, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
@@ -82,6 +87,7 @@ class ShardedState:
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
         """Take the scalars of a loaded state dict, and show averages that may have moved to wider storage."""
         self.cohorts = [[] for _ in self.cohorts]
+        self._tables.clear()
         for cohort in cohorts:
             self._add_cohort(cohort, self.members[min(cohort.indices)].bucket.group_index)
         self._publish()
@@ -93,6 +99,7 @@ class ShardedState:
 
     def _publish(self) -> None:
         self._plan = self._kept = None
+        self._on_cuda = any(bucket.device.type == "cuda" for bucket in self.buckets)
         self._params = [member.param for member in self.members]
         self._homes = [m.pointer for m in self.members], [m.view_strides for m in self.members]
         for member in self.members:
@@ -132,31 +139,61 @@ class ShardedState:
                     f"load_state_dict()."
                 )
 
+    def check_capture(self, groups: Sequence[dict[str, Any]]) -> None:
+        """RuntimeError where a CUDA graph is captured, which would repeat one step's host scalars for ever."""
+        if not self._on_cuda or not torch.cuda.is_current_stream_capturing():
+            return
+        for index, group in enumerate(groups):
+            if not group["capturable"]:
+                raise RuntimeError(
+                    f"dist_asgd: step() in a CUDA graph, but param_groups[{index}] has capturable=False. Pass "
+                    f"capturable=True and fused=True to the constructor."
+                )
+
     def begin_update(self, active: set[int], rules: Sequence[Rule]) -> None:
-        """Split cohorts of which only a part steps; a first step takes its eta from the lr of now."""
+        """Split cohorts of which only a part steps; a first step takes its eta from the lr of now.
+
+        Scalars move to the device or back where the group's form has changed.
+        """
         for group_index, rule in enumerate(rules):
             for cohort in list(self.cohorts[group_index]):
                 stepping = cohort.indices & active
                 if stepping and stepping != cohort.indices:
                     self._add_cohort(cohort.split(stepping), group_index)
-                    self._plan = self._kept = None
-                    for index in stepping:
-                        member = self.members[index]
-                        self._shown[member.param].update(self._scalars(member))
+                    self._show(stepping)
             for cohort in self.cohorts[group_index]:
                 if cohort.indices & active:
+                    self._place(cohort, group_index, rule)
                     cohort.prepare(rule.lr)
+
+    def _place(self, cohort: Cohort, group_index: int, rule: Rule) -> None:
+        if (rule.device is not None) == (cohort.row is not None):
+            return
+        if rule.device is None:
+            cohort.come_home()
+        else:
+            if group_index not in self._tables:
+                self._tables[group_index] = ScalarTable(self._group_sizes[group_index], rule.device)
+            self._tables[group_index].adopt(cohort)
+        self._show(cohort.indices)
+
+    def _show(self, indices: Iterable[int]) -> None:
+        """Let ``state`` have the scalars of these parameters, which are other tensors now."""
+        self._plan = self._kept = None
+        for index in indices:
+            member = self.members[index]
+            self._shown[member.param].update(self._scalars(member))
 
     def end_update(self, active: set[int], rules: Sequence[Rule]) -> None:
         """Advance the scalars of everything that stepped."""
         for cohorts, rule in zip(self.cohorts, rules, strict=True):
             for cohort in cohorts:
-                if cohort.indices & active:
+                if cohort.row is None and cohort.indices & active:
                     cohort.advance(rule)
 
     def planned(self, active: set[int], reduced: bool, rules: Sequence[Rule]) -> Plan:
         """Buckets that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
-        key = (active, [(rule.form, rule.maximize, rule.weight_decay) for rule in rules])
+        key = (active, [(rule.form, rule.device, rule.maximize, rule.weight_decay) for rule in rules])
         if self._plan is None or self._plan[0] != key:
             plan = [
                 (bucket, self._batches(bucket, active, reduced, rules[bucket.group_index]))
@@ -166,10 +203,13 @@ class ShardedState:
             self._plan = ((set(active), key[1]), plan)
         return self._plan[1]
 
-    def _batches(self, bucket: Bucket, active: set[int], reduced: bool, rule: Rule) -> list[Batch | KernelBatch]:
-        unavailable = cpu.why_unavailable() if rule.form is Form.FUSED else None
+    def _batches(self, bucket: Bucket, active: set[int], reduced: bool, rule: Rule) -> Batches:
+        unavailable = cpu.why_unavailable() if rule.form is Form.FUSED and rule.device is None else None
         if unavailable is not None:
             cpu.log_fallback(unavailable)
+        if rule.device is not None:
+            lines = {id(cohort): cohort.row for cohort in self._all_cohorts() if cohort.row is not None}
+            return [plan_kernel(bucket, self.cohort_of, active, reduced, rule, lines, False)]
         if rule.form is not Form.FUSED or not has_kernel(bucket):
             return list(plan_bucket(bucket, self.cohort_of, active, reduced))
         rows = {id(cohort): row for row, cohort in enumerate(self._all_cohorts())}
@@ -180,9 +220,18 @@ class ShardedState:
         return [cohort for cohorts in self.cohorts for cohort in cohorts]
 
     def rows(self, rules: Sequence[Rule]) -> array[float]:
-        """The scalars of every cohort for this step, in the order of the plan's rows."""
+        """The scalars of every cohort for this step, in the order of the plan's rows; those on the device left out."""
         rows = array("d")
         for cohorts, rule in zip(self.cohorts, rules, strict=True):
             for cohort in cohorts:
-                rows.extend(cohort.factors(rule))
+                rows.extend(cohort.factors(rule) if cohort.row is None else (0.0,) * 4)
         return rows
+
+    def advance_on_devices(
+        self, active: set[int], rules: Sequence[Rule], found_inf: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Advance scalars that are on a device; this step's factors by group, see ``ScalarTable``."""
+        tables = {group: table for group, table in self._tables.items() if rules[group].device is not None}
+        for group, table in tables.items():
+            table.advance(rules[group], active, found_inf)
+        return {group: table.factors for group, table in tables.items()}

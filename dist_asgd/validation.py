@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Member, Precision
+from .update import backend
 
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
@@ -25,6 +26,12 @@ DTYPES = (
     torch.complex64,
     torch.complex128,
 )
+
+
+def stays_on_device(group: dict[str, Any], key: str) -> bool:
+    """Whether a hyperparameter is a tensor that only the device reads: an lr there, with the fused kernel."""
+    value = group[key]
+    return bool(group["fused"]) and isinstance(value, Tensor) and backend.of(value.device) is backend.TRITON
 
 
 def scalar(value: Any) -> float:
@@ -121,6 +128,8 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
                 raise ValueError(f"dist_asgd: {where}: a Tensor lr must have 1 element, got {value.numel()}.")
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"dist_asgd: {where}: {key} must be a number, got {value!r}.")
+        if stays_on_device(group, key):
+            continue
         number = scalar(value)
         never = key == "t0" and number == math.inf
         if number < 0 or not (math.isfinite(number) or never):
@@ -132,10 +141,11 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
         if group[key] is not None and not isinstance(group[key], bool):
             raise ValueError(f"dist_asgd: {where}: {key} must be None, True or False, got {group[key]!r}.")
     _check_fused(group, where)
-    if group["capturable"]:
+    if group["capturable"] and not group["fused"]:
         raise ValueError(
-            f"dist_asgd: {where}: capturable=True is not supported: step, eta and mu live on the host, where a CUDA "
-            f"graph cannot capture them. Pass capturable=False; a step makes no device synchronisation anyway."
+            f"dist_asgd: {where}: capturable=True without fused=True: step, eta and mu live on the host then, where a "
+            f"CUDA graph does not see them. Pass fused=True (CUDA parameters), or capturable=False: a step does not "
+            f"wait for the device anyway."
         )
 
 
@@ -147,16 +157,31 @@ def _check_fused(group: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"dist_asgd: {where}: fused=True with {key}=True: two forms of the update. Pass one of them."
             )
-    others = {p.device.type for p in group.get("params", ())} - {"cpu"}
-    if others:
+    devices = {p.device for p in group.get("params", ())}
+    if len(devices) > 1 and any(backend.of(device) is not backend.C for device in devices):
         raise ValueError(
-            f"dist_asgd: {where}: fused=True with parameters on {', '.join(sorted(others))}: this version has a fused "
-            f"kernel for CPUs only. Pass fused=None, which takes the foreach form there."
+            f"dist_asgd: {where}: fused=True with parameters on {', '.join(sorted(map(str, devices)))}: the kernel "
+            f"keeps a group's scalars on one device. Make a group for each device, or pass fused=None."
         )
+    for device in devices:
+        reason = backend.why_unavailable(device)
+        if reason is not None:
+            raise ValueError(f"dist_asgd: {where}: fused=True, but {reason}. Pass fused=None.")
+        if group["capturable"] and backend.of(device) is not backend.TRITON:
+            raise ValueError(
+                f"dist_asgd: {where}: capturable=True with parameters on {device}: CUDA graphs are captured on GPUs "
+                f"only. Pass capturable=False."
+            )
 
 
 def check_mode(group: dict[str, Any], where: str, world_size: int, differentiable: bool, stage: int) -> None:
-    """Raise ValueError where ``differentiable`` does not fit the group, the form, the stage or the world size."""
+    """Raise ValueError where ``differentiable`` or ``capturable`` does not fit the group, stage or world size."""
+    if group["capturable"] and (world_size > 1 or stage == 2):
+        raise ValueError(
+            f"dist_asgd: {where}: capturable=True with stage={stage} on {world_size} ranks: a step opens with an "
+            f"exchange between hosts, and stage 2 reduces in hooks, neither of which a CUDA graph would replay. Use "
+            f"one process and stage=1, or capturable=False."
+        )
     if group["differentiable"] != differentiable:
         raise ValueError(
             f"dist_asgd: {where}: differentiable={group['differentiable']}, but the optimizer has "
@@ -258,5 +283,7 @@ def check_gradient(member: Member, gradient: Tensor) -> None:
 
 def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
     """The hyperparameters of ``group`` as plain values, for comparison across ranks."""
-    plain = [(key, scalar(group[key])) for key in REAL_HYPERPARAMETERS]
+    plain: list[tuple[str, object]] = [
+        (key, "on the device" if stays_on_device(group, key) else scalar(group[key])) for key in REAL_HYPERPARAMETERS
+    ]
     return (*plain, *((key, group[key]) for key in (*FLAGS, *FORMS)))

@@ -14,13 +14,15 @@ needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs
 HYPERPARAMETERS = {"lr": 0.1, "t0": 3, "weight_decay": 0.01}
 
 
-def train_both(device: torch.device, dtype: torch.dtype, foreach: bool, stage: int, scale: float = 1.0) -> None:
+def train_both(device: torch.device, dtype: torch.dtype, form: str, stage: int, scale: float = 1.0) -> None:
     """Ten steps of both optimizers on the same gradients; every rank's gradient is ``scale`` times the mean."""
     torch.manual_seed(0)
     shapes = [(), (3, 5), (257, 129), (1000,)]
     ours = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
     theirs = copy.deepcopy(ours)
-    sharded = ShardedASGD(ours, **HYPERPARAMETERS, foreach=foreach, stage=stage, average_dtype=dtype)
+    foreach = form == "foreach"
+    options = {"foreach": foreach, "fused": form == "fused", "stage": stage, "average_dtype": dtype}
+    sharded = ShardedASGD(ours, **HYPERPARAMETERS, **options)
     oracle = torch.optim.ASGD(theirs, **HYPERPARAMETERS, foreach=foreach)
     for _ in range(10):
         for mine, other in zip(ours, theirs, strict=True):
@@ -38,18 +40,66 @@ def train_both(device: torch.device, dtype: torch.dtype, foreach: bool, stage: i
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_one_gpu_gives_torchs_bits(dtype: torch.dtype, foreach: bool, stage: int) -> None:
+def test_one_gpu_gives_torchs_bits(dtype: torch.dtype, form: str, stage: int) -> None:
     """Without a process group; the oracle is torch.optim.ASGD of the same form on the same GPU."""
-    train_both(torch.device("cuda"), dtype, foreach, stage)
+    train_both(torch.device("cuda"), dtype, form, stage)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_in_a_cuda_graph() -> None:
+    """Replayed with an lr that changes on the device, beside the same steps outside of graphs."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(n, device=device)) for n in (1000, 33)]
+    theirs = copy.deepcopy(ours)
+    rates = [torch.tensor(0.1, device=device) for _ in range(2)]
+    options = {"t0": 2, "fused": True}
+    captured = ShardedASGD(ours, lr=rates[0], capturable=True, **options)
+    eager = ShardedASGD(theirs, lr=rates[1], **options)
+    gradients = [torch.randn_like(p) for p in ours]
+    for mine, other, gradient in zip(ours, theirs, gradients, strict=True):
+        mine.grad, other.grad = gradient.clone(), gradient.clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(3):
+        eager.step()
+    for lr in (0.1, 0.05, 0.2, 0.01):
+        for rate in rates:
+            rate.fill_(lr)
+        graph.replay()
+        eager.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+        assert torch.equal(captured.state[mine]["ax"], eager.state[other]["ax"])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_host_scalars_are_not_captured() -> None:
+    """They would be repeated for ever."""
+    param = torch.nn.Parameter(torch.ones(5, device="cuda"))
+    optimizer = ShardedASGD([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
 
 
 def _rank(rank: int, world_size: int, store: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=world_size)
     for stage in (1, 2):
-        train_both(torch.device("cuda", rank), torch.float32, True, stage)
+        train_both(torch.device("cuda", rank), torch.float32, "foreach", stage)
+        train_both(torch.device("cuda", rank), torch.float32, "fused", stage)
     dist.barrier()
     dist.destroy_process_group()
 

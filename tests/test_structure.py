@@ -16,7 +16,8 @@ MAX_LINES = 450
 LAYERS = [
     {"version", "layout", "masters", "facts"},
     {"buffers", "comm"},
-    {"agreement", "validation", "update"},
+    {"agreement", "update"},
+    {"validation"},
     {"gradients", "memory", "gather", "state", "claims"},
     {"reduce"},
     {"clip", "scaling"},

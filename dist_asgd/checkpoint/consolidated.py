@@ -37,13 +37,16 @@ def collect_state(
     here = to is None or to == communicators.rank
     state: dict[int, dict[str, Tensor]] = {}
     staging: Staging = {}
+    snapshots: dict[int, dict[str, Tensor]] = {}
     for bucket in buckets:
         stepped = [member for member in bucket.members if not cohort_of[member.index].fresh]
         if not stepped:
             continue
         for member in stepped if here else ():
             cohort = cohort_of[member.index]
-            state[member.index] = {"step": cohort.step.clone(), "eta": cohort.eta.clone(), "mu": cohort.mu.clone()}
+            if id(cohort) not in snapshots:
+                snapshots[id(cohort)] = cohort.snapshot()
+            state[member.index] = {key: scalar.clone() for key, scalar in snapshots[id(cohort)].items()}
         for key, shard in bucket.shards().items():
             flat = _whole(bucket, shard, buckets, staging, communicators, to)
             if flat is None:

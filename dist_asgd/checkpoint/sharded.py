@@ -58,17 +58,20 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, world_size: int
     Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either.
     """
     state = {}
+    snapshots: dict[int, dict[str, Tensor]] = {}
     for member in shards.members:
         cohort = shards.cohort_of[member.index]
         if cohort.fresh and not member.param.requires_grad:
             continue
-        # Scalars are shared between parameters: whoever loads into this dict must not write one through another.
-        # Before the first step eta follows the lr.
-        eta, lr = cohort.eta.clone(), groups[member.bucket.group_index]["lr"]
+        if id(cohort) not in snapshots:
+            snapshots[id(cohort)] = cohort.snapshot()
+            if cohort.fresh:
+                # Before the first step eta follows the lr.
+                lr = groups[member.bucket.group_index]["lr"]
+                snapshots[id(cohort)]["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
         state[member.index] = {
-            "step": cohort.step.clone(),
-            "eta": eta.copy_(torch.as_tensor(lr).detach().reshape(())) if cohort.fresh else eta,
-            "mu": cohort.mu.clone(),
+            # Shared between parameters: whoever loads into this dict must not write one through another.
+            **{key: scalar.clone() for key, scalar in snapshots[id(cohort)].items()},
             **{key: _shown(member, slice_, world_size) for key, slice_ in member.slices().items()},
         }
     packed = pack_groups(groups)

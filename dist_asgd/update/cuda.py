@@ -119,13 +119,13 @@ def _random_16(key, t, elements):
     return (words >> 16).to(tl.int32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["grad_scale", "clip", "found_inf"])
+@triton.jit(do_not_specialize_on_alignment=["unscale", "clip", "found_inf"])
 def update_kernel(
     blocks,
     table,
     column,
     factors,
-    grad_scale,
+    unscale,
     clip,
     found_inf,
     PARAM: tl.constexpr,
@@ -186,9 +186,8 @@ def update_kernel(
             else:
                 x = x.to(WIDE)
 
-            if grad_scale is not None:
-                inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(tl.float32)
-                g = _rounded(g * inverse.to(WIDE), SCALED)
+            if unscale is not None:
+                g = _rounded(g * tl.load(unscale).to(WIDE), SCALED)
             if clip is not None:
                 g = _rounded(g * tl.load(clip).to(WIDE), SCALED)
             if MAXIMIZE:
@@ -347,7 +346,7 @@ class Launch:
             _check(segments[i], i, kind)
         # The table holds addresses: the tensors live as long as it does.
         self._segments = [segments[i] for i in chosen]
-        self._device = device
+        self.device = device
         given = [s.gradient.data_ptr() for s in self._segments if s.gradient is not None]
         if len(given) not in (0, len(chosen)):
             raise ValueError(f"{len(given)} of {len(chosen)} segments have a gradient: give all of them, or none")
@@ -379,7 +378,7 @@ class Launch:
         self,
         gradients: Sequence[int] | None,
         factors: Tensor,
-        grad_scale: Tensor | None = None,
+        unscale: Tensor | None = None,
         clip: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
@@ -387,7 +386,7 @@ class Launch:
 
         gradients   their data pointers, one a segment, where they come with the step; else None
         factors     (num_rows, 4) float64 from ``advance``
-        grad_scale  (1,) float32: gradients are multiplied by its inverse, taken in double precision
+        unscale     (1,) float32: gradients are multiplied by it
         clip        (1,) float32 or float64: gradients are multiplied by it
         found_inf   (1,) float32, nonzero: nothing changes
         """
@@ -396,6 +395,6 @@ class Launch:
         if (gradients is None) == (self._given is None):
             raise ValueError("gradients: pass data pointers if the segments have none, and None if they have their own")
         column, aligned = self._column.of(list(gradients or self._given or ()))
-        inputs = (self._blocks, self._table, column, factors, grad_scale, clip, found_inf)
-        with _on(self._device):
+        inputs = (self._blocks, self._table, column, factors, unscale, clip, found_inf)
+        with _on(self.device):
             update_kernel[(len(self._blocks),)](*inputs, GRADIENT_ALIGNED=aligned, **self._constants)

@@ -11,16 +11,22 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import add, attrgetter
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from .. import masters
 from ..buffers import Bucket, Member, flattened
-from . import cpu, foreach, reference, rounding
+from . import backend, cpu, foreach, reference, rounding
 from .schedule import Cohort, Form, Rule
 from .segments import Kind, Scaling, Segment
+
+if TYPE_CHECKING:
+    from . import cuda
+
+if TYPE_CHECKING:
+    from . import cuda
 
 CHUNK_NUMEL = {"cpu": 1 << 19}
 ACCELERATOR_CHUNK_NUMEL = 1 << 24
@@ -59,6 +65,25 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """What batches need to know of one step.
+
+    rows       (c, -eta, mu, t) of every cohort whose scalars are on the host
+    factors    the like on the device, by group
+    direct     all gradients are known to lie in memory as their parameters do
+    found_inf  (1,) float32 on the device: nonzero, and nothing is to change. None: nobody asks
+    """
+
+    updater: Updater
+    rules: Sequence[Rule]
+    rows: array[float]
+    factors: dict[int, Tensor]
+    scaling: Scaling
+    direct: bool
+    found_inf: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """All chunks of one cohort in one bucket."""
 
@@ -66,33 +91,59 @@ class Batch:
     group_index: int
     chunks: tuple[Chunk, ...]
 
+    def run(self, step: Step) -> None:
+        """Update them in torch operators."""
+        step.updater.run(self, step.rules[self.group_index], step.scaling)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The members whose gradients the segments of a launch take, and where in them, in bytes."""
+
+    members: list[Member]
+    starts_bytes: list[int]
+
+    def pointers(self, direct: bool) -> tuple[list[int], list[Tensor]]:
+        """Addresses of this step's gradients, and the tensors that keep them alive."""
+        if direct and not self.members[0].dtype.is_complex:
+            flats = list(map(_GRADIENT, self.members))
+        else:
+            flats = [_memory_of_gradient(member) for member in self.members]
+        return list(map(add, map(Tensor.data_ptr, flats), self.starts_bytes)), flats
+
 
 @dataclass(frozen=True, slots=True)
 class KernelBatch:
-    """One call of the compiled kernel: everything that steps in one bucket.
+    """One call of the C kernel: everything that steps in one bucket.
 
-    ``sources`` are the member whose gradient each segment takes, and where in it, in bytes; None where segments have
-    their own (stage 2).
+    ``sources`` is None where segments have gradients of their own (stage 2).
     """
 
     launch: cpu.Launch
-    sources: tuple[list[Member], list[int]] | None
+    sources: Sources | None
 
-    def run(self, rows: array[float], scaling: Scaling, direct: bool) -> None:
-        """Update the bucket's segments with these rows of (c, -eta, mu, t).
+    def run(self, step: Step) -> None:
+        """Update the bucket's segments."""
+        pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.direct)
+        self.launch.run(pointers, step.rows, *step.scaling.numbers())
 
-        ``direct``: all gradients are known to lie in memory as their parameters do.
-        """
-        if self.sources is None:
-            self.launch.run(None, rows, *scaling.numbers())
-            return
-        members, starts_bytes = self.sources
-        if direct and not members[0].dtype.is_complex:
-            flats = list(map(_GRADIENT, members))
-        else:
-            flats = [_memory_of_gradient(member) for member in members]
-        pointers = list(map(add, map(Tensor.data_ptr, flats), starts_bytes))
-        self.launch.run(pointers, rows, *scaling.numbers())
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """One launch of the Triton kernel: everything that steps in one bucket."""
+
+    launch: cuda.Launch
+    sources: Sources | None
+    group_index: int
+
+    def run(self, step: Step) -> None:
+        """Update the bucket's segments; does not wait for the device."""
+        pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.direct)
+        unscale, clip = (
+            None if factor is None else factor.to(self.launch.device).reshape(1)
+            for factor in (step.scaling.unscale, step.scaling.clip)
+        )
+        self.launch.run(pointers, step.factors[self.group_index], unscale, clip, step.found_inf)
 
 
 def _memory_of_gradient(member: Member) -> Tensor:
@@ -111,7 +162,7 @@ def kind_of(bucket: Bucket) -> Kind:
 
 def has_kernel(bucket: Bucket) -> bool:
     """Whether the compiled kernel can update this bucket with torch's bits."""
-    return bucket.device.type == "cpu" and cpu.why_unavailable() is None and cpu.supports(kind_of(bucket))
+    return backend.of(bucket.device) is backend.C and cpu.why_unavailable() is None and cpu.supports(kind_of(bucket))
 
 
 def plan_kernel(
@@ -122,11 +173,11 @@ def plan_kernel(
     rule: Rule,
     rows: Rows,
     streamed: bool,
-) -> KernelBatch:
+) -> KernelBatch | DeviceBatch:
     """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
     apart = _needs_members_apart(bucket)
     segments: list[Segment] = []
-    sources: tuple[list[Member], list[int]] = ([], [])
+    sources = Sources([], [])
     for run in _runs(bucket, cohort_of, active, merge=True):
         row = rows[id(cohort_of[run[0].index])]
         # In one piece where that is one gradient.
@@ -139,10 +190,15 @@ def plan_kernel(
             key = 0 if bucket.seed is None else rounding.parameter_key(bucket.seed, first.index)
             param, average = bucket.shard[start:stop], bucket.average[start:stop]
             segments.append(Segment(param, average, master, gradient, row, piece.param_start, key, lanes))
-            sources[0].append(first)
-            sources[1].append(piece.param_start * bucket.dtype.itemsize)
-    launch = cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed)
-    return KernelBatch(launch, None if reduced or not segments else sources)
+            sources.members.append(first)
+            sources.starts_bytes.append(piece.param_start * bucket.dtype.itemsize)
+    taken = None if reduced or not segments else sources
+    if rule.device is None:
+        return KernelBatch(cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed), taken)
+    from .cuda import Launch  # triton is needed by who launches kernels, and only there
+
+    launch = Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, bucket.device)
+    return DeviceBatch(launch, taken, bucket.group_index)
 
 
 def chunk_numel(device: torch.device) -> int:
@@ -236,9 +292,14 @@ class Updater:
         self._scratch: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}
 
     def reserve(self, buckets: Sequence[Bucket]) -> None:
-        """Make scratch for these buckets, once: nothing is allocated per step."""
+        """Make scratch for these buckets, once: nothing is allocated per step.
+
+        Where a group may be updated by the Triton kernel, which needs none, it is made when it is first used.
+        """
         for bucket in buckets:
-            numel = min(chunk_numel(bucket.device), bucket.layout.shard_numel)
+            if backend.of(bucket.device) is backend.TRITON:
+                continue
+            numel = self.scratch_numel(bucket)
             dtypes = {bucket.dtype}
             if not has_kernel(bucket):
                 dtypes |= {bucket.average.dtype, bucket.gradient_dtype}
@@ -259,8 +320,8 @@ class Updater:
         return sum(scratch.nbytes for scratch in self._scratch.values())
 
     def scratch_numel(self, bucket: Bucket) -> int:
-        """The longest chunk of ``bucket`` that scratch was reserved for."""
-        return self._scratch[bucket.device, bucket.dtype, False].numel()
+        """The longest chunk of ``bucket`` that there is scratch for."""
+        return min(chunk_numel(bucket.device), bucket.layout.shard_numel)
 
     def scratch(self, like: Tensor, dtype: torch.dtype | None = None, widened: bool = False) -> Tensor:
         """Scratch for a chunk of ``like``'s device, shape and dtype, or another dtype."""

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backend
+
+# float32 counts so far, one by one.
+COUNTED = 1 << 24
+
 
 def scalar_dtype() -> torch.dtype:
     """The dtype of ``step``, ``eta`` and ``mu``: float64 where that is torch's default dtype, else float32."""
@@ -58,10 +63,14 @@ class Rule:
     weight_decay: float
     maximize: bool
     form: Form
+    device: torch.device | None = None
 
     @classmethod
-    def of(cls, group: dict[str, Any], form: Form) -> Rule:
-        """The rule that ``group`` gives; a Tensor lr keeps its dtype, and becomes 0-dim as in torch."""
+    def of(cls, group: dict[str, Any], form: Form, device: torch.device | None = None) -> Rule:
+        """The rule that ``group`` gives; a Tensor lr keeps its dtype, and becomes 0-dim as in torch.
+
+        ``device``: where the group's scalars are kept and advanced; None is the host.
+        """
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.dim() != 0:
             lr = lr.squeeze()
@@ -73,6 +82,7 @@ class Rule:
             group["weight_decay"],
             group["maximize"],
             form,
+            device,
         )
 
 
@@ -81,17 +91,20 @@ def rules_of(groups: Sequence[dict[str, Any]]) -> list[Rule]:
     rules = []
     for group in groups:
         first = next(iter(group["params"]), None)
-        rules.append(Rule.of(group, Form.of(group, None if first is None else first.device.type)))
+        form = Form.of(group, None if first is None else first.device.type)
+        on_device = form is Form.FUSED and first is not None and backend.of(first.device) is backend.TRITON
+        rules.append(Rule.of(group, form, first.device if first is not None and on_device else None))
     return rules
 
 
 class Cohort:
-    """The scalars of one cohort: 0-dim host tensors, the very objects that ``state[p]`` of its members holds.
+    """The scalars of one cohort: 0-dim tensors, the very objects that ``state[p]`` of its members holds.
 
+    On the host, or views of line ``row`` of a ``ScalarTable`` on the device.
     ``fresh`` until the first step: torch has no state for such a parameter, and makes its eta from the lr of then.
     """
 
-    __slots__ = ("eta", "fresh", "indices", "mu", "step")
+    __slots__ = ("eta", "fresh", "indices", "initial", "mu", "row", "step")
 
     def __init__(self, step: Tensor, eta: Tensor, mu: Tensor, indices: Iterable[int], fresh: bool = False) -> None:
         self.step = step
@@ -99,6 +112,9 @@ class Cohort:
         self.mu = mu
         self.indices = set(indices)
         self.fresh = fresh
+        self.row: int | None = None
+        # On the device: eta is the lr of the first step that does not overflow.
+        self.initial = False
 
     @classmethod
     def new(cls, lr: float | Tensor, indices: Iterable[int]) -> Cohort:
@@ -118,7 +134,24 @@ class Cohort:
     def split(self, indices: set[int]) -> Cohort:
         """Take ``indices`` out into a cohort of their own, with the same scalars."""
         self.indices -= indices
-        return Cohort(self.step.clone(), self.eta.clone(), self.mu.clone(), indices, self.fresh)
+        taken = Cohort(self.step.clone(), self.eta.clone(), self.mu.clone(), indices, self.fresh)
+        taken.initial = self.initial
+        return taken
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the scalars by key, on the host, in the dtypes that torch has; waits for the device if need be."""
+        scalars = {"step": self.step, "eta": self.eta, "mu": self.mu}
+        if self.row is None:
+            return {key: scalar.clone() for key, scalar in scalars.items()}
+        on_host = {key: scalar.cpu() for key, scalar in scalars.items()}
+        counted = on_host["step"].item() <= COUNTED
+        return {key: v.to(scalar_dtype()) if key != "step" or counted else v for key, v in on_host.items()}
+
+    def come_home(self) -> None:
+        """Bring scalars back from the device, for a step by another form."""
+        scalars = self.snapshot()
+        self.step, self.eta, self.mu, self.row = scalars["step"], scalars["eta"], scalars["mu"], None
+        self.fresh = self.initial and self.step.item() == 0
 
     @property
     def begun(self) -> bool:
@@ -145,7 +178,7 @@ class Cohort:
         The for-loop form computes eta in double precision, the foreach form on 0-dim tensors: torch's two
         schedules differ in about half of the steps by one unit in the last place.
         """
-        if self.step.dtype == torch.float32 and self.step.item() >= 1 << 24:
+        if self.step.dtype == torch.float32 and self.step.item() >= COUNTED:
             # float32 counts no further; torch's counter stops here.
             self.step.data = self.step.double()
         self.step += 1

@@ -210,7 +210,7 @@ def compare_with_operators(kind: Kind, options: Options, given: bool, device: to
     launch.run(
         None if given else [gradient.data_ptr() for gradient in gradients],
         FACTORS.double().to(device),
-        None if options.scale is None else torch.tensor([options.scale], device=device),
+        None if options.scale is None else torch.tensor([options.scale], device=device).double().reciprocal().float(),
         None if options.clip is None else options.clip.to(device),
         None if options.found_inf is None else torch.tensor([options.found_inf], device=device),
     )
@@ -513,7 +513,7 @@ def compiled(kind: Kind, aligned: bool = True, options: bool = False) -> Any:
         constants[name.upper()] = getattr(tl, str(getattr(kind, name)).removeprefix("torch."))
     signature = {"blocks": "*i32", "table": "*i64", "column": "*i64", "factors": "*fp64"}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in signature}
-    for name in ("grad_scale", "clip", "found_inf"):
+    for name in ("unscale", "clip", "found_inf"):
         if options:
             signature[name] = "*fp32"
         else:
@@ -593,11 +593,11 @@ def main(what: str) -> None:
         print(name, json.dumps(outcome), sep="\t", flush=True)
 
 
-def start(what: str) -> str:
-    """Run this file in a process of its own with Triton's settings for ``what``; its output."""
+def start(what: str, module: str = "tests.harness.triton_kernels") -> str:
+    """Run ``module`` in a process of its own with Triton's settings for ``what``; its output."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": str(int(what == "cpu"))}
-        command = [sys.executable, "-W", "ignore", "-m", "tests.harness.triton_kernels", what]
+        command = [sys.executable, "-W", "ignore", "-m", module, what]
         root = Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
