@@ -32,10 +32,11 @@ KINDS = {
 Call = Callable[[], object]
 
 
-def make(form: str, kind: str, numel: int, num_tensors: int, t0: float) -> tuple[Call, int]:
+def make(form: str, kind: str, numel: int, num_tensors: int, t0: float, device: str) -> tuple[Call, int]:
     """One optimizer's ``step`` on fresh parameters with gradients, and the bytes that the update has to move."""
     dtype, master = KINDS[kind]
-    params = [torch.nn.Parameter(torch.full((numel // num_tensors,), 0.5, dtype=dtype)) for _ in range(num_tensors)]
+    shape = (numel // num_tensors,)
+    params = [torch.nn.Parameter(torch.full(shape, 0.5, dtype=dtype, device=device)) for _ in range(num_tensors)]
     for param in params:
         param.grad = torch.full_like(param, 0.01)
     whose, how = form.split()
@@ -52,11 +53,11 @@ def make(form: str, kind: str, numel: int, num_tensors: int, t0: float) -> tuple
     return optimizer.step, numel * (3 * dtype.itemsize + passes * average_bytes + 4 * master)
 
 
-def machine(numel: int, num_threads: int) -> Iterator[tuple[str, Call, int]]:
-    """What the memory gives to the simplest loops: torch's copy, and an in-place triad of the update's own shape."""
-    p, g, ax = torch.ones(numel), torch.full((numel,), 1e-6), torch.ones(numel)
+def machine(numel: int, num_threads: int, device: str) -> Iterator[tuple[str, Call, int]]:
+    """What memory gives to the simplest loops: torch's copy; on CPUs an in-place triad of the update's own shape."""
+    p, g, ax = (torch.full((numel,), value, device=device) for value in (1.0, 1e-6, 1.0))
     yield "copy (1 read, 1 write)", lambda: p.copy_(g), 8 * numel
-    triad = _triad()
+    triad = _triad() if device == "cpu" else None
     if triad is not None:
         length, factor, threads = ctypes.c_int64(numel), ctypes.c_float(1e-6), ctypes.c_int64(num_threads)
 
@@ -80,23 +81,49 @@ def _triad() -> Callable[..., object] | None:
     return function
 
 
-def measure(kind: str, num_tensors: int, t0: float, numel: int, rounds: int, threads: int) -> dict[str, float]:
+def measure(
+    kind: str, num_tensors: int, t0: float, numel: int, rounds: int, threads: int, device: str
+) -> dict[str, float]:
     """GB/s by name: medians over interleaved rounds."""
     print(f"{kind}, {num_tensors} tensors, t0={t0:g}", file=sys.stderr)
     forms = [form for form in FORMS if not (KINDS[kind][1] and form.startswith("torch"))]
-    calls = [*machine(numel, threads), *((form, *make(form, kind, numel, num_tensors, t0)) for form in forms)]
+    calls = list(machine(numel, threads, device))
+    calls += [(form, *make(form, kind, numel, num_tensors, t0, device)) for form in forms]
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in calls}
     for _ in range(rounds):
         for name, call, _ in calls:
+            wait(device)
             start = time.perf_counter()
             call()
+            wait(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: num_bytes / statistics.median(seconds[name]) / 1e9 for name, _, num_bytes in calls}
 
 
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def host_microseconds(device: str, rounds: int) -> list[list[str]]:
+    """A row for each form: time until ``step()`` returns, 1,000 parameters of 64 elements; the device may go on."""
+    rows = []
+    for form in FORMS:
+        step, _ = make(form, "float32", 64_000, 1000, 0.0, device)
+        seconds = []
+        for _ in range(10 * rounds):
+            wait(device)
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        rows.append([form, f"{statistics.median(seconds) * 1e6:,.0f}"])
+    return rows
+
+
 def peak_of_steps(kind: str, numel: int) -> int:
     """Bytes that three fused steps need beyond what is held before them; run in a process of its own."""
-    step, _ = make("dist_asgd fused", kind, numel, 100, 0.0)
+    step, _ = make("dist_asgd fused", kind, numel, 100, 0.0, "cpu")
     before = settled_bytes()
     reset_peak()
     for _ in range(3):
@@ -121,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--numel", type=int, default=1 << 26, help="elements in all (default: 64M)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--markdown", type=Path, help="also write the report here")
     parser.add_argument("--peak-of", choices=KINDS, help="only print the extra bytes of fused steps of this kind")
@@ -134,25 +162,30 @@ def main() -> None:
     for kind in KINDS:
         for num_tensors in (1, 100, 1000):
             for t0 in (0.0, 1e6):
-                speeds = measure(kind, num_tensors, t0, args.numel, args.rounds, args.threads)
+                speeds = measure(kind, num_tensors, t0, args.numel, args.rounds, args.threads, args.device)
                 names = names or list(speeds)
                 phase = "averaging" if t0 == 0 else "mu = 1"
                 cells = [f"{speeds[name]:.1f}" if name in speeds else "" for name in names]
                 rows.append([kind, str(num_tensors), phase, *cells])
-    fields = {**surroundings("benchmarks.update"), "threads": str(args.threads)}
-    report = "\n\n".join(
-        [
-            "# Benchmark: the update alone",
-            markdown_table(["field", "value"], [[key, value] for key, value in fields.items()]),
-            f"GB/s of the bytes that the update has to move ({args.numel:,} elements; medians of {args.rounds} "
-            "interleaved rounds). 16-bit: averages are float32 here and 16-bit in torch. While mu is 1 the average is "
-            "written and not read.",
-            markdown_table(["parameters", "tensors", "phase", *names], rows),
+    where = {"threads": str(args.threads)} if args.device == "cpu" else {"device": torch.cuda.get_device_name()}
+    fields = {**surroundings("benchmarks.update"), **where}
+    sections = [
+        "# Benchmark: the update alone",
+        markdown_table(["field", "value"], [[key, value] for key, value in fields.items()]),
+        f"GB/s of the bytes that the update has to move ({args.numel:,} elements; medians of {args.rounds} "
+        "interleaved rounds). 16-bit: averages are float32 here and 16-bit in torch. While mu is 1 the average is "
+        "written and not read.",
+        markdown_table(["parameters", "tensors", "phase", *names], rows),
+        "Host time of one step, 1,000 float32 parameters of 64 elements: until step() returns.",
+        markdown_table(["form", "microseconds"], host_microseconds(args.device, args.rounds)),
+    ]
+    if args.device == "cpu":
+        sections += [
             "What a fused step needs beyond what is held between steps (100 tensors; peak resident memory of three "
             "steps above that before them, in a fresh process).",
             markdown_table(["parameters", "KiB"], peaks(args.numel)),
         ]
-    )
+    report = "\n\n".join(sections)
     print(report)
     if args.markdown:
         args.markdown.write_text(report + "\n")
