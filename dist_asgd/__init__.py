@@ -12,7 +12,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.files import CheckpointError
     from .checkpoint.manager import CheckpointManager, Restored
-    from .checkpoint.restoring import load_checkpoint
+    from .checkpoint.restoring import load_checkpoint, read_extra
     from .checkpoint.saving import PendingSave, async_save_checkpoint, save_checkpoint
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "async_save_checkpoint",
     "load_checkpoint",
+    "read_extra",
     "save_checkpoint",
 ]
 
@@ -38,6 +39,7 @@ _ON_DEMAND = {
     "Restored": "manager",
     "async_save_checkpoint": "saving",
     "load_checkpoint": "restoring",
+    "read_extra": "restoring",
     "save_checkpoint": "saving",
 }
 
