@@ -43,6 +43,8 @@ class Kind(IntEnum):
     AVERAGED_PARAMETERS = 8
     END_OF_AVERAGED_PARAMETERS = 9
     ZERO_GRAD = 10
+    EXPORT_AVERAGED = 11
+    END_OF_EXPORT_AVERAGED = 12
 
     @property
     def call(self) -> str:

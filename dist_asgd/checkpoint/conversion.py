@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def consolidate(
     partial = out.with_name(f".{out.name}.partial")
     try:
         with partial.open("wb") as file:
-            torch.save(whole, file)
+            _save(whole, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(out)
@@ -98,6 +98,16 @@ def consolidate(
     finally:
         partial.unlink(missing_ok=True)
     return [out]
+
+
+def _save(whole: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(whole, file)
+    except RuntimeError as error:
+        # torch's writer says only where it was when the disk was full.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _whole(contents: Contents, progress: Progress) -> dict[str, Any]:
