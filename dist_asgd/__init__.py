@@ -1,8 +1,46 @@
 """Sharded ``torch.optim.ASGD``: averaged SGD with its state, and its gradients, split across ranks."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .comm import PeerError
 from .memory import MemoryReport
 from .optimizer import ShardedASGD
 from .version import __version__
 
-__all__ = ["MemoryReport", "PeerError", "ShardedASGD", "__version__"]
+if TYPE_CHECKING:
+    from .checkpoint.files import CheckpointError
+    from .checkpoint.manager import CheckpointManager, Restored
+    from .checkpoint.restoring import load_checkpoint
+    from .checkpoint.saving import PendingSave, async_save_checkpoint, save_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointManager",
+    "MemoryReport",
+    "PeerError",
+    "PendingSave",
+    "Restored",
+    "ShardedASGD",
+    "__version__",
+    "async_save_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+# Loaded when first asked for: torch.distributed.checkpoint takes as long to import as half of torch.
+_ON_DEMAND = {
+    "CheckpointError": "files",
+    "CheckpointManager": "manager",
+    "PendingSave": "saving",
+    "Restored": "manager",
+    "async_save_checkpoint": "saving",
+    "load_checkpoint": "restoring",
+    "save_checkpoint": "saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".checkpoint.{_ON_DEMAND[name]}", __name__), name)

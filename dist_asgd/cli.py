@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .checkpoint import comparison, conversion, summary, verification
-from .checkpoint.contents import Contents, Progress
+from .checkpoint.stored import Contents, Progress
 from .checkpoint.tensor_files import DEFAULT_MAX_BYTES
 from .version import __version__
 

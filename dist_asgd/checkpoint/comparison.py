@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contents import Contents, Progress, Stored, no_progress, same_bits
+from .stored import Contents, Progress, Stored, no_progress, same_bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,213 +1,185 @@
-"""What is in a checkpoint, by names, without a process group: one tensor in memory at a time.
+"""What a checkpoint holds of a model and its optimizer, by name, in the layout of ``get_state_dict``.
 
-Keys are DCP's: ``model.<name>``, ``optim.state.<name>.<step|eta|mu|ax|master>``, and plain values under
-``optim.param_groups.<name>.<option>``, where ``<name>`` is a parameter's fully qualified name.
+``model.<name>``                      parameters and buffers, under their true shape
+``optim.state.<name>.<key>``          step, eta, mu, ax (and whatever else the optimizer shards) of each parameter
+``optim.param_groups.<name>.<key>``   the hyperparameters of its group, for each parameter
+``extra.<rank>``                      what the caller adds on each rank
+
+*Names* are those of ``named_parameters()`` without what wrappers (DDP, torch.compile, activation checkpointing) add.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+import io
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from .files import CheckpointError
-from .reader import Opened
+from .sharded import PartMark
+from .tensors import ShardTensor
+from .writer import Serialized
 
-MODEL = "model."
-STATE = "optim.state."
-GROUPS = "optim.param_groups."
+MODEL, OPTIM, EXTRA = "model", "optim", "extra"
+STATE, GROUPS = "state", "param_groups"
 SCALARS = ("step", "eta", "mu")
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes of tensors that were just dealt with."""
-
-
-def no_progress(num_bytes: int) -> None:
-    """Where nobody watches."""
+# Keys of groups that say how a process runs, or which parameters there are.
+NOT_SAVED = ("params", "fused")
+_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in the checkpoint, unread."""
+class Names:
+    """``of_model``: the name of each key of ``model.state_dict()``. ``of_params``: all names of each parameter of the
+    optimizer, in its order, the one that checkpoints are written with first."""
 
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    num_chunks: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    of_model: dict[str, str]
+    of_params: list[tuple[str, ...]]
 
 
-class Contents:
-    """A checkpoint that ``save_checkpoint`` wrote, or FSDP2 with ``torch.optim.ASGD`` and ``dcp.save``.
+def plain_name(model: nn.Module, name: str) -> str:
+    """``name`` without the parts that wrappers have added."""
+    parts = []
+    module: Any = model
+    for part in name.split("."):
+        wrapped = (
+            (part == "module" and isinstance(module, DistributedDataParallel))
+            or (part == "_orig_mod" and type(module).__name__ == "OptimizedModule")
+            or part == _CHECKPOINT_WRAPPER
+        )
+        if not wrapped:
+            parts.append(part)
+        module = getattr(module, part, None)
+    return ".".join(parts)
 
-    CheckpointError where it is damaged, hostile, or of another layout. Not collective.
-    """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        self.opened = Opened(path, verify=verify)
-        entries = self.opened.metadata.state_dict_metadata
-        self.tensors: dict[str, Stored] = {
-            key: Stored(key, entry.properties.dtype, tuple(entry.size), len(entry.chunks))
-            for key in self._in_order(entries)
-            if isinstance(entry := entries[key], TensorStorageMetadata)
-        }
-        self.objects: list[str] = [key for key in self._in_order(entries) if key not in self.tensors]
-
-    def _in_order(self, keys: Iterable[str]) -> list[str]:
-        """In the order in which they were saved, which the planner's data keeps; storage is in another."""
-        planned = self.opened.metadata.planner_data or {}
-        known = set(keys)
-        return [key for key in planned if key in known] + sorted(known - planned.keys())
-
-    @cached_property
-    def model(self) -> dict[str, Stored]:
-        """The model's tensors by name: parameters and buffers."""
-        return {key.removeprefix(MODEL): stored for key, stored in self.tensors.items() if key.startswith(MODEL)}
-
-    @cached_property
-    def state(self) -> dict[str, dict[str, Stored]]:
-        """The optimizer's tensors: by parameter name, then by state key. In the order of the model's names."""
-        state: dict[str, dict[str, Stored]] = {}
-        for key, stored in self.tensors.items():
-            if key.startswith(STATE):
-                name, _, part = key.removeprefix(STATE).rpartition(".")
-                state.setdefault(name, {})[part] = stored
-        for name, parts in state.items():
-            missing = {"step", "eta", "mu", "ax"} - parts.keys()
-            if missing:
-                raise CheckpointError(
-                    f"dist_asgd: {self.opened.path} has no {', '.join(sorted(missing))} of parameter {name}: this is "
-                    f"not the state of an ASGD optimizer."
+def names_of(model: nn.Module, optimizer: Optimizer) -> Names:
+    """Match the optimizer's parameters with the model's by identity; ValueError where the model lacks one."""
+    by_param: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        by_param.setdefault(id(param), []).append(plain_name(model, name))
+    of_params = []
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            if id(param) not in by_param:
+                raise ValueError(
+                    f"dist_asgd: param_groups[{index}]['params'][{position}] of the optimizer, of shape "
+                    f"{tuple(param.shape)}, is no parameter of the model. Pass the model whose parameters the "
+                    f"optimizer was given (wrapped or not)."
                 )
-            ax, param = parts["ax"], self.model.get(name)
-            if param is not None and param.shape != ax.shape:
-                raise CheckpointError(
-                    f"dist_asgd: {self.opened.path}: parameter {name} is {list(param.shape)}, its ax {list(ax.shape)}."
-                )
-        return {name: state[name] for name in self._by_model(state)}
-
-    def tensor(self, key: str) -> Tensor:
-        """One whole tensor, on the CPU, put together from its chunks."""
-        stored = self.tensors[key]
-        sizes = {MetadataIndex(key, chunk.offsets): chunk.sizes for chunk in self.opened.boxes(key)}
-        whole: Tensor | None = None
-        for index, data in self.opened.chunks(list(sizes)):
-            piece = self.opened.tensor(index, data)
-            del data
-            if tuple(piece.shape) == stored.shape:
-                return piece
-            if whole is None:
-                whole = torch.empty(stored.shape, dtype=stored.dtype)
-            place = whole
-            for dim, (offset, size) in enumerate(zip(index.offset or (), sizes[index], strict=True)):
-                place = place.narrow(dim, offset, size)
-            place.copy_(piece)
-        return torch.empty(stored.shape, dtype=stored.dtype) if whole is None else whole
-
-    def value(self, key: str) -> Any:
-        """One plain value."""
-        ((index, data),) = self.opened.chunks([MetadataIndex(key)])
-        return self.opened.value(index, data)
-
-    @cached_property
-    def scalars(self) -> dict[str, dict[str, Tensor]]:
-        """``step``, ``eta`` and ``mu`` of every parameter with state, each 0-dim."""
-        scalars: dict[str, dict[str, Tensor]] = {}
-        for name, parts in self.state.items():
-            scalars[name] = {key: self.tensor(parts[key].key) for key in SCALARS}
-            for key, value in scalars[name].items():
-                if value.numel() != 1 or value.is_complex():
-                    raise CheckpointError(
-                        f"dist_asgd: {self.opened.path}: {key} of parameter {name} is {list(value.shape)} "
-                        f"{value.dtype}, wanted one number."
-                    )
-        return scalars
-
-    def begun(self, name: str) -> bool:
-        """Whether the averaging of a parameter has begun: its ``ax`` is a mean of iterates, and mu is not 1."""
-        return name in self.state and self.scalars[name]["mu"].item() != 1
-
-    @cached_property
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups: hyperparameters, and parameter names under ``params``.
-
-        Where the checkpoint keeps hyperparameters by parameter (``flatten_optimizer_state_dict=True``) it does not
-        say what the groups were: parameters with equal hyperparameters make one, in the order of the model.
-        """
-        planned = self.opened.metadata.planner_data or {}
-        nested: dict[int, dict[str, Any]] = {}
-        flat: dict[str, dict[str, Any]] = {}
-        for key in (*self.objects, *self.tensors):
-            if key.startswith(GROUPS):
-                value = self.tensor(key) if key in self.tensors else self.value(key)
-                path = planned.get(key, ())
-                if len(path) == 4 and type(path[2]) is int:
-                    nested.setdefault(path[2], {})[path[3]] = value
-                else:
-                    name, _, option = key.removeprefix(GROUPS).rpartition(".")
-                    flat.setdefault(name, {})[option] = value
-        groups = [group for _, group in sorted(nested.items())]
-        for group in groups:
-            names = group.get("params")
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise CheckpointError(f"dist_asgd: {self.opened.path} has a parameter group without parameter names.")
-        alike: dict[str, dict[str, Any]] = {}
-        for name in self._by_model(flat):
-            group = alike.setdefault(repr(sorted(flat[name].items())), {**flat[name], "params": []})
-            group["params"].append(name)
-        return groups + list(alike.values())
-
-    @cached_property
-    def optimized(self) -> set[str]:
-        """Names of the parameters that the optimizer has."""
-        return {name for group in self.groups for name in group["params"]} | self.state.keys()
-
-    def _by_model(self, names: Iterable[str]) -> list[str]:
-        order = {name: place for place, name in enumerate(self.model)}
-        return sorted(names, key=lambda name: order.get(name, len(order)))
-
-    @cached_property
-    def tied(self) -> dict[str, str]:
-        """Names under which the model holds a parameter that the optimizer knows by another name.
-
-        DCP stores a tied parameter under each of its names, but its state under one. Recognised by values: a tensor
-        without state that equals, to the bit, one with state whose averaging has begun.
-        """
-        tied = {}
-        for name, stored in self.model.items():
-            if name in self.optimized or not stored.bytes:
-                continue
-            for other in self.state:
-                twin = self.model.get(other)
-                if twin is None or (twin.shape, twin.dtype) != (stored.shape, stored.dtype) or not self.begun(other):
-                    continue
-                if same_bits(self.tensor(stored.key), self.tensor(twin.key)):
-                    tied[name] = other
-                    break
-        return tied
-
-    def read(self, keys: Iterable[str], progress: Progress = no_progress) -> Iterator[tuple[str, Tensor]]:
-        """These tensors, one after the other."""
-        for key in keys:
-            yield key, self.tensor(key)
-            progress(self.tensors[key].bytes)
+            of_params.append(tuple(by_param[id(param)]))
+    of_model = {key: plain_name(model, key) for key in model.state_dict()}
+    if len(set(of_model.values())) != len(of_model):
+        raise ValueError("dist_asgd: two entries of the model's state_dict() have the same name without wrappers.")
+    return Names(of_model, of_params)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit: NaNs equal themselves, and -0.0 is not 0.0. Same shape and dtype."""
-    return torch.equal(_bytes(a), _bytes(b))
+def describe(model: nn.Module, optimizer: Optimizer, extra: Any, rank: int) -> dict[str, dict[str, Any]]:
+    """The state of ``model`` and ``optimizer`` and this rank's ``extra``, for DCP; tensors are the live ones."""
+    names = names_of(model, optimizer)
+    saved = optimizer.state_dict()
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    parts = {
+        id(params[index]): part
+        for index, entry in saved["state"].items()
+        for part in entry.values()
+        if isinstance(part, ShardTensor)
+    }
+    model_state: dict[str, Any] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        part = parts.get(id(value))
+        # Every rank has the whole parameter and writes the part that it updates.
+        slice_ = None if part is None else part.slice_of(value)
+        if slice_ is not None and part is not None:
+            value = part.like(slice_)
+        model_state[names.of_model[key]] = value.detach() if isinstance(value, Tensor) else value
+    optim: dict[str, Any] = {}
+    for index, entry in saved["state"].items():
+        for key, value in entry.items():
+            optim[f"{STATE}.{names.of_params[index][0]}.{key}"] = value
+    for group in saved["param_groups"]:
+        values = {key: _plain(value) for key, value in group.items() if key not in NOT_SAVED}
+        for index in group["params"]:
+            for key, value in values.items():
+                optim[f"{GROUPS}.{names.of_params[index][0]}.{key}"] = value
+    state: dict[str, dict[str, Any]] = {MODEL: model_state, OPTIM: optim}
+    if rank:
+        # What all ranks have alike is rank 0's to write.
+        state = {part: {k: v for k, v in entries.items() if _is_sharded(v)} for part, entries in state.items()}
+    if extra is not None:
+        state[EXTRA] = {str(rank): serialize(extra)}
+    return state
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+def _is_sharded(value: Any) -> bool:
+    return isinstance(value, ShardTensor) or hasattr(value, "device_mesh")
+
+
+def _plain(value: Any) -> Any:
+    return False if isinstance(value, PartMark) else value
+
+
+def serialize(extra: Any) -> Serialized:
+    """The caller's own values as they are written; ValueError where reading them would have to run code."""
+    stream = io.BytesIO()
+    try:
+        # In a tuple: DCP takes dicts and lists apart.
+        torch.save((extra,), stream)
+        stream.seek(0)
+        torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"dist_asgd: extra cannot be saved so that it loads safely: use tensors, numbers, strings, None, and "
+            f"dicts, lists and tuples of them (state_dict() of what is more). torch said: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    return Serialized(stream.getvalue())
+
+
+class Stage:
+    """Host memory to which states are copied, so that training can go on; kept for the next one."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """``state`` with every tensor copied; overwrites what the last call returned."""
+        with torch.no_grad():
+            return {
+                part: {key: self._copied(f"{part}.{key}", value) for key, value in entries.items()}
+                for part, entries in state.items()
+            }
+
+    def _copied(self, key: str, value: Any) -> Any:
+        if isinstance(value, ShardTensor):
+            return value.like(self._copied(key, value.to_local()))
+        if _is_sharded(value):
+            return BlockingAsyncStager().stage({key: value})[key]
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 0:
+            return value.detach().cpu().clone()
+        buffer = self._buffers.get(key)
+        fits = buffer is not None and (buffer.shape, buffer.dtype, buffer.stride()) == (
+            value.shape,
+            value.dtype,
+            value.stride(),
+        )
+        if buffer is None or not fits:
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(value)
+
+
+def by_parent(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Keys of a checkpoint by what stands before their last dot, and then by what stands after it."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        parent, _, last = key.rpartition(".")
+        found.setdefault(parent, {})[last] = key
+    return found

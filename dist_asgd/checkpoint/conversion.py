@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .contents import MODEL, STATE, Contents, Progress, no_progress
 from .files import CheckpointError
+from .stored import MODEL, STATE, Contents, Progress, no_progress
 from .tensor_files import DEFAULT_MAX_BYTES, SUFFIX, Spec, TensorFiles, check_free, sync_directory
 
 GROUPS_KEY = "param_groups"

@@ -13,6 +13,8 @@ from .files import CheckpointError
 def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
     """Every chunk lies inside its tensor and its file, no two overlap in either, and together they are the tensor.
 
+    Objects and 0-dim tensors that are equal may share one place: every parameter has its group's hyperparameters.
+
     ``sizes``: bytes of each file. What passes cannot ask for more memory than the files have bytes. CheckpointError
     names the key.
     """
@@ -41,12 +43,18 @@ def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
 
 def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
     last: dict[str, tuple[int, str]] = {}
+    shared: tuple[str, int, int] | None = None
     places = [
         (info.relative_path, info.offset, info.length, index.fqn) for index, info in metadata.storage_data.items()
     ]
     for name, offset, length, fqn in sorted(places):
         if name not in sizes:
             raise CheckpointError(f"dist_asgd: {name}, which holds {fqn}, is missing: {where} is not whole.")
+        entry = metadata.state_dict_metadata[fqn]
+        single = isinstance(entry, BytesStorageMetadata) or not entry.size
+        if single and shared == (name, offset, length):
+            continue
+        shared = (name, offset, length) if single else None
         stop, before = last.get(name, (0, ""))
         if offset < stop:
             raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")

@@ -7,8 +7,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .contents import Contents, Stored
 from .files import names_in
+from .stored import Contents, Stored
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 _EXTRA = "extra."

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import xxhash
 
-from .contents import Progress, no_progress
 from .files import CheckpointError, open_confined
 from .manifest import Manifest, check_files, read_manifest
 from .reader import Opened, needs_manifest
+from .stored import Progress, no_progress
 
 _BLOCK_BYTES = 1 << 22
 

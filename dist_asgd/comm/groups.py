@@ -86,6 +86,21 @@ class Communicators:
                 self._by_device["control"] = Named(group, averages=False)
         return self._by_device["control"]
 
+    @property
+    def background(self) -> Communicator:
+        """For control words of threads that run beside training, on a group of its own; collective on first use."""
+        if self._group is None or self.world_size == 1:
+            return self._by_device.setdefault("", Local())
+        if "background" not in self._by_device:
+            host = self._host_group(self._group)
+            backend = _backend_for(host, "cpu")
+            assert backend is not None
+            group = _own_group(self._group, backend)
+            self._by_device["background"] = (
+                Gloo(group, _agree_on_tags(group)) if backend == "gloo" else Named(group, averages=False)
+            )
+        return self._by_device["background"]
+
     def on(self, device: torch.device) -> Communicator:
         """The communicator for tensors on ``device``; ValueError where the group has no backend for it."""
         if self._group is None or self.world_size == 1:

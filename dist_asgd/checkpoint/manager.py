@@ -1,0 +1,144 @@
+"""A folder of checkpoints, one a step: which is the latest, which are superseded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..agreement import Claim, Kind
+from . import directory
+from .directory import leftover_of, leftovers, step_name, steps_in
+from .restoring import restore
+from .saving import PendingSave, Saver, WhenBusy
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a manager has loaded: the step it was saved after, its directory, and this rank's ``extra``."""
+
+    step: int
+    path: Path
+    extra: Any
+
+
+class CheckpointManager:
+    """Checkpoints in ``folder/step-XXXXXXXX``, the newest ``keep`` of them, and a link ``folder/latest``.
+
+    A checkpoint is removed only when a newer one is whole and on disk. Steps go up: saving at a step that is not beyond
+    all that are there is an error. What crashed saves left is ignored, and removed by the next save. One job at a time
+    saves to a folder. As a context manager it waits for the last save on leaving, and raises its failure.
+
+    Args:
+        folder: made if it is not there; on a file system that all ranks share.
+        keep: how many to keep; None: all.
+        when_busy: what ``async_save`` does while the last one runs: ``"wait"``, or ``"refuse"`` with a RuntimeError.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3, when_busy: WhenBusy = "wait") -> None:
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+            raise ValueError(f"dist_asgd: keep must be a number from 1 on, or None to keep all, got {keep!r}.")
+        if when_busy not in ("wait", "refuse"):
+            raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
+        self.folder = Path(os.path.abspath(folder))
+        self._keep = keep
+        self._when_busy: WhenBusy = when_busy
+        self._saver: Saver | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> Path:
+        """Save, as ``save_checkpoint`` does, and remove what is superseded. Collective. Returns the directory."""
+        self._save(Kind.SAVE_CHECKPOINT, model, optimizer, step, extra)
+        return self.path_of(step)
+
+    def async_save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> PendingSave:
+        """The same in the background, as ``async_save_checkpoint`` does. Collective."""
+        pending = self._save(Kind.ASYNC_SAVE_CHECKPOINT, model, optimizer, step, extra)
+        assert pending is not None
+        return pending
+
+    def wait(self) -> None:
+        """Until the last save is whole and on disk; raises its failure. Every rank calls it before its group ends."""
+        if self._saver is not None:
+            self._saver.settle_pending()
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is, or would be."""
+        return self.folder / step_name(step)
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints that are whole, oldest first; no communication."""
+        return [step for step, _ in steps_in(self.folder)]
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is whole, or None; no communication."""
+        return max(steps_in(self.folder), default=(0, None))[1]
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        verify: bool = True,
+    ) -> Restored | None:
+        """Load the checkpoint of ``step``, or the latest, as ``load_checkpoint`` does. Collective.
+
+        None, on every rank and with nothing changed, where there is none.
+        """
+        saver = Saver.of(optimizer)
+        saver.meet(Kind.RESTORE_CHECKPOINT, Claim("checkpoints to restore", [("step", step)], "Pass the same step."))
+        saver.settle_pending()
+        path = saver.on_first(Kind.RESTORE_CHECKPOINT, self.latest if step is None else lambda: self.path_of(step))
+        if path is None:
+            return None
+        staged = restore(saver, Kind.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
+        found = int(path.name.removeprefix("step-")) if staged.step is None else staged.step
+        return Restored(found, path, staged.extra)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+
+    def _save(self, kind: Kind, model: nn.Module, optimizer: Optimizer, step: int, extra: Any) -> PendingSave | None:
+        self._saver = Saver.of(optimizer)
+        path = self.path_of(step) if isinstance(step, int) and step >= 0 else self.folder
+        return self._saver.save(kind, path, model, optimizer, step, extra, self._when_busy, self._begin, self._commit)
+
+    def _begin(self, path: Path) -> Path:
+        """On rank 0, before anything is written."""
+        if not self.folder.is_dir():
+            raise ValueError(f"dist_asgd: the folder of checkpoints {self.folder} has vanished. Make it again.")
+        for leftover in leftovers(self.folder):
+            name = leftover_of(leftover) or ""
+            if leftover.is_symlink():
+                leftover.unlink()
+            elif name.startswith("step-"):
+                shutil.rmtree(leftover)
+        newest = self.latest()
+        if newest is not None and newest.name >= path.name:
+            raise ValueError(
+                f"dist_asgd: {self.folder} has a checkpoint of a later or the same step, {newest.name}, so {path.name} "
+                f"would not become the latest. Remove those of the run that you leave, or use another folder."
+            )
+        return directory.begin(path)
+
+    def _commit(self, temporary: Path, path: Path) -> None:
+        """On rank 0, when all files are on disk."""
+        directory.put_in_place(temporary, path)
+        directory.point_latest(self.folder, path.name)
+        whole = [entry for _, entry in steps_in(self.folder)]
+        for superseded in whole[: -self._keep] if self._keep is not None else ():
+            directory.remove(superseded)

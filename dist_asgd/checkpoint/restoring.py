@@ -1,0 +1,265 @@
+"""Loading a checkpoint into a model and its optimizer on all ranks: read whole, agreed on, and only then applied."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.optim import Optimizer
+
+from ..agreement import NO_CLAIM, Claim, Kind
+from .contents import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of
+from .files import CheckpointError
+from .matching import Difference, Found
+from .reader import CheckedReader
+from .saving import Saver
+
+AVERAGE, MASTER = "ax", "master"
+NOT_LOADED = (*NOT_SAVED, "param_names")
+_LOG = logging.getLogger("dist_asgd")
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A checkpoint in memory of its own, in the form that ``load_state_dict`` of model and optimizer take."""
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    extra: Any
+    save_id: str | None
+    step: int | None
+    difference: Difference
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    strict: bool = True,
+    verify: bool = True,
+) -> Any:
+    """Load what any topology saved into ``model`` and ``optimizer``, on all ranks. Collective. Returns ``extra``.
+
+    Everything is read into memory of its own and checked; when every rank has all it needs, it is applied. Where any
+    rank fails, every rank raises, and model and optimizer are bit for bit what they were. Nothing in the checkpoint is
+    executed. Hyperparameters come from the checkpoint, as in torch.
+
+    Args:
+        path: a checkpoint's directory.
+        model, optimizer: as for ``save_checkpoint``; wrappers, stage and world size may be others than then.
+        strict: False: load what matches, by name and shape, keep the rest as it is, and log what that was. True:
+            parameters that were added, removed or renamed are an error that lists them.
+        verify: check every byte that is read against the manifest. False is for checkpoints that something else wrote
+            (FSDP2 with ``dcp.save``) and that have none.
+
+    Returns:
+        What this rank gave as ``extra`` when it was saved by as many ranks; on another number of ranks what rank 0
+        gave; None if nothing was given.
+
+    Raises:
+        CheckpointError (a RuntimeError): the checkpoint is damaged, incomplete, hostile or has no manifest.
+        ValueError: it is of another model, or ranks disagree.
+        PeerError: a rank died.
+    """
+    return restore(Saver.of(optimizer), Kind.LOAD_CHECKPOINT, path, model, optimizer, strict, verify).extra
+
+
+def restore(
+    saver: Saver,
+    kind: Kind,
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    strict: bool,
+    verify: bool,
+) -> Staged:
+    """Collective: ``load_checkpoint``, with all that was read."""
+    staged: Staged | None = None
+    claim, problem = NO_CLAIM, None
+    try:
+        saver.settle_pending()
+        staged = _stage(Path(path), model, optimizer, strict, verify, saver)
+        entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", staged.save_id)]
+        claim = Claim("checkpoints to load", entries, "Load the same checkpoint on every rank.")
+    except Exception as error:
+        problem = error
+    saver.meet(kind, claim, problem)
+    assert staged is not None
+    optimizer.load_state_dict(staged.optimizer)
+    with torch.no_grad():
+        model.load_state_dict(staged.model, strict=not staged.difference)
+    if staged.difference and saver.rank == 0:
+        _LOG.warning("loaded what matches of %s: %s", path, staged.difference)
+    return staged
+
+
+def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, verify: bool, saver: Saver) -> Staged:
+    """Read all that this rank needs; changes nothing."""
+    reader = CheckedReader(path, verify=verify)
+    difference = Difference()
+    found = Found(reader, difference)
+    names = names_of(model, optimizer)
+    model_state = _stage_model(found, names, model, difference)
+    optimizer_state = _stage_optimizer(found, names, optimizer, difference)
+    difference.check(path, strict)
+    found.read()
+    manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta
+    return Staged(
+        model_state,
+        optimizer_state,
+        _extra(found, saver, None if manifest is None else manifest.world_size),
+        None if meta is None else meta.save_id,
+        None if manifest is None else manifest.step,
+        difference,
+    )
+
+
+def _stage_model(found: Found, names: Names, model: nn.Module, difference: Difference) -> dict[str, Any]:
+    staged: dict[str, Any] = {}
+    known = {f"{MODEL}.{name}" for name in names.of_model.values()}
+    difference.unexpected += [key for key in found.keys if key.startswith(f"{MODEL}.") and key not in known]
+    for key, value in model.state_dict().items():
+        name = f"{MODEL}.{names.of_model[key]}"
+        if name not in found.keys:
+            difference.missing.append(name)
+        elif isinstance(value, Tensor):
+            staged[key] = found.memory_for(name, value, widen=False)
+        else:
+            staged[key] = found.values([name])[name]
+    return staged
+
+
+def _stage_optimizer(found: Found, names: Names, optimizer: Optimizer, difference: Difference) -> dict[str, Any]:
+    live = optimizer.state_dict()
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    groups = _Groups(found)
+    used: set[str] = set()
+    states: dict[int, dict[str, str]] = {}
+    group_of: dict[int, dict[str, str]] = {}
+    for index, aliases in enumerate(names.of_params):
+        # Of a shared parameter any name will do: another wrapping may have put another one first.
+        name = next((n for n in aliases if groups.of(n) or f"{OPTIM}.{STATE}.{n}" in found.parents), None)
+        if name is None:
+            difference.missing.append(f"{OPTIM}.{STATE}.{aliases[0]}")
+            continue
+        used.add(f"{OPTIM}.{STATE}.{name}")
+        states[index] = found.parents.get(f"{OPTIM}.{STATE}.{name}", {})
+        group_of[index] = groups.of(name)
+    difference.unexpected += [
+        parent
+        for parent, below in found.parents.items()
+        if parent.startswith(f"{OPTIM}.{STATE}.") and AVERAGE in below and parent not in used
+    ]
+    scalars = found.values(key for below in states.values() for last, key in below.items() if last in SCALARS)
+    state: dict[int, Any] = {}
+    for index, param in enumerate(params):
+        if index not in states:
+            kept = live["state"].get(index)
+        else:
+            model_key = next((k for k in (f"{MODEL}.{n}" for n in names.of_params[index]) if k in found.keys), None)
+            kept = _stage_entry(found, states[index], scalars, live["state"].get(index), param, model_key)
+        if kept is not None:
+            state[index] = kept
+    new_groups = [_stage_group(group, group_of, groups) for group in live["param_groups"]]
+    for group in new_groups:
+        for index in group["params"]:
+            # As in torch: what has never stepped has no state.
+            if index in state and index in states and _never_stepped(state[index], group["lr"]):
+                del state[index]
+    return {"state": state, "param_groups": new_groups}
+
+
+def _stage_entry(
+    found: Found,
+    below: dict[str, str],
+    scalars: dict[str, Tensor],
+    live: dict[str, Any] | None,
+    param: Tensor,
+    model_key: str | None,
+) -> dict[str, Any] | None:
+    if AVERAGE not in below:
+        return None
+    absent = [key for key in SCALARS if key not in below]
+    if absent:
+        raise CheckpointError(f"dist_asgd: {below[AVERAGE]} is there without {absent}: this is no state of ASGD.")
+    live = live or {AVERAGE: param.detach()}
+    staged: dict[str, Any] = {key: scalars[below[key]].reshape(()) for key in SCALARS}
+    for key in (AVERAGE, MASTER):
+        # A master that was not saved is the parameter that was, before it is rounded to this model's dtype.
+        source = below.get(key, model_key if key == MASTER else None)
+        if key in live and source is not None:
+            staged[key] = found.memory_for(source, live[key], widen=True)
+    return staged
+
+
+def _never_stepped(entry: dict[str, Any], lr: Any) -> bool:
+    eta = entry["eta"]
+    return bool(entry["step"] == 0 and eta == torch.as_tensor(lr, dtype=eta.dtype).reshape(()))
+
+
+class _Groups:
+    """Keys of each parameter's group: under its name where the state dict was flattened, else under a number."""
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+        prefix = f"{OPTIM}.{GROUPS}."
+        nested = {p: below for p, below in found.parents.items() if p.startswith(prefix) and "params" in below}
+        listed = found.values(below["params"] for below in nested.values())
+        self._nested = {
+            name: below
+            for below in nested.values()
+            if isinstance(listed[below["params"]], list)
+            for name in listed[below["params"]]
+            if isinstance(name, str)
+        }
+
+    def of(self, name: str) -> dict[str, str]:
+        """Keys by hyperparameter; empty where the checkpoint has no group with this parameter."""
+        own = self._found.parents.get(f"{OPTIM}.{GROUPS}.{name}") or self._nested.get(name, {})
+        return {last: key for last, key in own.items() if last not in NOT_LOADED}
+
+    def values(self, keys: dict[str, str]) -> dict[str, Any]:
+        """The hyperparameters at these keys."""
+        found = self._found.values(keys.values())
+        return {last: found[key] for last, key in keys.items()}
+
+
+def _stage_group(live: dict[str, Any], group_of: dict[int, dict[str, str]], groups: _Groups) -> dict[str, Any]:
+    """The group's values in the checkpoint, which are the same for all its parameters; else those of now."""
+    first: dict[str, Any] | None = None
+    for index in live["params"]:
+        if not group_of.get(index):
+            continue
+        values = groups.values(group_of[index])
+        if first is None:
+            first = values
+        for key in first.keys() | values.keys():
+            if not _same(first.get(key), values.get(key)):
+                raise ValueError(
+                    f"dist_asgd: the parameters of one group were saved with different {key}: {first.get(key)} and "
+                    f"{values.get(key)} ({group_of[index].get(key)}). Build the optimizer with the groups that were "
+                    f"saved."
+                )
+    return {**live, **(first or {})}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def _extra(found: Found, saver: Saver, saved_by: int | None) -> Any:
+    rank = saver.rank if saved_by == saver.world_size else 0
+    key = next((k for k in (f"{EXTRA}.{rank}", f"{EXTRA}.0") if k in found.keys), None)
+    if key is None or not isinstance(found.keys[key], BytesStorageMetadata):
+        return None
+    value = found.values([key])[key]
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else None

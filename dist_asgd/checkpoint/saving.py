@@ -1,0 +1,301 @@
+"""Saving a model and its optimizer from all ranks, now or in the background."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, cast
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+
+from ..agreement import NO_CLAIM, Agreement, Claim, Kind, ranks_text
+from ..comm import Communicators, PeerError
+from ..gradients import Gradients
+from . import directory
+from .contents import Stage, describe
+from .files import CheckpointError
+from .writer import CheckpointWriter, Planner
+
+T = TypeVar("T")
+WhenBusy = Literal["wait", "refuse"]
+_KEPT_AS = "_dist_asgd_saver"
+
+
+class PendingSave:
+    """A save in the background. ``wait()`` raises what went wrong, the same on every rank."""
+
+    def __init__(self, path: Path, step: int, work: Callable[[], None]) -> None:
+        self.path = path
+        self.step = step
+        self._work = work
+        self._failure: BaseException | None = None
+        # Not a daemon: the interpreter does not end before the checkpoint is whole.
+        self._thread = threading.Thread(target=self._run, name=f"dist_asgd save of {path.name}")
+        atexit.register(self._surface)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._failure = error
+
+    def done(self) -> bool:
+        """Whether this rank's part has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until the checkpoint is whole and on disk. Its failure is raised once: here, at the next save, or at exit."""
+        self._thread.join()
+        atexit.unregister(self._surface)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _surface(self) -> None:
+        self.wait()
+
+
+class Saver:
+    """What checkpoints of one optimizer need beside it: its ranks, a group for the background, staging memory."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        own = getattr(optimizer, "_communicators", None)
+        self._communicators = own if isinstance(own, Communicators) else Communicators(None)
+        gradients = getattr(optimizer, "_gradients", None)
+        self._gradients = gradients if isinstance(gradients, Gradients) else None
+        self._agreement: Agreement | None = None
+        self._stage = Stage()
+        self._pending: PendingSave | None = None
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> Saver:
+        """The saver of ``optimizer``, which lives as long as it; made on first use."""
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"dist_asgd: wanted the optimizer, got {type(optimizer).__name__}.")
+        saver = vars(optimizer).get(_KEPT_AS)
+        if saver is None:
+            saver = cls(optimizer)
+            setattr(optimizer, _KEPT_AS, saver)
+        return cast(Saver, saver)
+
+    @property
+    def rank(self) -> int:
+        """This rank among those that save together."""
+        return self._communicators.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks save together."""
+        return self._communicators.world_size
+
+    def meet(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> None:
+        """Collective: where all ranks make sure that they are in the same call; raises on all or none."""
+        if self._gradients is not None:
+            self._gradients.settle(kind, claim, problem)
+        else:
+            Agreement(self._communicators.host).confer(kind, claim, problem=problem)
+        if self._agreement is None:
+            self._agreement = Agreement(self._communicators.background)
+
+    def on_first(self, kind: Kind, action: Callable[[], T]) -> T:
+        """Collective, after ``meet``: what ``action`` returns on rank 0; its failure is raised on every rank."""
+        assert self._agreement is not None
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except OSError as error:
+                problem = os_problem(error)
+            except Exception as error:
+                problem = error
+        self._agreement.confer(kind, problem=problem)
+        return cast(T, self._communicators.background.exchange_objects(result)[0])
+
+    def settle_pending(self) -> None:
+        """Wait for the save in the background, if there is one, and raise its failure."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+    def save(
+        self,
+        kind: Kind,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: Optimizer,
+        step: int,
+        extra: Any,
+        when_busy: WhenBusy,
+        begin: Callable[[Path], Path],
+        commit: Callable[[Path, Path], None],
+    ) -> PendingSave | None:
+        """Collective. ``begin`` makes a directory to write in, ``commit`` gives it its name; both on rank 0."""
+        claim, problem, state, target = NO_CLAIM, None, {}, Path()
+        try:
+            target = Path(os.path.abspath(path))
+            _check(step, when_busy)
+            # Whether it still runs may differ between ranks, so this too is for them to agree on.
+            if when_busy == "refuse" and self._pending is not None and not self._pending.done():
+                raise RuntimeError(
+                    "dist_asgd: the last checkpoint is still being written. Save less often, or pass when_busy='wait'."
+                )
+            self.settle_pending()
+            state = describe(model, optimizer, extra, self.rank)
+            if kind is Kind.ASYNC_SAVE_CHECKPOINT:
+                state = self._stage.copy(state)
+            entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]
+            claim = Claim("checkpoints to save", entries, "Pass the same path and step on every rank.")
+        except Exception as error:
+            problem = error
+        self.meet(kind, claim, problem)
+
+        def write() -> None:
+            self._write(kind, target, state, step, begin, commit)
+
+        if kind is Kind.SAVE_CHECKPOINT:
+            write()
+            return None
+        self._pending = PendingSave(target, step, write)
+        return self._pending
+
+    def _write(
+        self,
+        kind: Kind,
+        path: Path,
+        state: dict[str, dict[str, Any]],
+        step: int,
+        begin: Callable[[Path], Path],
+        commit: Callable[[Path, Path], None],
+    ) -> None:
+        temporary = self.on_first(kind, lambda: begin(path))
+        writer = CheckpointWriter(temporary, path, step, self.world_size, lambda: commit(temporary, path))
+        try:
+            _save(state, writer, getattr(self._communicators.background, "group", None))
+        except OSError as error:
+            directory.discard(temporary)
+            raise os_problem(error) from error
+        except CheckpointException as failed:
+            # Every rank is here: nobody writes any more.
+            if self.rank == 0:
+                directory.discard(temporary)
+            _raise_alike(path, failed, self.world_size)
+        except Exception as error:
+            if self.world_size == 1:
+                directory.discard(temporary)
+                raise
+            raise PeerError(
+                f"dist_asgd: saving {path} failed on rank {self.rank} of {self.world_size}: a peer has died, was cut "
+                f"off, or did not arrive within the process group's timeout. Earlier checkpoints are whole: restart "
+                f"from the last one. The backend said: {error}"
+            ) from error
+
+
+def _save(state: dict[str, dict[str, Any]], writer: CheckpointWriter, group: dist.ProcessGroup | None) -> None:
+    """DCP's save; in one process its steps without a group."""
+    planner = Planner()
+    if group is not None:
+        dcp_save(cast(dict[str, Any], state), storage_writer=writer, planner=planner, process_group=group)
+        return
+    planner.set_up_planner(cast(dict[str, Any], state), writer.storage_meta(), is_coordinator=True)
+    writer.set_up_storage_writer(True)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+
+
+def _check(step: int, when_busy: str) -> None:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"dist_asgd: step must be a whole number from 0 on, got {step!r}.")
+    if when_busy not in ("wait", "refuse"):
+        raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
+
+
+def os_problem(error: OSError) -> Exception:
+    """An error of the operating system in the words of this package, with the file in it."""
+    what = f" {error.filename}" if error.filename else ""
+    return RuntimeError(
+        f"dist_asgd: cannot write the checkpoint:{what}: {error.strerror or error}. Nothing of it is kept; checkpoints "
+        f"that were there before are whole."
+    )
+
+
+def _raise_alike(path: Path, failed: CheckpointException, world_size: int) -> NoReturn:
+    """The same error on every rank, with each rank's reason."""
+    reasons: dict[str, list[int]] = {}
+    kind: type[Exception] = RuntimeError
+    for rank, (error, _) in sorted(failed.failures.items()):
+        shown = os_problem(error) if isinstance(error, OSError) else error
+        text = str(shown)
+        if not text.startswith("dist_asgd"):
+            text = f"dist_asgd: saving {path} failed: {type(shown).__name__}: {text}"
+        reasons.setdefault(text, []).append(rank)
+        if isinstance(error, (ValueError, CheckpointError)):
+            kind = type(error)
+    lines = [f"{text} [on {ranks_text(ranks)} of {world_size}]" for text, ranks in reasons.items()]
+    raise kind("\n".join(lines)) from failed
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    extra: Any = None,
+) -> None:
+    """Save ``model`` and ``optimizer`` from all ranks into a new directory ``path``. Collective.
+
+    Loads in any topology: one process, stage 1 and 2, FSDP2 with ``torch.optim.ASGD``, at any world size. On return
+    the checkpoint is whole, on disk, and hashed; on an error, which every rank raises, there is none at ``path`` and
+    training state is untouched.
+
+    Args:
+        path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share.
+        model: the module whose parameters the optimizer was given, wrapped by DDP or torch.compile or not.
+        optimizer: a ``ShardedASGD`` of any stage, or ``torch.optim.ASGD`` (on FSDP2 parameters too).
+        step: the number of steps taken, for the manifest.
+        extra: whatever else is to be kept, by this rank: tensors, numbers, strings, None, dicts, lists and tuples of
+            them (state dicts of lr schedulers, RNG states, the position in the data).
+
+    Raises:
+        ValueError: ``path`` exists, ``extra`` cannot be loaded safely, or ranks disagree.
+        RuntimeError: the file system refused (disk full, read-only, vanished).
+        PeerError: a rank died.
+    """
+    saver = Saver.of(optimizer)
+    kind = Kind.SAVE_CHECKPOINT
+    saver.save(kind, path, model, optimizer, step, extra, "wait", directory.begin, directory.put_in_place)
+
+
+def async_save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    extra: Any = None,
+    when_busy: WhenBusy = "wait",
+) -> PendingSave:
+    """``save_checkpoint`` in the background: returns when this rank's part is copied to host memory. Collective.
+
+    The copy is kept for the next save (parameters and ``ax`` divided by the number of ranks). A failure is raised by
+    ``wait()`` of what is returned, or by the next save or load of this optimizer, or at exit. Wait for the last save
+    before ``destroy_process_group()``.
+
+    Args:
+        when_busy: while the last save of this optimizer still runs: ``"wait"`` for it, or ``"refuse"`` with a
+            RuntimeError on every rank.
+    """
+    saver = Saver.of(optimizer)
+    kind = Kind.ASYNC_SAVE_CHECKPOINT
+    pending = saver.save(kind, path, model, optimizer, step, extra, when_busy, directory.begin, directory.put_in_place)
+    assert pending is not None
+    return pending
