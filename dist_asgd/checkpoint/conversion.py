@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .directory import sync_directory
 from .files import CheckpointError
 from .stored import MODEL, STATE, Contents, Progress, no_progress
-from .tensor_files import DEFAULT_MAX_BYTES, SUFFIX, Spec, TensorFiles, check_free, sync_directory
+from .tensor_files import DEFAULT_MAX_BYTES, SUFFIX, Spec, TensorFiles, check_free
 
 GROUPS_KEY = "param_groups"
 

@@ -26,6 +26,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from .directory import sync_directory
+
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_MAX_BYTES = 5_000_000_000
@@ -157,14 +159,18 @@ class TensorFiles:
         return sum(spec.bytes for spec in self._specs.values())
 
     def __enter__(self) -> TensorFiles:
+        self.open()
+        return self
+
+    def open(self) -> None:
+        """Make the files, beside where they will be, and write their headers."""
         try:
             for number, (names, path) in enumerate(zip(self._names, self.paths, strict=True)):
                 self._files.append(_partial(path).open("wb"))
                 self._begin(number, names)
         except BaseException:
-            self._discard()
+            self.discard()
             raise
-        return self
 
     def _begin(self, number: int, names: Sequence[str]) -> None:
         entries: dict[str, object] = {"__metadata__": self._metadata}
@@ -206,12 +212,13 @@ class TensorFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
-                self._commit()
+            if kind is None and self._files:
+                self.commit()
         finally:
-            self._discard()
+            self.discard()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Give the files their names, all tensors written; the end of the block does it where nobody has."""
         if self._waiting:
             raise ValueError(f"dist_asgd: {sorted(self._waiting)[0]} was not written, so neither is {self._out}.")
         paths = self.paths
@@ -238,10 +245,14 @@ class TensorFiles:
                 os.fsync(file_.fileno())
             _partial(index).replace(index)
         sync_directory(self._out.parent)
+        self._files.clear()
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """Remove what has no name yet; nothing where all have theirs."""
         for file, path in zip(self._files, self.paths, strict=False):
-            file.close()
+            # Closing writes what is left, and fails again where writing has failed.
+            with contextlib.suppress(OSError):
+                file.close()
             with contextlib.suppress(FileNotFoundError):
                 _partial(path).unlink()
         self._files.clear()
@@ -258,12 +269,3 @@ def write_bytes(file: BinaryIO, tensor: Tensor) -> None:
     plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     if plain.nbytes:
         file.write(memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())))
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in ``directory`` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
