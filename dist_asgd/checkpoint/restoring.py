@@ -190,7 +190,8 @@ def _stage_entry(
     if absent:
         raise CheckpointError(f"dist_asgd: {below[AVERAGE]} is there without {absent}: this is no state of ASGD.")
     live = live or {AVERAGE: param.detach()}
-    staged: dict[str, Any] = {key: scalars[below[key]].reshape(()) for key in SCALARS}
+    # Cloned: equal ones were read once, and torch's optimizer keeps what it is given.
+    staged: dict[str, Any] = {key: scalars[below[key]].reshape(()).clone() for key in SCALARS}
     for key in (AVERAGE, MASTER):
         # A master that was not saved is the parameter that was, before it is rounded to this model's dtype.
         source = below.get(key, model_key if key == MASTER else None)

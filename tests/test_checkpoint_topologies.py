@@ -1,0 +1,328 @@
+"""A checkpoint of any topology loads in any other, and training goes on with the same bits."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+import dist_asgd
+from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from tests.harness.bits import assert_same_bits, same_tree
+from tests.harness.ranks import run, run_errors
+from tests.harness.topologies import OPTIONS, Run, assert_same_state, build, whole_state
+
+Place = tuple[str, int]
+PLACES: list[Place] = [
+    ("single", 1),
+    *(("stage1", n) for n in (1, 2, 3, 4)),
+    *(("stage2", n) for n in (2, 3, 4)),
+    *(("fsdp2", n) for n in (1, 2, 3, 4)),
+]
+OURS = [place for place in PLACES if place[0] != "fsdp2"]
+
+
+def at(place: Place, fn: Any, *args: Any) -> list[Any]:
+    """Run a job in a topology."""
+    return run("none" if place[0] == "single" else "gloo", place[1], fn, place[0], *args)
+
+
+def save(rank: int, _world_size: int, topology: str, kind: str, path: str) -> dict[str, Tensor]:
+    """Job: train, save, train on; the whole state after that."""
+    live = build(topology, kind).train(4)
+    save_checkpoint(path, live.model, live.optimizer, step=4, extra={"rank": rank})
+    return whole_state(live.train(3))
+
+
+def load(rank: int, world_size: int, topology: str, kind: str, path: str, expected: Any, saved_by: int) -> None:
+    """Job: load into something fresh and different, and go on."""
+    live = build(topology, kind, seed=7).train(1)
+    extra = load_checkpoint(path, live.model, live.optimizer)
+    assert extra == {"rank": rank if world_size == saved_by else 0}
+    assert_same_state(Run(topology, live.model, live.optimizer, 4).train(3), expected)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each topology saved, and what it then came to; made when first asked for."""
+
+    @functools.cache
+    def of(place: Place, kind: str) -> tuple[str, Any]:
+        path = str(tmp_path_factory.mktemp("saved") / "checkpoint")
+        return path, at(place, save, kind, path)[0]
+
+    return of
+
+
+# Of all pairs those at five distances: every place is a source and a target five times, beside every other topology.
+PAIRS = [
+    (source, target)
+    for i, source in enumerate(PLACES)
+    for j, target in enumerate(PLACES)
+    if (j - i) % len(PLACES) in (0, 1, 3, 6, 8)
+]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda place: f"{place[0]}-{place[1]}")
+def test_any_topology_loads_any_other(saved: Any, source: Place, target: Place) -> None:
+    """Parameters, buffers and state, to the bit, three steps after loading."""
+    path, expected = saved(source, "mlp")
+    at(target, load, "mlp", path, expected, source[1])
+
+
+@pytest.mark.parametrize("kind", ["odd", "complex", "bfloat16"])
+@pytest.mark.parametrize("step", range(len(OURS)))
+def test_odd_parameters_load_anywhere(saved: Any, kind: str, step: int) -> None:
+    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused; complex; with a wider average."""
+    source, target = OURS[step], OURS[(step + 3) % len(OURS)]
+    path, expected = saved(source, kind)
+    at(target, load, kind, path, expected, source[1])
+
+
+# --- torch's own tools -------------------------------------------------------------------------------------
+
+
+def torch_loads(_rank: int, _world_size: int, topology: str, path: str, expected: Any) -> None:
+    """Job: ``dcp.load`` and ``set_state_dict`` read what ``save_checkpoint`` wrote."""
+    import torch.distributed.checkpoint as dcp
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    live = build(topology, "mlp", seed=7)
+    model, optim = get_state_dict(live.model, live.optimizer, options=options)
+    state = {"model": model, "optim": optim}
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(live.model, live.optimizer, model_state_dict=model, optim_state_dict=state["optim"], options=options)
+    assert_same_state(Run(topology, live.model, live.optimizer, 4).train(3), expected)
+
+
+def torch_saves(_rank: int, _world_size: int, topology: str, path: str, flatten: bool) -> dict[str, Tensor]:
+    """Job: ``dcp.save`` of ``get_state_dict`` on FSDP2 and ``torch.optim.ASGD``."""
+    import torch.distributed.checkpoint as dcp
+
+    live = build(topology, "mlp").train(4)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optim = get_state_dict(live.model, live.optimizer, options=options)
+    dcp.save({"model": model, "optim": optim}, checkpoint_id=path)
+    return whole_state(live.train(3))
+
+
+@pytest.mark.parametrize("source", [("single", 1), ("stage1", 3), ("stage2", 2)], ids=str)
+def test_torch_and_fsdp2_load_ours(saved: Any, source: Place) -> None:
+    """One format."""
+    path, expected = saved(source, "mlp")
+    at(("fsdp2", 2), torch_loads, path, expected)
+    at(("stage1", 2), torch_loads, path, expected)
+
+
+def load_foreign(_rank: int, _world_size: int, topology: str, path: str, expected: Any) -> None:
+    """Job: not without saying that there is no manifest; then yes."""
+    live = build(topology, "mlp", seed=7)
+    with pytest.raises(RuntimeError, match="verify=False"):
+        load_checkpoint(path, live.model, live.optimizer)
+    assert load_checkpoint(path, live.model, live.optimizer, verify=False) is None
+    assert_same_state(Run(topology, live.model, live.optimizer, 4).train(3), expected)
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "nested"])
+def test_ours_load_what_fsdp2_and_torch_wrote(flatten: bool, tmp_path: Path) -> None:
+    """With ``verify=False``, as they write no manifest; of both layouts of the optimizer."""
+    expected = at(("fsdp2", 2), torch_saves, str(tmp_path / "theirs"), flatten)[0]
+    for target in (("single", 1), ("stage1", 3), ("stage2", 2), ("fsdp2", 3)):
+        at(target, load_foreign, str(tmp_path / "theirs"), expected)
+
+
+# --- wrappers, groups, models that differ --------------------------------------------------------------------
+
+
+def wrapped(_rank: int, _world_size: int, path: str) -> None:
+    """Job: DDP and torch.compile add to names, and checkpoints do not know it."""
+    live = build("stage1", "odd").train(3)
+    shell = torch.compile(DistributedDataParallel(live.model), backend="eager")
+    save_checkpoint(path + "/wrapped", shell, live.optimizer, step=3)
+    expected = whole_state(live)
+    for number, wrap in enumerate((lambda m: m, torch.compile, DistributedDataParallel)):
+        other = build("stage1", "odd", seed=7)
+        load_checkpoint(path + "/wrapped", wrap(other.model), other.optimizer)
+        assert_same_state(other, expected)
+        save_checkpoint(f"{path}/{number}", wrap(other.model), other.optimizer, step=3)
+        load_checkpoint(f"{path}/{number}", shell, live.optimizer)
+        assert_same_state(live, expected)
+
+
+def test_names_are_those_without_wrappers(tmp_path: Path) -> None:
+    """Saved wrapped, loaded bare, and the other way round."""
+    run("gloo", 2, wrapped, str(tmp_path))
+
+
+def net(*names: str, width: int = 3) -> nn.ParameterDict:
+    """Parameters by name."""
+    return nn.ParameterDict({name: nn.Parameter(torch.full((width, 4), float(len(name)))) for name in names})
+
+
+def stepped(model: nn.Module, **options: Any) -> ShardedASGD:
+    """An optimizer after two steps."""
+    optimizer = ShardedASGD(model.parameters(), **{**OPTIONS, "t0": 0, **options})
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    return optimizer
+
+
+def other_models(_rank: int, _world_size: int, path: str) -> list[str]:
+    """Job: added, removed, renamed, reshaped; what errors say, and that nothing has changed."""
+    model = net("kept", "removed", "old_name")
+    optimizer = stepped(model)
+    save_checkpoint(path, model, optimizer, step=2)
+    messages = []
+    for other in (net("kept", "added", "new_name"), net("kept", "removed", "old_name", width=5)):
+        theirs = stepped(other)
+        before = [p.detach().clone() for p in other.parameters()], theirs.consolidated_state_dict(to=None)
+        for strict in (True, False):
+            if not strict and "added" in other:
+                continue
+            with pytest.raises(ValueError, match="dist_asgd") as caught:
+                load_checkpoint(path, other, theirs, strict=strict)
+            messages.append(str(caught.value))
+        assert same_tree(before, ([p.detach() for p in other.parameters()], theirs.consolidated_state_dict(to=None)))
+    return messages
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_another_model_is_an_error_that_lists_what_differs(backend: str, world_size: int, tmp_path: Path) -> None:
+    """Model and optimizer alike, on every rank, and nothing is loaded."""
+    for messages in run(backend, world_size, other_models, str(tmp_path / "c")):
+        for name in ("model.added", "model.new_name", "optim.state.added"):
+            assert name in messages[0].split("in the checkpoint only")[0]
+        for name in ("model.removed", "model.old_name", "optim.state.old_name"):
+            assert name in messages[0].split("in the checkpoint only")[1]
+        assert "kept" not in messages[0]
+        for message in messages[1:]:
+            assert "model.kept is (3, 4) torch.float32 in the checkpoint and (5, 4) torch.float32 here" in message
+
+
+def what_matches(rank: int, _world_size: int, path: str) -> None:
+    """Job: ``strict=False`` loads what matches, keeps the rest, and says so on rank 0."""
+    model = net("kept", "removed")
+    optimizer = stepped(model, lr=0.5)
+    save_checkpoint(path, model, optimizer, step=2)
+    other = net("kept", "added")
+    theirs = stepped(other)
+    before = theirs.consolidated_state_dict(to=None)["state"]
+    added = other["added"].detach().clone()
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dist_asgd").addHandler(handler)
+    load_checkpoint(path, other, theirs, strict=False)
+    logging.getLogger("dist_asgd").removeHandler(handler)
+    assert_same_bits(other["kept"], model["kept"], "kept")
+    assert_same_bits(other["added"], added, "added")
+    found, wanted = (o.consolidated_state_dict(to=None)["state"] for o in (theirs, optimizer))
+    order, theirs_order = list(model), list(other)
+    assert same_tree(found[theirs_order.index("kept")], wanted[order.index("kept")])
+    assert same_tree(found[theirs_order.index("added")], before[theirs_order.index("added")])
+    assert theirs.param_groups[0]["lr"] == 0.5
+    assert len(seen) == (rank == 0)
+    assert all("model.added" in text and "model.removed" in text for text in seen)
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_strict_false_loads_what_matches(backend: str, world_size: int, tmp_path: Path) -> None:
+    """The rest stays as it is."""
+    run(backend, world_size, what_matches, str(tmp_path / "c"))
+
+
+def groups_and_lr(_rank: int, _world_size: int, path: str) -> None:
+    """Job: two groups, a Tensor lr, values that schedulers add; loaded in another order of registration."""
+    model = net("a", "b", "c")
+
+    def optimizer(order: list[str], lr: float) -> ShardedASGD:
+        groups = [
+            {"params": [(n, model[n]) for n in order if n != "b"], "lr": torch.tensor(lr)},
+            {"params": [("b", model["b"])], "lr": 0.25, "weight_decay": 0.125},
+        ]
+        return ShardedASGD(groups, **{**OPTIONS, "lr": 1.0})
+
+    saved = optimizer(["a", "b", "c"], 0.5)
+    torch.optim.lr_scheduler.LambdaLR(saved, lambda _step: 0.5)
+    for param in model.values():
+        param.grad = torch.ones_like(param)
+    saved.step()
+    save_checkpoint(path, model, saved, step=1)
+    expected = {n: saved.consolidated_state_dict(to=None)["state"][i] for i, n in enumerate(["a", "c", "b"])}
+    loaded = optimizer(["c", "b", "a"], 9.0)
+    load_checkpoint(path, model, loaded)
+    found = {n: loaded.consolidated_state_dict(to=None)["state"][i] for i, n in enumerate(["c", "a", "b"])}
+    assert same_tree(dict(sorted(found.items())), dict(sorted(expected.items())))
+    assert float(loaded.param_groups[0]["lr"]) == 0.25
+    assert isinstance(loaded.param_groups[0]["lr"], Tensor)
+    assert (loaded.param_groups[1]["lr"], loaded.param_groups[1]["weight_decay"]) == (0.125, 0.125)
+    assert loaded.param_groups[1]["initial_lr"] == 0.25
+    assert loaded.param_groups[0]["param_names"] == ["c", "a"]
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_groups_go_by_name(backend: str, world_size: int, tmp_path: Path) -> None:
+    """Not by place: neither of parameters nor of their hyperparameters."""
+    run(backend, world_size, groups_and_lr, str(tmp_path / "c"))
+
+
+def foreign_parameter(rank: int, world_size: int, path: str) -> None:
+    """Job: an optimizer with a parameter that the model lacks, on one rank."""
+    model = net("a")
+    optimizer = stepped(model)
+    save_checkpoint(path, net("b") if rank == world_size - 1 else model, optimizer, step=1)
+
+
+def test_a_parameter_that_the_model_lacks_is_an_error(tmp_path: Path) -> None:
+    """On every rank, though only one passed another model."""
+    for error in run_errors("gloo", 2, foreign_parameter, str(tmp_path / "c")):
+        assert error.type_name == "ValueError"
+        assert "is no parameter of the model" in error.message
+        assert "rank 1" in error.message
+    assert not list(tmp_path.iterdir())
+
+
+def extras(rank: int, _world_size: int, path: str) -> None:
+    """Job: schedulers, RNG states and plain values come back as they were; what is not safe is refused."""
+    model = net("a")
+    optimizer = stepped(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    scheduler.step()
+    torch.manual_seed(rank)
+    extra = {
+        "scheduler": scheduler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "data": {"epoch": 3, "order": [3, 1, 2], "shape": (2, 2), "name": "x", "none": None},
+        "tensors": [torch.arange(3), torch.zeros(())],
+    }
+    save_checkpoint(path, model, optimizer, step=2, extra=extra)
+    drawn = torch.rand(3)
+    found = load_checkpoint(path, model, optimizer)
+    assert same_tree(found, extra)
+    torch.set_rng_state(found["rng"])
+    assert torch.equal(torch.rand(3), drawn)
+    with pytest.raises(ValueError, match="extra cannot be saved so that it loads safely"):
+        save_checkpoint(path + "2", model, optimizer, step=3, extra={"path": Path()} if rank == 0 else None)
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_extra_comes_back_on_its_rank(backend: str, world_size: int, tmp_path: Path) -> None:
+    """Each rank's own, as they saved."""
+    run(backend, world_size, extras, str(tmp_path / "c"))
+
+
+def test_the_package_offers_what_it_lists() -> None:
+    """Also what is loaded on demand."""
+    assert all(getattr(dist_asgd, name) is not None for name in dist_asgd.__all__)
+    with pytest.raises(AttributeError):
+        _ = dist_asgd.nothing  # type: ignore[attr-defined]
