@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .checkpoint.export import export_averaged
     from .checkpoint.files import CheckpointError
     from .checkpoint.manager import CheckpointManager, Restored
-    from .checkpoint.restoring import load_checkpoint
+    from .checkpoint.restoring import load_checkpoint, read_extra
     from .checkpoint.saving import PendingSave, async_save_checkpoint, save_checkpoint
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "async_save_checkpoint",
     "export_averaged",
     "load_checkpoint",
+    "read_extra",
     "save_checkpoint",
 ]
 
@@ -39,6 +40,7 @@ _ON_DEMAND = {
     "async_save_checkpoint": "saving",
     "export_averaged": "export",
     "load_checkpoint": "restoring",
+    "read_extra": "restoring",
     "save_checkpoint": "saving",
 }
 

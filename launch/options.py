@@ -101,16 +101,32 @@ class TrainOptions:
 
     out: Annotated[Path, _option("Files", "Metrics, TensorBoard events, picture and summary.")] = Path("runs/train")
     checkpoint: Annotated[
-        Path | None, _option("Files", "Checkpoint folder. Default: the folder `checkpoint` in --out.")
+        Path | None,
+        _option("Files", "Folder of checkpoints, which all nodes share. Default: the folder `checkpoint` in --out."),
     ] = None
     checkpoint_every: Annotated[int, _option("Files", "Steps between checkpoints; 0: only at the end.", minimum=0)] = 0
-    resume: Annotated[bool, _option("Files", "Go on from the checkpoint.", "--resume")] = False
+    keep: Annotated[int, _option("Files", "Checkpoints to keep, the newest.", minimum=1)] = 3
+    resume: Annotated[
+        bool, _option("Files", "Go on from the latest checkpoint, on any number of ranks, in any stage.", "--resume")
+    ] = False
+    resume_from: Annotated[
+        Path | None, _option("Files", "Go on from this checkpoint (a step-... directory) instead of the latest.")
+    ] = None
+    overwrite: Annotated[
+        bool, _option("Files", "Start anew, and remove the folder's checkpoints of an earlier run.", "--overwrite")
+    ] = False
 
     def __post_init__(self) -> None:
         if self.d_model % self.heads:
             raise typer.BadParameter(f"--d-model {self.d_model} is not a multiple of --heads {self.heads}")
         if self.t0 is not None and self.t0_share is not None:
             raise typer.BadParameter("--t0 and --t0-share are two ways to say one thing: give one of them")
+        if self.overwrite and (self.resume or self.resume_from):
+            raise typer.BadParameter("--overwrite starts anew, --resume and --resume-from go on: give one of them")
+        if self.resume and self.resume_from:
+            raise typer.BadParameter(
+                "--resume is for the latest checkpoint, --resume-from for another: give one of them"
+            )
         for name in ("lr", "lambd", "alpha", "weight_decay", "clip", "bucket_cap_mb"):
             if not math.isfinite(getattr(self, name)):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} is not finite")
@@ -124,7 +140,7 @@ class TrainOptions:
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where checkpoints go and where --resume looks."""
+        """Where checkpoints go, and where --resume looks."""
         return self.out / "checkpoint" if self.checkpoint is None else self.checkpoint
 
     def lr_factor(self, step: int) -> float:

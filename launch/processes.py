@@ -85,18 +85,6 @@ class Processes:
         """Collective: runs `action` on rank 0; its failure is raised on every rank."""
         return self.together(lambda: action() if self.is_first else None)
 
-    def broadcast_bytes(self, content: bytes | None) -> bytes:
-        """Collective: rank 0's `content` on every rank."""
-        if not self.is_distributed:
-            assert content is not None
-            return content
-        (num_bytes,) = self.total(0.0 if content is None else float(len(content)))
-        buffer = torch.empty(int(num_bytes), dtype=torch.uint8)
-        if content is not None:
-            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0, group=self._control)
-        return buffer.numpy().tobytes()
-
     def broadcast_parameters(self, module: nn.Module) -> None:
         """Collective: rank 0's parameters on every rank."""
         if self.is_distributed:

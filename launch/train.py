@@ -40,7 +40,7 @@ def train(options: TrainOptions, processes: Processes, stop: StopRequest) -> Non
     corpus = processes.together(lambda: read_corpus(options.data, options.context))
     _check_same_corpus(corpus, processes)
     training = Training(options, processes, corpus, console)
-    resumed_step = training.resume() if options.resume else None
+    resumed_step = training.start()
     log = processes.on_first(lambda: MetricsLog(options.out, resumed_step))
     if console is not None:
         console.print(
@@ -72,7 +72,7 @@ def _report(options: TrainOptions, summary: Summary) -> None:
     print_summary(console, summary)
     if summary.stopped_by is not None:
         console.print(f"stopped by {summary.stopped_by} after step {summary.step}; --resume goes on from there")
-    console.print(f"checkpoint: {options.checkpoint_folder.resolve()}", soft_wrap=True)
+    console.print(f"checkpoint: {options.checkpoint_folder.resolve() / 'latest'}", soft_wrap=True)
     if picture is not None:
         console.print(f"picture:    {picture.resolve()}", soft_wrap=True)
 

@@ -1,14 +1,15 @@
 """The training run: steps, evaluations, checkpoints, and the summary of it all."""
 
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import decode_checkpoint, read_checkpoint, write_checkpoint
 from corpus import Corpus
 from metrics import MetricsLog
 from model import ByteTransformer, ModelShape
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_asgd import ShardedASGD
+from dist_asgd import CheckpointManager, PeerError, ShardedASGD, load_checkpoint, read_extra
 
+_FORMAT = "byte-transformer training checkpoint 2"
+_OF_THE_START = ("resume", "resume_from", "overwrite")
 _NUM_ASGD_SCALARS = 3  # step, eta and mu, which torch.optim.ASGD keeps for each parameter as float32 tensors
 
 
@@ -36,6 +39,8 @@ class Training:
         self._corpus = corpus
         self._console = console
         self._step = 0
+        self._checkpoints = processes.together(lambda: CheckpointManager(options.checkpoint_folder, keep=options.keep))
+        self._saved_step: int | None = None
         self._train_loss: float | None = None
         self._evaluation: Evaluation | None = None
         self._num_timed_steps = 0
@@ -74,15 +79,47 @@ class Training:
         """The optimizer's t0: after --resume that of the checkpoint."""
         return int(self._optimizer.param_groups[0]["t0"])
 
-    def resume(self) -> int:
-        """Restores the checkpoint, the same on every rank, and returns the step it was written after."""
-        encoded = self._processes.on_first(lambda: read_checkpoint(self._options.checkpoint_folder))
-        encoded = self._processes.broadcast_bytes(encoded)
-        content = self._processes.together(lambda: self._checked(decode_checkpoint(encoded)))
-        self._processes.together(lambda: self._model.load_state_dict(content["model"]))
-        self._optimizer.load_state_dict(content["optimizer"])
+    def start(self) -> int | None:
+        """Restores the checkpoint that the options ask for and returns its step; None for a run from the beginning."""
+        path = self._processes.gather(self._processes.on_first(self._find_checkpoint))[0]
+        if path is not None:
+            self._resume(path)
+        self._processes.on_first(self._check_folder)
+        return None if path is None else self._step
+
+    def _find_checkpoint(self) -> Path | None:
+        options = self._options
+        if options.overwrite:
+            for step in self._checkpoints.steps():
+                shutil.rmtree(self._checkpoints.path_of(step))
+        if not options.resume:
+            return options.resume_from
+        latest = self._checkpoints.latest()
+        if latest is None:
+            raise ValueError(
+                f"no checkpoint to resume from: wanted {options.checkpoint_folder}/step-...; leave out --resume to "
+                "start anew"
+            )
+        return latest
+
+    def _check_folder(self) -> None:
+        """Later checkpoints would hide those of this run."""
+        steps = self._checkpoints.steps()
+        if steps and steps[-1] > self._step:
+            raise ValueError(
+                f"{self._checkpoints.folder} has a checkpoint of step {steps[-1]}, later than the start of this run "
+                f"after step {self._step}: go on from it with --resume, remove it (all of them: --overwrite), or give "
+                "another folder with --checkpoint"
+            )
+
+    def _resume(self, path: Path) -> None:
+        content = self._processes.together(lambda: self._checked(read_extra(path)))
+        with _for_the_user():
+            load_checkpoint(path, self._model, self._optimizer)
         self._scheduler.load_state_dict(content["scheduler"])
         self._step = content["step"]
+        if path.parent == self._checkpoints.folder:
+            self._saved_step = self._step
         if self._console is not None:
             self._console.print(
                 f"resumed after step {self._step}, averaging begins after step {self.first_average_step}"
@@ -90,7 +127,6 @@ class Training:
                 highlight=False,
                 soft_wrap=True,
             )
-        return self._step
 
     def run(self, log: MetricsLog | None, stop: StopRequest) -> Summary:
         """Trains to the last step, or to the end of the step in which a signal came."""
@@ -109,10 +145,15 @@ class Training:
                 if signal_name is None and self._is_due(options.eval_every):
                     self._evaluate(log, progress)
                 if options.checkpoint_every and self._is_due(options.checkpoint_every):
-                    self._save()
+                    with _for_the_user():
+                        self._checkpoints.async_save(self._model, self._optimizer, **self._position())
+                    self._saved_step = self._step
             if signal_name is None and (self._evaluation is None or self._evaluation.step < self._step):
                 self._evaluate(log, progress)
-        self._save()
+        with _for_the_user():
+            if self._saved_step != self._step:
+                self._checkpoints.save(self._model, self._optimizer, **self._position())
+            self._checkpoints.wait()
         return self._summary(signal_name)
 
     def _train_step(self) -> Tensor:
@@ -194,24 +235,15 @@ class Training:
             loss_sum += self._loss(self._model, batch).item() * len(batch)
         return processes.total(loss_sum)[0] / len(windows)
 
-    def _save(self) -> None:
-        optimizer = self._optimizer.consolidated_state_dict(to=0)
-        self._processes.on_first(
-            lambda: write_checkpoint(
-                self._options.checkpoint_folder,
-                {
-                    "step": self._step,
-                    "options": self._options.plain(),
-                    # Cloned: a view would bring the whole flat buffer behind it into the file.
-                    "model": {name: value.cpu().clone() for name, value in self._model.state_dict().items()},
-                    "optimizer": optimizer,
-                    "scheduler": self._scheduler.state_dict(),
-                },
-            )
-        )
+    def _position(self) -> dict[str, Any]:
+        """Where the run stands, beside model and optimizer; data and learning rates follow from the step."""
+        extra = {"step": self._step, "options": self._options.plain(), "scheduler": self._scheduler.state_dict()}
+        return {"step": self._step, "extra": {"format": _FORMAT, **extra}}
 
-    def _checked(self, content: dict[str, Any]) -> dict[str, Any]:
+    def _checked(self, content: Any) -> dict[str, Any]:
         """Refuses options that the checkpoint would silently overrule."""
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"not a checkpoint of this trainer: wanted the format {_FORMAT!r}")
         changes = self._changes(content, FIXED_BY_CHECKPOINT)
         if changes:
             raise ValueError(
@@ -225,7 +257,7 @@ class Training:
         return [
             f"--{name.replace('_', '-')} is {now[name]}, was {then[name]}"
             for name in names
-            if name != "resume" and now[name] != then[name]
+            if name not in _OF_THE_START and now[name] != then.get(name)
         ]
 
     def _summary(self, signal_name: str | None) -> Summary:
@@ -267,3 +299,14 @@ class Training:
     def _progress_text(self) -> str:
         loss = "" if self._train_loss is None else f"loss {self._train_loss:.3f}  "
         return f"{loss}{self._speed():,.0f} tokens/s"
+
+
+@contextmanager
+def _for_the_user() -> Iterator[None]:
+    """What every rank raises alike in a collective call, as a failure with a message for the user."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except (ValueError, RuntimeError) as failure:
+        raise TrainingError(str(failure)) from failure

@@ -71,6 +71,14 @@ def load_checkpoint(
     return restore(Saver.of(optimizer), Kind.LOAD_CHECKPOINT, path, model, optimizer, strict, verify).extra
 
 
+def read_extra(path: str | os.PathLike[str], *, rank: int = 0, verify: bool = True) -> Any:
+    """What rank ``rank`` gave as ``extra`` when ``path`` was saved, and nothing else of it; None if it gave nothing.
+
+    Not collective. For what must be known before the model is built: its configuration, say.
+    """
+    return _extra(Found(CheckedReader(path, verify=verify), Difference()), rank)
+
+
 def restore(
     saver: Saver,
     kind: Kind,
@@ -114,7 +122,7 @@ def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, ver
     return Staged(
         model_state,
         optimizer_state,
-        _extra(found, saver, None if manifest is None else manifest.world_size),
+        _extra(found, saver.rank if manifest is None or manifest.world_size == saver.world_size else 0),
         None if meta is None else meta.save_id,
         None if manifest is None else manifest.step,
         difference,
@@ -257,10 +265,9 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _extra(found: Found, saver: Saver, saved_by: int | None) -> Any:
-    rank = saver.rank if saved_by == saver.world_size else 0
-    key = next((k for k in (f"{EXTRA}.{rank}", f"{EXTRA}.0") if k in found.keys), None)
-    if key is None or not isinstance(found.keys[key], BytesStorageMetadata):
+def _extra(found: Found, rank: int) -> Any:
+    key = f"{EXTRA}.{rank}"
+    if not isinstance(found.keys.get(key), BytesStorageMetadata):
         return None
     value = found.values([key])[key]
     return value[0] if isinstance(value, tuple) and len(value) == 1 else None

@@ -26,10 +26,10 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def train(text: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the trainer to its end on two ranks and returns its status and output."""
+    """Runs the trainer to its end, on two ranks if nothing else is said, and returns its status and output."""
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(TORCHRUN), "--nproc", "2", "--", *TINY, "--data", str(text), *arguments]
+    def run(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+        command = [str(TORCHRUN), "--nproc", str(ranks), "--", *TINY, "--data", str(text), *arguments]
         with started(command, environment) as process:
             output, _ = process.communicate(timeout=120)
         return subprocess.CompletedProcess(command, process.returncode, output)

@@ -73,6 +73,7 @@ def test_two_nodes_train_as_one(
     tmp_path: Path,
     stage: str,
 ) -> None:
+    shared = tmp_path / "checkpoints"
     options = ("--stage", stage, "--steps", "6")
     outs = [tmp_path / "node-0", tmp_path / "node-1"]
     with ExitStack() as running:
@@ -80,16 +81,16 @@ def test_two_nodes_train_as_one(
         for rank, (node, out) in enumerate(zip(nodes, outs, strict=True)):
             launch = (str(TORCHRUN), "--nproc", "1", "--nnodes", "2", "--node-rank", str(rank))
             network = ("--endpoint", f"{nodes[0].address}:29571", "--iface", INTERFACE)
-            job = ("--", *TINY, "--data", str(text), *options, "--out", str(out))
+            job = ("--", *TINY, "--data", str(text), *options, "--out", str(out), "--checkpoint", str(shared))
             command = node.command(*launch, *network, *job)
             processes.append(running.enter_context(started(command, environment)))
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
     # A step sends at least half of the gradients out of each node and half of the parameters.
-    parameter_bytes = (outs[0] / "checkpoint" / "checkpoint.pt").stat().st_size // 2
+    parameter_bytes = sum(file.stat().st_size for file in shared.glob("latest/*.distcp")) // 2
     assert min(node.sent_bytes() for node in nodes) > 6 * parameter_bytes // 2
-    assert not outs[1].exists()  # rank 0 alone writes
+    assert not outs[1].exists()  # rank 0 alone writes there
 
     run = train(*options, "--out", str(tmp_path / "one-node"))
     assert run.returncode == 0, run.stdout

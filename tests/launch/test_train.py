@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ Train = Callable[..., subprocess.CompletedProcess[str]]
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run of 12 steps on two ranks."""
+    """A run of 12 steps on two ranks, with a checkpoint after step 8, in the background, and one at the end."""
 
     out: Path
     output: str
@@ -30,7 +31,7 @@ def finished(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     runs = {}
     for stage in (1, 2):
         out = tmp_path_factory.mktemp(f"stage-{stage}")
-        run = train("--stage", str(stage), "--steps", "12", "--out", str(out))
+        run = train("--stage", str(stage), "--steps", "12", "--checkpoint-every", "8", "--out", str(out))
         assert run.returncode == 0, run.stdout
         runs[stage] = FinishedRun(out, run.stdout)
     return runs
@@ -49,7 +50,9 @@ def test_run_leaves_metrics_picture_table_and_checkpoint(finished: dict[int, Fin
 
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "tensorboard").glob("events.*"))
-    assert (out / "checkpoint" / "checkpoint.pt").is_file()
+    assert (out / "checkpoint" / "latest" / "manifest.json").is_file()
+    steps = sorted(entry.name for entry in (out / "checkpoint").glob("step-*"))
+    assert steps == ["step-00000008", "step-00000012"]
     for expected in ("last iterate", "average (float32)", "tokens per second", "rank 1", "losses.png"):
         assert expected in output
 
@@ -71,15 +74,34 @@ def test_stages_agree(finished: dict[int, FinishedRun]) -> None:
     assert one == pytest.approx(two, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "latest"), [(1, False), (2, True)], ids=["--resume-from", "--resume"])
 def test_resumed_run_equals_uninterrupted_run(
-    finished: dict[int, FinishedRun], train: Train, tmp_path: Path, stage: int
+    finished: dict[int, FinishedRun], train: Train, tmp_path: Path, stage: int, latest: bool
 ) -> None:
-    for options in (("--steps", "6"), ("--steps", "12", "--resume")):
-        run = train("--stage", str(stage), "--out", str(tmp_path), *options)
-        assert run.returncode == 0, run.stdout
-    assert "resumed after step 6" in run.stdout
-    assert losses(tmp_path) == losses(finished[stage].out)
+    """Bit for bit, from a checkpoint that was written while the first run went on."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[stage].out, out, symlinks=True)
+    shutil.rmtree(out / "checkpoint" / "step-00000012")
+    if not latest:
+        (out / "checkpoint" / "step-00000008").rename(tmp_path / "kept")
+    resume = ("--resume",) if latest else ("--resume-from", str(tmp_path / "kept"))
+    run = train("--stage", str(stage), "--out", str(out), "--steps", "12", *resume)
+    assert run.returncode == 0, run.stdout
+    assert "resumed after step 8" in run.stdout
+    assert losses(out) == losses(finished[stage].out)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (3, 1)])
+def test_resume_in_another_mode_or_on_another_number_of_ranks(
+    finished: dict[int, FinishedRun], train: Train, tmp_path: Path, ranks: int, stage: int
+) -> None:
+    """Stage 1 on two ranks goes on as stage 2, and on three ranks, which see other data."""
+    kept = finished[1].out / "checkpoint" / "step-00000008"
+    options = ("--stage", str(stage), "--out", str(tmp_path), "--steps", "12", "--resume-from", str(kept))
+    run = train(*options, ranks=ranks)
+    assert run.returncode == 0, run.stdout
+    expected = losses(finished[1].out)["held_out_last"][12]
+    assert losses(tmp_path)["held_out_last"][12] == pytest.approx(expected, rel=1e-4 if ranks == 2 else 0.05)
 
 
 @pytest.mark.parametrize("receiver", ["launcher", "one rank"])
@@ -96,8 +118,8 @@ def test_sigterm_ends_with_a_checkpoint_and_status_0(
     assert process.returncode == 0, output
     assert "stopped by SIGTERM" in output
     assert "bytes held" in output
-    assert (out / "checkpoint" / "checkpoint.pt").is_file()
-    assert not list((out / "checkpoint").glob("*.unfinished"))
+    assert (out / "checkpoint" / "latest" / "manifest.json").is_file()
+    assert not list((out / "checkpoint").glob(".*"))
     assert json.loads((out / "summary.json").read_text())["step"] == read_lines(out)[-1]["step"]
 
 
@@ -122,10 +144,22 @@ def test_resume_needs_a_checkpoint(train: Train, tmp_path: Path) -> None:
 
 
 def test_resume_refuses_a_torn_checkpoint(finished: dict[int, FinishedRun], train: Train, tmp_path: Path) -> None:
-    whole = (finished[2].out / "checkpoint" / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoint.pt").write_bytes(whole[:-1000])
-    run = train("--out", str(tmp_path / "out"), "--checkpoint", str(tmp_path), "--resume")
-    assert_fails_everywhere(run, "the checkpoint is damaged")
+    shutil.copytree(finished[2].out / "checkpoint", tmp_path / "checkpoint", symlinks=True)
+    torn = next((tmp_path / "checkpoint" / "latest").glob("__1_*.distcp"))
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    run = train("--out", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "checkpoint"), "--resume")
+    assert_fails_everywhere(run, "it is truncated")
+
+
+def test_a_new_run_does_not_hide_behind_an_old_one(
+    finished: dict[int, FinishedRun], train: Train, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[2].out / "checkpoint", tmp_path / "checkpoint", symlinks=True)
+    options = ("--steps", "3", "--stage", "2", "--out", str(tmp_path))
+    assert_fails_everywhere(train(*options), "has a checkpoint of step 12")
+    run = train(*options, "--overwrite")
+    assert run.returncode == 0, run.stdout
+    assert [entry.name for entry in (tmp_path / "checkpoint").glob("step-*")] == ["step-00000003"]
 
 
 def test_resume_refuses_another_model(finished: dict[int, FinishedRun], train: Train, tmp_path: Path) -> None:
