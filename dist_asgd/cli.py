@@ -231,9 +231,9 @@ def consolidate(
     """Model and optimizer state in one file, for one process.
 
     **OUT.pt** is for `torch.load(OUT)`: a dict with `model`, for `load_state_dict` of the module, and `optim`, for
-    that of `torch.optim.ASGD` or `ShardedASGD`. It needs as much memory as it holds. DCP does not always say how
-    parameters were grouped: those with equal hyperparameters make one group then, in the model's order, named in
-    `param_names`.
+    that of `torch.optim.ASGD` or `ShardedASGD`. It needs as much memory as it holds. Checkpoints do not say how
+    parameters were grouped: those with equal hyperparameters make one group, in the optimizer's order, and are named
+    in `param_names`.
 
     **OUT.safetensors** has the same tensors under the checkpoint's keys (`model.…`, `optim.state.….ax`), written one at
     a time, and the parameter groups as JSON in its metadata (`param_groups`).

@@ -143,7 +143,7 @@ class Contents:
         """The optimizer's parameter groups: hyperparameters, and parameter names under ``params``.
 
         Where the checkpoint keeps hyperparameters by parameter (``flatten_optimizer_state_dict=True``) it does not
-        say what the groups were: parameters with equal hyperparameters make one, in the order of the model.
+        say what the groups were: parameters with equal hyperparameters make one, in the order of the optimizer.
         """
         planned = self.opened.metadata.planner_data or {}
         nested: dict[int, dict[str, Any]] = {}
@@ -163,8 +163,8 @@ class Contents:
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"dist_asgd: {self.opened.path} has a parameter group without parameter names.")
         alike: dict[str, dict[str, Any]] = {}
-        for name in self._by_model(flat):
-            group = alike.setdefault(repr(sorted(flat[name].items())), {**flat[name], "params": []})
+        for name, options in flat.items():
+            group = alike.setdefault(repr(sorted(options.items())), {**options, "params": []})
             group["params"].append(name)
         return groups + list(alike.values())
 

@@ -85,6 +85,7 @@ def summarize(contents: Contents) -> Summary:
     tensors = contents.tensors.values()
     manifest = opened.manifest
     ranks = {match[1] for name in sizes if (match := _RANK.fullmatch(name))}
+    extra_tensors = [_entry(s.key.removeprefix(_EXTRA), s) for s in tensors if s.key.startswith(_EXTRA)]
     extra_objects = [Entry(key.removeprefix(_EXTRA), (), None, 0) for key in contents.objects if key.startswith(_EXTRA)]
     return Summary(
         path=str(opened.path),
@@ -99,7 +100,7 @@ def summarize(contents: Contents) -> Summary:
         state_bytes=sum(p.state_bytes for p in parameters),
         parameters=parameters,
         others=[_entry(name, stored) for name, stored in contents.model.items() if name not in contents.optimized],
-        extra=[_entry(s.key.removeprefix(_EXTRA), s) for s in tensors if s.key.startswith(_EXTRA)] + extra_objects,
+        extra=sorted((*extra_tensors, *extra_objects), key=lambda entry: (len(entry.name), entry.name)),
     )
 
 
