@@ -127,7 +127,7 @@ def test_inspect_says_what_is_there(two: Saved) -> None:
         "step 5, written by 2 ranks",
         "1.up.weight",
         "16×8",
-        "0.5",
+        "0.333333",
         "begun",
         "also in the model: seen 2 float32",
     ):
