@@ -19,7 +19,6 @@ from .buffers import Precision
 from .checkpoint import consolidated, loading, sharded
 from .checkpoint.groups import pack_groups
 from .checkpoint.hooks import after_load, after_state_dict, before_load, before_state_dict
-from .checkpoint.shard import ShardMark
 from .claims import HyperparameterClaims, groups_claim
 from .comm import Communicators
 from .gather import Gatherer
@@ -360,20 +359,19 @@ class ShardedASGD(torch.optim.Optimizer):
     # --- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state; no communication.
+        """This rank's part of the state; no communication, no copy of ``ax``.
 
-        ``state[i]["ax"]`` is this rank's slice, 1-D in memory order. Every group is marked with the rank, the world
-        size and a digest of the layout, which ``load_state_dict`` checks. As in torch the tensors are the
-        optimizer's own and go on changing: ``copy.deepcopy`` the dict to keep it. They cannot be written by
-        ``torch.distributed.checkpoint`` or loaded by ``torch.optim.ASGD``, which would take them for whole tensors:
-        that is what ``consolidated_state_dict`` is for.
+        On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
+        this rank's part, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
+        loads it at any world size; ``torch.optim.ASGD`` and whatever else would take it for a whole tensor is refused:
+        that is what ``consolidated_state_dict`` is for. On one rank it is a plain tensor.
         """
         self._averages.refuse("state_dict()")
         before_state_dict(self)
         if self._differentiable:
             packed = differentiable.pack(self.param_groups, self.state)
         else:
-            packed = sharded.pack(self.param_groups, self._shards, self._mark())
+            packed = sharded.pack(self.param_groups, self._shards, self._communicators.world_size)
         return after_state_dict(self, packed)
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
@@ -401,7 +399,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this rank's own shard, a consolidated dict, or a plain ``torch.optim.ASGD`` one. Collective.
+        """Load this rank's own part, a consolidated dict, or a plain ``torch.optim.ASGD`` one. Collective.
 
         Whole dicts load at any world size and on any layout; every rank passes the same. Nothing is cast to a
         narrower dtype, and ``state_dict`` is not changed. Nothing changes where any rank raises. Hyperparameters
@@ -422,17 +420,14 @@ class ShardedASGD(torch.optim.Optimizer):
             self._apply(loaded)
         after_load(self)
 
-    def _mark(self) -> ShardMark:
-        return sharded.mark_of(self._shards, self._communicators)
-
     def _places(self) -> list[loading.Place]:
         if not self._differentiable:
             return [loading.Place.of(member) for member in self._shards.members]
         named = [pair for index in range(len(self.param_groups)) for pair in self._named(index)]
-        return [loading.Place(name, param.dtype, tuple(param.shape), 0, False) for name, param in named]
+        return [loading.Place.of_whole(name, param) for name, param in named]
 
     def _parse(self, state_dict: dict[str, Any], places: list[loading.Place]) -> loading.Loaded:
-        loaded = loading.parse(state_dict, self.param_groups, places, self._mark(), self.defaults)
+        loaded = loading.parse(state_dict, self.param_groups, places, self.defaults)
         for index, group in enumerate(loaded.groups):
             check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
         return loaded

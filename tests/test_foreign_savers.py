@@ -1,21 +1,19 @@
 """Never a wrong checkpoint: whatever takes plain tensors for whole ones refuses a rank's slices.
 
-``torch.distributed.checkpoint`` (DCP) takes plain tensors for replicated ones, and ``torch.optim.ASGD`` takes
-what it loads for whole ones; either would keep one rank's slice of ``ax`` as if it were all of it.
+Helpers that gather "full" state take plain tensors for whole ones, and so does ``torch.optim.ASGD`` with what it loads;
+either would keep one rank's part of ``ax`` as if it were all of it. (What ``torch.distributed.checkpoint`` saves and
+loads right is in ``test_checkpoint_dcp.py``.)
 """
 
 import contextlib
 import copy
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -30,15 +28,6 @@ from tests.harness.ranks import run
 
 WORLDS = [("none", 1), ("gloo", 2), ("gloo", 3)]
 worlds = pytest.mark.parametrize(("backend", "world_size"), WORLDS)
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    """The message with which ``call`` refuses; DCP's own exception is not an ``Exception``."""
-    try:
-        call()
-    except (CheckpointException, RuntimeError, TypeError, ValueError, NotImplementedError) as refused:
-        return str(refused)
-    pytest.fail("nothing was refused")
 
 
 def trained(steps: int) -> tuple[nn.Module, ShardedASGD]:
@@ -74,74 +63,42 @@ def test_dcps_helper_does_not_change_a_fresh_optimizer(backend: str, world_size:
     run(backend, world_size, get_on_fresh)
 
 
-FORMS: dict[str, StateDictOptions | None] = {
-    "plain": StateDictOptions(),
-    "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
+FORMS: dict[str, StateDictOptions] = {
     "full": StateDictOptions(full_state_dict=True),
     "full on cpu": StateDictOptions(full_state_dict=True, cpu_offload=True),
     "full and flattened": StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True),
     "cpu_offload": StateDictOptions(cpu_offload=True),
-    "bare state_dict": None,
 }
 
 
-def save_by_dcp(_rank: int, world_size: int, form: str, folder: str, steps: int, both: bool) -> str:
-    """Job: try to save what DCP's helpers hand out; the refusal."""
+def gather_full(_rank: int, _world_size: int, form: str, steps: int, both: bool) -> str:
+    """Job: ask torch's helper for full state; the refusal."""
     model, optimizer = trained(steps)
-    options = FORMS[form]
-
-    def save() -> None:
-        if options is None:
-            state: dict[str, Any] = {"optimizer": optimizer.state_dict()}
-        elif both:
-            weights, gotten = get_state_dict(model, optimizer, options=options)
-            state = {"model": weights, "optimizer": gotten}
-        else:
-            state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
-        dcp.save(state, checkpoint_id=folder, no_dist=world_size == 1)
-
-    return refusal(save)
+    get = get_state_dict if both else get_optimizer_state_dict
+    with pytest.raises((ValueError, RuntimeError), match="dist_asgd") as caught:
+        get(model, optimizer, options=FORMS[form])
+    return str(caught.value)
 
 
-@worlds
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("both", [False, True], ids=["optimizer", "model and optimizer"])
 @pytest.mark.parametrize("steps", [0, 3], ids=["fresh", "trained"])
 @pytest.mark.parametrize("form", FORMS)
-def test_dcp_cannot_save_it_in_any_form(
-    backend: str, world_size: int, form: str, steps: int, both: bool, tmp_path: Path
-) -> None:
-    """Every rank refuses, in the name of this package, and no checkpoint is left."""
-    for message in run(backend, world_size, save_by_dcp, form, str(tmp_path), steps, both):
-        assert "dist_asgd" in message
-    assert not (tmp_path / ".metadata").exists()
+def test_full_state_of_parts_is_refused(world_size: int, form: str, steps: int, both: bool) -> None:
+    """On every rank, with the name of what does it right; a part is never handed out as the whole."""
+    for message in run("gloo", world_size, gather_full, form, steps, both):
+        assert "consolidated_state_dict" in message
 
 
-def test_dcp_cannot_save_it_asynchronously(tmp_path: Path) -> None:
-    """Neither while staging nor while writing."""
-    _, optimizer = trained(2)
-    state = {"optimizer": optimizer.state_dict()}
-    message = refusal(lambda: dcp.async_save(state, checkpoint_id=str(tmp_path), no_dist=True).result())
-    assert "consolidated_state_dict" in message
-    assert not (tmp_path / ".metadata").exists()
-
-
-def load_by_dcp(_rank: int, _world_size: int, folder: str) -> None:
-    """Job: reading a plain checkpoint into what ``state_dict`` hands out changes nothing and is refused."""
+@pytest.mark.parametrize("form", FORMS)
+def test_full_state_of_one_process_is_whole(form: str) -> None:
+    """There the part is all."""
     model, optimizer = trained(3)
-    before = optimizer.consolidated_state_dict(to=None)
-    refusal(lambda: dcp.load({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder))
-    assert same_tree(optimizer.consolidated_state_dict(to=None), before)
-
-
-def test_dcp_cannot_load_into_it(tmp_path: Path) -> None:
-    """A slice must not be filled from the beginning of a whole tensor."""
-    plain = mlp(width=8, depth=1)
-    optimizer = torch.optim.ASGD(plain.parameters())
-    for p in plain.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    dcp.save({"optimizer": get_optimizer_state_dict(plain, optimizer)}, checkpoint_id=str(tmp_path), no_dist=True)
-    run("gloo", 2, load_by_dcp, str(tmp_path))
+    found = get_optimizer_state_dict(model, optimizer, options=FORMS[form])
+    for index, (name, _) in enumerate(model.named_parameters()):
+        expected = optimizer.consolidated_state_dict()["state"][index]["ax"]
+        ax = found[f"state.{name}.ax"] if "flattened" in form else found["state"][name]["ax"]
+        assert same_bits(ax, expected)
 
 
 def clone_all(saved: Any) -> Any:
@@ -174,7 +131,7 @@ def load_into_plain(_rank: int, _world_size: int, way: Callable[[Any], Any], ste
         other.load_state_dict(saved)
 
 
-@worlds
+@pytest.mark.parametrize(("backend", "world_size"), WORLDS[1:])
 @pytest.mark.parametrize("like", [False, True], ids=["as saved", "with torch's own groups"])
 @pytest.mark.parametrize("steps", [0, 3], ids=["fresh", "trained"])
 @pytest.mark.parametrize("way", [as_is, clone_all, save_and_load], ids=lambda way: way.__name__)

@@ -279,7 +279,7 @@ def load_foreign(rank: int, world_size: int, shards: list[bytes], only_rank: int
     """Job: load a shard that is not this rank's; the message says what would do."""
     _, optimizer = trained()
     mine = optimizer.state_dict()
-    foreign = torch.load(io.BytesIO(shards[(rank + 1) % len(shards)]), weights_only=False)
+    foreign = torch.load(io.BytesIO(shards[(rank + 1) % len(shards)]), weights_only=True)
     with pytest.raises((ValueError, RuntimeError), match="consolidated_state_dict") as caught:
         optimizer.load_state_dict(foreign if only_rank in (None, rank) else mine)
     assert world_size > 0
@@ -295,7 +295,19 @@ def test_a_shard_of_another_rank_world_or_model_is_refused() -> None:
     run("gloo", 3, load_foreign, of_two, None)
     run("none", 1, load_foreign, of_two, None)
     run("gloo", 2, load_foreign, run("gloo", 2, own_shard, 9), None)
-    run("gloo", 2, load_foreign, run("none", 1, own_shard), None)
+
+
+def load_whole(_rank: int, _world_size: int, saved: bytes) -> None:
+    """Job: what one process saved is whole, so it loads anywhere."""
+    _, optimizer = trained()
+    optimizer.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
+    assert same_tree(optimizer.consolidated_state_dict(to=None)["state"], oracle(steps=2)[1].state_dict()["state"])
+
+
+@worlds
+def test_the_state_dict_of_one_process_loads_anywhere(backend: str, world_size: int) -> None:
+    """Its ``ax`` are plain whole tensors."""
+    run(backend, world_size, load_whole, run("none", 1, own_shard)[0])
 
 
 def mixed_kinds(rank: int, _world_size: int) -> Tensor:

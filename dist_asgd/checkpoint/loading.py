@@ -14,7 +14,8 @@ from ..agreement import Claim
 from ..buffers import Bucket, Member, flattened
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
-from .shard import MARK_KEY, AverageShard, ShardMark
+from .sharded import first_element
+from .tensors import ShardTensor
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
@@ -26,7 +27,7 @@ class Entry:
     """The loaded state of one parameter; ``average`` is this rank's 1-D piece (``sharded``) or the whole ``ax``.
 
     ``master`` is the like of its float32 master, None where the dict has none.
-    ``fresh``: it has never stepped. Shards carry such parameters too; a whole dict has no entry for them.
+    ``fresh``: it has never stepped; ``state_dict()`` has entries for such parameters, torch.optim.ASGD's has none.
     """
 
     step: Tensor
@@ -53,27 +54,33 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a state dict must fit: one parameter, and the elements of it in this rank's shard."""
+    """What a state dict must fit: one parameter, of which this rank holds ``numel`` elements from ``start`` on."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    shard_numel: int
+    strides: tuple[int, ...]
+    start: int
+    numel: int
     has_master: bool
 
     @classmethod
     def of(cls, member: Member) -> Place:
-        """The place of a housed parameter; ``shard_numel`` counts complex elements once."""
+        """The place of a housed parameter; complex elements count once."""
         numel = member.piece.numel // (2 if member.dtype.is_complex else 1)
-        has_master = member.bucket.master is not None
-        return cls(member.name, member.dtype, tuple(member.param.shape), numel, has_master)
+        shape, has_master = tuple(member.param.shape), member.bucket.master is not None
+        return cls(member.name, member.dtype, shape, member.strides, first_element(member), numel, has_master)
+
+    @classmethod
+    def of_whole(cls, name: str, param: Tensor) -> Place:
+        """The place of a parameter that is not sharded."""
+        return cls(name, param.dtype, tuple(param.shape), param.stride(), 0, param.numel(), False)
 
 
 def parse(
     state_dict: dict[str, Any],
     groups: Sequence[dict[str, Any]],
     places: Sequence[Place],
-    mark: ShardMark,
     defaults: dict[str, Any],
 ) -> Loaded:
     """Read ``state_dict``, changing nothing; ValueError says what does not fit. ``places`` in index order."""
@@ -95,51 +102,24 @@ def parse(
             f"dist_asgd: the state dict has parameter groups of sizes {sizes}, the optimizer has {wanted}. Build "
             f"the optimizer with the same groups as the one that was saved."
         )
-    sharded = _check_marks(saved_groups, mark)
     ids = [identity for group in saved_groups for identity in group["params"]]
     index_of = {identity: index for index, identity in enumerate(ids)}
     unknown = [key for key in state_dict["state"] if key not in index_of]
     if unknown:
         raise ValueError(f"dist_asgd: the state dict has state for {unknown[:3]}, which no parameter group lists.")
-    fresh = saved_groups[0][MARK_KEY].fresh if sharded else ()
+    lr_of = {identity: group.get("lr") for group in saved_groups for identity in group["params"]}
     entries = {
-        index: _entry(places[index], state_dict["state"][identity], sharded, index in fresh)
+        index: _entry(places[index], state_dict["state"][identity], lr_of[identity])
         for identity, index in index_of.items()
         if identity in state_dict["state"]
     }
-    if sharded and len(entries) != len(places):
-        raise ValueError("dist_asgd: a sharded state dict must have state for every parameter; this one is not whole.")
     new_groups = [
         _group(i, saved, group, defaults) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
     ]
     return Loaded(entries, new_groups)
 
 
-def _check_marks(saved_groups: Sequence[dict[str, Any]], mark: ShardMark) -> bool:
-    marks = [group.get(MARK_KEY) for group in saved_groups]
-    if all(found is None for found in marks):
-        return False
-    remedy = (
-        "Load the dict that this rank saved, on the same model and number of ranks; to load anywhere else, save "
-        "consolidated_state_dict() instead."
-    )
-    for found in marks:
-        if not isinstance(found, ShardMark):
-            raise ValueError(f"dist_asgd: only some parameter groups of this state dict are marked as shards. {remedy}")
-        if (found.rank, found.world_size) != (mark.rank, mark.world_size):
-            raise ValueError(
-                f"dist_asgd: this state dict is the shard of rank {found.rank} of {found.world_size}, loaded on rank "
-                f"{mark.rank} of {mark.world_size}. {remedy}"
-            )
-        if found.layout != mark.layout:
-            raise ValueError(
-                f"dist_asgd: this state dict is a shard of another model, or of other buckets (parameters, their "
-                f"order, dtypes, groups, stage or bucket_cap_mb differ). {remedy}"
-            )
-    return True
-
-
-def _entry(place: Place, saved: Any, sharded: bool, fresh: bool) -> Entry:
+def _entry(place: Place, saved: Any, lr: Any) -> Entry:
     if not isinstance(saved, dict) or set(saved) - {MASTER_KEY} != set(STATE_KEYS):
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(
@@ -150,37 +130,35 @@ def _entry(place: Place, saved: Any, sharded: bool, fresh: bool) -> Entry:
         value = saved[key]
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, (Tensor, int, float)):
             raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a number or a 1-element tensor.")
-    average = _tensor(place, saved, "ax", sharded)
+    average = _tensor(place, saved, "ax")
     if average.is_complex() != place.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
         raise ValueError(
             f"dist_asgd: ax of parameter {place.name} has dtype {average.dtype}, the parameter has {place.dtype}."
         )
-    master = _master(place, saved, sharded)
-    return Entry(_scalar(saved["step"]), _scalar(saved["eta"]), _scalar(saved["mu"]), average, master, sharded, fresh)
+    master = _master(place, saved)
+    sharded = isinstance(saved["ax"], ShardTensor)
+    if master is not None and sharded != isinstance(saved[MASTER_KEY], ShardTensor):
+        raise ValueError(f"dist_asgd: of ax and master of parameter {place.name} one is whole and one is a part.")
+    step, eta, mu = (_scalar(saved[key]) for key in ("step", "eta", "mu"))
+    fresh = step.item() == 0 and _is_lr(eta, lr)
+    return Entry(step, eta, mu, average, master, sharded, fresh)
 
 
-def _tensor(place: Place, saved: dict[str, Any], key: str, sharded: bool) -> Tensor:
+def _tensor(place: Place, saved: dict[str, Any], key: str) -> Tensor:
     """The entry ``key``, this rank's slice or the whole, of the shape that the parameter wants."""
     value = saved[key]
     if not isinstance(value, Tensor):
         raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a tensor, got {type(value).__name__}.")
-    if isinstance(value, AverageShard):
-        value = value.as_subclass(Tensor)
-        if not sharded:
-            raise ValueError(
-                f"dist_asgd: {key} of parameter {place.name} is one rank's slice, in a state dict that is not marked "
-                f"as a shard. Load the whole dict that state_dict() gave, or use consolidated_state_dict()."
-            )
-    wanted = (place.shard_numel,) if sharded else place.shape
-    if tuple(value.shape) != wanted:
+    if tuple(value.shape) != place.shape:
         raise ValueError(
-            f"dist_asgd: {key} of parameter {place.name} has shape {tuple(value.shape)}, wanted {wanted}. The state "
-            f"dict was saved from another model."
+            f"dist_asgd: {key} of parameter {place.name} has shape {tuple(value.shape)}, wanted {place.shape}. The "
+            f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
+            f"whole."
         )
-    return value
+    return _own_part(place, key, value) if isinstance(value, ShardTensor) else value
 
 
-def _master(place: Place, saved: dict[str, Any], sharded: bool) -> Tensor | None:
+def _master(place: Place, saved: dict[str, Any]) -> Tensor | None:
     if MASTER_KEY not in saved:
         return None
     if not place.has_master:
@@ -189,10 +167,28 @@ def _master(place: Place, saved: dict[str, Any], sharded: bool) -> Tensor | None
             f"for it. Pass master_weights=True and 16-bit parameters, or delete the {MASTER_KEY!r} entries to go on "
             f"from the rounded parameters."
         )
-    master = _tensor(place, saved, MASTER_KEY, sharded)
+    master = _tensor(place, saved, MASTER_KEY)
     if master.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dist_asgd: the master of parameter {place.name} must be float32, got {master.dtype}.")
     return master
+
+
+def _own_part(place: Place, key: str, value: ShardTensor) -> Tensor:
+    _, strides, start, numel = value.place
+    same_order = all(size == 1 or a == b for size, a, b in zip(place.shape, strides, place.strides, strict=True))
+    if (numel and not same_order) or (numel, start if numel else 0) != (place.numel, place.start if numel else 0):
+        raise ValueError(
+            f"dist_asgd: {key} of parameter {place.name} is elements {start} to {start + numel} of "
+            f"{tuple(value.shape)} with strides {strides}; this rank holds elements {place.start} to "
+            f"{place.start + place.numel} with strides {place.strides}. The state dict is another rank's part, or of "
+            f"other buckets: load what this rank saved, on the same number of ranks, or use consolidated_state_dict(), "
+            f"save_checkpoint() or torch.distributed.checkpoint, whose files load on any."
+        )
+    return value.to_local()
+
+
+def _is_lr(eta: Tensor, lr: Any) -> bool:
+    return isinstance(lr, (Tensor, float, int)) and eta.item() == _scalar(lr).to(eta.dtype).item()
 
 
 def _scalar(value: Tensor | float) -> Tensor:
@@ -218,7 +214,7 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
                     f"dist_asgd: param_groups[{index}] of the state dict has {got!r} where the optimizer has "
                     f"{wanted!r} (entry {position}). Pass the parameters in the order in which they were saved."
                 )
-    loaded = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", MARK_KEY)}
+    loaded = {key: copy.deepcopy(value) for key, value in saved.items() if key != "params"}
     for key, value in defaults.items():
         # Releases of torch that lacked an option behaved like its default.
         loaded.setdefault(key, value)

@@ -1,36 +1,92 @@
-"""One rank's part of the state, marked as such."""
+"""One rank's part of the state, in torch's layout: what ``state_dict()`` hands out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..agreement import digest_of
-from ..comm import Communicators
+import torch
+from torch import Tensor
+
+from ..buffers import Member
 from ..state import ShardedState
 from .groups import pack_groups
-from .shard import MARK_KEY, AverageShard, ShardMark
+from .tensors import ShardTensor
 
 
-def mark_of(shards: ShardedState, communicators: Communicators) -> ShardMark:
-    """Whose shard this is, and a digest of the layout it is a shard of."""
-    places = {id(bucket): place for place, bucket in enumerate(shards.buckets)}
-    layout = [
-        (tuple(m.param.shape), str(m.dtype), m.strides, places[id(m.bucket)], m.slot.offset) for m in shards.members
-    ]
-    fresh = tuple(m.index for m in shards.members if shards.cohort_of[m.index].fresh)
-    return ShardMark(communicators.rank, communicators.world_size, digest_of(layout), fresh)
+class _Explained(type):
+    """Of classes whose name in an error is a remedy."""
+
+    def __repr__(cls) -> str:
+        return (
+            "'one rank's part' (dist_asgd: a full or offloaded state dict cannot be made of this optimizer's parts by "
+            "torch.distributed.checkpoint.state_dict. Use optimizer.consolidated_state_dict(), or leave out "
+            "full_state_dict and cpu_offload and save the parts with torch.distributed.checkpoint)"
+        )
 
 
-def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, mark: ShardMark) -> dict[str, Any]:
-    """torch's layout with this rank's slices as ``ax`` and ``mark`` in every group; tensors are the live ones."""
+class PartMark(metaclass=_Explained):
+    """``False``, as the value of ``differentiable`` in the groups of one rank's part of the state.
+
+    Helpers that gather "full" state take every tensor that is no DTensor for a whole one. This is of no kind that they
+    know, so they refuse it; for all others it is False, and it is written as False.
+    """
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is False or isinstance(other, PartMark)
+
+    def __hash__(self) -> int:
+        return hash(False)
+
+    def __repr__(self) -> str:
+        return "False"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bool, (False,)
+
+
+# So that files with a mark in them load with torch.load(weights_only=True).
+torch.serialization.add_safe_globals([bool])
+
+
+def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, world_size: int) -> dict[str, Any]:
+    """torch's layout with this rank's part of each sharded tensor; the sharded ones are the live ones.
+
+    Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either.
+    """
     state = {}
     for member in shards.members:
         cohort = shards.cohort_of[member.index]
+        if cohort.fresh and not member.param.requires_grad:
+            continue
+        # Scalars are shared between parameters: whoever loads into this dict must not write one through another.
+        # Before the first step eta follows the lr.
+        eta, lr = cohort.eta.clone(), groups[member.bucket.group_index]["lr"]
         state[member.index] = {
-            "step": cohort.step,
-            "eta": cohort.eta,
-            "mu": cohort.mu,
-            **{key: AverageShard.of(slice_) for key, slice_ in member.slices().items()},
+            "step": cohort.step.clone(),
+            "eta": eta.copy_(torch.as_tensor(lr).detach().reshape(())) if cohort.fresh else eta,
+            "mu": cohort.mu.clone(),
+            **{key: _shown(member, slice_, world_size) for key, slice_ in member.slices().items()},
         }
-    return {"state": state, "param_groups": [{**group, MARK_KEY: mark} for group in pack_groups(groups)]}
+    packed = pack_groups(groups)
+    for group in packed:
+        # Live groups have this key and torch.optim.ASGD's have not: DCP neither writes nor asks for an empty mapping.
+        group["fused"] = {}
+        if world_size > 1:
+            group["differentiable"] = PartMark()
+    return {"state": state, "param_groups": packed}
+
+
+def _shown(member: Member, slice_: Tensor, world_size: int) -> Tensor:
+    shape, strides = member.param.shape, member.strides
+    if world_size == 1 or member.param.numel() == 0:
+        return slice_.as_strided(shape, strides)
+    return ShardTensor(slice_, shape, strides, first_element(member))
+
+
+def first_element(member: Member) -> int:
+    """Where this rank's piece begins in the parameter, in memory order; complex elements count once."""
+    return member.piece.param_start // (2 if member.dtype.is_complex else 1)

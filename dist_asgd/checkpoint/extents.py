@@ -1,0 +1,89 @@
+"""Where everything lies: chunks inside their tensor and their file, and no byte or element claimed twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+
+from .files import CheckpointError
+
+
+def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
+    """Every chunk lies inside its tensor and its file, no two overlap in either, and together they are the tensor.
+
+    ``sizes``: bytes of each file. What passes cannot ask for more memory than the files have bytes. CheckpointError
+    names the key.
+    """
+    wanted = set()
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            wanted.add(MetadataIndex(key))
+            continue
+        _check_boxes(key, entry, where)
+        for chunk in entry.chunks:
+            index = MetadataIndex(key, chunk.offsets)
+            wanted.add(index)
+            info = metadata.storage_data.get(index)
+            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            if info is not None and info.length < needed:
+                raise CheckpointError(
+                    f"dist_asgd: {where}: a chunk of {key} needs {needed} bytes, but {info.relative_path} has "
+                    f"{info.length} for it."
+                )
+    for index in wanted - metadata.storage_data.keys():
+        raise CheckpointError(f"dist_asgd: {where} does not say where {index.fqn} {index.offset} lies.")
+    for index in metadata.storage_data.keys() - wanted:
+        raise CheckpointError(f"dist_asgd: {where} has data of {index.fqn} {index.offset}, which no key has.")
+    _check_ranges(metadata, sizes, where)
+
+
+def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
+    last: dict[str, tuple[int, str]] = {}
+    places = [
+        (info.relative_path, info.offset, info.length, index.fqn) for index, info in metadata.storage_data.items()
+    ]
+    for name, offset, length, fqn in sorted(places):
+        if name not in sizes:
+            raise CheckpointError(f"dist_asgd: {name}, which holds {fqn}, is missing: {where} is not whole.")
+        stop, before = last.get(name, (0, ""))
+        if offset < stop:
+            raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
+        if offset + length > sizes[name]:
+            raise CheckpointError(
+                f"dist_asgd: {name} has {sizes[name]} bytes, but {fqn} lies at {offset} to {offset + length} in it: "
+                f"the file is truncated, or belongs to another checkpoint."
+            )
+        last[name] = (offset + length, fqn)
+
+
+def _check_boxes(key: str, entry: TensorStorageMetadata, where: str) -> None:
+    """The chunks of one tensor tile it."""
+    size, boxes = entry.size, []
+    for chunk in entry.chunks:
+        ends = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if len(ends) != len(size) or any(end > n for end, n in zip(ends, size, strict=True)):
+            raise CheckpointError(
+                f"dist_asgd: {where}: a chunk of {key} at {list(chunk.offsets)} of shape {list(chunk.sizes)} is not "
+                f"inside {list(size)}."
+            )
+        if math.prod(chunk.sizes):
+            boxes.append((tuple(chunk.offsets), tuple(ends)))
+    covered = sum(math.prod(e - s for s, e in zip(starts, ends, strict=True)) for starts, ends in boxes)
+    if covered != math.prod(size):
+        raise CheckpointError(
+            f"dist_asgd: {where}: the chunks of {key} hold {covered} elements, its shape {list(size)} has "
+            f"{math.prod(size)}."
+        )
+    # Sorted along one dimension, only boxes that still reach into it can overlap.
+    axis = max(range(len(size)), key=lambda d: len({starts[d] for starts, _ in boxes}), default=0)
+    active: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for box in sorted(boxes, key=lambda b: b[0][axis]) if len(boxes) > 1 else ():
+        active = [other for other in active if other[1][axis] > box[0][axis]]
+        for other in active:
+            if all(a < d and c < b for a, b, c, d in zip(*box, *other, strict=True)):
+                raise CheckpointError(
+                    f"dist_asgd: {where}: chunks of {key} overlap, at {list(box[0])} and {list(other[0])}."
+                )
+        active.append(box)

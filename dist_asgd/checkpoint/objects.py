@@ -1,0 +1,89 @@
+"""One serialized tensor or object of a checkpoint, back from its bytes; nothing in them is run.
+
+DCP writes each as a small ``torch.save`` archive: a zip file whose records are stored as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorProperties
+
+from .files import CheckpointError
+
+# Deeper values are refused: those who walk them (pickle, copy, repr) recurse.
+MAX_DEPTH = 64
+
+
+def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str) -> Tensor:
+    """The tensor in ``data``, on the CPU: of this shape and dtype, or CheckpointError, which ``what`` begins."""
+    tensor = _load(data, what)
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CheckpointError(f"dist_asgd: {what} holds {type(tensor).__name__}, no plain tensor.")
+    if tensor.shape != shape or tensor.dtype != properties.dtype:
+        raise CheckpointError(
+            f"dist_asgd: {what} holds a tensor {list(tensor.shape)} {tensor.dtype}, the metadata says {list(shape)} "
+            f"{properties.dtype}."
+        )
+    return tensor
+
+
+def load_object(data: bytes, what: str) -> Any:
+    """The object in ``data``: plain values and tensors, or CheckpointError, which ``what`` begins."""
+    value = _load(data, what)
+    if _depth(value) > MAX_DEPTH:
+        raise CheckpointError(f"dist_asgd: {what} is nested more than {MAX_DEPTH} deep.")
+    return value
+
+
+def dump_object(value: Any) -> io.BytesIO:
+    """``value`` serialized anew, for a reader that would unpickle whatever it is given."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return stream
+
+
+def _depth(value: Any) -> int:
+    """How deep containers lie in containers; counts to a little beyond ``MAX_DEPTH`` only."""
+    level, seen, depth = [value], set[int](), 0
+    while level and depth <= MAX_DEPTH:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict | list | tuple | set) and id(item) not in seen:
+                seen.add(id(item))
+                inner += [*item, *item.values()] if isinstance(item, dict) else item
+        level = inner
+        depth += bool(level)
+    return depth
+
+
+def _load(data: bytes, what: str) -> Any:
+    try:
+        _check_archive(data)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever the bytes make zipfile and torch stumble over, it is the bytes.
+        text = str(error).splitlines()
+        raise CheckpointError(
+            f"dist_asgd: {what} is damaged, or holds more than tensors and plain values; nothing of it was run: "
+            f"{text[0][:300] if text else type(error).__name__}"
+        ) from error
+
+
+def _check_archive(data: bytes) -> None:
+    """ValueError unless every record is stored as it is and has room in ``data``: no zip bombs, no legacy formats."""
+    if not data.startswith(b"PK\x03\x04"):
+        raise ValueError("it does not begin as a torch.save archive")
+    total = 0
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise ValueError(f"its record {record.filename[:80]!r} is compressed")
+            total += record.file_size
+    if total > len(data):
+        raise ValueError(f"its records claim {total} bytes, it has {len(data)}")

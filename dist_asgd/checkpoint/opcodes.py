@@ -1,0 +1,237 @@
+"""A stack machine for pickles of one known kind: no class is looked up by name, and nothing is called but makers.
+
+A *record* is an object that the pickle creates empty and then gives its state: its maker turns the state into the
+real object. A *call* is made of its arguments at once. A *constant* stands for itself. Makers check what they get,
+and raise ``Refused`` for the rest; the opcodes are those that pickles of plain values and such objects hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class Refused(Exception):
+    """What is in the pickle that should not be there."""
+
+
+def want(ok: bool, what: str) -> None:
+    """Refused unless ``ok``."""
+    if not ok:
+        raise Refused(what)
+
+
+Name = tuple[str, str]
+Maker = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The (module, name) pairs that a pickle may use, and the types that its dicts may have as keys."""
+
+    constants: Mapping[Name, Any]
+    calls: Mapping[Name, Maker]
+    records: Mapping[Name, Maker]
+    stateless: Mapping[Name, Callable[[], Any]]
+    key_types: tuple[type, ...]
+
+
+class _Made:
+    """An object of the pickle: named when it is created, given its value when its state arrives."""
+
+    __slots__ = ("make", "value")
+
+    def __init__(self, make: Maker) -> None:
+        self.make: Maker | None = make
+        self.value: Any = None
+
+
+class _Global:
+    """A name that the pickle refers to; one of those above."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+
+
+_MARK = object()
+
+
+class Machine:
+    """The stack machine of ``pickle``, with the opcodes that plain values and records need."""
+
+    def __init__(self, data: bytes, vocabulary: Vocabulary) -> None:
+        self._data = data
+        self._vocabulary = vocabulary
+        self._at = 0
+        self._stack: list[Any] = []
+        self._memo: list[Any] = []
+
+    def run(self) -> Any:
+        """The one object that the pickle makes; Refused where it wants anything else than the vocabulary has."""
+        data, opcodes = self._data, self._OPCODES
+        while True:
+            want(self._at < len(data), "an end before the end")
+            code = data[self._at]
+            self._at += 1
+            if code == 0x2E:  # STOP
+                break
+            handler = opcodes.get(code)
+            if handler is None:
+                raise Refused(f"opcode 0x{code:02x}")
+            handler(self)
+        want(self._at == len(data) and len(self._stack) == 1, "something after the end")
+        return self._pop()
+
+    def _take(self, count: int) -> bytes:
+        start, self._at = self._at, self._at + count
+        want(self._at <= len(self._data), "an end before the end")
+        return self._data[start : self._at]
+
+    def _pop(self) -> Any:
+        """The top of the stack as a finished value."""
+        want(bool(self._stack), "a missing operand")
+        value = self._stack.pop()
+        if type(value) is _Made:
+            want(value.make is None, "an object that is used before it is made")
+            value = value.value
+        want(value is not _MARK and type(value) is not _Global, "a mark or a name where a value should be")
+        return value
+
+    def _pop_to_mark(self) -> list[Any]:
+        values = []
+        while self._stack and self._stack[-1] is not _MARK:
+            values.append(self._pop())
+        want(bool(self._stack), "a missing mark")
+        self._stack.pop()
+        values.reverse()
+        return values
+
+    def _protocol(self) -> None:
+        want(self._take(1)[0] in (4, 5), "a pickle protocol other than 4 and 5")
+
+    def _frame(self) -> None:
+        self._take(8)
+
+    def _mark(self) -> None:
+        self._stack.append(_MARK)
+
+    def _tuple(self) -> None:
+        self._stack.append(tuple(self._pop_to_mark()))
+
+    def _tuple_of(self, count: int) -> None:
+        values = [self._pop() for _ in range(count)]
+        self._stack.append(tuple(reversed(values)))
+
+    def _string(self, count: int) -> None:
+        length = int.from_bytes(self._take(count), "little")
+        self._stack.append(str(self._take(length), "utf-8"))
+
+    def _int(self, count: int) -> None:
+        self._stack.append(int.from_bytes(self._take(count), "little", signed=count == 4))
+
+    def _long(self) -> None:
+        count = self._take(1)[0]
+        want(count <= 9, "a number beyond 64 bits")
+        self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
+
+    def _append(self, values: list[Any]) -> None:
+        want(bool(self._stack) and type(self._stack[-1]) is list, "an append to something else than a list")
+        self._stack[-1].extend(values)
+
+    def _set(self, values: list[Any]) -> None:
+        want(bool(self._stack) and type(self._stack[-1]) is dict and len(values) % 2 == 0, "items of no dict")
+        target = self._stack[-1]
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            want(type(key) in self._vocabulary.key_types, "a key that is no name")
+            want(key not in target, "a key that occurs twice")
+            target[key] = value
+
+    def _set_one(self) -> None:
+        value = self._pop()
+        self._set([self._pop(), value])
+
+    def _remember(self) -> None:
+        want(bool(self._stack) and self._stack[-1] is not _MARK, "nothing to remember")
+        self._memo.append(self._stack[-1])
+
+    def _recall(self, count: int) -> None:
+        place = int.from_bytes(self._take(count), "little")
+        want(place < len(self._memo), "a reference to nothing")
+        self._stack.append(self._memo[place])
+
+    def _find(self) -> None:
+        name, module = self._pop(), self._pop()
+        if type(name) is not str or type(module) is not str:
+            raise Refused("a name that is no string")
+        known, full = self._vocabulary, (module, name)
+        if full in known.constants:
+            self._stack.append(known.constants[full])
+        elif full in known.records or full in known.calls or full in known.stateless:
+            self._stack.append(_Global(full))
+        else:
+            raise Refused(f"{module[:80]}.{name[:80]}")
+
+    def _name(self) -> Name:
+        found = self._stack.pop() if self._stack else None
+        if type(found) is not _Global:
+            raise Refused("a call of something that has no name")
+        return found.name
+
+    def _create(self) -> None:
+        args, name = self._pop(), self._name()
+        want(args == (), "an object with arguments")
+        if name in self._vocabulary.stateless:
+            self._stack.append(self._vocabulary.stateless[name]())
+        else:
+            want(name in self._vocabulary.records, f"an object of {'.'.join(name)}")
+            self._stack.append(_Made(self._vocabulary.records[name]))
+
+    def _call(self) -> None:
+        args, name = self._pop(), self._name()
+        make = self._vocabulary.calls.get(name)
+        if make is None:
+            raise Refused(f"a call of {'.'.join(name)}")
+        self._stack.append(make(args))
+
+    def _build(self) -> None:
+        state = self._pop()
+        made = self._stack[-1] if self._stack else None
+        if type(made) is not _Made or made.make is None:
+            raise Refused("state for something that takes none")
+        made.value, made.make = made.make(state), None
+
+    _OPCODES: Mapping[int, Callable[[Machine], None]] = {
+        0x80: _protocol,
+        0x95: _frame,
+        ord("}"): lambda self: self._stack.append({}),
+        ord("]"): lambda self: self._stack.append([]),
+        ord(")"): lambda self: self._stack.append(()),
+        ord("N"): lambda self: self._stack.append(None),
+        0x88: lambda self: self._stack.append(True),
+        0x89: lambda self: self._stack.append(False),
+        ord("("): _mark,
+        ord("t"): _tuple,
+        0x85: lambda self: self._tuple_of(1),
+        0x86: lambda self: self._tuple_of(2),
+        0x87: lambda self: self._tuple_of(3),
+        0x8C: lambda self: self._string(1),
+        ord("X"): lambda self: self._string(4),
+        ord("K"): lambda self: self._int(1),
+        ord("M"): lambda self: self._int(2),
+        ord("J"): lambda self: self._int(4),
+        0x8A: _long,
+        ord("a"): lambda self: self._append([self._pop()]),
+        ord("e"): lambda self: self._append(self._pop_to_mark()),
+        ord("s"): _set_one,
+        ord("u"): lambda self: self._set(self._pop_to_mark()),
+        0x94: _remember,
+        ord("h"): lambda self: self._recall(1),
+        ord("j"): lambda self: self._recall(4),
+        0x93: _find,
+        0x81: _create,
+        ord("R"): _call,
+        ord("b"): _build,
+    }

@@ -1,0 +1,213 @@
+"""One rank's part of a sharded tensor, as ``torch.distributed.checkpoint`` (DCP) writes and reads it.
+
+A piece is a range of a parameter's elements in memory order: 1-D on its rank, but checkpoints know tensors by
+their true shape. In that shape a range of an N-D tensor is at most 2·N - 1 boxes, and a box of the range is a view of
+the 1-D piece. So a checkpoint of pieces is the checkpoint of the tensor: it loads under any sharding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def row_major_boxes(start: int, stop: int, shape: Sequence[int]) -> list[Box]:
+    """Elements ``[start, stop)`` of a contiguous tensor as (offsets, sizes), in order; as few as there can be."""
+    inner = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    boxes: list[Box] = []
+    while start < stop:
+        # The outermost dimension along which whole steps fit, then as many as fit.
+        dim = next((d for d, numel in enumerate(inner) if start % numel == 0 and start + numel <= stop), None)
+        if dim is None:
+            return [((), ())]  # 0-dim
+        index = tuple(start // inner[d] % shape[d] for d in range(dim + 1))
+        count = min(shape[dim] - index[dim], (stop - start) // inner[dim])
+        offsets = index + (0,) * (len(shape) - dim - 1)
+        boxes.append((offsets, (1,) * dim + (count,) + tuple(shape[dim + 1 :])))
+        start += count * inner[dim]
+    return boxes
+
+
+def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Dimensions from the outermost to the innermost in memory, of a tensor that is dense there."""
+    return sorted(range(len(shape)), key=lambda dim: (-strides[dim], -shape[dim], dim))
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"dist_asgd: this is one rank's part of a sharded tensor: {what} would take it for the whole. For the whole "
+        f"use optimizer.consolidated_state_dict(), which has torch.optim.ASGD's own layout; to save parts, "
+        f"save_checkpoint() or torch.distributed.checkpoint."
+    )
+
+
+class ShardTensor(torch.Tensor):
+    """A tensor of which this rank holds elements ``[start, start + numel)`` in memory order; the rest is elsewhere.
+
+    Shape, dtype and device are those of the whole tensor; ``to_local()`` is the part, ``(numel,)``, and shares memory
+    with what it was made of. It can be copied, pickled, and saved and loaded by DCP; arithmetic is refused.
+    """
+
+    _local: Tensor
+    _strides: tuple[int, ...]
+    _start: int
+
+    @staticmethod
+    def __new__(cls, local: Tensor, shape: Sequence[int], strides: Sequence[int], start: int) -> ShardTensor:
+        """Elements from ``start`` on of a tensor that is dense in memory with these strides; no copy."""
+        whole: ShardTensor = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), strides=tuple(strides), dtype=local.dtype, device=local.device
+        )
+        whole._local = local.detach()
+        whole._strides = tuple(strides)
+        whole._start = start
+        return whole
+
+    def to_local(self) -> Tensor:
+        """This rank's part, 1-D in memory order; shares memory."""
+        return self._local
+
+    @property
+    def place(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+        """Shape and strides of the whole, start and number of elements of the part."""
+        return tuple(self.shape), self._strides, self._start, self._local.numel()
+
+    def like(self, local: Tensor) -> ShardTensor:
+        """The same part of another tensor of this shape, held in ``local`` ``(numel,)``."""
+        return ShardTensor(local, self.shape, self._strides, self._start)
+
+    def slice_of(self, whole: Tensor) -> Tensor | None:
+        """The same part of ``whole``, which has this shape, as a 1-D view; None where it lies otherwise in memory."""
+        if whole.shape != self.shape or not _lies_as(whole, self._strides):
+            return None
+        first = whole.storage_offset() + self._start
+        return whole.detach().as_strided((self._local.numel(),), (1,), first)
+
+    # --- boxes ---------------------------------------------------------------------------------------------
+
+    def boxes(self) -> list[tuple[Box, Tensor]]:
+        """The part as boxes of the true shape: (offsets, sizes) and a view of the part in that shape."""
+        order = memory_order(self.shape, self._strides)
+        back = [order.index(dim) for dim in range(len(order))]
+        found, first = [], 0
+        for offsets, sizes in row_major_boxes(
+            self._start, self._start + self._local.numel(), [self.shape[dim] for dim in order]
+        ):
+            numel = math.prod(sizes)
+            view = self._local[first : first + numel].view(sizes).permute(back)
+            found.append(((tuple(offsets[d] for d in back), tuple(sizes[d] for d in back)), view))
+            first += numel
+        return found
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
+        """Called by DCP to save: one item a box."""
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
+                    properties=properties,
+                    size=self.shape,
+                ),
+            )
+            for (offsets, sizes), _ in self.boxes()
+        ]
+
+    def __create_chunk_list__(self) -> list[Any]:
+        """Called by DCP to load: the boxes that this rank wants."""
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        return [
+            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+            for (offsets, sizes), _ in self.boxes()
+        ]
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        """Called by DCP for the data of one box, to read or to fill."""
+        for (offsets, _), view in self.boxes():
+            if tuple(index.offset) == offsets:
+                return view
+        raise ValueError(f"dist_asgd: this rank has no box of {index.fqn} at {tuple(index.offset)}.")
+
+    # --- as a tensor ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Refuses what loaders of whole tensors begin with, also where it would be a no-op."""
+        if func in _CONVERSIONS:
+            _refuse(f"Tensor.{func.__name__}()")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Copies act on the part, as DCP's stagers need; arithmetic would not know of the other parts."""
+        aten, options = torch.ops.aten, dict(kwargs or {})
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0].like(args[0]._local)
+        if func is aten.clone.default:
+            return args[0].like(args[0]._local.clone())
+        if func in (aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default):
+            device = options.get("device") or args[0].device
+            return args[0].like(torch.zeros_like(args[0]._local, device=device))
+        if func is aten.is_pinned.default:
+            return args[0]._local.is_pinned()
+        if func is aten.copy_.default and all(isinstance(arg, ShardTensor) for arg in args[:2]):
+            args[0]._local.copy_(args[1]._local, *args[2:])
+            return args[0]
+        _refuse(str(func))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
+        """A copy of the part."""
+        return self.like(copy.deepcopy(self._local, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as the part and its place."""
+        return rebuild_shard, (self._local, tuple(self.shape), self._strides, self._start)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        start, numel = self._start, self._local.numel()
+        return f"ShardTensor(shape={tuple(self.shape)}, elements [{start}, {start + numel}) = {self._local})"
+
+
+def rebuild_shard(local: Tensor, shape: Sequence[int], strides: Sequence[int], start: int) -> ShardTensor:
+    """What a pickled ``ShardTensor`` is made of; ValueError where the place does not fit the shape."""
+    numel = math.prod(shape)
+    if len(strides) != len(shape) or local.dim() != 1 or not 0 <= start <= start + local.numel() <= numel:
+        raise ValueError(f"dist_asgd: {local.numel()} elements from {start} on do not fit a tensor of shape {shape}.")
+    return ShardTensor(local, shape, strides, start)
+
+
+def _lies_as(tensor: Tensor, strides: Sequence[int]) -> bool:
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
+
+
+# With these torch.optim's loaders cast and move state, of which they take every tensor for a whole one.
+_CONVERSIONS = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
+
+# Files with parts in them load with torch.load(weights_only=True), the default.
+torch.serialization.add_safe_globals([rebuild_shard])

@@ -1,0 +1,167 @@
+"""Small checkpoints on disk, and ways to damage them or to make them hostile.
+
+``sign`` writes a manifest that fits whatever lies in the directory, as an attacker would.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from dist_asgd.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Chunk,
+    Manifest,
+    hash_file,
+    hash_of,
+    read_manifest,
+    write_manifest,
+)
+from dist_asgd.checkpoint.metadata import METADATA_NAME
+from dist_asgd.checkpoint.reader import CheckedReader, Opened
+
+
+def sample_state(seed: int = 0) -> dict[str, Any]:
+    """One of everything that a checkpoint holds: dtypes, a 0-dim and an empty tensor, plain values, user state."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 5, generator=draw)
+    return {
+        "model": {
+            "weight": weight,
+            "half": weight.bfloat16(),
+            "complex": torch.complex(weight, -weight),
+            "empty": torch.zeros(0, 4),
+            "count": torch.tensor(7 + seed),
+        },
+        "optim": {
+            "state.weight.step": torch.tensor(4.0),
+            "state.weight.ax": torch.randn(3, 5, generator=draw),
+            "param_groups.weight.lr": 0.1,
+            "param_groups.weight.foreach": None,
+        },
+        "extra": {"epoch": 3 + seed, "rng": torch.arange(16, dtype=torch.uint8), "order": (1, "two")},
+    }
+
+
+def write_sample(directory: Path, seed: int = 0) -> Path:
+    """``sample_state`` in one process, with a manifest."""
+    dcp.save(sample_state(seed), checkpoint_id=directory, no_dist=True)
+    sign(directory, step=4 + seed)
+    return directory
+
+
+def sign(directory: Path, step: int = 4, world_size: int = 1) -> None:
+    """Write the manifest of what lies in ``directory``; chunks as the metadata gives them, where it can be read."""
+    names = [name for name in os.listdir(directory) if name != MANIFEST_NAME]
+    chunks: dict[str, list[Chunk]] = {}
+    for info in sorted(read_metadata(directory).storage_data.values(), key=lambda i: (i.relative_path, i.offset)):
+        if info.relative_path in names:
+            data = (directory / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+            chunks.setdefault(info.relative_path, []).append(Chunk(info.offset, info.length, hash_of(data)))
+    files = {name: hash_file(directory, name) for name in names}
+    write_manifest(directory, Manifest(step, world_size, files, chunks))
+
+
+def resign(directory: Path) -> None:
+    """Like ``sign``, for a ``.metadata`` that cannot be unpickled: new hashes of files, old chunks."""
+    old = read_manifest(directory)
+    assert old is not None
+    write_manifest(directory, replace(old, files={name: hash_file(directory, name) for name in old.files}))
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Unpickle ``.metadata``; only of checkpoints that these tests wrote."""
+    return pickle.loads((directory / METADATA_NAME).read_bytes())  # type: ignore[no-any-return]
+
+
+@contextmanager
+def edited_metadata(directory: Path) -> Iterator[Metadata]:
+    """Change the metadata in place; it is written back on the way out, without a new manifest."""
+    metadata = read_metadata(directory)
+    yield metadata
+    (directory / METADATA_NAME).write_bytes(pickle.dumps(metadata))
+
+
+def index_of(metadata: Metadata, key: str) -> MetadataIndex:
+    """The first chunk of ``key``."""
+    return next(index for index in metadata.storage_data if index.fqn == key)
+
+
+def put_chunk(directory: Path, key: str, data: bytes) -> None:
+    """Let ``data`` be the bytes of ``key``: appended to its file, and the metadata led there; signed."""
+    with edited_metadata(directory) as metadata:
+        index = index_of(metadata, key)
+        path = directory / metadata.storage_data[index].relative_path
+        offset = path.stat().st_size
+        with path.open("ab") as file:
+            file.write(data)
+        metadata.storage_data[index] = _StorageInfo(path.name, offset, len(data))
+    sign(directory)
+
+
+def archive(data_pkl: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A ``torch.save`` archive with this pickle, and these storages."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as file:
+        file.writestr("archive/data.pkl", data_pkl)
+        file.writestr("archive/byteorder", b"little")
+        for name, record in (records or {}).items():
+            file.writestr(f"archive/data/{name}", record, compression)
+        file.writestr("archive/version", b"3\n")
+    return stream.getvalue()
+
+
+def saved(value: Any) -> bytes:
+    """``torch.save`` to bytes."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def blank() -> dict[str, Any]:
+    """What ``sample_state`` is loaded into."""
+    return {
+        group: {k: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for k, v in values.items()}
+        for group, values in sample_state().items()
+    }
+
+
+def load(directory: Path, **options: Any) -> dict[str, Any]:
+    """All of it, as ``dcp.load`` does."""
+    reader = CheckedReader(directory, **options)
+    reader.read_metadata()
+    state = blank()
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def read_all(directory: Path, *, verify: bool = True) -> None:
+    """Every chunk, without process groups."""
+    opened = Opened(directory, verify=verify)
+    for index, data in opened.chunks(list(opened.metadata.storage_data)):
+        if isinstance(opened.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
+            opened.tensor(index, data)
+        else:
+            opened.value(index, data)
+
+
+class Payload:
+    """Unpickling it makes the directory ``canary``."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.canary),)

@@ -1,0 +1,101 @@
+"""One model and optimizer under any topology, trained on the same gradients to the same bits, for checkpoint tests.
+
+A topology is ``single`` (one process), ``stage1``, ``stage2`` or ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``).
+Gradients are set by hand: small multiples of a power of two, so that means over ranks are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_asgd import ShardedASGD
+from tests.harness.bits import assert_same_bits
+from tests.harness.models import mlp, odd_net
+
+OPTIONS: dict[str, Any] = {"lr": 0.0625, "t0": 2, "weight_decay": 0.01, "lambd": 1e-3, "foreach": False}
+
+
+@dataclass
+class Run:
+    """A model, its optimizer, and how many steps they took."""
+
+    topology: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    num_steps: int = 0
+
+    def train(self, num_steps: int) -> Run:
+        """Steps on gradients that depend on the step and the parameter's name only."""
+        for _ in range(num_steps):
+            self.optimizer.zero_grad()
+            for name, param in self.model.named_parameters():
+                if param.requires_grad and name != "unused":
+                    param.grad = _like(gradient(name, self.num_steps, param), param)
+            self.optimizer.step()
+            self.num_steps += 1
+        return self
+
+
+def gradient(name: str, step: int, param: Tensor) -> Tensor:
+    """A whole gradient, the same everywhere, laid out as its parameter."""
+    generator = torch.Generator().manual_seed(1000 * step + sum(name.encode()))
+    values = torch.randint(-64, 65, param.shape, generator=generator).to(param.dtype) / 256
+    return torch.empty_like(param, layout=torch.strided).copy_(values) if type(param) is nn.Parameter else values
+
+
+def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
+    """A fresh model of ``kind`` (mlp, odd, complex or bfloat16) and its optimizer. Collective."""
+    model: nn.Module = odd_net(seed) if kind == "odd" else mlp(width=8, depth=1, seed=seed)
+    if kind == "complex":
+        model.register_parameter("wave", nn.Parameter(torch.full((3, 5), 1 + 2j)))
+    if kind == "bfloat16":
+        model.to(torch.bfloat16)
+    model.register_buffer("seen", torch.full((2,), float(seed)))
+    if topology == "fsdp2":
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
+    stage = 2 if topology == "stage2" else 1
+    optimizer = ShardedASGD(model.parameters(), stage=stage, bucket_cap_mb=0.001, **OPTIONS)
+    return Run(topology, model, optimizer)
+
+
+def _like(whole: Tensor, param: Tensor) -> Tensor:
+    if not hasattr(param, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, param.device_mesh, param.placements)
+
+
+def whole_state(run: Run) -> dict[str, Tensor]:
+    """Every parameter, buffer and state tensor by name, whole. Collective."""
+    found = {f"model.{name}": _whole(value) for name, value in run.model.state_dict().items()}
+    names = [name for name, _ in run.model.named_parameters()]
+    if isinstance(run.optimizer, ShardedASGD):
+        state = run.optimizer.consolidated_state_dict(to=None)["state"]
+    else:
+        state = run.optimizer.state_dict()["state"]
+    for index, entry in state.items():
+        for key, value in entry.items():
+            found[f"{key} of {names[index]}"] = _whole(value)
+    return found
+
+
+def _whole(value: Tensor) -> Tensor:
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+
+
+def assert_same_state(run: Run, expected: dict[str, Tensor]) -> None:
+    """Collective: all of it, to the bit."""
+    found = whole_state(run)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_same_bits(found[name], value, f"{name} after {run.num_steps} steps of {run.topology}")
