@@ -14,8 +14,9 @@ MAX_LINES = 450
 
 # From the top: a module imports only from those on lines above its own, or beside it in its own folder.
 LAYERS = [
-    {"version", "layout", "masters"},
+    {"version", "layout", "masters", "dtensor"},
     {"buffers", "comm"},
+    {"residents"},
     {"agreement", "validation", "update"},
     {"gradients", "memory", "gather", "state", "claims"},
     {"reduce"},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import Member
+from ..residents import Resident
 from ..state import ShardedState
 from .groups import pack_groups
 from .tensors import ShardTensor
@@ -72,15 +73,22 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, world_size: int
             **{key: _shown(member, slice_, world_size) for key, slice_ in member.slices().items()},
         }
     packed = pack_groups(groups)
-    for group in packed:
+    parts = {
+        shards.members[index].bucket.group_index
+        for index, entries in state.items()
+        if any(isinstance(value, ShardTensor) for value in entries.values())
+    }
+    for index, group in enumerate(packed):
         # Live groups have this key and torch.optim.ASGD's have not: DCP neither writes nor asks for an empty mapping.
         group["fused"] = {}
-        if world_size > 1:
+        if index in parts:
             group["differentiable"] = PartMark()
     return {"state": state, "param_groups": packed}
 
 
 def _shown(member: Member, slice_: Tensor, world_size: int) -> Tensor:
+    if isinstance(member, Resident):
+        return member.shown(slice_)
     shape, strides = member.param.shape, member.strides
     if world_size == 1 or member.param.numel() == 0:
         return slice_.as_strided(shape, strides)
