@@ -81,7 +81,10 @@ class Resident(Member):
         return flattened(dtensor.part_of(whole, self.param), self.strides)
 
     def shown(self, slice_: Tensor) -> DTensor:
-        return dtensor.placed_as(self.param, slice_.as_strided(self._shape, self.strides))
+        # The same memory with storage of its own: a DTensor takes on the offset of its local tensor, by which
+        # copy.deepcopy takes it for a tensor that has storage (torch/_tensor.py, __deepcopy__).
+        local = torch.from_dlpack(slice_) if slice_.numel() else slice_.new_empty(0)
+        return dtensor.placed_as(self.param, local.as_strided(self._shape, self.strides))
 
     @property
     def counted_as(self) -> int:
