@@ -90,7 +90,7 @@ class Checkpointer:
             self.pending = None
 
     def peak(self, call: str) -> int:
-        """The most memory of this rank in ``call``, the save in the background included, above that before, in bytes."""
+        """The most bytes of this rank in ``call`` above those before, the save in the background included."""
         before = settled_bytes()
         reset_peak()
         self.timed(call, "1")

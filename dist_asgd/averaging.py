@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .agreement import CallsDiffer
-from .buffers import Bucket
+from .buffers import Member, Store
 from .comm import PeerError
 from .gather import Gatherer
 from .update.plan import Updater
@@ -22,7 +22,7 @@ class Averages:
     def __init__(self, updater: Updater, gatherer: Gatherer) -> None:
         self._updater = updater
         self._gatherer = gatherer
-        self._swapped: list[tuple[Bucket, list[tuple[int, int]]]] = []
+        self._swapped: list[tuple[Store, list[Member]]] = []
         self._kept: dict[int, Tensor] = {}
         self._inside = False
 
@@ -36,11 +36,11 @@ class Averages:
 
     @contextmanager
     def in_place(
-        self, buckets: Sequence[Bucket], cohort_of: dict[int, Cohort], leave: Callable[[], object]
+        self, stores: Sequence[Store], cohort_of: dict[int, Cohort], leave: Callable[[], object]
     ) -> Iterator[None]:
         """Inside, ``ax`` is the parameters. ``leave`` is what ranks agree by on the way out; it may raise on all."""
         try:
-            self._swap_in(buckets, cohort_of)
+            self._swap_in(stores, cohort_of)
             yield
         finally:
             try:
@@ -54,46 +54,53 @@ class Averages:
             self._swap_back()
 
     @torch.no_grad()
-    def _swap_in(self, buckets: Sequence[Bucket], cohort_of: dict[int, Cohort]) -> None:
+    def _swap_in(self, stores: Sequence[Store], cohort_of: dict[int, Cohort]) -> None:
         """Collective: ``ax`` becomes the parameters on every rank, and the parameters wait where ``ax`` was."""
         self._inside = True
-        for bucket in buckets:
-            begun = [member for member in bucket.members if cohort_of[member.index].begun]
-            if not begun:
-                continue
-            ranges = [(m.piece.start, m.piece.stop) for m in begun if m.piece.numel]
-            self._swapped.append((bucket, ranges))
-            if bucket.average.dtype == bucket.dtype:
-                self._exchange(bucket, ranges)
-            else:
-                # A wider average cannot hold the parameters and come back: keep this rank's shard beside it.
-                self._kept[id(bucket)] = bucket.shard.clone()
-                for start, stop in ranges:
-                    bucket.shard[start:stop].copy_(bucket.average[start:stop])
-            self._gatherer.launch(bucket)
+        for store in stores:
+            begun = [member for member in store.members if cohort_of[member.index].begun]
+            if begun:
+                self._swapped.append((store, [member for member in begun if member.piece.numel]))
+                for member in self._swapped[-1][1]:
+                    self._put_average(member)
+                self._gatherer.launch(store)
+                store.changed()
         self._gatherer.wait()
 
     @torch.no_grad()
     def _swap_back(self) -> None:
         """Collective: undo ``_swap_in``, bit for bit."""
         swapped, self._swapped = self._swapped, []
-        for bucket, ranges in swapped:
-            kept = self._kept.pop(id(bucket), None)
-            if kept is None:
-                self._exchange(bucket, ranges)
-            else:
-                bucket.shard.copy_(kept)
-            self._gatherer.launch(bucket)
+        for store, members in swapped:
+            for member in members:
+                kept = self._kept.pop(member.index, None)
+                if kept is None:
+                    self._exchange(member)
+                else:
+                    member.part(member.piece.start, member.piece.stop).copy_(kept)
+            self._gatherer.launch(store)
+            store.changed()
         self._gatherer.wait()
         self._inside = False
 
-    def _exchange(self, bucket: Bucket, ranges: Sequence[tuple[int, int]]) -> None:
-        for first, last in ranges:
-            step = self._updater.scratch_numel(bucket)
-            for start in range(first, last, step):
-                stop = min(start + step, last)
-                param, average = bucket.shard[start:stop], bucket.average[start:stop]
-                scratch = self._updater.scratch(param)
-                scratch.copy_(param)
-                param.copy_(average)
-                average.copy_(scratch)
+    def _put_average(self, member: Member) -> None:
+        average = member.bucket.average
+        if average.dtype == member.bucket.dtype:
+            self._exchange(member)
+            return
+        # A wider average cannot hold the parameters and come back: keep this rank's part of them beside it.
+        start, stop = member.piece.start, member.piece.stop
+        param = member.part(start, stop)
+        self._kept[member.index] = param.clone()
+        param.copy_(average[start:stop])
+
+    def _exchange(self, member: Member) -> None:
+        first, last = member.piece.start, member.piece.stop
+        step = self._updater.scratch_numel(member.bucket)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            param, average = member.part(start, stop), member.bucket.average[start:stop]
+            scratch = self._updater.scratch(param)
+            scratch.copy_(param)
+            param.copy_(average)
+            average.copy_(scratch)

@@ -1,12 +1,14 @@
 """Flat storage on a layout: parameters become views of it, so an all-gather is in place and copies nothing.
 
-A ``Bucket`` owns the storage of its parameters (whole), of their average ``ax`` (this rank's shard) and, in
-stage 2, of their reduced gradient (this rank's shard). A ``Member`` is one parameter at home in a bucket.
-Complex parameters are stored as pairs of reals; every count here is in real elements.
+A ``Store`` keeps what belongs to parameters of one group, dtype and device on this rank: their average ``ax`` and what
+masters need. A ``Bucket`` is the store that also owns the storage of its parameters (whole) and, in stage 2, of their
+reduced gradient (this rank's shard). A ``Member`` is one parameter of a store, ``Housed`` where it is at home in a
+bucket. Complex parameters are stored as pairs of reals; every count here is in real elements.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -48,37 +50,136 @@ def same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     return own == strides or all(size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True))
 
 
-def _real(flat: Tensor) -> Tensor:
+def real(flat: Tensor) -> Tensor:
     """A 1-D tensor as reals: itself, or the (re, im) pairs of a complex one."""
     return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
-def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor`` as 1-D reals in the memory order of ``strides``: a view where it already lies so, else a copy."""
+def in_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as 1-D in the memory order of ``strides``: a view where it already lies so, else a copy."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if not same_strides(tensor, strides):
         tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return _real(tensor.as_strided((tensor.numel(),), (1,)))
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
-class Member:
-    """One parameter at home in a bucket, and the piece of it in this rank's shard.
+def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as 1-D reals in the memory order of ``strides``: a view where it already lies so, else a copy."""
+    return real(in_order(tensor, strides))
+
+
+class Member(ABC):
+    """One parameter of a store, and the piece of it that this rank updates.
 
     ``index`` counts all parameters of the optimizer in registration order; it names the parameter's bit in what
-    ranks tell each other. ``name`` is the user's where parameters were given with names. ``pointer`` and
-    ``view_strides`` are of the view that the parameter became.
+    ranks tell each other. ``name`` is the user's where parameters were given with names. ``piece`` says where the
+    store has its elements, and where in the gradient they begin; ``strides`` are those of the memory order in which
+    elements are counted.
     """
 
-    __slots__ = ("_shape", "bucket", "index", "name", "param", "piece", "pointer", "slot", "strides", "view_strides")
+    __slots__ = ("bucket", "index", "name", "param", "piece", "slot", "strides")
 
-    def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
+    bucket: Store
+
+    def __init__(
+        self, param: Tensor, name: str, index: int, slot: Slot, piece: Piece, strides: tuple[int, ...]
+    ) -> None:
         self.param = param
         self.name = name
         self.index = index
-        self.bucket = bucket
         self.slot = slot
-        self.piece: Piece = bucket.layout.piece(slot, rank)
-        self.strides = memory_strides(param)
+        self.piece = piece
+        self.strides = strides
+
+    @property
+    @abstractmethod
+    def at_home(self) -> bool:
+        """Whether the parameter still is where and what construction made it."""
+
+    def check_at_home(self) -> None:
+        """RuntimeError unless ``at_home``."""
+        if not self.at_home:
+            raise RuntimeError(
+                f"dist_asgd: parameter {self.name} was moved, re-cast or re-bound after the optimizer was constructed "
+                f"(it was {self.dtype} on {self.bucket.device}, it is {self.param.dtype} on {self.param.device}). "
+                f"Change parameters in place (p.copy_()), or convert the model first and then construct the optimizer."
+            )
+
+    @property
+    @abstractmethod
+    def gradient(self) -> Tensor | None:
+        """What ``p.grad`` holds on this rank: a plain tensor, laid out as ``strides`` or otherwise."""
+
+    @property
+    @abstractmethod
+    def place(self) -> int:
+        """Where the piece begins in the whole parameter, in memory order: what random numbers are drawn by."""
+
+    @abstractmethod
+    def part(self, start: int, stop: int) -> Tensor:
+        """The parameter's elements ``[start, stop)`` of the store, 1-D: a view, of neighbours' too in a bucket."""
+
+    @abstractmethod
+    def piece_of(self, whole: Tensor) -> Tensor:
+        """This rank's piece of a tensor of the parameter's shape, 1-D and real."""
+
+    @abstractmethod
+    def shown(self, slice_: Tensor) -> Tensor:
+        """``slice_`` ``(piece_numel,)``, this rank's part of sharded state, as ``optimizer.state`` shows it; a view."""
+
+    @property
+    @abstractmethod
+    def counted_as(self) -> int:
+        """Ranks that name the same number hold, together and each once, the whole parameter; 0: nothing to count."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameter's dtype; the store's is its real counterpart."""
+        return self.bucket.param_dtype
+
+    @property
+    def average(self) -> Tensor:
+        """This rank's 1-D slice of ``ax``, in memory order: ``(piece_numel,)``, complex for a complex parameter."""
+        reals = self.bucket.average[self.piece.start : self.piece.stop]
+        return torch.view_as_complex(reals.view(-1, 2)) if self.bucket.param_dtype.is_complex else reals
+
+    def slices(self) -> dict[str, Tensor]:
+        """The sharded state of this parameter by its key in state dicts: this rank's 1-D slice of each.
+
+        ``ax`` is the live one, ``master`` a new float32 tensor.
+        """
+        slices = {"ax": self.average}
+        if self.bucket.master is not None:
+            slices["master"] = self.masters()
+        return slices
+
+    def masters(self) -> Tensor:
+        """A copy of the float32 masters of the piece; only where there are masters."""
+        assert self.bucket.master is not None
+        start, stop = self.piece.start, self.piece.stop
+        out = torch.empty(stop - start, dtype=torch.float32, device=self.bucket.device)
+        return masters.read(self.part(start, stop), self.bucket.master[start:stop], out)
+
+    def set_masters(self, values: Tensor) -> None:
+        """Set the masters of the piece, and the parameter with them, to float32 ``values`` ``(piece_numel,)``."""
+        assert self.bucket.master is not None
+        start, stop = self.piece.start, self.piece.stop
+        masters.write(values, self.part(start, stop), self.bucket.master[start:stop])
+
+
+class Housed(Member):
+    """A parameter that was moved into a bucket: whole on every rank, which updates the piece in its shard.
+
+    ``pointer`` and ``view_strides`` are of the view that the parameter became.
+    """
+
+    __slots__ = ("_shape", "pointer", "view_strides")
+
+    bucket: Bucket
+
+    def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
+        super().__init__(param, name, index, slot, bucket.layout.piece(slot, rank), memory_strides(param))
+        self.bucket = bucket
         home = bucket.flat[slot.offset : slot.stop]
         if param.is_complex():
             home = torch.view_as_complex(home.view(-1, 2))
@@ -91,7 +192,6 @@ class Member:
 
     @property
     def at_home(self) -> bool:
-        """Whether the parameter still is the view of the bucket that construction made it."""
         param = self.param
         return (
             param.data_ptr() == self.pointer
@@ -100,78 +200,51 @@ class Member:
             and param.stride() == self.view_strides
         )
 
-    def check_at_home(self) -> None:
-        """RuntimeError unless ``at_home``."""
-        if not self.at_home:
-            raise RuntimeError(
-                f"dist_asgd: parameter {self.name} was moved, re-cast or re-bound after the optimizer was constructed "
-                f"(it was {self.dtype} on {self.bucket.device}, it is {self.param.dtype} on {self.param.device}). "
-                f"Change parameters in place (p.copy_()), or convert the model first and then construct the optimizer."
-            )
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.param.grad
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The parameter's dtype; the bucket's is its real counterpart."""
-        return self.bucket.param_dtype
+    def place(self) -> int:
+        return self.piece.param_start
+
+    def part(self, start: int, stop: int) -> Tensor:
+        return self.bucket.shard[start:stop]
+
+    def piece_of(self, whole: Tensor) -> Tensor:
+        return flattened(whole, self.strides)[self.piece.param_start : self.piece.param_start + self.piece.numel]
+
+    def shown(self, slice_: Tensor) -> Tensor:
+        return slice_
 
     @property
-    def average(self) -> Tensor:
-        """This rank's 1-D slice of ``ax``, in memory order: ``(piece_numel,)``, complex for a complex parameter."""
-        real = self.bucket.average[self.piece.start : self.piece.stop]
-        return torch.view_as_complex(real.view(-1, 2)) if self.bucket.param_dtype.is_complex else real
-
-    def slices(self) -> dict[str, Tensor]:
-        """The sharded state of this parameter by its key in state dicts: this rank's 1-D slice of each.
-
-        ``ax`` is the live one, ``master`` a new float32 tensor.
-        """
-        slices = {"ax": self.average}
-        if self.bucket.master is not None:
-            slices["master"] = self.bucket.masters(self.piece.start, self.piece.stop)
-        return slices
+    def counted_as(self) -> int:
+        return int(self.piece.numel > 0)
 
 
-class Bucket:
-    """The storage of one bucket on this rank.
+class Store:
+    """What is kept on this rank for parameters of one group, dtype and device.
 
-    flat      (world_size * shard_numel,)  the parameters, whole
-    shard     (shard_numel,)               this rank's part of ``flat``
-    average   (shard_numel,)               ``ax`` of the shard, in ``average_dtype`` or, after a load, a wider one
-    master    (shard_numel,) or None       what is kept beside the shard for float32 masters; see ``masters.py``
-    gradient  (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
+    average   (shard_numel,)            ``ax`` of what this rank updates, in ``average_dtype`` or, after a load, wider
+    master    (shard_numel,) or None    what is kept beside the parameters for float32 masters; see ``masters.py``
 
-    ``seed`` is that of stochastic rounding, None without it. Gradients are sent in ``wire_dtype`` and kept in
-    ``gradient_dtype``.
+    ``seed`` is that of stochastic rounding, None without it. ``gradient_dtype`` is what the update reads.
     """
 
-    __slots__ = (
-        "average",
-        "average_dtype",
-        "device",
-        "dtype",
-        "flat",
-        "gradient",
-        "gradient_dtype",
-        "group_index",
-        "layout",
-        "master",
-        "members",
-        "param_dtype",
-        "seed",
-        "shard",
-        "trainable",
-        "wire_dtype",
-    )
+    # The parameters, whole, where every rank has to get them after an update; None where nobody does.
+    flat: Tensor | None = None
+    # Whether every member's parameter is a tensor of its own.
+    scattered = True
 
-    def __init__(self, layout: BucketLayout, like: Tensor, group_index: int, rank: int, precision: Precision) -> None:
+    members: Sequence[Member]
+
+    def __init__(self, layout: BucketLayout, like: Tensor, group_index: int, precision: Precision) -> None:
         self.layout = layout
         self.group_index = group_index
         self.param_dtype = like.dtype
-        self.dtype = like.real.dtype if like.is_complex() else like.dtype
+        self.dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
+        self.gradient_dtype = self.dtype
         self.device = like.device
-        self.trainable = like.requires_grad
-        self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
-        self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
         narrow = self.dtype.itemsize == 2
         asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
@@ -180,11 +253,51 @@ class Bucket:
         if narrow and precision.master_weights:
             self.master = torch.zeros(layout.shard_numel, dtype=masters.held_dtype(self.dtype), device=self.device)
         self.seed = precision.stochastic_rounding if self.dtype == torch.bfloat16 else None
+
+    @property
+    def updates_in_float32(self) -> bool:
+        """Whether 16-bit parameters are updated in float32 and rounded once: with masters, or stochastically."""
+        return self.master is not None or self.seed is not None
+
+    def forget_masters(self) -> None:
+        """Let the parameters be their own masters."""
+        if self.master is not None:
+            for member in self.members:
+                member.set_masters(member.part(member.piece.start, member.piece.stop).float())
+
+    def reduced(self) -> Tensor | None:
+        """The reduced gradient ``(shard_numel,)``, where it is kept here; None where it stands on the parameters."""
+        return None
+
+    def changed(self) -> None:
+        """Called where parameters were changed outside of a step: whoever keeps copies of them drops those."""
+
+
+class Bucket(Store):
+    """The storage of one bucket on this rank.
+
+    flat      (world_size * shard_numel,)  the parameters, whole
+    shard     (shard_numel,)               this rank's part of ``flat``
+    gradient  (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
+
+    Gradients are sent in ``wire_dtype`` and kept in ``gradient_dtype``.
+    """
+
+    scattered = False
+
+    flat: Tensor
+
+    def __init__(self, layout: BucketLayout, like: Tensor, group_index: int, rank: int, precision: Precision) -> None:
+        super().__init__(layout, like, group_index, precision)
+        self.trainable = like.requires_grad
+        self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
+        self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
         self.wire_dtype = precision.reduce_dtype or self.dtype
         # A sum that is wider than a 16-bit parameter stays so; float32 and float64 ones need no wider.
+        narrow = self.dtype.itemsize == 2
         self.gradient_dtype = torch.float32 if narrow and self.wire_dtype != self.dtype else self.dtype
         self.gradient: Tensor | None = None
-        self.members: list[Member] = []
+        self.members: list[Housed] = []
         self._clear_padding()
 
     def _clear_padding(self) -> None:
@@ -200,34 +313,20 @@ class Bucket:
             self.gradient = torch.zeros_like(self.shard, dtype=self.gradient_dtype)
         return self.gradient
 
-    @property
-    def updates_in_float32(self) -> bool:
-        """Whether 16-bit parameters are updated in float32 and rounded once: with masters, or stochastically."""
-        return self.master is not None or self.seed is not None
-
-    def masters(self, start: int, stop: int) -> Tensor:
-        """A copy of the float32 masters of ``shard[start:stop]``; only where there are masters."""
-        assert self.master is not None
-        out = torch.empty(stop - start, dtype=torch.float32, device=self.device)
-        return masters.read(self.shard[start:stop], self.master[start:stop], out)
+    def reduced(self) -> Tensor | None:
+        return self.gradient
 
     def shards(self) -> dict[str, Tensor]:
         """This rank's shard ``(shard_numel,)`` of all state, by its key in state dicts; a new tensor for masters."""
         shards = {"ax": self.average}
         if self.master is not None:
-            shards["master"] = self.masters(0, self.layout.shard_numel)
+            out = torch.empty_like(self.average, dtype=torch.float32)
+            shards["master"] = masters.read(self.shard, self.master, out)
         return shards
 
-    def set_masters(self, start: int, values: Tensor) -> None:
-        """Set masters, and parameters with them, to float32 ``values`` ``(n,)`` from ``shard[start]`` on."""
-        assert self.master is not None
-        stop = start + values.numel()
-        masters.write(values, self.shard[start:stop], self.master[start:stop])
-
     def forget_masters(self) -> None:
-        """Let the parameters be their own masters."""
         if self.master is not None:
-            self.set_masters(0, self.shard.float())
+            masters.write(self.shard.float(), self.shard, self.master)
 
     def pack(self, gradients: Sequence[Tensor | None], packed: Sequence[tuple[int, int]], out: Tensor) -> None:
         """Copy gradients to ``out``: (member, offset) pairs, in order. Zeros for None and wherever nothing goes."""
@@ -255,36 +354,35 @@ class Bucket:
 
 
 def build_buckets(
-    named_params: Sequence[tuple[str, Tensor]],
+    params: Sequence[tuple[int, str, Tensor]],
     *,
     group_index: int,
-    first_index: int,
     rank: int,
     world_size: int,
     cap_bytes: int,
     precision: Precision,
 ) -> list[Bucket]:
-    """Move one parameter group into buckets, bucket by bucket: at most one bucket is held twice meanwhile.
+    """Move plain parameters of one group, (index, name, parameter) each, into buckets.
 
-    Parameters of a bucket share dtype, device and ``requires_grad``; they are taken in reverse registration
-    order, which is about the order in which backward produces their gradients.
+    Bucket by bucket: at most one is held twice meanwhile. Parameters of a bucket share dtype, device and
+    ``requires_grad``; they are taken in reverse registration order, which is about the order in which backward
+    produces their gradients.
     """
     classes: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
-    for position in reversed(range(len(named_params))):
-        param = named_params[position][1]
+    for position in reversed(range(len(params))):
+        param = params[position][2]
         classes.setdefault((param.dtype, param.device, param.requires_grad), []).append(position)
     buckets: list[Bucket] = []
     for (dtype, _, _), positions in classes.items():
         reals = 2 if dtype.is_complex else 1
         itemsize = dtype.itemsize // reals
-        numels = [named_params[position][1].numel() * reals for position in positions]
+        numels = [params[position][2].numel() * reals for position in positions]
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
             layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
-            bucket = Bucket(layout, named_params[positions[chosen[0]]][1], group_index, rank, precision)
+            bucket = Bucket(layout, params[positions[chosen[0]]][2], group_index, rank, precision)
             for i, slot in zip(chosen, layout.slots, strict=True):
-                name, param = named_params[positions[i]]
-                member = Member(param, name, first_index + positions[i], bucket, slot, rank)
-                bucket.members.append(member)
+                index, name, param = params[positions[i]]
+                bucket.members.append(Housed(param, name, index, bucket, slot, rank))
             bucket.forget_masters()
             buckets.append(bucket)
     return buckets

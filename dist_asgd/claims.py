@@ -9,12 +9,15 @@ from torch import Tensor
 
 from .agreement import NO_CLAIM, Claim
 from .buffers import memory_strides
+from .dtensor import description, is_dtensor
 from .validation import hyperparameters
 
 
 def _describe(param: Tensor) -> str:
     kind = "trainable" if param.requires_grad else "frozen"
     dtype = str(param.dtype).removeprefix("torch.")
+    if is_dtensor(param):
+        return f"<{kind} {dtype} DTensor of shape {tuple(param.shape)}, {description(param)}, on {param.device.type}>"
     return f"<{kind} {dtype} of shape {tuple(param.shape)}, strides {memory_strides(param)}, on {param.device.type}>"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .buffers import Bucket
+from .buffers import Store
 from .comm import Communicators, Wait
 
 
@@ -13,8 +13,10 @@ class Gatherer:
         self._communicators = communicators
         self._in_flight: list[Wait] = []
 
-    def launch(self, bucket: Bucket) -> None:
-        """Collective: start filling ``bucket.flat`` from every rank's shard."""
+    def launch(self, bucket: Store) -> None:
+        """Collective: start filling ``bucket.flat`` from every rank's shard; nothing where there is none to fill."""
+        if bucket.flat is None:
+            return
         self._in_flight.append(self._communicators.on(bucket.device).all_gather(bucket.flat))
 
     def wait(self) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing, digest_of, ranks_text
-from .buffers import Bucket, Member, flattened
+from .buffers import Bucket, Housed, Member, Store, flattened
 from .comm import Communicators
 from .facts import Facts, gradient_of
+from .residents import Resident, Residents
 from .update.segments import UNSCALED
 from .validation import check_gradient
 
@@ -30,27 +31,38 @@ def indices_of(mask: int) -> set[int]:
     return {i for i, bit in enumerate(reversed(f"{mask:b}")) if bit == "1"}
 
 
+def multiply(gradients: Iterable[Tensor | None], factor: Tensor) -> None:
+    """Multiply in place, by a 0-dim tensor that may be elsewhere."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        if gradient is not None:
+            by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (device, _), alike in by_kind.items():
+        torch._foreach_mul_(alike, factor.to(device))
+
+
 class Gradients(ABC):
     """Where a step's gradients come from."""
 
-    reduced: bool
-    # Whether every gradient of this step is real and lies in memory as its parameter does.
+    # Whether every gradient of parameters in buckets is real and lies in memory as its parameter does.
     direct = False
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         self.agreement = agreement
         self.communicators = communicators
         self.buckets: list[Bucket] = []
+        self.residents: list[Resident] = []
         # What reduced gradients are still to be multiplied by.
         self.scaling = UNSCALED
         self._indices: tuple[int, set[int]] = (0, set())
 
-    def extend(self, buckets: Sequence[Bucket]) -> None:
-        """Take all buckets, in reduce order; replaces what was given before."""
+    def extend(self, buckets: Sequence[Bucket], residents: Sequence[Residents]) -> None:
+        """Take all buckets, in reduce order, and what is in none; replaces what was given before."""
         self.buckets = list(buckets)
+        self.residents = [member for store in residents for member in store.members]
 
     @property
-    def members(self) -> Iterator[Member]:
+    def members(self) -> Iterator[Housed]:
         """Every member of every bucket."""
         return (member for bucket in self.buckets for member in bucket.members)
 
@@ -60,12 +72,69 @@ class Gradients(ABC):
             self._indices = (mask, indices_of(mask))
         return self._indices[1]
 
+    @staticmethod
+    def standing(members: Iterable[Member]) -> tuple[int, Exception | None]:
+        """The bits of ``members`` whose ``p.grad`` is set, and what is wrong with one of those gradients."""
+        present, problem = 0, None
+        for member in members:
+            gradient = member.param.grad
+            if gradient is not None:
+                present |= 1 << member.index
+                try:
+                    check_gradient(member, gradient)
+                except RuntimeError as error:
+                    problem = problem or error
+        return present, problem
+
+    def standing_of_residents(self, kind: Kind) -> tuple[int, Exception | None]:
+        """The like for DTensors, where ``kind`` is about gradients."""
+        return self.standing(self.residents) if kind in (Kind.STEP, Kind.CLIP_GRAD_NORM) else (0, None)
+
+    @staticmethod
+    def refuse_missing(members: Iterable[Member], masks: Sequence[int]) -> None:
+        """RuntimeError, on all ranks alike, where a gradient stands on some ranks only."""
+        for member in sorted(members, key=lambda m: m.index):
+            have = [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
+            if 0 < len(have) < len(masks):
+                remedy = (
+                    "Gradients of DTensors arrive reduced, on all ranks or on none: run the same modules on every rank."
+                    if isinstance(member, Resident)
+                    else "With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model in "
+                    "DDP or pass stage=2."
+                )
+                raise RuntimeError(
+                    f"dist_asgd: parameter {member.name} has a gradient on {ranks_text(have)} of {len(masks)} only. "
+                    f"{remedy}"
+                )
+
+    def piece(self, member: Member) -> Tensor:
+        """The part of an active member's gradient that this rank updates with, 1-D and real."""
+        start = member.piece.param_start
+        flat = flattened(cast(Tensor, member.gradient), member.strides)
+        return flat[start : start + member.piece.numel]
+
+    def pending_unscale(self, member: Member) -> Tensor | None:
+        """What the member's gradient is still to be multiplied by, before clipping."""
+        return None if member.bucket.reduced() is None else self.scaling.unscale
+
+    @abstractmethod
+    def apply_clip(self) -> None:
+        """Multiply by a pending factor of clipping, because another is about to come."""
+
+    def clip(self, factor: Tensor) -> None:
+        """Multiply all gradients by ``factor``, 0-dim; those that are reduced at the next update."""
+        multiply([member.gradient for member in (*self.members, *self.residents)], factor)
+
     @abstractmethod
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
         """Collective: agree on ``kind`` and ``claim``, gradients reduced or on the way; raises on all ranks or none."""
 
     @abstractmethod
-    def ready(self, bucket: Bucket | None) -> None:
+    def present(self, answer: Answer) -> set[int]:
+        """Indices of the parameters that have a gradient, the same on all ranks; ``answer`` as for ``active``."""
+
+    @abstractmethod
+    def ready(self, bucket: Store | None) -> None:
         """Wait until the gradient of ``bucket`` is reduced (None: of all); between ``settle`` and the update."""
 
     @abstractmethod
@@ -94,21 +163,19 @@ class Pattern:
 class Arrived(Gradients):
     """Stage 1: every rank holds the same averaged gradients in ``p.grad``."""
 
-    reduced = False
-
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         super().__init__(agreement, communicators)
         self._checked = communicators.world_size == 1
         self._params: list[Tensor] = []
         self._pattern = Pattern((), [])
 
-    def extend(self, buckets: Sequence[Bucket]) -> None:
-        super().extend(buckets)
+    def extend(self, buckets: Sequence[Bucket], residents: Sequence[Residents]) -> None:
+        super().extend(buckets, residents)
         self._params = [member.param for member in self.members]
         self._pattern = Pattern((), [])
 
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
-        if kind is not Kind.STEP:
+        if kind not in (Kind.STEP, Kind.CLIP_GRAD_NORM):
             return self.agreement.confer(kind, claim, problem=problem)
         gradients = list(map(gradient_of, self._params))
         missing = [gradient is None for gradient in gradients]
@@ -116,42 +183,38 @@ class Arrived(Gradients):
             self._pattern = Pattern(self.members, missing)
         self.direct = self._pattern.facts.hold_for([gradient for gradient in gradients if gradient is not None])
         if not self.direct:
-            try:
-                for member in self._pattern.members:
-                    check_gradient(member, cast(Tensor, member.param.grad))
-            except RuntimeError as error:
-                problem = problem or error
-        return self.agreement.confer(kind, claim, (self._pattern.mask, 0), problem)
+            _, wrong = self.standing(self._pattern.members)
+            problem = problem or wrong
+        standing, wrong = self.standing(self.residents)
+        return self.agreement.confer(kind, claim, (self._pattern.mask | standing, 0), problem or wrong)
 
-    def ready(self, bucket: Bucket | None) -> None:
+    def ready(self, bucket: Store | None) -> None:
         """They have arrived."""
+
+    def apply_clip(self) -> None:
+        """None is ever pending."""
 
     def forget(self, set_to_none: bool) -> None:
         """All of them are in ``p.grad``."""
 
-    def active(self, answer: Answer) -> set[int]:
+    def present(self, answer: Answer) -> set[int]:
         masks = answer.masks(0)
         if len(set(masks)) > 1:
-            self._raise_missing(masks)
-        present = self.indices_of(masks[0])
+            self.refuse_missing((*self.members, *self.residents), masks)
+        return self.indices_of(masks[0])
+
+    def active(self, answer: Answer) -> set[int]:
+        present = self.present(answer)
         if not self._checked and present:
             self._compare(present)
             self._checked = True
         return present
 
-    def _raise_missing(self, masks: list[int]) -> None:
-        for member in sorted(self.members, key=lambda m: m.index):
-            have = [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
-            if 0 < len(have) < len(masks):
-                raise RuntimeError(
-                    f"dist_asgd: parameter {member.name} has a gradient on {ranks_text(have)} of {len(masks)} only. "
-                    f"With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model in "
-                    f"DDP or pass stage=2."
-                )
-
     def _compare(self, present: set[int]) -> None:
         """First step: the gradients' bits must be the same on every rank."""
         members = sorted((m for m in self.members if m.index in present), key=lambda m: m.index)
+        if not members:
+            return
         sums = [checksum(flattened(m.param.grad, m.strides)) for m in members if m.param.grad is not None]
         table = self.communicators.host.exchange(torch.stack(sums).cpu())()
         for position, member in enumerate(members):

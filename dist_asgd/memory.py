@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .buffers import Bucket
+from .buffers import Member, Store
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
     """Bytes held on this rank; ``full_*`` is what an unsharded ``torch.optim.ASGD`` would hold for the same model.
 
-    parameter_bytes   the flat storage, padding included
+    parameter_bytes   the flat storage, padding included; of DTensors, what lies on this rank
     padding_bytes     of that, elements that belong to no parameter
     state_bytes       this rank's shard of ``ax`` (the scalars are a few bytes a parameter group)
     gradient_bytes    stage 2: this rank's shard of reduced gradients, kept between steps. Stage 1: the gradients
@@ -29,15 +29,17 @@ class MemoryReport:
     full_gradient_bytes: int
 
 
-def report(buckets: Sequence[Bucket], in_flight_bytes: int) -> MemoryReport:
-    """The accounting of these buckets."""
-    members = [member for bucket in buckets for member in bucket.members]
+def report(buckets: Sequence[Store], in_flight_bytes: int) -> MemoryReport:
+    """The accounting of these buckets, and of parameters that are in none."""
+    members: list[Member] = [member for bucket in buckets for member in bucket.members]
     own = sum(member.param.nbytes for member in members)
-    standing = sum(member.param.grad.nbytes for member in members if member.param.grad is not None)
-    shards = sum(bucket.gradient.nbytes for bucket in buckets if bucket.gradient is not None)
+    standing = sum(member.gradient.nbytes for member in members if member.gradient is not None)
+    shards = sum(gradient.nbytes for bucket in buckets if (gradient := bucket.reduced()) is not None)
+    whole = [bucket for bucket in buckets if bucket.flat is not None]
+    elsewhere = sum(m.piece.numel * b.dtype.itemsize for b in buckets if b.flat is None for m in b.members)
     return MemoryReport(
-        parameter_bytes=sum(bucket.flat.nbytes for bucket in buckets),
-        padding_bytes=sum(bucket.layout.padding_numel * bucket.dtype.itemsize for bucket in buckets),
+        parameter_bytes=elsewhere + sum(bucket.layout.numel * bucket.dtype.itemsize for bucket in whole),
+        padding_bytes=sum(bucket.layout.padding_numel * bucket.dtype.itemsize for bucket in whole),
         state_bytes=sum(bucket.average.nbytes for bucket in buckets),
         gradient_bytes=standing + shards,
         in_flight_bytes=in_flight_bytes,

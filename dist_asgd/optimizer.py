@@ -19,6 +19,7 @@ from .buffers import Precision
 from .checkpoint import consolidated
 from .claims import HyperparameterClaims, groups_claim
 from .comm import Communicators
+from .dtensor import is_dtensor
 from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
 from .layout import MIN_BUCKETS
@@ -28,7 +29,9 @@ from .state import ShardedState
 from .state_dicts import StateDicts
 from .update.plan import Step, Updater
 from .update.schedule import rules_of
+from .update.segments import UNSCALED
 from .validation import (
+    check_dtensors,
     check_hyperparameters,
     check_mode,
     check_options,
@@ -180,8 +183,10 @@ class ShardedASGD(torch.optim.Optimizer):
             if not self._differentiable:
                 known = [pair for i in range(index) for pair in self._named(i)]
                 check_params(self._named(index), known)
+                check_dtensors(self._named(index), self._communicators.ranks, self._precision)
                 for _, param in self._named(index):
-                    self._communicators.on(param.device)
+                    if not is_dtensor(param):
+                        self._communicators.on(param.device)
                 check_rounding(self._precision, self._named(index))
         except Exception:
             del self.param_groups[index]
@@ -203,9 +208,9 @@ class ShardedASGD(torch.optim.Optimizer):
                     self.state[param] = differentiable.init_state(param, lr)
             return
         self._shards.house(new)
-        self._gradients.extend(self._shards.buckets)
+        self._gradients.extend(self._shards.buckets, self._shards.residents)
         self._agreement.resize(len(self._shards.members))
-        self._updater.reserve(self._shards.buckets)
+        self._updater.reserve(self._shards.stores)
         self._values_checked = self._communicators.world_size == 1
 
     # --- the step ------------------------------------------------------------------------------------------
@@ -239,11 +244,13 @@ class ShardedASGD(torch.optim.Optimizer):
                 rules,
                 self._shards.rows(rules),
                 self._shards.advance_on_devices(active, rules, found_inf),
+                # What is pending is so for gradients that are reduced here, and not for those of DTensors.
                 told.factors(self._gradients.scaling),
+                told.factors(UNSCALED),
                 self._gradients.direct,
                 found_inf,
             )
-            for bucket, batches in self._shards.planned(active, self._gradients.reduced, rules):
+            for bucket, batches in self._shards.planned(active, rules):
                 self._gradients.ready(bucket)
                 for batch in batches:
                     batch.run(step)
@@ -300,10 +307,11 @@ class ShardedASGD(torch.optim.Optimizer):
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
 
         Collective. In stage 2 this is the one to call: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there.
-        In stage 1 it is torch's function, bit for bit. In stage 2 it reads the gradients once: the update scales them.
+        In stage 1 without DTensors it is torch's function, bit for bit. In stage 2 it reads the gradients once: the
+        update scales them.
         """
         params = [param for group in self.param_groups for param in group["params"]]
-        if self._differentiable or not isinstance(self._gradients, Reducer):
+        if self._differentiable or not (self.reduces_gradients or self._gradients.residents):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         self._averages.refuse("clip_grad_norm_()")
         claim, problem = clip.claim_of(max_norm, norm_type)
@@ -346,7 +354,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._averages.refuse("averaged_parameters()")
         self._gradients.settle(Kind.AVERAGED_PARAMETERS, problem=self._problem())
         leave = partial(self._gradients.settle, Kind.END_OF_AVERAGED_PARAMETERS)
-        with self._averages.in_place(self._shards.buckets, self._shards.cohort_of, leave):
+        with self._averages.in_place(self._shards.stores, self._shards.cohort_of, leave):
             yield
 
     def start_averaging(self) -> None:
@@ -407,7 +415,7 @@ class ShardedASGD(torch.optim.Optimizer):
         in_flight = self._updater.scratch_bytes + self._communicators.scratch_bytes()
         if isinstance(self._gradients, Reducer):
             in_flight += self._gradients.in_flight_bytes
-        return memory.report(self._shards.buckets, in_flight)
+        return memory.report(self._shards.stores, in_flight)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(

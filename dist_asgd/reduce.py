@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing
-from .buffers import Bucket, Member, flattened
+from .buffers import Bucket, Housed, Member, Store, flattened
 from .comm import Communicators, Wait
-from .gradients import Gradients, indices_of
+from .gradients import Gradients, bits, indices_of, multiply
 from .layout import SendLayout, Stretch, send_layout, whole_layout
-from .update.segments import UNSCALED
+from .residents import Residents
+from .update.segments import UNSCALED, Scaling
 from .validation import check_gradient
 
 # Buckets on their way at a time: one arrives while the next is filled.
@@ -54,14 +55,12 @@ class Slots:
 class Reducer(Gradients):
     """Stage 2: reduce-scatters gradients during backward; keeps this rank's shard of the mean."""
 
-    reduced = True
-
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         super().__init__(agreement, communicators)
         self.synchronising = True
         self._problem: Exception | None = None
         self._mispaired: Exception | None = None
-        self._member_of: dict[int, Member] = {}
+        self._member_of: dict[int, Housed] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
         self._hooked: set[int] = set()
@@ -87,8 +86,8 @@ class Reducer(Gradients):
         # Whether a backward has run since ranks last settled.
         self._unsettled = False
 
-    def extend(self, buckets: Sequence[Bucket]) -> None:
-        super().extend(buckets)
+    def extend(self, buckets: Sequence[Bucket], residents: Sequence[Residents]) -> None:
+        super().extend(buckets, residents)
         _remove(self._hooks)
         self._member_of = {member.index: member for member in self.members}
         self._rounds = [bucket for bucket in self.buckets if bucket.trainable]
@@ -208,7 +207,7 @@ class Reducer(Gradients):
             self._finish_oldest()
         return slot
 
-    def _checked(self, member: Member) -> Tensor | None:
+    def _checked(self, member: Housed) -> Tensor | None:
         """The member's gradient; where it cannot be used None, and a problem for all ranks at the next call."""
         gradient = member.param.grad
         if gradient is not None:
@@ -223,7 +222,7 @@ class Reducer(Gradients):
         _, finish = self._in_flight.popleft()
         finish()
 
-    def ready(self, bucket: Bucket | None) -> None:
+    def ready(self, bucket: Store | None) -> None:
         while any(bucket is None or waiting is bucket for waiting, _ in self._in_flight):
             self._finish_oldest()
 
@@ -269,8 +268,10 @@ class Reducer(Gradients):
         self._await_header()
         while True:
             pending = self._pending() if keep else 0
-            problem = problem or self._mispaired or self._problem
-            answer = self.agreement.open(kind, claim, (self._delivered | pending, pending), problem is not None)()
+            standing, wrong = self.standing_of_residents(kind)
+            problem = problem or self._mispaired or self._problem or wrong
+            masks = (self._delivered | pending | standing, pending)
+            answer = self.agreement.open(kind, claim, masks, problem is not None)()
             if Kind.ROUND not in answer.kinds:
                 break
             self._judge_round(answer)
@@ -293,6 +294,20 @@ class Reducer(Gradients):
         if wanted:
             self.ready(None)
 
+    def apply_clip(self) -> None:
+        if self.scaling.clip is not None:
+            self.scale()
+
+    def clip(self, factor: Tensor) -> None:
+        # Backward may add to a DTensor's gradient before the update, and nobody would hear of it.
+        multiply([member.gradient for member in self.residents], factor)
+        self.scaling = Scaling(self.scaling.unscale, factor)
+
+    def unscale(self, inverse: Tensor) -> None:
+        """Take the inverse of a gradient scaler's scale, 0-dim: now for DTensors, at the update for what is reduced."""
+        multiply([member.gradient for member in self.residents], inverse.detach())
+        self.scaling = Scaling(inverse.detach().clone(), self.scaling.clip)
+
     def scale(self) -> None:
         """Multiply the shards by what is pending, because something else is about to be added or measured."""
         for factor in self.scaling:
@@ -304,12 +319,20 @@ class Reducer(Gradients):
     def overflowed(self) -> Tensor:
         """Whether anything in this rank's shards is not finite: ``(1,)`` int64 on the host."""
         shards = [b.gradient for b in self.buckets if b.gradient is not None and id(b) in self._valid]
+        shards += [g for member in self.residents if (g := member.gradient) is not None and g.numel()]
         finite = [torch.linalg.vector_norm(shard, torch.inf).isfinite().cpu() for shard in shards]
         return torch.tensor([not all(finite)], dtype=torch.int64)
 
     def present(self, answer: Answer) -> set[int]:
-        """Indices of the parameters for which any rank has contributed a gradient."""
+        """Indices of the parameters for which any rank has contributed a gradient; DTensors have theirs on all."""
+        resident = bits(member.index for member in self.residents)
+        if resident:
+            self.refuse_missing(self.residents, [mask & resident for mask in answer.masks(0)])
         return self.indices_of(answer.union(0))
+
+    def piece(self, member: Member) -> Tensor:
+        reduced = member.bucket.reduced()
+        return super().piece(member) if reduced is None else reduced[member.piece.start : member.piece.stop]
 
     def active(self, answer: Answer) -> set[int]:
         active = self.present(answer)

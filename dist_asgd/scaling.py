@@ -78,12 +78,13 @@ def unscale(gradients: Reducer, inverse: Tensor, in_place_of_float16: bool) -> T
     Reads the reduced shards once and writes nothing. ``in_place_of_float16``: the user asks to unscale before the step.
     """
     problem = None
-    if in_place_of_float16 and any(b.gradient_dtype == torch.float16 and b.master is None for b in gradients.buckets):
+    lossy = any(b.gradient_dtype == torch.float16 and b.master is None for b in gradients.buckets)
+    if in_place_of_float16 and (lossy or any(member.dtype == torch.float16 for member in gradients.residents)):
         problem = ValueError(
             "dist_asgd: unscale_() of float16 gradients would lose the small ones. Pass master_weights=True, or do not "
             "call unscale_(): step() unscales."
         )
     gradients.settle(Kind.UNSCALE, problem=problem)
     found = gradients.communicators.host.exchange(gradients.overflowed())().any()
-    gradients.scaling = Scaling(inverse.detach().clone(), gradients.scaling.clip)
+    gradients.unscale(inverse)
     return found.to(device=inverse.device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The sharded state of one optimizer on this rank: buckets, their members, and who shares which scalars."""
+"""The sharded state of one optimizer on this rank: where parameters are kept, and who shares which scalars."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import Bucket, Member, Precision, build_buckets, reduce_order
+from .buffers import Bucket, Member, Precision, Store, build_buckets, reduce_order
 from .comm import Communicators
+from .dtensor import is_dtensor
 from .layout import bucket_cap_bytes
+from .residents import Residents, settle_residents
 from .update import cpu
 from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
 from .update.scalars import ScalarTable
@@ -23,13 +25,14 @@ _SCALARS = itemgetter("step", "eta", "mu")
 
 Named = Sequence[tuple[str, Tensor]]
 Batches = list[Batch | KernelBatch | DeviceBatch]
-Plan = list[tuple[Bucket, Batches]]
+Plan = list[tuple[Store, Batches]]
 
 
 class ShardedState:
-    """Houses parameter groups in buckets and keeps ``optimizer.state`` showing what the shards hold.
+    """Houses plain parameters in buckets, leaves DTensors where they are, and keeps ``optimizer.state`` up to date.
 
-    ``buckets`` are in reduce order, ``members`` in registration order, so that ``members[i].index == i``.
+    ``buckets`` are in reduce order, ``residents`` keep the state of DTensors, ``members`` are all parameters in
+    registration order, so that ``members[i].index == i``.
     ``shown`` is the optimizer's ``state``: a view for users, and checked for replaced entries at each step.
     """
 
@@ -48,33 +51,41 @@ class ShardedState:
         self._precision = precision
         self._group_sizes: list[int] = []
         self.buckets: list[Bucket] = []
+        self.residents: list[Residents] = []
         self.members: list[Member] = []
         self.cohorts: list[list[Cohort]] = []
         self.cohort_of: dict[int, Cohort] = {}
         self._plan: tuple[object, Plan] | None = None
         self._params: list[Tensor] = []
-        self._homes: tuple[list[int], list[tuple[int, ...]]] = ([], [])
+        # Parameters in buckets, and where and how they lie there.
+        self._homes: tuple[list[Tensor], list[int], list[tuple[int, ...]]] = ([], [], [])
         self._kept: list[Tensor] | None = None
         self._tables: dict[int, ScalarTable] = {}
         self._on_cuda = False
 
     def house(self, groups: Sequence[tuple[Named, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
-        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named)
-        total_bytes += sum(member.param.nbytes for member in self.members)
+        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_dtensor(p))
+        total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
         for named, lr in groups:
             first_index = sum(self._group_sizes)
+            placed = [(first_index + i, name, param) for i, (name, param) in enumerate(named)]
+            residents = settle_residents(
+                [(i, name, param) for i, name, param in placed if is_dtensor(param)],
+                len(self._group_sizes),
+                self._precision,
+            )
             buckets = build_buckets(
-                named,
+                [entry for entry in placed if not is_dtensor(entry[2])],
                 group_index=len(self._group_sizes),
-                first_index=first_index,
                 rank=self._communicators.rank,
                 world_size=self._communicators.world_size,
                 cap_bytes=bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets),
                 precision=self._precision,
             )
             self.buckets += buckets
-            self.members += [member for bucket in buckets for member in bucket.members]
+            self.residents += residents
+            self.members += [member for store in (*buckets, *residents) for member in store.members]
             self._group_sizes.append(len(named))
             self.cohorts.append([])
             if named:
@@ -83,6 +94,11 @@ class ShardedState:
         first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
         self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
         self._publish()
+
+    @property
+    def stores(self) -> list[Store]:
+        """All that parameters have their state in: buckets in reduce order, then the residents'."""
+        return [*self.buckets, *self.residents]
 
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
         """Take the scalars of a loaded state dict, and show averages that may have moved to wider storage."""
@@ -99,11 +115,12 @@ class ShardedState:
 
     def _publish(self) -> None:
         self._plan = self._kept = None
-        self._on_cuda = any(bucket.device.type == "cuda" for bucket in self.buckets)
+        self._on_cuda = any(store.device.type == "cuda" for store in self.stores)
         self._params = [member.param for member in self.members]
-        self._homes = [m.pointer for m in self.members], [m.view_strides for m in self.members]
+        housed = [member for bucket in self.buckets for member in bucket.members]
+        self._homes = [m.param for m in housed], [m.pointer for m in housed], [m.view_strides for m in housed]
         for member in self.members:
-            self._shown[member.param] = {**self._scalars(member), "ax": member.average}
+            self._shown[member.param] = {**self._scalars(member), "ax": member.shown(member.average)}
 
     def _scalars(self, member: Member) -> dict[str, Tensor]:
         cohort = self.cohort_of[member.index]
@@ -114,10 +131,16 @@ class ShardedState:
 
         A parameter that was only cut short is found by the gradients that it gets then.
         """
-        pointers, strides = list(map(Tensor.data_ptr, self._params)), list(map(Tensor.stride, self._params))
-        if (pointers, strides) != self._homes:
-            for member in self.members:
-                member.check_at_home()
+        params, pointers, strides = self._homes
+        if list(map(Tensor.data_ptr, params)) != pointers or list(map(Tensor.stride, params)) != strides:
+            for bucket in self.buckets:
+                for housed in bucket.members:
+                    housed.check_at_home()
+        for store in self.residents:
+            if store.follow():
+                self._plan = None
+            for resident in store.members:
+                resident.check_at_home()
         if not self._shows_kept_scalars():
             self._raise_replaced()
 
@@ -191,30 +214,30 @@ class ShardedState:
                 if cohort.row is None and cohort.indices & active:
                     cohort.advance(rule)
 
-    def planned(self, active: set[int], reduced: bool, rules: Sequence[Rule]) -> Plan:
-        """Buckets that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
+    def planned(self, active: set[int], rules: Sequence[Rule]) -> Plan:
+        """Stores that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
         key = (active, [(rule.form, rule.device, rule.maximize, rule.weight_decay) for rule in rules])
         if self._plan is None or self._plan[0] != key:
             plan = [
-                (bucket, self._batches(bucket, active, reduced, rules[bucket.group_index]))
-                for bucket in self.buckets
+                (bucket, self._batches(bucket, active, rules[bucket.group_index]))
+                for bucket in self.stores
                 if any(member.index in active for member in bucket.members)
             ]
             self._plan = ((set(active), key[1]), plan)
         return self._plan[1]
 
-    def _batches(self, bucket: Bucket, active: set[int], reduced: bool, rule: Rule) -> Batches:
+    def _batches(self, bucket: Store, active: set[int], rule: Rule) -> Batches:
         unavailable = cpu.why_unavailable() if rule.form is Form.FUSED and rule.device is None else None
         if unavailable is not None:
             cpu.log_fallback(unavailable)
         if rule.device is not None:
             lines = {id(cohort): cohort.row for cohort in self._all_cohorts() if cohort.row is not None}
-            return [plan_kernel(bucket, self.cohort_of, active, reduced, rule, lines, False)]
+            return [plan_kernel(bucket, self.cohort_of, active, rule, lines, False)]
         if rule.form is not Form.FUSED or not has_kernel(bucket):
-            return list(plan_bucket(bucket, self.cohort_of, active, reduced))
+            return list(plan_bucket(bucket, self.cohort_of, active))
         rows = {id(cohort): row for row, cohort in enumerate(self._all_cohorts())}
-        streamed = sum(b.average.nbytes for b in self.buckets) > cpu.STREAMED_BYTES
-        return [plan_kernel(bucket, self.cohort_of, active, reduced, rule, rows, streamed)]
+        streamed = sum(b.average.nbytes for b in self.stores) > cpu.STREAMED_BYTES
+        return [plan_kernel(bucket, self.cohort_of, active, rule, rows, streamed)]
 
     def _all_cohorts(self) -> list[Cohort]:
         return [cohort for cohorts in self.cohorts for cohort in cohorts]

@@ -47,7 +47,7 @@ class StateDicts:
         here = to is None or to == self._communicators.rank
         if here:
             before_state_dict(self._optimizer)
-        state = consolidated.collect_state(self._shards.buckets, self._shards.cohort_of, self._communicators, to)
+        state = consolidated.collect_state(self._shards, self._communicators, to)
         if not here:
             return {}
         packed = {"state": state, "param_groups": pack_groups(self._optimizer.param_groups)}
@@ -84,8 +84,9 @@ class StateDicts:
         if self._shards is None:
             differentiable.apply(loaded, groups, self._optimizer.state)
         else:
-            for bucket in loading.load_shards(loaded, self._shards.buckets):
-                self._gatherer.launch(bucket)
+            for store in loading.load_shards(loaded, self._shards.stores):
+                self._gatherer.launch(store)
+                store.changed()
             self._gatherer.wait()
             self._shards.replace_cohorts(loading.make_cohorts(loaded, self._shards.members, groups))
         after_load(self._optimizer)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import Member, Precision
+from . import dtensor
+from .buffers import Member, Precision, memory_strides, same_strides
 from .update import backend
 
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
@@ -207,16 +208,12 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
 
 
 def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise unless these parameters can live in flat buckets beside the ``known`` ones."""
+    """Raise unless these parameters can be housed or updated where they are, beside the ``known`` ones."""
     spans: list[tuple[int, int, str]] = []
     for name, param in known:
         spans += _span(name, param)
     for name, param in named:
-        if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
-            raise ValueError(
-                f"dist_asgd: parameter {name} is a DTensor, which this version does not shard. Pass plain "
-                f"parameters (wrap the model after constructing it in DDP, or use stage=2 without FSDP2 or TP)."
-            )
+        _check_owner(name, param)
         if param.dtype not in DTYPES:
             raise ValueError(
                 f"dist_asgd: parameter {name} has dtype {param.dtype}; supported are "
@@ -253,7 +250,42 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
             )
 
 
+def _check_owner(name: str, param: Tensor) -> None:
+    """ValueError where somebody else replaces the parameter's storage, or holds it in a way unknown here."""
+    if hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param"):
+        raise ValueError(
+            f"dist_asgd: parameter {name} is managed by FullyShardedDataParallel (FSDP1), which replaces its storage "
+            f"at every forward. Use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters are updated where "
+            f"they are, or stage=2 without FSDP."
+        )
+    if hasattr(param, "device_mesh") and not dtensor.is_dtensor(param):
+        raise ValueError(
+            f"dist_asgd: parameter {name} is a {type(param).__name__}: of tensors that are sharded already only "
+            f"DTensor is known here. Pass plain parameters or DTensors."
+        )
+
+
+def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], precision: Precision) -> None:
+    """ValueError where a DTensor cannot be updated where it is, as ``precision`` asks.
+
+    ``ranks``: those of the process group, as numbers in the default group.
+    """
+    for name, param in named:
+        if not dtensor.is_dtensor(param):
+            continue
+        problem = dtensor.problem_with(name, param, ranks, precision.stochastic_rounding is not None)
+        local = dtensor.local_of(param)
+        if problem is None and not same_strides(local, memory_strides(local)):
+            problem = (
+                f"the local tensor of parameter {name}, of shape {tuple(local.shape)} and strides {local.stride()}, is "
+                f"not dense in memory. Make it contiguous before constructing the optimizer."
+            )
+        if problem is not None:
+            raise ValueError(f"dist_asgd: {problem}")
+
+
 def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
+    param = dtensor.local_of(param) if dtensor.is_dtensor(param) else param
     if not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
         return []
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
@@ -269,6 +301,9 @@ def check_gradient(member: Member, gradient: Tensor) -> None:
             f"dist_asgd: parameter {name} has a sparse gradient ({gradient.layout}), which ASGD does not support. "
             f"Use sparse=False in the layer that makes it."
         )
+    misplaced = dtensor.problem_with_gradient(name, param, gradient)
+    if misplaced is not None:
+        raise RuntimeError(f"dist_asgd: {misplaced}")
     for what, wanted, got in (
         ("shape", tuple(param.shape), tuple(gradient.shape)),
         ("dtype", param.dtype, gradient.dtype),

@@ -14,8 +14,9 @@ MAX_LINES = 450
 
 # From the top: a module imports only from those on lines above its own, or beside it in its own folder.
 LAYERS = [
-    {"version", "layout", "masters", "facts"},
+    {"version", "layout", "masters", "facts", "dtensor"},
     {"buffers", "comm"},
+    {"residents"},
     {"agreement", "update"},
     {"validation"},
     {"gradients", "memory", "gather", "state", "claims"},

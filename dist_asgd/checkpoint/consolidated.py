@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ..agreement import Claim
-from ..buffers import Bucket, Member
+from ..buffers import Bucket, Housed
 from ..comm import Communicators
-from ..update.schedule import Cohort
+from ..dtensor import whole_of
+from ..residents import Resident
+from ..state import ShardedState
+from .scalars import snapshots_of
 
 # Buffers for the largest bucket of a device and dtype, by the dtype of what is collected.
 Staging = dict[tuple[torch.device, torch.dtype, torch.dtype], Tensor]
@@ -27,33 +30,30 @@ def claim_of(to: object, world_size: int) -> tuple[Claim, Exception | None]:
     )
 
 
-def collect_state(
-    buckets: Sequence[Bucket], cohort_of: dict[int, Cohort], communicators: Communicators, to: int | None
-) -> dict[int, dict[str, Tensor]]:
+def collect_state(shards: ShardedState, communicators: Communicators, to: int | None) -> dict[int, dict[str, Tensor]]:
     """Collective: torch's ``state`` on rank ``to`` (None: all ranks), on the CPU; empty on the others.
 
-    Parameters that never stepped have no entry, as in torch. Rank ``to`` holds the result and one bucket.
+    Parameters that never stepped have no entry, as in torch. Rank ``to`` holds the result and one bucket; of DTensors
+    every rank of the mesh holds one whole tensor at a time.
     """
     here = to is None or to == communicators.rank
-    state: dict[int, dict[str, Tensor]] = {}
+    stepped = [member for member in shards.members if not shards.cohort_of[member.index].fresh]
+    state = snapshots_of(stepped, shards.cohort_of) if here else {}
     staging: Staging = {}
-    snapshots: dict[int, dict[str, Tensor]] = {}
-    for bucket in buckets:
-        stepped = [member for member in bucket.members if not cohort_of[member.index].fresh]
-        if not stepped:
-            continue
-        for member in stepped if here else ():
-            cohort = cohort_of[member.index]
-            if id(cohort) not in snapshots:
-                snapshots[id(cohort)] = cohort.snapshot()
-            state[member.index] = {key: scalar.clone() for key, scalar in snapshots[id(cohort)].items()}
-        for key, shard in bucket.shards().items():
-            flat = _whole(bucket, shard, buckets, staging, communicators, to)
-            if flat is None:
-                continue
-            for member in stepped:
-                state[member.index][key] = _of_member(member, flat)
-    return dict(sorted(state.items()))
+    for bucket in shards.buckets:
+        housed = [member for member in bucket.members if not shards.cohort_of[member.index].fresh]
+        for key, shard in bucket.shards().items() if housed else ():
+            flat = _whole(bucket, shard, shards.buckets, staging, communicators, to)
+            if flat is not None:
+                for member in housed:
+                    state[member.index][key] = _of_member(member, flat)
+    for resident in stepped:
+        if isinstance(resident, Resident):
+            for key, slice_ in resident.slices().items():
+                whole = whole_of(resident.shown(slice_))
+                if here:
+                    state[resident.index][key] = whole
+    return state
 
 
 def _whole(
@@ -79,7 +79,7 @@ def _whole(
     return flat
 
 
-def _of_member(member: Member, flat: Tensor) -> Tensor:
+def _of_member(member: Housed, flat: Tensor) -> Tensor:
     """The member's part of a whole bucket, on the CPU, with the parameter's shape and strides."""
     dtype = flat.dtype.to_complex() if member.dtype.is_complex else flat.dtype
     whole = torch.empty_strided(member.param.shape, member.strides, dtype=dtype, device="cpu")

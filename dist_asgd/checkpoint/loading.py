@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..agreement import Claim
-from ..buffers import Bucket, Member, flattened
+from ..buffers import Member, Store, in_order, real
+from ..dtensor import alike, is_dtensor, local_of
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
 from .sharded import first_element
@@ -54,7 +55,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a state dict must fit: one parameter, of which this rank holds ``numel`` elements from ``start`` on."""
+    """What a state dict must fit: one parameter, of which this rank holds ``numel`` elements from ``start`` on.
+
+    ``param`` is the parameter itself: where it is a DTensor this rank holds its local tensor, of ``strides``.
+    """
 
     name: str
     dtype: torch.dtype
@@ -63,19 +67,21 @@ class Place:
     start: int
     numel: int
     has_master: bool
+    param: Tensor
 
     @classmethod
     def of(cls, member: Member) -> Place:
         """The place of a housed parameter; complex elements count once."""
         numel = member.piece.numel // (2 if member.dtype.is_complex else 1)
-        shape = tuple(member.param.shape)
-        has_master = member.bucket.master is not None
-        return cls(member.name, member.dtype, shape, member.strides, first_element(member), numel, has_master)
+        shape, has_master = tuple(member.param.shape), member.bucket.master is not None
+        return cls(
+            member.name, member.dtype, shape, member.strides, first_element(member), numel, has_master, member.param
+        )
 
     @classmethod
     def of_whole(cls, name: str, param: Tensor) -> Place:
         """The place of a parameter that is not sharded."""
-        return cls(name, param.dtype, tuple(param.shape), param.stride(), 0, param.numel(), False)
+        return cls(name, param.dtype, tuple(param.shape), param.stride(), 0, param.numel(), False, param)
 
 
 def parse(
@@ -131,20 +137,22 @@ def _entry(place: Place, saved: Any, lr: Any) -> Entry:
         value = saved[key]
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, (Tensor, int, float)):
             raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a number or a 1-element tensor.")
-    average, sharded = _tensor(place, saved, "ax")
+    average = _tensor(place, saved, "ax")
     if average.is_complex() != place.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
         raise ValueError(
             f"dist_asgd: ax of parameter {place.name} has dtype {average.dtype}, the parameter has {place.dtype}."
         )
-    master, master_sharded = _master(place, saved)
-    if master is not None and master_sharded != sharded:
-        raise ValueError(f"dist_asgd: of ax and the master of parameter {place.name} one is a part, the other whole.")
+    master = _master(place, saved)
+    sharded = _is_part(saved["ax"])
+    if master is not None and sharded != _is_part(saved[MASTER_KEY]):
+        raise ValueError(f"dist_asgd: of ax and master of parameter {place.name} one is whole and one is a part.")
     step, eta, mu = (_scalar(saved[key]) for key in ("step", "eta", "mu"))
-    return Entry(step, eta, mu, average, master, sharded, fresh=step.item() == 0 and _is_lr(eta, lr))
+    fresh = step.item() == 0 and _is_lr(eta, lr)
+    return Entry(step, eta, mu, average, master, sharded, fresh)
 
 
-def _tensor(place: Place, saved: dict[str, Any], key: str) -> tuple[Tensor, bool]:
-    """The entry ``key``: this rank's part, 1-D, or the whole; and which."""
+def _tensor(place: Place, saved: dict[str, Any], key: str) -> Tensor:
+    """The entry ``key``, this rank's slice or the whole, of the shape that the parameter wants."""
     value = saved[key]
     if not isinstance(value, Tensor):
         raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a tensor, got {type(value).__name__}.")
@@ -154,36 +162,58 @@ def _tensor(place: Place, saved: dict[str, Any], key: str) -> tuple[Tensor, bool
             f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
             f"whole."
         )
-    if isinstance(value, ShardTensor):
-        return _own_part(place, key, value), True
-    return value, False
+    if is_dtensor(value):
+        return _local(place, key, value)
+    return _own_part(place, key, value) if isinstance(value, ShardTensor) else value
 
 
-def _master(place: Place, saved: dict[str, Any]) -> tuple[Tensor | None, bool]:
+def _is_part(value: Tensor) -> bool:
+    return isinstance(value, ShardTensor) or is_dtensor(value)
+
+
+def _local(place: Place, key: str, value: Tensor) -> Tensor:
+    """This rank's part of a DTensor, 1-D."""
+    assert is_dtensor(value)
+    if not is_dtensor(place.param) or not alike(value, place.param):
+        wanted = list(place.param.placements) if is_dtensor(place.param) else "a plain parameter"
+        raise ValueError(
+            f"dist_asgd: {key} of parameter {place.name} is a DTensor placed as {list(value.placements)}, for "
+            f"{wanted} of the optimizer. Load whole tensors (full_tensor(), or full_state_dict=True), or a checkpoint "
+            f"through torch.distributed.checkpoint, which load under any sharding."
+        )
+    return in_order(local_of(value), place.strides)
+
+
+def _master(place: Place, saved: dict[str, Any]) -> Tensor | None:
     if MASTER_KEY not in saved:
-        return None, False
+        return None
     if not place.has_master:
         raise ValueError(
             f"dist_asgd: the state dict has a float32 master of parameter {place.name}, and this optimizer keeps none "
             f"for it. Pass master_weights=True and 16-bit parameters, or delete the {MASTER_KEY!r} entries to go on "
             f"from the rounded parameters."
         )
-    master, sharded = _tensor(place, saved, MASTER_KEY)
+    master = _tensor(place, saved, MASTER_KEY)
     if master.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dist_asgd: the master of parameter {place.name} must be float32, got {master.dtype}.")
-    return master, sharded
+    return master
 
 
 def _own_part(place: Place, key: str, value: ShardTensor) -> Tensor:
+    if is_dtensor(place.param):
+        raise ValueError(
+            f"dist_asgd: {key} of parameter {place.name} is one rank's part of a flat bucket, and the parameter is a "
+            f"DTensor. Load consolidated_state_dict(), or a checkpoint through torch.distributed.checkpoint."
+        )
     _, strides, start, numel = value.place
     same_order = all(size == 1 or a == b for size, a, b in zip(place.shape, strides, place.strides, strict=True))
     if (numel and not same_order) or (numel, start if numel else 0) != (place.numel, place.start if numel else 0):
         raise ValueError(
-            f"dist_asgd: {key} of parameter {place.name} is elements {start} to {start + numel} of {place.shape} with "
-            f"strides {strides}; this rank holds elements {place.start} to {place.start + place.numel} with strides "
-            f"{place.strides}. The state dict is another rank's part, or of other buckets: load what this rank saved, "
-            f"on the same number of ranks, or use consolidated_state_dict(), save_checkpoint() or "
-            f"torch.distributed.checkpoint, whose files load on any."
+            f"dist_asgd: {key} of parameter {place.name} is elements {start} to {start + numel} of "
+            f"{tuple(value.shape)} with strides {strides}; this rank holds elements {place.start} to "
+            f"{place.start + place.numel} with strides {place.strides}. The state dict is another rank's part, or of "
+            f"other buckets: load what this rank saved, on the same number of ranks, or use consolidated_state_dict(), "
+            f"save_checkpoint() or torch.distributed.checkpoint, whose files load on any."
         )
     return value.to_local()
 
@@ -261,7 +291,7 @@ def make_cohorts(loaded: Loaded, members: Sequence[Member], groups: Sequence[dic
     return list(cohorts.values())
 
 
-def load_shards(loaded: Loaded, buckets: Sequence[Bucket]) -> list[Bucket]:
+def load_shards(loaded: Loaded, buckets: Sequence[Store]) -> list[Store]:
     """Write every parameter's piece of ``ax`` and of its master; returns the buckets whose parameters masters changed.
 
     A parameter without a loaded master is its own. Where a loaded ``ax`` is wider than ``average_dtype``, the averages
@@ -292,12 +322,11 @@ def load_shards(loaded: Loaded, buckets: Sequence[Bucket]) -> list[Bucket]:
 def _piece(value: Tensor, member: Member, sharded: bool) -> Tensor:
     """This rank's part of a loaded tensor, 1-D and real."""
     if sharded:
-        return torch.view_as_real(value.resolve_conj()).view(-1) if value.is_complex() else value
-    piece = member.piece
-    return flattened(value, member.strides)[piece.param_start : piece.param_start + piece.numel]
+        return real(value.resolve_conj())
+    return member.piece_of(value)
 
 
-def _load_masters(loaded: Loaded, bucket: Bucket) -> bool:
+def _load_masters(loaded: Loaded, bucket: Store) -> bool:
     """Whether there were any; the same on all ranks."""
     bucket.forget_masters()
     found = False
@@ -305,5 +334,5 @@ def _load_masters(loaded: Loaded, bucket: Bucket) -> bool:
         entry = loaded.entries.get(member.index)
         if entry is not None and entry.master is not None:
             found = True
-            bucket.set_masters(member.piece.start, _piece(entry.master, member, entry.sharded).float())
+            member.set_masters(_piece(entry.master, member, entry.sharded).float())
     return found

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..buffers import Member
+from ..residents import Resident
 from ..state import ShardedState
 from .groups import pack_groups
+from .scalars import snapshots_of
 from .tensors import ShardTensor
 
 
@@ -57,33 +59,33 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, world_size: int
 
     Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either.
     """
-    state = {}
-    snapshots: dict[int, dict[str, Tensor]] = {}
-    for member in shards.members:
-        cohort = shards.cohort_of[member.index]
-        if cohort.fresh and not member.param.requires_grad:
-            continue
-        if id(cohort) not in snapshots:
-            snapshots[id(cohort)] = cohort.snapshot()
-            if cohort.fresh:
-                # Before the first step eta follows the lr.
-                lr = groups[member.bucket.group_index]["lr"]
-                snapshots[id(cohort)]["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
-        state[member.index] = {
-            # Shared between parameters: whoever loads into this dict must not write one through another.
-            **{key: scalar.clone() for key, scalar in snapshots[id(cohort)].items()},
-            **{key: _shown(member, slice_, world_size) for key, slice_ in member.slices().items()},
-        }
+    cohort_of = shards.cohort_of
+    members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
+    state = snapshots_of(members, cohort_of)
+    for member in members:
+        entry = state[member.index]
+        if cohort_of[member.index].fresh:
+            # Before the first step eta follows the lr.
+            lr = groups[member.bucket.group_index]["lr"]
+            entry["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
+        entry.update((key, _shown(member, slice_, world_size)) for key, slice_ in member.slices().items())
     packed = pack_groups(groups)
-    for group in packed:
+    parts = {
+        shards.members[index].bucket.group_index
+        for index, entries in state.items()
+        if any(isinstance(value, ShardTensor) for value in entries.values())
+    }
+    for index, group in enumerate(packed):
         # Live groups have this key and torch.optim.ASGD's have not: DCP neither writes nor asks for an empty mapping.
         group["fused"] = {}
-        if world_size > 1:
+        if index in parts:
             group["differentiable"] = PartMark()
     return {"state": state, "param_groups": packed}
 
 
 def _shown(member: Member, slice_: Tensor, world_size: int) -> Tensor:
+    if isinstance(member, Resident):
+        return member.shown(slice_)
     shape, strides = member.param.shape, member.strides
     if world_size == 1 or member.param.numel() == 0:
         return slice_.as_strided(shape, strides)

@@ -124,6 +124,11 @@ class Communicators:
             )
         return Named(group, averages=False)
 
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of the group, as numbers in the default group."""
+        return [0] if self._group is None else dist.get_process_group_ranks(self._group)
+
     def scratch_bytes(self) -> int:
         """Bytes of receive buffers kept between steps, over all devices."""
         return sum(communicator.scratch_bytes() for communicator in self._by_device.values())

@@ -41,7 +41,7 @@ BLOCK_NUMEL = 4096
 NUM_WARPS = 8
 BLOCK_ROWS = 32
 SEGMENT_ALIGNMENT_BYTES = 64
-GRADIENT_ALIGNMENT_BYTES = 16
+ACCESS_BYTES = 16
 
 _TABLE_COLUMNS = tl.constexpr(8)
 _GOLDEN = tl.constexpr(rounding.GOLDEN)
@@ -135,6 +135,7 @@ def update_kernel(
     STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
+    PARAM_ALIGNED: tl.constexpr,
     GRADIENT_ALIGNED: tl.constexpr,
     BLOCK_NUMEL: tl.constexpr,
 ):
@@ -153,7 +154,7 @@ def update_kernel(
     segment = tl.load(blocks + tl.program_id(0) * 2)
     start = tl.load(blocks + tl.program_id(0) * 2 + 1).to(tl.int64) * BLOCK_NUMEL
     line = table + segment * _TABLE_COLUMNS
-    param = _pointer(tl.load(line), start, tl.int16 if BITS else PARAM, True)
+    param = _pointer(tl.load(line), start, tl.int16 if BITS else PARAM, PARAM_ALIGNED)
     average = _pointer(tl.load(line + 1), start, AVERAGE, True)
     master = _pointer(tl.load(line + 2), start, tl.int16 if BITS else tl.float32, True)
     gradient = _pointer(tl.load(column + segment), start, GRADIENT, GRADIENT_ALIGNED)
@@ -260,10 +261,10 @@ def _check(segment: Segment, position: int, kind: Kind) -> None:
         if found != expected:
             raise ValueError(f"segment {position}: {name} must be {expected}; got {found}")
         past = 0 if tensor is None else tensor.data_ptr() % SEGMENT_ALIGNMENT_BYTES
-        if past and name != "gradient":
+        if past and name in ("average", "master"):
             raise ValueError(
                 f"segment {position}: {name} starts {past} bytes past a multiple of {SEGMENT_ALIGNMENT_BYTES}; "
-                "pad segments to start at one, or update this parameter without the kernel"
+                "pad segments to start at one"
             )
 
 
@@ -303,7 +304,7 @@ class _Column:
         if len(addresses) != self._num_segments:
             raise ValueError(f"{len(addresses)} gradients for {self._num_segments} segments")
         rows = [addresses[i] for i in self._chosen]
-        aligned = not any(address % GRADIENT_ALIGNMENT_BYTES for address in rows)
+        aligned = not any(address % ACCESS_BYTES for address in rows)
         if capturing:
             return self._of_graph(addresses, rows), aligned
         host = torch.tensor(rows, dtype=torch.int64, pin_memory=self._pinned)
@@ -359,6 +360,7 @@ class Launch:
             "STOCHASTIC": kind.stochastic,
             "MAXIMIZE": maximize,
             "WEIGHT_DECAY": weight_decay != 0,
+            "PARAM_ALIGNED": not any(s.param.data_ptr() % ACCESS_BYTES for s in self._segments),
             "BLOCK_NUMEL": block_numel,
             "num_warps": NUM_WARPS,
             "enable_fp_fusion": False,

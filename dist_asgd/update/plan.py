@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import masters
-from ..buffers import Bucket, Member, flattened
+from ..buffers import Member, Store, flattened
 from . import backend, cpu, foreach, reference, rounding
 from .schedule import Cohort, Form, Rule
 from .segments import Kind, Scaling, Segment
@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One call of the rule: views of a shard, its average, its masters and, in stage 2, its gradient.
+    """One call of the rule: views of parameters, their average, their masters and, in stage 2, their gradient.
 
     ``rounds_by`` is (key, place in the parameter) where the update is rounded stochastically.
     """
@@ -70,7 +70,8 @@ class Step:
 
     rows       (c, -eta, mu, t) of every cohort whose scalars are on the host
     factors    the like on the device, by group
-    direct     all gradients are known to lie in memory as their parameters do
+    pending    what gradients that were reduced here are multiplied by, ``scaling`` is for others
+    direct     gradients of parameters in buckets are known to lie in memory as those do
     found_inf  (1,) float32 on the device: nonzero, and nothing is to change. None: nobody asks
     """
 
@@ -78,6 +79,7 @@ class Step:
     rules: Sequence[Rule]
     rows: array[float]
     factors: dict[int, Tensor]
+    pending: Scaling
     scaling: Scaling
     direct: bool
     found_inf: Tensor | None
@@ -93,7 +95,8 @@ class Batch:
 
     def run(self, step: Step) -> None:
         """Update them in torch operators."""
-        step.updater.run(self, step.rules[self.group_index], step.scaling)
+        reduced = self.chunks[0].gradient is not None
+        step.updater.run(self, step.rules[self.group_index], step.pending if reduced else step.scaling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,8 @@ class Sources:
 
     def pointers(self, direct: bool) -> tuple[list[int], list[Tensor]]:
         """Addresses of this step's gradients, and the tensors that keep them alive."""
-        if direct and not self.members[0].dtype.is_complex:
+        store = self.members[0].bucket
+        if direct and not store.scattered and not store.param_dtype.is_complex:
             flats = list(map(_GRADIENT, self.members))
         else:
             flats = [_memory_of_gradient(member) for member in self.members]
@@ -125,7 +129,8 @@ class KernelBatch:
     def run(self, step: Step) -> None:
         """Update the bucket's segments."""
         pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.direct)
-        self.launch.run(pointers, step.rows, *step.scaling.numbers())
+        scaling = step.pending if pointers is None else step.scaling
+        self.launch.run(pointers, step.rows, *scaling.numbers())
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,60 +144,56 @@ class DeviceBatch:
     def run(self, step: Step) -> None:
         """Update the bucket's segments; does not wait for the device."""
         pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.direct)
+        scaling = step.pending if pointers is None else step.scaling
         unscale, clip = (
             None if factor is None else factor.to(self.launch.device).reshape(1)
-            for factor in (step.scaling.unscale, step.scaling.clip)
+            for factor in (scaling.unscale, scaling.clip)
         )
         self.launch.run(pointers, step.factors[self.group_index], unscale, clip, step.found_inf)
 
 
 def _memory_of_gradient(member: Member) -> Tensor:
     """A tensor whose memory is the member's gradient, as 1-D reals in memory order: itself where it already lies so."""
-    gradient = cast(Tensor, member.param.grad)
+    gradient = cast(Tensor, member.gradient)
     if gradient.stride() == member.strides and not gradient.is_complex() and not gradient.is_neg():
         return gradient
     return flattened(gradient, member.strides)
 
 
-def kind_of(bucket: Bucket) -> Kind:
+def kind_of(bucket: Store) -> Kind:
     """The dtypes of the bucket's arrays."""
     master = bucket.master is not None
     return Kind(bucket.dtype, bucket.gradient_dtype, bucket.average.dtype, master, bucket.seed is not None)
 
 
-def has_kernel(bucket: Bucket) -> bool:
+def has_kernel(bucket: Store) -> bool:
     """Whether the compiled kernel can update this bucket with torch's bits."""
     return backend.of(bucket.device) is backend.C and cpu.why_unavailable() is None and cpu.supports(kind_of(bucket))
 
 
 def plan_kernel(
-    bucket: Bucket,
-    cohort_of: dict[int, Cohort],
-    active: set[int],
-    reduced: bool,
-    rule: Rule,
-    rows: Rows,
-    streamed: bool,
+    bucket: Store, cohort_of: dict[int, Cohort], active: set[int], rule: Rule, rows: Rows, streamed: bool
 ) -> KernelBatch | DeviceBatch:
     """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
+    reduced = bucket.reduced()
     apart = _needs_members_apart(bucket)
     segments: list[Segment] = []
     sources = Sources([], [])
     for run in _runs(bucket, cohort_of, active, merge=True):
         row = rows[id(cohort_of[run[0].index])]
         # In one piece where that is one gradient.
-        for members in [run] if reduced and not apart else [[member] for member in run]:
+        for members in [run] if reduced is not None and not apart else [[member] for member in run]:
             start, stop = members[0].piece.start, members[-1].piece.stop
             first, piece = members[0], members[0].piece
-            gradient = bucket.gradient_shard()[start:stop] if reduced else None
+            gradient = None if reduced is None else reduced[start:stop]
             master = None if bucket.master is None else bucket.master[start:stop]
             lanes = cpu.lanes(first.slot.numel, piece.param_start, piece.param_start + piece.numel) if apart else 0
             key = 0 if bucket.seed is None else rounding.parameter_key(bucket.seed, first.index)
-            param, average = bucket.shard[start:stop], bucket.average[start:stop]
-            segments.append(Segment(param, average, master, gradient, row, piece.param_start, key, lanes))
+            param, average = first.part(start, stop), bucket.average[start:stop]
+            segments.append(Segment(param, average, master, gradient, row, first.place, key, lanes))
             sources.members.append(first)
             sources.starts_bytes.append(piece.param_start * bucket.dtype.itemsize)
-    taken = None if reduced or not segments else sources
+    taken = sources if reduced is None and segments else None
     if rule.device is None:
         return KernelBatch(cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed), taken)
     from .cuda import Launch  # triton is needed by who launches kernels, and only there
@@ -206,7 +207,7 @@ def chunk_numel(device: torch.device) -> int:
     return CHUNK_NUMEL.get(device.type, ACCELERATOR_CHUNK_NUMEL)
 
 
-def _needs_members_apart(bucket: Bucket) -> bool:
+def _needs_members_apart(bucket: Store) -> bool:
     # On CPUs torch rounds a 16-bit add(alpha=) otherwise in vector lanes than in the last odd elements of a
     # tensor. Its bits come back only where each parameter is a call of its own. And each has random numbers of its own.
     return bucket.seed is not None or (
@@ -219,15 +220,17 @@ def _is_narrow_scalar(member: Member) -> bool:
     return member.param.dim() == 0 and member.dtype.itemsize == 2 and not member.bucket.updates_in_float32
 
 
-def _runs(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], merge: bool) -> Iterator[list[Member]]:
+def _runs(bucket: Store, cohort_of: dict[int, Cohort], active: set[int], merge: bool) -> Iterator[list[Member]]:
     """Neighbouring members that step together; a large one alone where its gradient is used in place."""
     run: list[Member] = []
     for member in bucket.members:
         if not member.piece.numel:
             continue
         steps = member.index in active
-        alone = _is_narrow_scalar(member) or (
-            not merge and (_needs_members_apart(bucket) or member.piece.numel >= DIRECT_NUMEL)
+        alone = (
+            bucket.scattered
+            or _is_narrow_scalar(member)
+            or (not merge and (_needs_members_apart(bucket) or member.piece.numel >= DIRECT_NUMEL))
         )
         if run and (not steps or alone or cohort_of[member.index] is not cohort_of[run[-1].index]):
             yield run
@@ -241,11 +244,12 @@ def _runs(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], merge:
         yield run
 
 
-def plan_bucket(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], reduced: bool) -> list[Batch]:
-    """The batches of one bucket. ``reduced``: gradients lie in the bucket's gradient shard, as in stage 2."""
+def plan_bucket(bucket: Store, cohort_of: dict[int, Cohort], active: set[int]) -> list[Batch]:
+    """The batches of one bucket."""
     chunks: dict[int, list[Chunk]] = {}
     cohorts: dict[int, Cohort] = {}
-    merge = reduced and not _needs_members_apart(bucket)
+    reduced = bucket.reduced()
+    merge = reduced is not None and not _needs_members_apart(bucket)
     for run in _runs(bucket, cohort_of, active, merge):
         cohort = cohort_of[run[0].index]
         cohorts[id(cohort)] = cohort
@@ -257,17 +261,16 @@ def plan_bucket(bucket: Bucket, cohort_of: dict[int, Cohort], active: set[int], 
     return [Batch(cohorts[key], bucket.group_index, tuple(into)) for key, into in chunks.items()]
 
 
-def _chunk(bucket: Bucket, run: list[Member], start: int, stop: int, reduced: bool) -> Chunk:
+def _chunk(bucket: Store, run: list[Member], start: int, stop: int, reduced: Tensor | None) -> Chunk:
     shape = () if _is_narrow_scalar(run[0]) else (stop - start,)
-    param, average = bucket.shard[start:stop].view(shape), bucket.average[start:stop].view(shape)
+    param, average = run[0].part(start, stop).view(shape), bucket.average[start:stop].view(shape)
     master = None if bucket.master is None else bucket.master[start:stop]
     rounds_by = None
     if bucket.seed is not None:
-        place = run[0].piece.param_start + start - run[0].piece.start
+        place = run[0].place + start - run[0].piece.start
         rounds_by = (rounding.parameter_key(bucket.seed, run[0].index), place)
-    if reduced:
-        gradient = bucket.gradient_shard()[start:stop].view(shape)
-        return Chunk(param, average, gradient, master=master, rounds_by=rounds_by)
+    if reduced is not None:
+        return Chunk(param, average, reduced[start:stop].view(shape), master=master, rounds_by=rounds_by)
     sources: list[Source] = []
     gaps: list[tuple[int, int]] = []
     filled = start
@@ -291,7 +294,7 @@ class Updater:
     def __init__(self) -> None:
         self._scratch: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}
 
-    def reserve(self, buckets: Sequence[Bucket]) -> None:
+    def reserve(self, buckets: Sequence[Store]) -> None:
         """Make scratch for these buckets, once: nothing is allocated per step.
 
         Where a group may be updated by the Triton kernel, which needs none, it is made when it is first used.
@@ -319,7 +322,7 @@ class Updater:
         """Bytes of scratch kept between steps."""
         return sum(scratch.nbytes for scratch in self._scratch.values())
 
-    def scratch_numel(self, bucket: Bucket) -> int:
+    def scratch_numel(self, bucket: Store) -> int:
         """The longest chunk of ``bucket`` that there is scratch for."""
         return min(chunk_numel(bucket.device), bucket.layout.shard_numel)
 
@@ -371,7 +374,7 @@ class Updater:
 
 
 def _flat_gradient(member: Member) -> Tensor:
-    return flattened(cast(Tensor, member.param.grad), member.strides)
+    return flattened(cast(Tensor, member.gradient), member.strides)
 
 
 def _collected(chunk: Chunk, scratch: Tensor) -> Tensor:

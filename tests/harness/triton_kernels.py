@@ -124,12 +124,12 @@ class Arrays:
         start = 0 if aligned else 1
         return cls(param, gradient[start : start + numel], average, master, index % 3, first, 0x9E3779B1 + index)
 
-    def on(self, device: torch.device, given: bool) -> Segment:
-        """A segment of copies on ``device``."""
+    def on(self, device: torch.device, given: bool, aligned: bool = True) -> Segment:
+        """A segment of copies on ``device``; the parameter at an odd address unless ``aligned``."""
         gradient = self.gradient.to(device) if given else None
         master = None if self.master is None else self.master.to(device, copy=True)
-        param, average = self.param.to(device, copy=True), self.average.to(device, copy=True)
-        return Segment(param, average, master, gradient, self.row, self.first, self.key)
+        param = self.param.to(device, copy=True) if aligned else shifted(self.param, device)
+        return Segment(param, self.average.to(device, copy=True), master, gradient, self.row, self.first, self.key)
 
 
 def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -204,7 +204,7 @@ def compare_with_operators(kind: Kind, options: Options, given: bool, device: to
 
     generator = torch.Generator().manual_seed(17)
     arrays = [Arrays.random(numel, kind, i, options.aligned, generator) for i, numel in enumerate(NUMELS)]
-    segments = [a.on(device, given) for a in arrays]
+    segments = [a.on(device, given, options.aligned) for a in arrays]
     gradients = [a.gradient.to(device) if options.aligned else shifted(a.gradient, device) for a in arrays]
     launch = Launch(segments, kind, options.maximize, options.weight_decay, device, BLOCK_NUMEL)
     launch.run(
@@ -426,10 +426,6 @@ def refuse(device: torch.device) -> None:
     factors = FACTORS.double().to(device)
     refusals: list[tuple[str, Callable[[], Any]]] = [
         (
-            "param starts 16 bytes",
-            lambda: Launch([Segment(off, good.average, None, None, 0)], kind, False, 0.0, device),
-        ),
-        (
             "average starts 16",
             lambda: Launch([good, Segment(good.param, off, None, None, 0)], kind, False, 0.0, device),
         ),
@@ -508,7 +504,12 @@ def compiled(kind: Kind, aligned: bool = True, options: bool = False) -> Any:
 
     names = cuda.update_kernel.arg_names
     flags = {"MASTER": kind.master, "STOCHASTIC": kind.stochastic, "MAXIMIZE": False, "WEIGHT_DECAY": True}
-    constants: dict[str, Any] = {**flags, "GRADIENT_ALIGNED": aligned, "BLOCK_NUMEL": cuda.default_block_numel(kind)}
+    constants: dict[str, Any] = {
+        **flags,
+        "PARAM_ALIGNED": True,
+        "GRADIENT_ALIGNED": aligned,
+        "BLOCK_NUMEL": cuda.default_block_numel(kind),
+    }
     for name in ("param", "gradient", "average"):
         constants[name.upper()] = getattr(tl, str(getattr(kind, name)).removeprefix("torch."))
     signature = {"blocks": "*i32", "table": "*i64", "column": "*i64", "factors": "*fp64"}

@@ -1,0 +1,172 @@
+"""What is known here of DTensors: parameters that FSDP2 (``fully_shard``) or ``parallelize_module`` have sharded.
+
+local   the plain tensor that a rank holds of a DTensor: its shard, or a copy where the DTensor is replicated
+alike   two DTensors on one mesh with the same placements: their local tensors lie on each other
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether ``tensor`` is a DTensor. Imports DTensors only where there is a subclass of some kind."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) or not isinstance(tensor, Tensor):
+        return False
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local_of(tensor: DTensor) -> Tensor:
+    """The local tensor itself, complete: ``to_local()`` would be a new one for a parameter."""
+    local = tensor._local_tensor
+    if type(local) is not Tensor and hasattr(local, "wait"):
+        # What a redistribution has left on its way.
+        local = local.wait()
+    return local
+
+
+def alike(tensor: DTensor, other: DTensor) -> bool:
+    """Whether both lie on one mesh with the same placements."""
+    return tensor.device_mesh == other.device_mesh and tensor.placements == other.placements
+
+
+def placed_as(param: DTensor, local: Tensor) -> DTensor:
+    """``local`` as a DTensor of the shape, mesh and placements of ``param``; shares memory, no communication."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def part_of(whole: Tensor, param: DTensor) -> Tensor:
+    """What this rank would hold of a plain tensor placed like ``param``; no communication."""
+    from torch.distributed.tensor import distribute_tensor
+
+    # Replicas keep what they are given, so all ranks must pass the same.
+    placed = distribute_tensor(whole.detach(), param.device_mesh, param.placements, src_data_rank=None)
+    return local_of(placed)
+
+
+def whole_of(tensor: DTensor) -> Tensor:
+    """Collective on the mesh: the whole tensor, on the CPU."""
+    mesh_device = tensor.device_mesh.device_type
+    if tensor.device.type != mesh_device:
+        tensor = cast("DTensor", tensor.to(mesh_device))
+    whole: Tensor = tensor.full_tensor().cpu()
+    return whole
+
+
+def description(param: DTensor) -> str:
+    """Placements and mesh, as they are the same on all ranks."""
+    mesh = param.device_mesh
+    return (
+        f"{', '.join(map(repr, param.placements))} on a mesh of shape {tuple(mesh.shape)} {mesh.mesh_dim_names or ''}"
+    )
+
+
+def first_element(param: DTensor) -> int | None:
+    """Where the local tensor begins in the whole one, which is contiguous; None unless it is one stretch of it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    sizes, start = list(param.shape), 0
+    coordinates = param.device_mesh.get_coordinate() or ()
+    for rank, count, placement in zip(coordinates, param.device_mesh.shape, param.placements, strict=True):
+        if type(placement) is Shard:
+            dim = placement.dim
+            if math.prod(sizes[:dim]) > 1:
+                return None
+            chunk = -(-sizes[dim] // count)
+            first = min(rank * chunk, sizes[dim])
+            start += first * math.prod(sizes[dim + 1 :])
+            sizes[dim] = min(chunk, sizes[dim] - first)
+        elif not isinstance(placement, Replicate):
+            return None
+    local = local_of(param)
+    whole_strides = torch.empty(param.shape, device="meta").stride()
+    if tuple(local.shape) != tuple(sizes) or not local.is_contiguous() or param.stride() != whole_strides:
+        return None
+    return start
+
+
+def counted_as(param: DTensor) -> int:
+    """A number for this mesh on one of the ranks that hold the same elements, 0 on the others and for no elements."""
+    mesh = param.device_mesh
+    coordinates = mesh.get_coordinate()
+    if coordinates is None or not local_of(param).numel():
+        return 0
+    copies = [c for c, placement in zip(coordinates, param.placements, strict=True) if placement.is_replicate()]
+    return 0 if any(copies) else 1 + int(mesh.mesh.min())
+
+
+def problem_with(name: str, param: DTensor, ranks: Sequence[int], rounds_stochastically: bool) -> str | None:
+    """Why ``param`` cannot be updated where it is, with the remedy; None if it can. ``ranks``: of the process group."""
+    strange = [placement for placement in param.placements if not (placement.is_replicate() or _shards(placement))]
+    if strange:
+        return (
+            f"parameter {name} is a DTensor placed as {strange[0]!r}: its elements are not there before a reduction. "
+            f"redistribute() it to Shard or Replicate before constructing the optimizer."
+        )
+    outside = sorted(set(param.device_mesh.mesh.flatten().tolist()) - set(ranks))
+    if outside:
+        return (
+            f"parameter {name} is a DTensor on a mesh with ranks {outside}, which are not in the process group. Pass a "
+            f"process_group with all ranks of its mesh."
+        )
+    if rounds_stochastically and param.dtype == torch.bfloat16 and first_element(param) is None:
+        return (
+            f"stochastic_rounding of parameter {name}, a DTensor placed as {list(param.placements)}: random numbers go "
+            f"by an element's place in the whole parameter, and this rank's part is not one stretch of it. Pass "
+            f"master_weights=True instead, or shard it along dimension 0 only."
+        )
+    return None
+
+
+def _shards(placement: object) -> bool:
+    # _StridedShard is no Shard in some releases, and no sharding in others.
+    return type(placement).__name__ in ("Shard", "_StridedShard")
+
+
+def problem_with_gradient(name: str, param: Tensor, gradient: Tensor) -> str | None:
+    """Why ``gradient`` does not lie on ``param``, either or both of which may be DTensors; None if it does."""
+    if is_dtensor(param) and is_dtensor(gradient):
+        if alike(param, gradient):
+            return None
+        return (
+            f"the gradient of parameter {name} is placed as {list(gradient.placements)}, the parameter as "
+            f"{list(param.placements)}. Redistribute it before step(): "
+            f"p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
+        )
+    if is_dtensor(param) or is_dtensor(gradient):
+        kinds = ("a DTensor", "a plain tensor")
+        mine, other = kinds if is_dtensor(gradient) else kinds[::-1]
+        return (
+            f"the gradient of parameter {name} is {mine}, the parameter is {other}. Place a gradient as its parameter: "
+            f"distribute_tensor(gradient, p.device_mesh, p.placements) for a DTensor, .full_tensor() for a plain one."
+        )
+    return None
+
+
+def reshard_modules() -> None:
+    """Make every FSDP2 module of this process gather its parameters anew before it uses them.
+
+    A module that keeps its parameters after forward (the root does by default) would go on with the gathered ones.
+    """
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()

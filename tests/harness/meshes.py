@@ -1,0 +1,149 @@
+"""A small model, sharded every way that makes DTensors of its parameters, and the same model whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from tests.harness.bits import assert_same_bits
+
+KINDS = ("fsdp2", "fsdp2_mixed", "fsdp2_offload", "tp", "fsdp2_tp", "hsdp")
+
+
+class Net(nn.Module):
+    """Two residual blocks between uneven ends; ``extra`` is for ``ignored_params``, ``unused`` takes no part."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(5, 12)
+        self.blocks = nn.ModuleList([Block(12), Block(12)])
+        self.norm = nn.LayerNorm(12)
+        self.last = nn.Linear(12, 3)
+        self.extra = nn.Parameter(torch.randn(3))
+        self.unused = nn.Parameter(torch.randn(2, 3))
+        self.single = nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, 5)`` to ``(batch, 3)``."""
+        hidden = self.first(x)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.last(self.norm(hidden)) * self.single + self.extra
+
+
+class Block(nn.Module):
+    """A residual block whose two layers are a column-wise and a row-wise one under tensor parallelism."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, width)`` to ``(batch, width)``."""
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def mesh_of(kind: str, world_size: int) -> DeviceMesh:
+    """Collective: 1-D for fsdp2 and tp; two dimensions, of 2 ranks each where there are 4, for the others."""
+    if kind == "fsdp2_tp":
+        shape = (2, 2) if world_size == 4 else (1, world_size) if world_size == 2 else (world_size, 1)
+        return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+    if kind == "hsdp":
+        shape = (2, 2) if world_size == 4 else (world_size, 1) if world_size == 2 else (1, world_size)
+        return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp" if kind == "tp" else "dp",))
+
+
+def sharded(kind: str, world_size: int, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """Collective: the ``Net`` of ``seed``, sharded as ``kind`` says; ``options`` are for the root's ``fully_shard``."""
+    model: nn.Module = Net(seed).to(dtype)
+    mesh = mesh_of(kind, world_size)
+    if kind in ("tp", "fsdp2_tp"):
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        for block in model.blocks:
+            parallelize_module(block, mesh["tp"], plan)
+    if kind != "tp":
+        if kind == "fsdp2_mixed":
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if kind == "fsdp2_offload":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+        mesh = mesh["dp"] if kind == "fsdp2_tp" else mesh
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, **options)
+        fully_shard(model, mesh=mesh, ignored_params={model.extra}, **options)
+    return model
+
+
+def batch(step: int, rank: int = 0) -> Tensor:
+    """Inputs ``(4, 5)``."""
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def gradient(name: str, step: int, param: Tensor) -> Tensor:
+    """A whole gradient of the parameter's shape, the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 * step + sum(name.encode()))
+    return torch.randn(param.shape, generator=generator, dtype=torch.float32).to(param.dtype)
+
+
+def placed(value: Tensor, param: Tensor) -> Tensor:
+    """``value`` as ``param`` is placed."""
+    if not isinstance(param, DTensor):
+        return value.clone()
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Collective: the whole of a DTensor; a plain tensor as it is."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def set_gradients(model: nn.Module, step: int, skipped: tuple[str, ...] = ()) -> None:
+    """Known gradients on every trainable parameter but the ``skipped`` ones."""
+    for name, param in model.named_parameters():
+        full = gradient(name, step, param)
+        param.grad = None if name in skipped or not param.requires_grad else placed(full, param)
+
+
+def assert_same_params(model: nn.Module, plain: nn.Module, when: str) -> None:
+    """Collective: every parameter, to the bit."""
+    for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_same_bits(whole(found), expected.detach(), f"{name} {when}")
+
+
+def assert_same_state(optimizer: Any, oracle: Any, model: nn.Module, plain: nn.Module, when: str) -> None:
+    """Collective: every entry of the state of what has stepped, to the bit."""
+    for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        for key, expected in oracle.state.get(other, {}).items():
+            found = optimizer.state[param][key]
+            if key == "ax" and not isinstance(param, DTensor):
+                continue  # this rank's part of a bucket
+            if key == "ax":
+                assert isinstance(found, DTensor), name
+                assert found.placements == param.placements, name
+                assert found.device_mesh == param.device_mesh, name
+            assert_same_bits(whole(found), expected, f"{key} of {name} {when}")
+
+
+def dtensors(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
+    """The parameters that are DTensors."""
+    return ((name, param) for name, param in model.named_parameters() if isinstance(param, DTensor))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def barrier() -> None:
+    """Collective."""
+    dist.barrier()
