@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import add, attrgetter
 from typing import TYPE_CHECKING, cast
 
@@ -47,6 +47,11 @@ class Source:
     at: int
     numel: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the member's gradient."""
+        return self.numel == self.member.slot.numel
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -62,6 +67,8 @@ class Chunk:
     gaps: tuple[tuple[int, int], ...] = ()
     master: Tensor | None = None
     rounds_by: tuple[int, int] | None = None
+    # Once made: scratch, and the views of it that sources are copied to.
+    targets: list[tuple[Tensor | None, list[Tensor]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,16 +380,30 @@ class Updater:
         return gradient if gradient.dtype == scratch.dtype else scratch.copy_(gradient)
 
 
-def _flat_gradient(member: Member) -> Tensor:
-    return flattened(cast(Tensor, member.gradient), member.strides)
+def _flat_gradient(source: Source) -> Tensor:
+    flat = flattened(cast(Tensor, source.member.gradient), source.member.strides)
+    return flat[source.start : source.start + source.numel]
+
+
+def _target(source: Source, scratch: Tensor) -> Tensor:
+    """Where a source goes: shaped as its parameter if it is all of it, so that the gradient is copied as it is."""
+    target = scratch[source.at : source.at + source.numel]
+    if not source.is_whole:
+        return target
+    member = source.member
+    if member.dtype.is_complex:
+        target = torch.view_as_complex(target.view(-1, 2))
+    return target.as_strided(member.param.shape, member.strides)
 
 
 def _collected(chunk: Chunk, scratch: Tensor) -> Tensor:
     """The chunk's gradient: a view where it lies in one piece, else gathered in ``scratch``."""
-    sources = [_flat_gradient(s.member)[s.start : s.start + s.numel] for s in chunk.sources]
-    if len(sources) == 1 and not chunk.gaps:
-        return sources[0].view(scratch.shape)
-    torch._foreach_copy_([scratch[s.at : s.at + s.numel] for s in chunk.sources], sources)
+    if len(chunk.sources) == 1 and not chunk.gaps:
+        return _flat_gradient(chunk.sources[0]).view(scratch.shape)
+    if not chunk.targets or chunk.targets[0][0] is not scratch._base:
+        chunk.targets[:] = [(scratch._base, [_target(source, scratch) for source in chunk.sources])]
+    sources = [cast(Tensor, s.member.gradient) if s.is_whole else _flat_gradient(s) for s in chunk.sources]
+    torch._foreach_copy_(chunk.targets[0][1], sources)
     if chunk.gaps:
         torch._foreach_zero_([scratch[low:high] for low, high in chunk.gaps])
     return scratch
