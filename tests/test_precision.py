@@ -134,11 +134,11 @@ def test_stochastic_rounding_moves_where_rounding_to_nearest_stands_still() -> N
 # --- reduce_dtype ------------------------------------------------------------------------------------------------
 
 
-def share(param: Tensor, step: int, index: int, rank: int, part: int) -> Tensor:
-    """What one rank contributes in one backward: not to be summed or averaged exactly in 16 bits."""
+def share(param: Tensor, step: int, index: int, rank: int, part: int, spread: int) -> Tensor:
+    """What one rank contributes in one backward: ranks are ``spread`` binades apart, so that sums need more bits."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * index + rank + 5 * part)
     drawn = torch.randint(-128, 129, param.shape, generator=generator)
-    return (drawn * 2.0 ** (-4 * rank)).to(param.dtype)
+    return (drawn * 2.0 ** (-spread * rank)).to(param.dtype)
 
 
 def reduced_in(
@@ -148,6 +148,7 @@ def reduced_in(
     params = make(dtype)
     wide = [torch.nn.Parameter(p.detach().to(F32 if master else dtype)) for p in params]
     average_dtype = None if master or dtype == F32 else dtype
+    spread = 10 if reduce_dtype == torch.float64 else 4  # exact in float64 only, or in float32, but not in 16 bits
     optimizer = ShardedASGD(
         params,
         **OPTIONS,
@@ -161,12 +162,13 @@ def reduced_in(
     for step in range(3):
         optimizer.zero_grad()
         for part in range(2):
-            terms = [(p * share(p, step, i, rank, part)).sum().float() for i, p in enumerate(params)]
+            terms = [(p * share(p, step, i, rank, part, spread)).sum().float() for i, p in enumerate(params)]
             torch.stack(terms).sum().backward()
         optimizer.step()
         for i, (p, q) in enumerate(zip(params, wide, strict=True)):
             sent = [
-                sum(share(p, step, i, r, part).to(reduce_dtype).double() for r in range(world_size)) / world_size
+                sum(share(p, step, i, r, part, spread).to(reduce_dtype).double() for r in range(world_size))
+                / world_size
                 for part in range(2)
             ]
             mean = sent[0].float() + sent[1].float()

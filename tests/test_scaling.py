@@ -112,6 +112,27 @@ def test_scaled_training_is_torch_to_the_bit(
             assert same_tree(found["state"], expected)
 
 
+def overflows_on_rank_0(rank: int, _world_size: int) -> list[Tensor]:
+    """Job: stage 1, and something that only rank 0 has seen: a step to be skipped by all."""
+    params = make()
+    optimizer = ShardedASGD(params, **OPTIONS, stage=1)
+    scaler = scaler_of(False)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(params, scaler, step, overflows=step == 1 and rank == 0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("threads", 3), ("gloo", 2)])
+def test_where_one_rank_overflows_no_rank_steps(backend: str, world_size: int) -> None:
+    """Otherwise parameters would be gathered from ranks that stepped and ranks that did not."""
+    results = run(backend, world_size, overflows_on_rank_0)
+    assert all(same_tree(found, results[0]) for found in results)
+
+
 def half_with_masters(_rank: int, _world_size: int, stage: int, form: str) -> list[Tensor]:
     """Job: float16 gradients that only the scale keeps from underflowing; the masters."""
     params = make(F16)

@@ -156,6 +156,22 @@ def reads_its_lr_on_the_device(device: torch.device) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+def loads_its_own_state(device: torch.device) -> None:
+    """Again and again: rows of the table are taken anew."""
+    ours, theirs = parameters(device), parameters(device)
+    optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
+    oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
+    for step in range(6):
+        for params, opt in ((ours, optimizer), (theirs, oracle)):
+            gradients(params, step)
+            if step == 2:
+                params[1].grad = None
+            opt.step()
+        optimizer.load_state_dict(optimizer.consolidated_state_dict() if step % 2 else optimizer.state_dict())
+    for p, q in zip(ours, theirs, strict=True):
+        assert_same_bits(p, q, "parameter")
+
+
 def averages_and_clips(device: torch.device) -> None:
     """``averaged_parameters()``, ``clip_grad_norm_`` in stage 2."""
     ours, theirs = parameters(device), parameters(device)
@@ -183,6 +199,7 @@ Case = Callable[[torch.device], None]
 def all_cases(kind: str) -> dict[str, Case]:
     """Every case by name. Histories compare with torch on the CPU, so they are interpreted only."""
     cases: list[Case] = [changes_its_form, skips_on_the_device, reads_its_lr_on_the_device, averages_and_clips]
+    cases.append(loads_its_own_state)
     found: dict[str, Case] = {case.__name__: case for case in cases}  # type: ignore[attr-defined]
     if kind == "cpu":
         for stage in (1, 2):
