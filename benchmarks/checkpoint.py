@@ -90,7 +90,7 @@ class Checkpointer:
             self.pending = None
 
     def peak(self, call: str) -> int:
-        """The most memory of this rank in ``call``, the save in the background included, above that before, in bytes."""
+        """The most memory of this rank in ``call`` and the save in the background, in bytes above that before."""
         before = settled_bytes()
         reset_peak()
         self.timed(call, "1")
@@ -229,7 +229,8 @@ def report(options: argparse.Namespace, seconds: dict[str, Any], peaks: dict[str
             "Seconds. `save` is on disk when it returns (`fsync`); ours is also hashed, and renamed into place.",
             markdown_table(["", *titles], time_rows),
             "Peak memory of rank 0 above what it held before the call, in units of P (the parameters' bytes). Async: "
-            "until the checkpoint is on disk. Buckets are P / 20.",
+            "until the checkpoint is on disk; what was staged is kept for the next time. Buckets are P / 20, but for "
+            "the largest parameters (embedding and head: P / 10 each).",
             markdown_table(["", *titles], peak_rows),
             markdown_table(["to reach", "wanted", "measured"], goals),
         ]
