@@ -406,6 +406,7 @@ def test_every_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(owner, name, call)
 
     states[3] = whole_state(live.train(1))
+    monkeypatch.setattr(writer, "_BUFFER_BYTES", 1 << 12)
     for owner, name in (
         (directory.os, "fsync"),
         (directory.os, "unlink"),
