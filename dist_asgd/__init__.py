@@ -9,6 +9,7 @@ from .optimizer import ShardedASGD
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.export import export_averaged
     from .checkpoint.files import CheckpointError
     from .checkpoint.manager import CheckpointManager, Restored
     from .checkpoint.restoring import load_checkpoint, read_extra
@@ -24,6 +25,7 @@ __all__ = [
     "ShardedASGD",
     "__version__",
     "async_save_checkpoint",
+    "export_averaged",
     "load_checkpoint",
     "read_extra",
     "save_checkpoint",
@@ -36,6 +38,7 @@ _ON_DEMAND = {
     "PendingSave": "saving",
     "Restored": "manager",
     "async_save_checkpoint": "saving",
+    "export_averaged": "export",
     "load_checkpoint": "restoring",
     "read_extra": "restoring",
     "save_checkpoint": "saving",

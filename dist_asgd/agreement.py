@@ -47,6 +47,8 @@ class Kind(IntEnum):
     ASYNC_SAVE_CHECKPOINT = 12
     LOAD_CHECKPOINT = 13
     RESTORE_CHECKPOINT = 14
+    EXPORT_AVERAGED = 15
+    END_OF_EXPORT_AVERAGED = 16
 
     @property
     def call(self) -> str:

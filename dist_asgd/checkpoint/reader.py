@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -35,7 +35,6 @@ class Opened:
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
         self.path = Path(path)
-        self.names = names_in(self.path)
         self.manifest: Manifest | None = None
         if verify:
             self.manifest = self._checked_manifest()
@@ -49,17 +48,7 @@ class Opened:
     def _checked_manifest(self) -> Manifest:
         manifest = read_manifest(self.path)
         if manifest is None:
-            what = "is no checkpoint: it has neither" if METADATA_NAME not in self.names else "has no"
-            raise CheckpointError(
-                f"dist_asgd: {self.path} {what} {MANIFEST_NAME}"
-                + (
-                    f" nor {METADATA_NAME}."
-                    if METADATA_NAME not in self.names
-                    else ", so there are no hashes to verify."
-                )
-                + " If something else than dist_asgd wrote it (FSDP2 with dcp.save, say), pass verify=False "
-                "(--no-verify): then damage to the data is not seen."
-            )
+            raise needs_manifest(self.path)
         problems = check_files(self.path, manifest)
         if problems:
             raise CheckpointError("dist_asgd: " + "\n".join(problems))
@@ -124,11 +113,18 @@ class Opened:
 
     def tensor(self, index: MetadataIndex, data: bytes) -> Tensor:
         """The piece of a tensor in the bytes of a chunk."""
-        entry = self.metadata.state_dict_metadata[index.fqn]
+        shape = next(box.sizes for box in self.boxes(index.fqn) if box.offsets == index.offset)
+        return load_tensor(data, shape, self._entry(index.fqn).properties, self._what(index))
+
+    def boxes(self, key: str) -> list[ChunkStorageMetadata]:
+        """The chunks of a tensor: offsets and sizes of each in it."""
+        return self._entry(key).chunks
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self.metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"dist_asgd: {index.fqn} is no tensor in {self.path}.")
-        shape = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
-        return load_tensor(data, shape, entry.properties, self._what(index))
+            raise CheckpointError(f"dist_asgd: {key} is no tensor in {self.path}.")
+        return entry
 
     def value(self, index: MetadataIndex, data: bytes) -> Any:
         """The object in the bytes of a chunk."""
@@ -136,6 +132,18 @@ class Opened:
 
     def _what(self, index: MetadataIndex) -> str:
         return f"{index.fqn} in {self.path / self.place(index).relative_path}"
+
+
+def needs_manifest(path: Path) -> CheckpointError:
+    """The error for a directory without a manifest: another program's checkpoint, or none at all."""
+    if METADATA_NAME not in names_in(path):
+        return CheckpointError(
+            f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}."
+        )
+    return CheckpointError(
+        f"dist_asgd: {path} has no {MANIFEST_NAME}, so there are no hashes to verify. If something else than dist_asgd "
+        f"wrote it (FSDP2 with dcp.save, say), pass verify=False (--no-verify): then damage to the data is not seen."
+    )
 
 
 def _order(info: _StorageInfo) -> tuple[str, int]:

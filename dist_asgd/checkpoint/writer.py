@@ -108,6 +108,12 @@ class Planner(DefaultSavePlanner):
         super().__init__(dedup_save_to_lowest_rank=True)
         self._bytes: dict[tuple[type, object], bytes] = {}
 
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Called by DCP on rank 0, which has all keys: what is read later is in its order, not in that of parts."""
+        plans, metadata = super().create_global_plan(all_plans)
+        metadata.planner_data = {**all_plans[0].planner_data, **metadata.planner_data}
+        return plans, metadata
+
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """Called with each object that is to be written."""
         if isinstance(object, Serialized):

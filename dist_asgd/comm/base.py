@@ -74,6 +74,14 @@ class Communicator(ABC):
         """Bring every rank's ``shard`` to rank ``to`` (None: all), into ``pieces``: one ``(shard_numel,)`` a rank."""
 
     @abstractmethod
+    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int) -> None:
+        """Bring every rank's 1-D ``piece`` to rank ``to``, into ``places``, one a rank; None on other ranks.
+
+        Rank r brings ``numels[r]`` elements, all ranks know of how many; those that bring none take no part or
+        little. Rank ``to`` needs the room of ``places`` only, the others at most that of one piece.
+        """
+
+    @abstractmethod
     def gather_rows(self, row: Tensor) -> Tensor:
         """Every rank's small ``row`` ``(n,)`` on this communicator's device, as ``(world_size, n)``."""
 
@@ -111,6 +119,10 @@ class Local(Communicator):
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
         if pieces is not None:
             pieces[0].copy_(shard)
+
+    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int) -> None:
+        if places is not None:
+            places[0].copy_(piece)
 
     def gather_rows(self, row: Tensor) -> Tensor:
         return row.unsqueeze(0)

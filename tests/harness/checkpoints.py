@@ -66,10 +66,12 @@ def sign(directory: Path, step: int = 4, world_size: int = 1) -> None:
     """Write the manifest of what lies in ``directory``; chunks as the metadata gives them, where it can be read."""
     names = [name for name in os.listdir(directory) if name != MANIFEST_NAME]
     chunks: dict[str, list[Chunk]] = {}
-    for info in sorted(read_metadata(directory).storage_data.values(), key=lambda i: (i.relative_path, i.offset)):
-        if info.relative_path in names:
-            data = (directory / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
-            chunks.setdefault(info.relative_path, []).append(Chunk(info.offset, info.length, hash_of(data)))
+    # Equal values may share one place.
+    places = {(i.relative_path, i.offset, i.length) for i in read_metadata(directory).storage_data.values()}
+    for name, offset, length in sorted(places):
+        if name in names:
+            data = (directory / name).read_bytes()[offset : offset + length]
+            chunks.setdefault(name, []).append(Chunk(offset, length, hash_of(data)))
     files = {name: hash_file(directory, name) for name in names}
     write_manifest(directory, Manifest(step, world_size, files, chunks))
 
