@@ -129,6 +129,8 @@ def test_a_save_that_fails_raises_the_same_everywhere(
     messages = run(backend, world_size, fails_to_save, trouble, only_rank, str(folder), asynchronous)
     assert len(set(messages)) == 1
     assert os.listdir(folder) == ["new"]
+    if trouble == "vanishing folder":
+        assert "The folder has vanished, or not all ranks share it" in messages[0]
     if only_rank == 1 and trouble == "full disk":
         assert "rank 1 of 2" in messages[0]
 

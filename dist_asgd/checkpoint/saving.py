@@ -220,9 +220,10 @@ def _check(step: int, when_busy: str) -> None:
 def os_problem(error: OSError) -> Exception:
     """An error of the operating system in the words of this package, with the file in it."""
     what = f" {error.filename}" if error.filename else ""
+    hint = " The folder has vanished, or not all ranks share it." if isinstance(error, FileNotFoundError) else ""
     return RuntimeError(
-        f"dist_asgd: cannot write the checkpoint:{what}: {error.strerror or error}. Nothing of it is kept; checkpoints "
-        f"that were there before are whole."
+        f"dist_asgd: cannot write the checkpoint:{what}: {error.strerror or error}.{hint} Nothing of it is kept; "
+        f"checkpoints that were there before are whole."
     )
 
 
