@@ -201,8 +201,8 @@ class CheckpointWriter(FileSystemWriter):
             path = self._directory / name
             if not path.is_file() or path.stat().st_size != entry.bytes:
                 raise RuntimeError(
-                    f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all ranks "
-                    f"share it: save to one that they share."
+                    f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all "
+                    f"ranks share it: save to one that they share."
                 )
 
 
