@@ -84,6 +84,10 @@ def fails_to_save(
 ) -> str:
     """Job: a save in trouble is an error, and training goes on as if nothing had been."""
     live = build("stage1").train(3)
+    # The group for checkpoints is made by the first: its store is a file too, and must not meet the full disk.
+    save_checkpoint(Path(folder) / "first", live.model, live.optimizer, step=3)
+    if rank == 0:
+        shutil.rmtree(Path(folder) / "first")
     before = whole_state(live)
     inside = contextlib.nullcontext() if only_rank not in (None, rank) else TROUBLES[trouble](Path(folder))
 
@@ -96,6 +100,7 @@ def fails_to_save(
     with inside, pytest.raises(RuntimeError, match="dist_asgd") as caught:
         save()
     assert not isinstance(caught.value, PeerError)
+    assert not Path(folder).exists() or not os.listdir(folder)
     assert_same_state(live, before)
     assert_same_state(live.train(1), whole_state(build("stage1").train(4)))
     Path(folder).mkdir(exist_ok=True)
@@ -124,6 +129,8 @@ def test_a_save_that_fails_raises_the_same_everywhere(
     messages = run(backend, world_size, fails_to_save, trouble, only_rank, str(folder), asynchronous)
     assert len(set(messages)) == 1
     assert os.listdir(folder) == ["new"]
+    if trouble == "vanishing folder":
+        assert "The folder has vanished, or not all ranks share it" in " ".join(messages[0].split())
     if only_rank == 1 and trouble == "full disk":
         assert "rank 1 of 2" in messages[0]
 
@@ -132,6 +139,16 @@ def saves_to(_rank: int, _world_size: int, path: str) -> None:
     """Job: save there."""
     live = build("stage1").train(1)
     save_checkpoint(path, live.model, live.optimizer, step=1)
+
+
+def test_a_save_removes_what_crashed_saves_to_the_same_path_left(tmp_path: Path) -> None:
+    """And nothing that may be another's."""
+    for name in (".new.tmp-0123456789ab", ".new.old-0123456789ab", ".other.tmp-0123456789ab", ".new.tmp-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").write_text("half")
+    live = build("single").train(1)
+    save_checkpoint(tmp_path / "new", live.model, live.optimizer, step=1)
+    assert sorted(os.listdir(tmp_path)) == [".new.tmp-mine", ".other.tmp-0123456789ab", "new"]
 
 
 PATHS: dict[str, tuple[str, str]] = {
@@ -406,6 +423,7 @@ def test_every_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(owner, name, call)
 
     states[3] = whole_state(live.train(1))
+    monkeypatch.setattr(writer, "_BUFFER_BYTES", 1 << 12)
     for owner, name in (
         (directory.os, "fsync"),
         (directory.os, "unlink"),

@@ -184,8 +184,7 @@ class Saver:
             raise os_problem(error) from error
         except CheckpointException as failed:
             # Every rank is here: nobody writes any more.
-            if self.rank == 0:
-                directory.discard(temporary)
+            self.on_first(kind, lambda: directory.discard(temporary))
             _raise_alike(path, failed, self.world_size)
         except Exception as error:
             if self.world_size == 1:
@@ -221,9 +220,10 @@ def _check(step: int, when_busy: str) -> None:
 def os_problem(error: OSError) -> Exception:
     """An error of the operating system in the words of this package, with the file in it."""
     what = f" {error.filename}" if error.filename else ""
+    hint = " The folder has vanished, or not all ranks share it." if isinstance(error, FileNotFoundError) else ""
     return RuntimeError(
-        f"dist_asgd: cannot write the checkpoint:{what}: {error.strerror or error}. Nothing of it is kept; checkpoints "
-        f"that were there before are whole."
+        f"dist_asgd: cannot write the checkpoint:{what}: {error.strerror or error}.{hint} Nothing of it is kept; "
+        f"checkpoints that were there before are whole."
     )
 
 

@@ -6,6 +6,7 @@ written once and pointed to from each place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -34,6 +35,7 @@ from torch.utils.serialization import config
 from .manifest import Chunk, FileEntry, Manifest, write_manifest
 from .metadata import METADATA_NAME
 
+_BUFFER_BYTES = 1 << 18
 # Under this many bytes values are compared, so that equal ones are written once.
 _SMALL_BYTES = 1 << 20
 
@@ -48,7 +50,8 @@ class HashedFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.failure: OSError | None = None
-        self._file: BinaryIO = cast(BinaryIO, path.open("xb", buffering=0))
+        # torch.save writes in crumbs of some bytes, and large tensors at once, which pass the buffer by.
+        self._file: BinaryIO = path.open("xb", buffering=_BUFFER_BYTES)
         self._whole = xxhash.xxh3_128()
         self._chunk = xxhash.xxh3_128()
         self._offset = 0
@@ -57,7 +60,9 @@ class HashedFile(io.RawIOBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        # After an error what is buffered may fail again, and nobody wants it.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            self._file.close()
 
     def writable(self) -> bool:
         return True
@@ -66,9 +71,7 @@ class HashedFile(io.RawIOBase):
         """All of ``data``; the first failure is kept, for callers between here and there that lose it."""
         view = memoryview(data).cast("B")
         try:
-            written = 0
-            while written < len(view):
-                written += self._file.write(view[written:])
+            self._file.write(view)
         except OSError as error:
             self.failure = self.failure or error
             raise
@@ -85,6 +88,7 @@ class HashedFile(io.RawIOBase):
 
     def sync(self) -> FileEntry:
         """Wait until the file is on disk."""
+        self._file.flush()
         os.fsync(self._file.fileno())
         return FileEntry(self._offset, self._whole.hexdigest())
 
@@ -102,7 +106,7 @@ class Planner(DefaultSavePlanner):
 
     def __init__(self) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
-        self._bytes: dict[tuple[type, str], bytes] = {}
+        self._bytes: dict[tuple[type, object], bytes] = {}
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Called by DCP on rank 0, which has all keys: what is read later is in its order, not in that of parts."""
@@ -114,9 +118,13 @@ class Planner(DefaultSavePlanner):
         """Called with each object that is to be written."""
         if isinstance(object, Serialized):
             return io.BytesIO(object)
-        if not isinstance(object, (bool, int, float, str, type(None))):
+        if isinstance(object, list):
+            # Groups repeat their lists (of names) for every parameter; the state holds on to them meanwhile.
+            key: tuple[type, Any] = (list, id(object))
+        elif isinstance(object, (bool, int, float, str, type(None))):
+            key = (type(object), repr(object))
+        else:
             return super().transform_object(write_item, object)
-        key = (type(object), repr(object))
         if key not in self._bytes:
             self._bytes[key] = super().transform_object(write_item, object).getvalue()
         return io.BytesIO(self._bytes[key])
@@ -185,14 +193,16 @@ class CheckpointWriter(FileSystemWriter):
         ordered = {name: [found[offset] for offset in sorted(found)] for name, found in chunks.items()}
         write_manifest(self._directory, Manifest(self._step, self._world_size, files, ordered))
         self._commit()
+        # DCP sends this to all ranks as what it returns, which nobody asks for.
+        metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
 
     def _check_visible(self, files: dict[str, FileEntry]) -> None:
         for name, entry in files.items():
             path = self._directory / name
             if not path.is_file() or path.stat().st_size != entry.bytes:
                 raise RuntimeError(
-                    f"dist_asgd: rank 0 does not see {path} as it was written by another rank. Save to a folder that "
-                    f"all ranks share."
+                    f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all "
+                    f"ranks share it: save to one that they share."
                 )
 
 
