@@ -144,9 +144,7 @@ def named(module: str, name: str) -> bytes:
 
 
 _META = "torch.distributed.checkpoint.metadata"
-_TWICE = (
-    b")" + b"\x94h\x00h\x00\x86" + b"".join(b"\x94h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(1, 60))
-)
+_TWICE = b")\x94" + b"".join(b"h" + bytes([n]) + b"\x86\x94" for n in range(60))
 OPCODES: dict[str, bytes] = {
     "GLOBAL": b"cos\nmkdir\n.",
     "INST": b"(ios\nmkdir\n.",

@@ -156,6 +156,8 @@ def test_inspect_of_parameters_without_average(odd: Saved) -> None:
     found = {p["name"]: p for p in from_json("inspect", odd[0])["parameters"]}
     assert (found["unused"]["step"], found["unused"]["averaging"]) == (0, False)
     assert found["scale"]["shape"] == []
+    in_order = [name for name, _ in odd_net().named_parameters(remove_duplicate=False)]
+    assert list(found) == [name for name in in_order if name != "tied.weight"], "the order of the model"
     assert found["inner.weight"]["averaging"]
     text = cli("inspect", odd[0]).stdout
     assert re.search(r"unused .*not begun", text)
