@@ -242,11 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--world-size", type=int, default=2, help="ranks to start (2)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
+    parser.add_argument("--layers", type=int, default=Shape.num_layers, help="transformer blocks (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the model, to see that it runs")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder to write checkpoints in (%(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report here")
     options = parser.parse_args()
-    shape = Shape().tiny() if options.quick else Shape()
+    shape = Shape(num_layers=options.layers)
+    shape = shape.tiny() if options.quick else shape
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         seconds = measure_seconds(shape, options.world_size, options.rounds, Path(folder))
         peaks = measure_peaks(shape, options.world_size, Path(folder))

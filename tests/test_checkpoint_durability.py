@@ -96,6 +96,7 @@ def fails_to_save(
     with inside, pytest.raises(RuntimeError, match="dist_asgd") as caught:
         save()
     assert not isinstance(caught.value, PeerError)
+    assert not Path(folder).exists() or not os.listdir(folder)
     assert_same_state(live, before)
     assert_same_state(live.train(1), whole_state(build("stage1").train(4)))
     Path(folder).mkdir(exist_ok=True)
@@ -132,6 +133,16 @@ def saves_to(_rank: int, _world_size: int, path: str) -> None:
     """Job: save there."""
     live = build("stage1").train(1)
     save_checkpoint(path, live.model, live.optimizer, step=1)
+
+
+def test_a_save_removes_what_crashed_saves_to_the_same_path_left(tmp_path: Path) -> None:
+    """And nothing that may be another's."""
+    for name in (".new.tmp-0123456789ab", ".new.old-0123456789ab", ".other.tmp-0123456789ab", ".new.tmp-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").write_text("half")
+    live = build("single").train(1)
+    save_checkpoint(tmp_path / "new", live.model, live.optimizer, step=1)
+    assert sorted(os.listdir(tmp_path)) == [".new.tmp-mine", ".other.tmp-0123456789ab", "new"]
 
 
 PATHS: dict[str, tuple[str, str]] = {

@@ -31,7 +31,7 @@ OURS = [place for place in PLACES if place[0] != "fsdp2"]
 
 def at(place: Place, fn: Any, *args: Any) -> list[Any]:
     """Run a job in a topology."""
-    return run("none" if place[0] == "single" else "gloo", place[1], fn, place[0], *args)
+    return run("none" if place[0] in ("single", "torch") else "gloo", place[1], fn, place[0], *args)
 
 
 def save(rank: int, _world_size: int, topology: str, kind: str, path: str) -> dict[str, Tensor]:
@@ -84,6 +84,13 @@ def test_odd_parameters_load_anywhere(saved: Any, kind: str, step: int) -> None:
     source, target = OURS[step], OURS[(step + 3) % len(OURS)]
     path, expected = saved(source, kind)
     at(target, load, kind, path, expected, source[1])
+
+
+@pytest.mark.parametrize("pair", [(("stage1", 2), ("torch", 1)), (("torch", 1), ("stage2", 3))], ids=str)
+def test_torchs_optimizer_saves_and_loads_too(saved: Any, pair: tuple[Place, Place]) -> None:
+    """``torch.optim.ASGD`` itself, which has no state for what never stepped."""
+    path, expected = saved(pair[0], "odd")
+    at(pair[1], load, "odd", path, expected, pair[0][1])
 
 
 # --- torch's own tools -------------------------------------------------------------------------------------

@@ -184,8 +184,7 @@ class Saver:
             raise os_problem(error) from error
         except CheckpointException as failed:
             # Every rank is here: nobody writes any more.
-            if self.rank == 0:
-                directory.discard(temporary)
+            self.on_first(kind, lambda: directory.discard(temporary))
             _raise_alike(path, failed, self.world_size)
         except Exception as error:
             if self.world_size == 1:

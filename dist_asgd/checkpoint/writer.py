@@ -106,7 +106,7 @@ class Planner(DefaultSavePlanner):
 
     def __init__(self) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
-        self._bytes: dict[tuple[type, str], bytes] = {}
+        self._bytes: dict[tuple[type, object], bytes] = {}
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Called by DCP on rank 0, which has all keys: what is read later is in its order, not in that of parts."""
@@ -118,9 +118,13 @@ class Planner(DefaultSavePlanner):
         """Called with each object that is to be written."""
         if isinstance(object, Serialized):
             return io.BytesIO(object)
-        if not isinstance(object, (bool, int, float, str, type(None))):
+        if isinstance(object, list):
+            # Groups repeat their lists (of names) for every parameter; the state holds on to them meanwhile.
+            key: tuple[type, Any] = (list, id(object))
+        elif isinstance(object, (bool, int, float, str, type(None))):
+            key = (type(object), repr(object))
+        else:
             return super().transform_object(write_item, object)
-        key = (type(object), repr(object))
         if key not in self._bytes:
             self._bytes[key] = super().transform_object(write_item, object).getvalue()
         return io.BytesIO(self._bytes[key])

@@ -1,6 +1,7 @@
 """One model and optimizer under any topology, trained on the same gradients to the same bits, for checkpoint tests.
 
-A topology is ``single`` (one process), ``stage1``, ``stage2`` or ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``).
+A topology is ``single`` (one process), ``stage1``, ``stage2``, ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``) or
+``torch`` (``torch.optim.ASGD`` alone).
 Gradients are set by hand: small multiples of a power of two, so that means over ranks are exact.
 """
 
@@ -61,6 +62,8 @@ def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
+    if topology == "torch":
         return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
     stage = 2 if topology == "stage2" else 1
     optimizer = ShardedASGD(model.parameters(), stage=stage, bucket_cap_mb=0.001, **OPTIONS)
