@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from dist_asgd.checkpoint.files import CheckpointError
 from dist_asgd.checkpoint.manifest import MANIFEST_NAME, decode, encode, hash_of, read_manifest
 from dist_asgd.checkpoint.metadata import METADATA_NAME
+from dist_asgd.checkpoint.objects import load_object
 from dist_asgd.checkpoint.reader import Opened
 from tests.harness.bits import same_tree
 from tests.harness.checkpoints import (
@@ -439,6 +440,28 @@ def test_data_runs_nothing(sample: Path, canary: Path, name: str, key: str, veri
     put_chunk(sample, key, CHUNKS[name](Payload(canary)))
     refused(sample, f"{key}", verify)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("two pickles", "2 records data.pkl"),
+        ("an archive without its pickle", "0 records data.pkl"),
+        ("tuples in tuples, 2^60 of them, as a key", "would take for ever"),
+        ("a terabyte that is only a number", "builtins bytearray"),
+        ("an opcode that torch does not write", "the opcode POP"),
+        ("a pickle that takes what it has not put", "takes what it has not put"),
+        ("a zip bomb", "is compressed"),
+        ("a payload in torch's old format", "does not begin as"),
+    ],
+)
+def test_what_may_cost_anything_is_refused_before_torch_sees_it(
+    name: str, message: str, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's loader would take the time or the memory first."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(CheckpointError, match=message):
+        load_object(CHUNKS[name](Payload(canary)), "the value")
 
 
 def test_plain_values_load(sample: Path) -> None:
