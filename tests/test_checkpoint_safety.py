@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import random
 import struct
 import sys
 import zipfile
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from dist_asgd.checkpoint.files import CheckpointError
 from dist_asgd.checkpoint.manifest import MANIFEST_NAME, decode, encode, hash_of, read_manifest
 from dist_asgd.checkpoint.metadata import METADATA_NAME
+from dist_asgd.checkpoint.objects import load_object
 from dist_asgd.checkpoint.reader import Opened
 from tests.harness.bits import same_tree
 from tests.harness.checkpoints import (
@@ -144,9 +146,7 @@ def named(module: str, name: str) -> bytes:
 
 
 _META = "torch.distributed.checkpoint.metadata"
-_TWICE = (
-    b")" + b"\x94h\x00h\x00\x86" + b"".join(b"\x94h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(1, 60))
-)
+_TWICE = b")\x94" + b"".join(b"h" + bytes([n]) + b"\x86\x94" for n in range(60))
 OPCODES: dict[str, bytes] = {
     "GLOBAL": b"cos\nmkdir\n.",
     "INST": b"(ios\nmkdir\n.",
@@ -398,6 +398,15 @@ def saved_legacy(value: Any) -> bytes:
     return stream.getvalue()
 
 
+def two_pickles() -> bytes:
+    """An archive of which one reader may see the one pickle, and another the other."""
+    stream = io.BytesIO(archive(pickle.dumps(1.0, protocol=2)))
+    with zipfile.ZipFile(stream, "a") as file:
+        file.writestr("other/data.pkl", pickle.dumps(2.0, protocol=2))
+    return stream.getvalue()
+
+
+_TOWER = b"\x80\x02}()q\x00" + b"".join(b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(60)) + b"K\x01u."
 CHUNKS: dict[str, Callable[[Payload], bytes]] = {
     "a payload": lambda payload: archive(pickle.dumps(payload, protocol=2)),
     "a payload beside a value": lambda payload: archive(pickle.dumps([1.0, payload], protocol=2)),
@@ -412,6 +421,13 @@ CHUNKS: dict[str, Callable[[Payload], bytes]] = {
     "a class of torch": lambda _: archive(pickle.dumps(torch.nn.Linear(1, 1), protocol=2)),
     "a function of numpy": lambda _: archive(b"cnumpy\nfromfile\n(X\x01\x00\x00\x00xtR."),
     "an object through __setstate__": lambda _: archive(b"ccollections\nUserDict\n)\x81}b."),
+    "tuples in tuples, 2^60 of them, as a key": lambda _: archive(_TOWER),
+    "a terabyte that is only a number": lambda _: archive(
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R."
+    ),
+    "an opcode that torch does not write": lambda _: archive(b"\x80\x02K\x010K\x02."),
+    "a pickle that takes what it has not put": lambda _: archive(b"\x80\x02h\x05."),
+    "two pickles": lambda _: two_pickles(),
     "a hundred thousand lists": lambda _: archive(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
 }
 
@@ -424,6 +440,46 @@ def test_data_runs_nothing(sample: Path, canary: Path, name: str, key: str, veri
     put_chunk(sample, key, CHUNKS[name](Payload(canary)))
     refused(sample, f"{key}", verify)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("two pickles", "2 records data.pkl"),
+        ("an archive without its pickle", "0 records data.pkl"),
+        ("tuples in tuples, 2^60 of them, as a key", "would take for ever"),
+        ("a terabyte that is only a number", "builtins bytearray"),
+        ("an opcode that torch does not write", "the opcode POP"),
+        ("a pickle that takes what it has not put", "takes what it has not put"),
+        ("a zip bomb", "is compressed"),
+        ("a payload in torch's old format", "does not begin as"),
+    ],
+)
+def test_what_may_cost_anything_is_refused_before_torch_sees_it(
+    name: str, message: str, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's loader would take the time or the memory first."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(CheckpointError, match=message):
+        load_object(CHUNKS[name](Payload(canary)), "the value")
+
+
+def test_plain_values_load(sample: Path) -> None:
+    """What is refused is not what users have: state of generators, bytes, sets, long and shared lists."""
+    shared = [1.5] * 1000
+    values: dict[str, Any] = {
+        "random": random.Random(0).getstate(),
+        "torch": torch.get_rng_state(),
+        "bytes": b"\x00\xff",
+        "set": {1, 2},
+        "ordered": OrderedDict(a=1),
+        "many": (list(range(200_000)), {str(n): n for n in range(1000)}),
+        "shared": ([shared] * 1000,),
+        "nested": ({"a": [({"b": None},)]}, 1 << 70, -1, 1 << 40, True, 1 + 2j, torch.float32, torch.Size([3])),
+        "scheduler": {"base_lrs": [0.1], "last_epoch": 3, "_step_count": 4},
+    }
+    put_chunk(sample, "extra.order", saved(values))
+    assert same_tree(load(sample)["extra"]["order"], values)
 
 
 def test_the_payload_is_a_real_one(sample: Path, canary: Path) -> None:

@@ -156,6 +156,8 @@ def test_inspect_of_parameters_without_average(odd: Saved) -> None:
     found = {p["name"]: p for p in from_json("inspect", odd[0])["parameters"]}
     assert (found["unused"]["step"], found["unused"]["averaging"]) == (0, False)
     assert found["scale"]["shape"] == []
+    in_order = [name for name, _ in odd_net().named_parameters(remove_duplicate=False)]
+    assert list(found) == [name for name in in_order if name != "tied.weight"], "the order of the model"
     assert found["inner.weight"]["averaging"]
     text = cli("inspect", odd[0]).stdout
     assert re.search(r"unused .*not begun", text)
@@ -573,7 +575,7 @@ print(json.dumps(peak() - before))
 
 @pytest.mark.parametrize("command", ["export", "consolidate"])
 def test_memory_is_bounded_by_one_tensor(command: str, tmp_path: Path) -> None:
-    """The checkpoint has 24 tensors of 4 MB in its model and as many averages; at most four of them are in memory."""
+    """24 tensors of 4 MB in the model and as many averages: one is in memory, and the bytes it comes from."""
     for name, count, size in (("large", 24, 1024), ("large-small", 1, 8)):
         model = nn.ParameterList(nn.Parameter(torch.randn(size, 1024)) for _ in range(count))
         optimizer = ShardedASGD(model.parameters(), t0=0, foreach=False)
@@ -586,4 +588,4 @@ def test_memory_is_bounded_by_one_tensor(command: str, tmp_path: Path) -> None:
         "-c", MEASURE, command, str(tmp_path / "large"), str(tmp_path / "o.safetensors"), MALLOC_MMAP_THRESHOLD_="65536"
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) < 4 * 4 * 1024 * 1024
+    assert int(done.stdout.splitlines()[-1]) < 2.5 * 4 * 1024 * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from reprlib import repr as repr_
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def compare(a: Contents, b: Contents, progress: Progress = no_progress) -> Itera
         elif key in a.tensors or key in b.tensors:
             yield Difference(key, "a tensor in one, a plain value in the other")
         elif not same_values(one := a.value(key), other := b.value(key)):
-            yield Difference(key, f"{one!r:.60} and {other!r:.60}")
+            yield Difference(key, f"{repr_(one)} and {repr_(other)}")
         progress(a.tensors[key].bytes if key in a.tensors else 0)
     for key in (*b.tensors, *b.objects):
         if key not in known:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .objects import load_object
 from .sharded import PartMark
 from .tensors import ShardTensor
 from .writer import Serialized
@@ -130,8 +131,7 @@ def serialize(extra: Any) -> Serialized:
     try:
         # In a tuple: DCP takes dicts and lists apart.
         torch.save((extra,), stream)
-        stream.seek(0)
-        torch.load(stream, map_location="cpu", weights_only=True)
+        load_object(stream.getvalue(), "extra")
     except Exception as error:
         raise ValueError(
             f"dist_asgd: extra cannot be saved so that it loads safely: use tensors, numbers, strings, None, and "

@@ -149,6 +149,8 @@ def _to_safetensors(contents: Contents, out: Path, overwrite: bool, progress: Pr
     ]
     files = TensorFiles(out, specs, metadata={GROUPS_KEY: json.dumps(groups)}, max_bytes=1 << 62, overwrite=overwrite)
     with files:
-        for key, tensor in contents.read(keys, progress):
-            files.write(key, tensor)
+        for key, spec in specs.items():
+            # No name for the tensor: it would live on while the next is read.
+            files.write(key, contents.tensor(key))
+            progress(spec.bytes)
     return files.paths

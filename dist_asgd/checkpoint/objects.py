@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from .files import CheckpointError
+from .pickles import check_cost
 
 # Deeper values are refused: those who walk them (pickle, copy, repr) recurse.
 MAX_DEPTH = 64
@@ -76,14 +77,22 @@ def _load(data: bytes, what: str) -> Any:
 
 
 def _check_archive(data: bytes) -> None:
-    """ValueError unless every record is stored as it is and has room in ``data``: no zip bombs, no legacy formats."""
+    """ValueError unless every record is stored as it is and has room in ``data``: no zip bombs, no legacy formats.
+
+    Nor is there a pickle in it that would take longer, or more memory, than its length allows.
+    """
     if not data.startswith(b"PK\x03\x04"):
         raise ValueError("it does not begin as a torch.save archive")
-    total = 0
+    total, pickles = 0, 0
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise ValueError(f"its record {record.filename[:80]!r} is compressed")
             total += record.file_size
+            if record.filename.endswith("data.pkl") and total <= len(data):
+                pickles += 1
+                check_cost(archive.read(record))
     if total > len(data):
         raise ValueError(f"its records claim {total} bytes, it has {len(data)}")
+    if pickles != 1:
+        raise ValueError(f"it has {pickles} records data.pkl, wanted one")
