@@ -75,9 +75,27 @@ class Gradients(ABC):
                     problem = problem or error
         return present, problem
 
-    def standing_of_residents(self, kind: Kind) -> tuple[int, Exception | None]:
-        """The like for DTensors, where ``kind`` is about gradients."""
-        return self.standing(self.residents) if kind in (Kind.STEP, Kind.CLIP_GRAD_NORM) else (0, None)
+    @staticmethod
+    def about_gradients(kind: Kind) -> bool:
+        """Whether a call of this kind reads gradients where they stand."""
+        return kind in (Kind.STEP, Kind.CLIP_GRAD_NORM)
+
+    @property
+    def misplaced(self) -> int:
+        """The bits of the DTensors whose gradient is placed otherwise than they are."""
+        return bits(member.index for member in self.residents if member.misplaced)
+
+    def place(self, masks: Sequence[int]) -> None:
+        """Collective: place gradients of DTensors as their parameters; ``masks`` is what ranks found misplaced."""
+        for member in self.residents:
+            wrong = [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
+            if wrong and len(wrong) < len(masks):
+                raise RuntimeError(
+                    f"dist_asgd: the gradient of parameter {member.name} is placed as the parameter is, but not on "
+                    f"{ranks_text(wrong)} of {len(masks)}. A DTensor has the same placements on all ranks."
+                )
+            if wrong:
+                member.place_gradient()
 
     @staticmethod
     def refuse_missing(members: Iterable[Member], masks: Sequence[int]) -> None:
@@ -143,11 +161,11 @@ class Arrived(Gradients):
         self._checked = communicators.world_size == 1
 
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
-        present = 0
-        if kind in (Kind.STEP, Kind.CLIP_GRAD_NORM):
-            present, wrong = self.standing((*self.members, *self.residents))
-            problem = problem or wrong
-        return self.agreement.confer(kind, claim, (present, 0), problem)
+        if not self.about_gradients(kind):
+            return self.agreement.confer(kind, claim, problem=problem)
+        present, wrong = self.standing((*self.members, *self.residents))
+        misplaced = 0 if wrong else self.misplaced
+        return self.agreement.confer(kind, claim, (present, misplaced), problem or wrong)
 
     def ready(self, bucket: Store | None) -> None:
         """They have arrived."""
@@ -162,6 +180,7 @@ class Arrived(Gradients):
         masks = answer.masks(0)
         if len(set(masks)) > 1:
             self.refuse_missing((*self.members, *self.residents), masks)
+        self.place(answer.masks(1))
         return indices_of(masks[0])
 
     def active(self, answer: Answer) -> set[int]:

@@ -71,6 +71,16 @@ class Resident(Member):
         return None if gradient is None else dtensor.local_of(cast("DTensor", gradient))
 
     @property
+    def misplaced(self) -> bool:
+        """Whether the parameter has a gradient that is placed otherwise, say as partial sums."""
+        gradient = self.param.grad
+        return gradient is not None and not dtensor.alike(self.param, cast("DTensor", gradient))
+
+    def place_gradient(self) -> None:
+        """Collective on the mesh: place the gradient as the parameter."""
+        dtensor.place_gradient(self.param)
+
+    @property
     def place(self) -> int:
         return self.first
 
@@ -83,7 +93,7 @@ class Resident(Member):
     def shown(self, slice_: Tensor) -> DTensor:
         # The same memory with storage of its own: a DTensor takes on the offset of its local tensor, by which
         # copy.deepcopy takes it for a tensor that has storage (torch/_tensor.py, __deepcopy__).
-        local = torch.from_dlpack(slice_) if slice_.numel() else slice_.new_empty(0)
+        local = torch.utils.dlpack.from_dlpack(slice_) if slice_.numel() else slice_.new_empty(0)
         return dtensor.placed_as(self.param, local.as_strided(self._shape, self.strides))
 
     @property
