@@ -191,9 +191,9 @@ def test_partial_gradients_are_summed_as_torch_does(stage: int) -> None:
     assert run("gloo", 2, _sequence_parallel, stage) == [[True, True, False, False]] * 2
 
 
-def _step_with(rank: int, world_size: int, what: str) -> None:
+def _step_with(rank: int, world_size: int, what: str, stage: int) -> None:
     params = _list_of(world_size, torch.float32)
-    optimizer = ShardedASGD(params, lr=0.1)
+    optimizer = ShardedASGD(params, lr=0.1, stage=stage)
     for index, param in enumerate(params):
         param.grad = placed(gradient(f"p{index}", 0, param), param)
     if what == "missing" and rank == 1:
@@ -219,9 +219,10 @@ def _step_with(rank: int, world_size: int, what: str) -> None:
         ("mesh", "lies on"),
     ],
 )
-def test_wrong_gradients_raise_on_every_rank(what: str, said: str) -> None:
+@pytest.mark.parametrize("stage", [1, 2])
+def test_wrong_gradients_raise_on_every_rank(stage: int, what: str, said: str) -> None:
     """What differs between ranks, and what is not a gradient of its parameter."""
-    for error in run_errors("gloo", 2, _step_with, what):
+    for error in run_errors("gloo", 2, _step_with, what, stage):
         assert said in error.message, error.message
 
 
