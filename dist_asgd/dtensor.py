@@ -140,14 +140,16 @@ def _shards(placement: object) -> bool:
 
 
 def problem_with_gradient(name: str, param: Tensor, gradient: Tensor) -> str | None:
-    """Why ``gradient`` does not lie on ``param``, either or both of which may be DTensors; None if it does."""
+    """Why ``gradient`` is not one of ``param``, either or both of which may be DTensors; None if it is.
+
+    It may be placed otherwise on the mesh, as sequence parallelism leaves those of replicated parameters.
+    """
     if is_dtensor(param) and is_dtensor(gradient):
-        if alike(param, gradient):
+        if param.device_mesh == gradient.device_mesh:
             return None
         return (
-            f"the gradient of parameter {name} is placed as {list(gradient.placements)}, the parameter as "
-            f"{list(param.placements)}. Redistribute it before step(): "
-            f"p.grad = p.grad.redistribute(p.device_mesh, p.placements)."
+            f"the gradient of parameter {name} lies on {gradient.device_mesh}, the parameter on {param.device_mesh}. "
+            f"Place a gradient as its parameter: distribute_tensor(gradient, p.device_mesh, p.placements)."
         )
     if is_dtensor(param) or is_dtensor(gradient):
         kinds = ("a DTensor", "a plain tensor")
@@ -157,6 +159,12 @@ def problem_with_gradient(name: str, param: Tensor, gradient: Tensor) -> str | N
             f"distribute_tensor(gradient, p.device_mesh, p.placements) for a DTensor, .full_tensor() for a plain one."
         )
     return None
+
+
+def place_gradient(param: DTensor) -> None:
+    """Collective on the mesh: place ``p.grad`` as its parameter; torch's operators do so one by one."""
+    gradient = cast("DTensor", param.grad)
+    param.grad = gradient.redistribute(param.device_mesh, param.placements)
 
 
 def reshard_modules() -> None:

@@ -86,9 +86,27 @@ class Gradients(ABC):
                     problem = problem or error
         return present, problem
 
-    def standing_of_residents(self, kind: Kind) -> tuple[int, Exception | None]:
-        """The like for DTensors, where ``kind`` is about gradients."""
-        return self.standing(self.residents) if kind in (Kind.STEP, Kind.CLIP_GRAD_NORM) else (0, None)
+    @staticmethod
+    def about_gradients(kind: Kind) -> bool:
+        """Whether a call of this kind reads gradients where they stand."""
+        return kind in (Kind.STEP, Kind.CLIP_GRAD_NORM)
+
+    @property
+    def misplaced(self) -> int:
+        """The bits of the DTensors whose gradient is placed otherwise than they are."""
+        return bits(member.index for member in self.residents if member.misplaced)
+
+    def place(self, masks: Sequence[int]) -> None:
+        """Collective: place gradients of DTensors as their parameters; ``masks`` is what ranks found misplaced."""
+        for member in self.residents:
+            wrong = [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
+            if wrong and len(wrong) < len(masks):
+                raise RuntimeError(
+                    f"dist_asgd: the gradient of parameter {member.name} is placed as the parameter is, but not on "
+                    f"{ranks_text(wrong)} of {len(masks)}. A DTensor has the same placements on all ranks."
+                )
+            if wrong:
+                member.place_gradient()
 
     @staticmethod
     def refuse_missing(members: Iterable[Member], masks: Sequence[int]) -> None:
@@ -175,7 +193,7 @@ class Arrived(Gradients):
         self._pattern = Pattern((), [])
 
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
-        if kind not in (Kind.STEP, Kind.CLIP_GRAD_NORM):
+        if not self.about_gradients(kind):
             return self.agreement.confer(kind, claim, problem=problem)
         gradients = list(map(gradient_of, self._params))
         missing = [gradient is None for gradient in gradients]
@@ -186,7 +204,9 @@ class Arrived(Gradients):
             _, wrong = self.standing(self._pattern.members)
             problem = problem or wrong
         standing, wrong = self.standing(self.residents)
-        return self.agreement.confer(kind, claim, (self._pattern.mask | standing, 0), problem or wrong)
+        problem = problem or wrong
+        misplaced = 0 if problem else self.misplaced
+        return self.agreement.confer(kind, claim, (self._pattern.mask | standing, misplaced), problem)
 
     def ready(self, bucket: Store | None) -> None:
         """They have arrived."""
@@ -201,6 +221,7 @@ class Arrived(Gradients):
         masks = answer.masks(0)
         if len(set(masks)) > 1:
             self.refuse_missing((*self.members, *self.residents), masks)
+        self.place(answer.masks(1))
         return self.indices_of(masks[0])
 
     def active(self, answer: Answer) -> set[int]:

@@ -60,6 +60,7 @@ class Reducer(Gradients):
         self.synchronising = True
         self._problem: Exception | None = None
         self._mispaired: Exception | None = None
+        self._resident_bits = 0
         self._member_of: dict[int, Housed] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
@@ -89,6 +90,7 @@ class Reducer(Gradients):
     def extend(self, buckets: Sequence[Bucket], residents: Sequence[Residents]) -> None:
         super().extend(buckets, residents)
         _remove(self._hooks)
+        self._resident_bits = bits(member.index for member in self.residents)
         self._member_of = {member.index: member for member in self.members}
         self._rounds = [bucket for bucket in self.buckets if bucket.trainable]
         self._expected = {member.index for bucket in self._rounds for member in bucket.members}
@@ -259,7 +261,7 @@ class Reducer(Gradients):
 
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
         answer = self._meet(kind, claim, problem, keep=True)
-        self._reduce_pending(answer.union(1))
+        self._reduce_pending(answer.union(1) & ~self._resident_bits)
         return answer
 
     def _meet(self, kind: Kind, claim: Claim, problem: Exception | None, keep: bool) -> Answer:
@@ -268,9 +270,10 @@ class Reducer(Gradients):
         self._await_header()
         while True:
             pending = self._pending() if keep else 0
-            standing, wrong = self.standing_of_residents(kind)
+            standing, wrong = self.standing(self.residents) if self.about_gradients(kind) else (0, None)
             problem = problem or self._mispaired or self._problem or wrong
-            masks = (self._delivered | pending | standing, pending)
+            misplaced = self.misplaced if standing and not wrong else 0
+            masks = (self._delivered | pending | standing, pending | misplaced)
             answer = self.agreement.open(kind, claim, masks, problem is not None)()
             if Kind.ROUND not in answer.kinds:
                 break
@@ -325,9 +328,9 @@ class Reducer(Gradients):
 
     def present(self, answer: Answer) -> set[int]:
         """Indices of the parameters for which any rank has contributed a gradient; DTensors have theirs on all."""
-        resident = bits(member.index for member in self.residents)
-        if resident:
-            self.refuse_missing(self.residents, [mask & resident for mask in answer.masks(0)])
+        if self.residents:
+            self.refuse_missing(self.residents, answer.masks(0))
+            self.place(answer.masks(1))
         return self.indices_of(answer.union(0))
 
     def piece(self, member: Member) -> Tensor:

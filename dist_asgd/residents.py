@@ -71,6 +71,16 @@ class Resident(Member):
         return None if gradient is None else dtensor.local_of(cast("DTensor", gradient))
 
     @property
+    def misplaced(self) -> bool:
+        """Whether the parameter has a gradient that is placed otherwise, say as partial sums."""
+        gradient = self.param.grad
+        return gradient is not None and not dtensor.alike(self.param, cast("DTensor", gradient))
+
+    def place_gradient(self) -> None:
+        """Collective on the mesh: place the gradient as the parameter."""
+        dtensor.place_gradient(self.param)
+
+    @property
     def place(self) -> int:
         return self.first
 

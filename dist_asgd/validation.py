@@ -190,6 +190,11 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
         )
     if not differentiable:
         return
+    if any(dtensor.is_dtensor(param) for param in group["params"]):
+        raise ValueError(
+            f"dist_asgd: {where}: differentiable=True with DTensor parameters: the update acts on local tensors, which "
+            f"autograd would not follow. Pass differentiable=False, or plain parameters in one process."
+        )
     if world_size > 1:
         raise ValueError(
             f"dist_asgd: differentiable=True on {world_size} ranks: autograd does not see through the gathering of "

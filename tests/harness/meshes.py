@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -142,8 +141,3 @@ def dtensors(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def barrier() -> None:
-    """Collective."""
-    dist.barrier()
