@@ -133,9 +133,8 @@ class ShardedState:
         """
         params, pointers, strides = self._homes
         if list(map(Tensor.data_ptr, params)) != pointers or list(map(Tensor.stride, params)) != strides:
-            for bucket in self.buckets:
-                for housed in bucket.members:
-                    housed.check_at_home()
+            for member in self.members:
+                member.check_at_home()
         for store in self.residents:
             if store.follow():
                 self._plan = None
