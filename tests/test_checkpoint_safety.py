@@ -442,6 +442,16 @@ def test_data_runs_nothing(sample: Path, canary: Path, name: str, key: str, veri
     assert not canary.exists()
 
 
+def test_archives_need_no_checksums(sample: Path) -> None:
+    """Savers that hash otherwise leave torch's out."""
+    from torch.utils.serialization import config
+
+    with config.patch("save.compute_crc32", False):
+        data = saved((3, "three"))
+    put_chunk(sample, "extra.order", data)
+    assert load(sample)["extra"]["order"] == (3, "three")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -233,6 +233,11 @@ def full(rank: int, _world_size: int, folder: str) -> None:
     """Job: the disk is full half-way, on the writer only; training goes on afterwards."""
     model = mlp(width=64, depth=2)
     optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=0, bucket_cap_mb=0.01)
+    # The limit below holds for the group's own file too: first make all connections.
+    path = Path(folder) / "model.safetensors"
+    export_averaged(path, model, optimizer)
+    if rank == 0:
+        path.unlink()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -240,13 +245,13 @@ def full(rank: int, _world_size: int, folder: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:
         with pytest.raises(RuntimeError, match=r"cannot write .*model\.safetensors: File too large"):
-            export_averaged(f"{folder}/model.safetensors", model, optimizer)
+            export_averaged(path, model, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(Path(folder).iterdir())
     assert same_tree({name: p.detach() for name, p in model.named_parameters()}, before)
-    export_averaged(f"{folder}/model.safetensors", model, optimizer)
+    export_averaged(path, model, optimizer)
 
 
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 3)])
