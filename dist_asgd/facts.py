@@ -25,7 +25,7 @@ class Facts:
     dtypes: list[torch.dtype]
 
     def hold_for(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` are as many, and such, and lie in memory as they read (no lazy negation)."""
+        """Whether ``tensors`` are as many, and such, plain ones, and lie in memory as they read (no lazy negation)."""
         try:
             strides = list(map(Tensor.stride, tensors))
         except RuntimeError:  # sparse tensors have none
@@ -34,5 +34,6 @@ class Facts:
             strides == self.strides
             and list(map(Tensor.numel, tensors)) == self.numels
             and list(map(dtype_of, tensors)) == self.dtypes
+            and set(map(type, tensors)) <= {Tensor}
             and True not in map(Tensor.is_neg, tensors)
         )
