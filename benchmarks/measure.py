@@ -15,7 +15,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.model import Shape
-from benchmarks.peers import BASELINE, Peer
+from benchmarks.peers import Peer
 from benchmarks.ranks import Team
 from benchmarks.trainer import MemoryTrainer, Trainer
 
@@ -51,7 +51,7 @@ def measure_time(
         gathering: dict[str, list[float]] = {key: [] for key in consolidating}
         for number in range(4):
             progress(f"consolidation {number + 1} of 4")
-            save = teams[BASELINE].call("save_seconds", scratch)[0]
+            save = teams[peers[0].key].call("save_seconds", scratch)[0]
             times = {key: max(teams[key].call("consolidation_seconds")) for key in consolidating}
             if number > 0:
                 saving.append(save)
@@ -86,9 +86,10 @@ def summarize_time(result: dict[str, Any]) -> dict[str, Any]:
     """Per peer: medians in seconds, ratios to the baseline's, bytes of a rank; and ``save``'s seconds."""
     save_seconds = median(result["save_seconds"])
     summary: dict[str, dict[str, Any]] = {}
-    base = result["seconds"][BASELINE]
+    baseline = next(iter(result["seconds"]))
+    base = result["seconds"][baseline]
     for key, kinds in result["seconds"].items():
-        summary[key] = {"same_bits": result["digests"][key] == result["digests"][BASELINE]}
+        summary[key] = {"same_bits": result["digests"][key] == result["digests"][baseline]}
         for kind, times in kinds.items():
             low, _, high = quantiles(times, n=4)
             summary[key] |= {

@@ -1,7 +1,7 @@
 """The ways of training that are compared: how the model is wrapped, and which optimizer steps it.
 
 Vocabulary
-    peer   a wrapping (plain or DDP, with or without gradient views) and an optimizer
+    peer   a wrapping (plain, DDP with or without gradient views, or FSDP2) and an optimizer
     views  DDP's ``gradient_as_bucket_view``: gradients live in DDP's buckets, not beside them
     state  the tensors an optimizer keeps for itself; ASGD's is ``ax`` and three scalars a parameter
 """
@@ -22,12 +22,11 @@ from torch.optim import ASGD, Optimizer
 # t0=0: averaging runs from the second step on (mu != 1), so that the update does all of its work.
 HYPERPARAMETERS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-4, "alpha": 0.75, "t0": 0.0}
 
-BASELINE = "ddp"
 QUICK = ("ddp", "zero", "stage1-views", "stage2")
 
 
-def _asgd(model: nn.Module) -> Optimizer:
-    return ASGD(model.parameters(), **HYPERPARAMETERS)
+def _asgd(model: nn.Module, foreach: bool | None = None) -> Optimizer:
+    return ASGD(model.parameters(), **HYPERPARAMETERS, foreach=foreach)
 
 
 def _zero(model: nn.Module) -> Optimizer:
@@ -52,6 +51,7 @@ class Peer:
     make_optimizer: Callable[[nn.Module], Optimizer] = field(repr=False)
     stage: int = 0
     gradient_views: bool = False
+    fsdp2: bool = False
 
     @property
     def ours(self) -> bool:
@@ -61,7 +61,7 @@ class Peer:
     @property
     def ddp(self) -> bool:
         """Whether DDP reduces the gradients."""
-        return self.stage != 2
+        return self.stage != 2 and not self.fsdp2
 
     @property
     def consolidates(self) -> bool:
@@ -69,7 +69,15 @@ class Peer:
         return self.ours or self.key == "zero"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose forward and backward are called. With DDP, collective: all ranks, same order."""
+        """The module whose forward and backward are called. With DDP and FSDP2, collective: all ranks, same order."""
+        if self.fsdp2:
+            # Only where it is wanted: importing FSDP2 takes memory of its own.
+            from torch.distributed.fsdp import fully_shard
+
+            for block in model.get_submodule("blocks").children():
+                fully_shard(block)
+            fully_shard(model)
+            return model
         if not self.ddp:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=self.gradient_views)
@@ -95,21 +103,32 @@ PEERS = (
     Peer("stage2-foreach", "ShardedASGD stage 2, foreach", partial(_STAGE2, foreach=True), stage=2),
 )
 
+FSDP2_PEERS = (
+    Peer("fsdp2", "FSDP2 + torch.optim.ASGD, foreach", partial(_asgd, foreach=True), fsdp2=True),
+    Peer("fsdp2-loop", "FSDP2 + torch.optim.ASGD, for-loop", partial(_asgd, foreach=False), fsdp2=True),
+    Peer("fsdp2-sharded", "FSDP2 + ShardedASGD", _STAGE1, stage=1, fsdp2=True),
+    Peer("fsdp2-sharded-foreach", "FSDP2 + ShardedASGD, foreach", partial(_STAGE1, foreach=True), stage=1, fsdp2=True),
+)
+
+# By what makes the gradients the same on all ranks; the first of each is the baseline of its ratios.
+PARALLEL = {"ddp": PEERS, "fsdp2": FSDP2_PEERS}
+
 
 def peer_of(key: str) -> Peer:
     """The peer of this key."""
-    return next(peer for peer in PEERS if peer.key == key)
+    return next(peer for peer in (*PEERS, *FSDP2_PEERS) if peer.key == key)
 
 
-def select_peers(keys: Iterable[str] | None, quick: bool = False) -> tuple[Peer, ...]:
+def select_peers(keys: Iterable[str] | None, quick: bool = False, parallel: str = "ddp") -> tuple[Peer, ...]:
     """The peers of these keys in the table's order, the baseline always among them; None: all, or QUICK."""
+    peers = PARALLEL[parallel]
     if keys is None:
-        return tuple(peer for peer in PEERS if not quick or peer.key in QUICK)
-    wanted = set(keys) | {BASELINE}
-    unknown = wanted - {peer.key for peer in PEERS}
+        return tuple(peer for peer in peers if not quick or peer.key in QUICK or peer.fsdp2)
+    wanted = set(keys) | {peers[0].key}
+    unknown = wanted - {peer.key for peer in peers}
     if unknown:
-        raise ValueError(f"unknown peers {sorted(unknown)}; there are {[peer.key for peer in PEERS]}")
-    return tuple(peer for peer in PEERS if peer.key in wanted)
+        raise ValueError(f"unknown peers {sorted(unknown)}; there are {[peer.key for peer in peers]}")
+    return tuple(peer for peer in peers if peer.key in wanted)
 
 
 def consolidate(optimizer: Optimizer, to: int = 0) -> dict[str, Any]:
@@ -120,10 +139,16 @@ def consolidate(optimizer: Optimizer, to: int = 0) -> dict[str, Any]:
     return optimizer.consolidated_state_dict(to=to)  # type: ignore[attr-defined,no-any-return]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``."""
+    part: Tensor = getattr(tensor.detach(), "_local_tensor", tensor)  # of a DTensor, without importing them
+    return part
+
+
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind these tensors: what they keep alive, padding and all."""
     sizes = {}
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

@@ -184,7 +184,9 @@ def _memory_table(report: Mapping[str, Any]) -> str:
 def _consolidation_table(report: Mapping[str, Any]) -> str:
     unit = report["parameter_bytes"]
     save = report["save_seconds"]
-    rows = [["`torch.save` of the full state (DDP + torch.optim.ASGD)", f"{save * 1e3:.0f}", "1.0", "", ""]]
+    rows = [
+        [f"`torch.save` of the state ({peer_of(next(iter(report['time']))).label})", f"{save * 1e3:.0f}", "1.0", "", ""]
+    ]
     for key, t in report["time"].items():
         if "consolidation_seconds" not in t:
             continue

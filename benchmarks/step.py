@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.imbalance import measure_imbalance
 from benchmarks.measure import measure_memory, measure_time, progress, summarize_time
 from benchmarks.model import Shape, build_model, parameter_bytes
-from benchmarks.peers import PEERS, select_peers
+from benchmarks.peers import PARALLEL, select_peers
 from benchmarks.report import as_markdown, surroundings
 
 PARTS = ("time", "memory", "imbalance")
@@ -31,7 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=Shape.batch, help="sequences per rank (%(default)s)")
     parser.add_argument("--context", type=int, default=Shape.context, help="tokens per sequence (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the model, fewer peers and rounds")
-    parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"of {', '.join(p.key for p in PEERS)}")
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help=f"of {_keys()}")
+    parser.add_argument("--parallel", choices=tuple(PARALLEL), default="ddp", help="which peers (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (all)")
     parser.add_argument("--scratch", default=None, help="folder that torch.save writes to (/dev/shm, else temporary)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write all figures here")
@@ -39,12 +40,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _keys() -> str:
+    return "; ".join(", ".join(peer.key for peer in peers) for peers in PARALLEL.values())
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the chosen parts, one after the other."""
     shape = Shape(context=options.context, batch=options.batch)
     if options.quick:
         shape = shape.tiny()
-    peers = select_peers(options.peers, quick=options.quick)
+    peers = select_peers(options.peers, quick=options.quick, parallel=options.parallel)
     rounds = options.rounds or (5 if options.quick else 25)
     warmup = options.warmup if options.warmup is not None else (2 if options.quick else 5)
     scratch = options.scratch or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
@@ -53,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report["quick"] = options.quick
     if options.quick:
         report["workload"]["note"] = "--quick: shows that it runs; its figures say little"
-    if "imbalance" in options.parts:
+    if "imbalance" in options.parts and options.parallel == "ddp":
         progress("imbalance at other world sizes")
         report["imbalance"] = measure_imbalance(shape, ours=any(peer.ours for peer in peers))
     if "memory" in options.parts:

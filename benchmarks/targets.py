@@ -11,6 +11,7 @@ IMBALANCE = 1.001
 CONSOLIDATION_RATIO = 3.0
 BUCKET_BYTES = 25 * 2**20
 PEAK = 1.4
+DTENSOR_STEP_SPEEDUP = 3.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ def targets(report: Mapping[str, Any]) -> Iterator[Target]:
             f"<= {CONSOLIDATION_RATIO:.0f}",
             f"{ratio:.1f}",
             ratio <= CONSOLIDATION_RATIO,
+        )
+    if {"fsdp2", "fsdp2-sharded"} <= time.keys():
+        speedup = time["fsdp2"]["step_seconds"] / time["fsdp2-sharded"]["step_seconds"]
+        yield Target(
+            "`opt.step()` on DTensors, beside torch.optim.ASGD(foreach=True)",
+            f">= {DTENSOR_STEP_SPEEDUP:.0f} x faster",
+            f"{speedup:.1f} x",
+            speedup >= DTENSOR_STEP_SPEEDUP,
         )
     if "stage2" in memory:
         extra = max(memory["stage2"]["consolidation"][1:])

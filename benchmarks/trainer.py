@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.model import Shape, batch_of, build_model, parameter_bytes
-from benchmarks.peers import Peer, consolidate, state_tensors, storage_bytes
+from benchmarks.peers import Peer, consolidate, local, state_tensors, storage_bytes
 
 
 class Trainer:
@@ -91,10 +91,10 @@ class Trainer:
         return result
 
     def parameters_digest(self) -> str:
-        """A hash of every parameter's bits: peers that did the same work have the same one."""
+        """A hash of every parameter's bits on this rank: peers that did the same work have the same one."""
         digest = hashlib.sha256()
         for parameter in self.model.parameters():
-            digest.update(parameter.detach().contiguous().numpy().tobytes())
+            digest.update(local(parameter).detach().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def consolidation_seconds(self) -> float:

@@ -25,8 +25,9 @@ PLACES: list[Place] = [
     *(("stage1", n) for n in (1, 2, 3, 4)),
     *(("stage2", n) for n in (2, 3, 4)),
     *(("fsdp2", n) for n in (1, 2, 3, 4)),
+    *(("fsdp2-sharded", n) for n in (2, 3)),
 ]
-OURS = [place for place in PLACES if place[0] != "fsdp2"]
+OURS = [place for place in PLACES if not place[0].startswith("fsdp2")]
 
 
 def at(place: Place, fn: Any, *args: Any) -> list[Any]:
@@ -125,6 +126,7 @@ def test_torch_and_fsdp2_load_ours(saved: Any, source: Place) -> None:
     """One format."""
     path, expected = saved(source, "mlp")
     at(("fsdp2", 2), torch_loads, path, expected)
+    at(("fsdp2-sharded", 2), torch_loads, path, expected)
     at(("stage1", 2), torch_loads, path, expected)
 
 

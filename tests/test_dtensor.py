@@ -222,7 +222,7 @@ def _step_with(rank: int, world_size: int, what: str, stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_wrong_gradients_raise_on_every_rank(stage: int, what: str, said: str) -> None:
     """What differs between ranks, and what is not a gradient of its parameter."""
-    for error in run_errors("gloo", 2, _step_with, what, stage):
+    for error in run_errors("gloo", 2, _step_with, what, stage, within_s=20.0):
         assert said in error.message, error.message
 
 
@@ -268,7 +268,7 @@ def _construct(rank: int, world_size: int, what: str) -> None:
 )
 def test_what_cannot_be_updated_is_refused(what: str, said: str) -> None:
     """On every rank, with the remedy."""
-    for error in run_errors("gloo", 2, _construct, what):
+    for error in run_errors("gloo", 2, _construct, what, within_s=20.0):
         assert said in error.message, error.message
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_asgd import ShardedASGD
+from dist_asgd import GradScaler, ShardedASGD, export_averaged
 from tests.harness.bits import assert_same_bits, same_bits
 from tests.harness.meshes import (
     KINDS,
@@ -88,7 +90,7 @@ def _unaveraged(rank: int, world_size: int) -> None:
 
 def test_gradients_that_fsdp2_does_not_reduce_are_not_taken_for_reduced() -> None:
     """Stage 1 with ``ignored_params`` and different data on each rank is an error with the remedy."""
-    for error in run_errors("gloo", 2, _unaveraged):
+    for error in run_errors("gloo", 2, _unaveraged, within_s=20.0):
         assert "gradient of parameter extra differs between ranks" in error.message
         assert "stage=2" in error.message
 
@@ -136,8 +138,36 @@ def _clips_infinite(rank: int, world_size: int) -> None:
 
 def test_a_norm_that_is_not_finite_raises_on_every_rank() -> None:
     """Also where one rank's part is finite."""
-    for error in run_errors("gloo", 2, _clips_infinite):
+    for error in run_errors("gloo", 2, _clips_infinite, within_s=20.0):
         assert "total norm of order 2.0 of the gradients is inf" in error.message
+
+
+def _scales(rank: int, world_size: int, explicitly: bool, overflows: bool) -> float:
+    model, plain = sharded("fsdp2", world_size), Net()
+    optimizer = ShardedASGD(model.named_parameters(), lr=0.1, foreach=False, stage=2)
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    set_gradients(model, 0)
+    set_gradients(plain, 0)
+    for param in model.parameters():
+        param.grad = param.grad * 8
+    if overflows and rank == 1:
+        model.first.weight.grad.to_local().fill_(math.inf)
+    if explicitly:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    if not overflows:
+        torch.optim.ASGD(plain.parameters(), lr=0.1, foreach=False).step()
+    assert_same_params(model, plain, "after a scaled step")
+    return scaler.get_scale()
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+@pytest.mark.parametrize("explicitly", [False, True])
+def test_gradients_are_unscaled_wherever_they_stand(explicitly: bool, overflows: bool) -> None:
+    """Reduced shards at the update, DTensors at once; what one rank finds all ranks skip for."""
+    assert run("gloo", 2, _scales, explicitly, overflows) == [4.0 if overflows else 8.0] * 2
 
 
 # --- averages ---------------------------------------------------------------------------------------------------
@@ -310,8 +340,29 @@ def _loads_misfits(_: int, world_size: int, what: str) -> None:
 )
 def test_parts_that_do_not_fit_are_refused(what: str, said: str) -> None:
     """On every rank, with the remedy."""
-    for error in run_errors("gloo", 2, _loads_misfits, what):
+    for error in run_errors("gloo", 2, _loads_misfits, what, within_s=20.0):
         assert said in error.message, error.message
+
+
+def _exports(_: int, world_size: int, kind: str, path: str) -> None:
+    model = sharded(kind, world_size)
+    optimizer = ShardedASGD(model.named_parameters(), **OPTIONS)
+    for step in range(5):
+        set_gradients(model, step, ("unused",))
+        optimizer.step()
+    export_averaged(path, model, optimizer)
+    weights = load_file(path)
+    with optimizer.averaged_parameters():
+        expected = {name: whole(param).clone() for name, param in model.named_parameters()}
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_same_bits(weights[name], value, name)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_tp", "hsdp"])
+def test_averages_are_exported(kind: str, tmp_path: Path) -> None:
+    """Whole ones, and parameters of which no average has begun as they are."""
+    run("gloo", 4, _exports, kind, str(tmp_path / "averaged.safetensors"))
 
 
 def _starts_averaging(_: int, world_size: int) -> None:

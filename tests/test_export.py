@@ -250,6 +250,7 @@ def full(rank: int, _world_size: int, folder: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(Path(folder).iterdir())
+    optimizer.consolidated_state_dict()  # all ranks have looked before the writer begins again
     assert same_tree({name: p.detach() for name, p in model.named_parameters()}, before)
     export_averaged(path, model, optimizer)
 

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from ..agreement import NO_CLAIM, Claim, Kind
 from ..buffers import Member
 from ..comm import Communicators
+from ..dtensor import is_dtensor, whole_of
+from ..residents import Resident
 from ..state import ShardedState
 from .contents import names_of
 from .saving import Saver
@@ -45,9 +47,10 @@ def export_averaged(
 
     Under the names of ``model.state_dict()``, without what wrappers add: ``ax`` of every parameter whose averaging has
     begun, the parameter itself of the others, buffers as they are. Statistics of BatchNorm belong to the last iterate.
-    Rank 0 writes; it holds one parameter beyond its own memory, the others at most a piece of one. Training goes on as
-    if nothing had been. Where the weights have more than ``max_bytes`` there are several files and an index, as
-    transformers loads them: ``model-00001-of-00002.safetensors``, ..., ``model.safetensors.index.json``.
+    Rank 0 writes; it holds one parameter beyond its own memory, the others at most a piece of one (of a DTensor every
+    rank the whole, one at a time). Training goes on as if nothing had been. Where the weights have more than
+    ``max_bytes`` there are several files and an index, as transformers loads them:
+    ``model-00001-of-00002.safetensors``, ..., ``model.safetensors.index.json``.
 
     Args:
         path: where rank 0 writes; files appear there whole, or not at all.
@@ -144,9 +147,15 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
     """
     problem: Exception | None = None
     staging: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    brought = [weight.member for weight in weights if weight.member is not None]
+    brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, Resident)]
     for weight in weights:
-        value = weight.value if weight.member is None else _bring(weight.member, communicators, staging, brought)
+        member, value = weight.member, None
+        if isinstance(member, Resident):
+            value = whole_of(member.shown(member.average))
+        elif member is not None:
+            value = _bring(member, communicators, staging, brought)
+        else:
+            value = whole_of(weight.value) if is_dtensor(weight.value) else weight.value
         if files is not None and value is not None and problem is None:
             try:
                 files.write(weight.name, value.to(weight.spec.dtype))

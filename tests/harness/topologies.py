@@ -1,7 +1,7 @@
 """One model and optimizer under any topology, trained on the same gradients to the same bits, for checkpoint tests.
 
-A topology is ``single`` (one process), ``stage1``, ``stage2``, ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``) or
-``torch`` (``torch.optim.ASGD`` alone).
+A topology is ``single`` (one process), ``stage1``, ``stage2``, ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``),
+``fsdp2-sharded`` (the same and ``ShardedASGD``) or ``torch`` (``torch.optim.ASGD`` alone).
 Gradients are set by hand: small multiples of a power of two, so that means over ranks are exact.
 """
 
@@ -56,13 +56,14 @@ def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
     if kind == "bfloat16":
         model.to(torch.bfloat16)
     model.register_buffer("seen", torch.full((2,), float(seed)))
-    if topology == "fsdp2":
+    if topology in ("fsdp2", "fsdp2-sharded"):
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
+        if topology == "fsdp2":
+            return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
     if topology == "torch":
         return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
     stage = 2 if topology == "stage2" else 1
