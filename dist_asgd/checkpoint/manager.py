@@ -29,7 +29,7 @@ class Restored:
 
 
 class CheckpointManager:
-    """Checkpoints in ``folder/step-XXXXXXXX``, the newest ``keep`` of them, and a link ``folder/latest``.
+    """Checkpoints in ``folder/step-00000012`` and so on, the newest ``keep`` of them, and a link ``folder/latest``.
 
     A checkpoint is removed only when a newer one is whole and on disk. Steps go up: saving at a step that is not beyond
     all that are there is an error. What crashed saves left is ignored, and removed by the next save. One job at a time

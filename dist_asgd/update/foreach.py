@@ -21,26 +21,8 @@ from .reference import subtract
 from .schedule import Rule
 
 
-def update(
-    param: Tensor,
-    gradient: Tensor,
-    average: Tensor,
-    eta: Tensor,
-    mu: Tensor,
-    rule: Rule,
-    scratch: Tensor | None = None,
-    difference: Tensor | None = None,
-) -> None:
-    """Update ``param`` and ``average`` in place; arguments as in ``reference.update``.
-
-    ``eta`` and ``mu`` are 0-dim tensors on the parameters' device.
-    """
-    descend(param, gradient, eta, rule, scratch)
-    take_average(param, average, mu, difference)
-
-
 def descend(param: Tensor, gradient: Tensor, eta: Tensor, rule: Rule, scratch: Tensor | None) -> None:
-    """The lines that update ``param``."""
+    """The lines that update ``param``; as in ``reference``, but ``eta`` is on the parameters' device."""
     if rule.maximize:
         gradient = torch.neg(gradient, out=scratch)
     if rule.weight_decay != 0:
@@ -50,5 +32,5 @@ def descend(param: Tensor, gradient: Tensor, eta: Tensor, rule: Rule, scratch: T
 
 
 def take_average(param: Tensor, average: Tensor, mu: Tensor, difference: Tensor | None) -> None:
-    """The line that updates ``average``."""
+    """The line that updates ``average``; ``mu`` is on the parameters' device."""
     average.addcmul_(subtract(param, average, difference), mu)
