@@ -114,8 +114,9 @@ def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, ver
     difference = Difference()
     found = Found(reader, difference)
     names = names_of(model, optimizer)
-    model_state = _stage_model(found, names, model, difference)
     optimizer_state = _stage_optimizer(found, names, optimizer, difference)
+    mastered = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
+    model_state = _stage_model(found, names, model, mastered, difference)
     difference.check(path, strict)
     found.read()
     manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta
@@ -129,7 +130,10 @@ def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, ver
     )
 
 
-def _stage_model(found: Found, names: Names, model: nn.Module, difference: Difference) -> dict[str, Any]:
+def _stage_model(
+    found: Found, names: Names, model: nn.Module, mastered: set[str], difference: Difference
+) -> dict[str, Any]:
+    """``mastered`` names parameters that the optimizer sets when it loads their masters: they stay as they are then."""
     staged: dict[str, Any] = {}
     known = {f"{MODEL}.{name}" for name in names.of_model.values()}
     difference.unexpected += [key for key in found.keys if key.startswith(f"{MODEL}.") and key not in known]
@@ -137,6 +141,8 @@ def _stage_model(found: Found, names: Names, model: nn.Module, difference: Diffe
         name = f"{MODEL}.{names.of_model[key]}"
         if name not in found.keys:
             difference.missing.append(name)
+        elif names.of_model[key] in mastered:
+            staged[key] = value
         elif isinstance(value, Tensor):
             staged[key] = found.memory_for(name, value, widen=False)
         else:

@@ -1,0 +1,103 @@
+"""Checkpoints of 16-bit parameters with float32 masters: on any number of ranks, and from float32 parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from tests.harness.bits import assert_same_bits, same_tree
+from tests.harness.ranks import run
+
+OPTIONS: dict[str, Any] = {"lr": 0.1, "t0": 2, "weight_decay": 0.01}
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+class Net(nn.Module):
+    """Odd shapes, one of them empty, and one element."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in (("a", (33, 7)), ("b", (5,)), ("c", ()), ("d", (0, 3)), ("e", (130,))):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+
+
+def train(model: nn.Module, optimizer: ShardedASGD, first: int, last: int) -> None:
+    """The same gradients on every rank."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = (torch.randint(-8, 9, p.shape, generator=generator) / 16).to(p.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def state_of(model: nn.Module, optimizer: ShardedASGD) -> list[Any]:
+    """Everything there is to compare."""
+    return [[p.detach().clone() for p in model.parameters()], optimizer.consolidated_state_dict(to=None)["state"]]
+
+
+def saves(_rank: int, _world_size: int, dtype: torch.dtype, stage: int, path: str) -> list[Any]:
+    """Job: save after three steps; where three more lead."""
+    model = Net(dtype)
+    optimizer = ShardedASGD(model.named_parameters(), **OPTIONS, stage=stage, master_weights=True)
+    train(model, optimizer, 0, 3)
+    save_checkpoint(path, model, optimizer, step=3)
+    train(model, optimizer, 3, 6)
+    return state_of(model, optimizer)
+
+
+def loads(_rank: int, _world_size: int, dtype: torch.dtype, stage: int, path: str) -> list[Any]:
+    """Job: load into other values and go on."""
+    model = Net(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(3)
+    optimizer = ShardedASGD(model.named_parameters(), **OPTIONS, stage=stage, master_weights=True)
+    load_checkpoint(path, model, optimizer)
+    train(model, optimizer, 3, 6)
+    return state_of(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [((1, 1), (3, 2)), ((2, 2), (4, 1)), ((3, 1), (1, 2))])
+def test_masters_go_on_on_any_number_of_ranks(
+    saved_by: tuple[int, int], loaded_by: tuple[int, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """(ranks, stage) each; to the bit, more ranks than elements included."""
+    path = str(tmp_path / "checkpoint")
+    backends = {1: "none"}
+    expected = run(backends.get(saved_by[0], "gloo"), saved_by[0], saves, dtype, saved_by[1], path)[0]
+    for found in run(backends.get(loaded_by[0], "gloo"), loaded_by[0], loads, dtype, loaded_by[1], path):
+        assert same_tree(found, expected)
+
+
+def loads_float32(_rank: int, _world_size: int, dtype: torch.dtype, path: str) -> list[Tensor]:
+    """Job: masters from a checkpoint of float32 parameters."""
+    model = Net(dtype)
+    optimizer = ShardedASGD(model.named_parameters(), **OPTIONS, master_weights=True)
+    load_checkpoint(path, model, optimizer)
+    state = optimizer.consolidated_state_dict(to=None)["state"]
+    return [state[index]["master"] for index in range(5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_masters_are_the_float32_parameters_of_a_checkpoint(
+    backend: str, world_size: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Every bit, also where a value lies half-way between two of the 16-bit ones."""
+    model = Net(torch.float32)
+    optimizer = ShardedASGD(model.named_parameters(), **OPTIONS)
+    train(model, optimizer, 0, 3)
+    with torch.no_grad():
+        model.a.fill_(1 + 2**-8)  # half-way for bfloat16, and 1 is even
+        model.e.fill_(1 + 2**-11)  # and for float16
+    path = str(tmp_path / "checkpoint")
+    save_checkpoint(path, model, optimizer, step=3)
+    for found in run(backend, world_size, loads_float32, dtype, path):
+        for master, p in zip(found, model.parameters(), strict=True):
+            assert_same_bits(master, p.detach(), "master")
