@@ -38,8 +38,9 @@ FORMS: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, Any] = {"lr": 0.1, "lambd": 0.01, "t0": 3, "weight_decay": 0.02}
 
 
-def _lives_as_torch(_: int, world_size: int, kind: str) -> int:
-    for form, options in FORMS.items():
+def _lives_as_torch(_: int, world_size: int, kind: str, forms: tuple[str, ...] = tuple(FORMS)) -> int:
+    for form in forms:
+        options = FORMS[form]
         model, plain = sharded(kind, world_size), Net()
         optimizer = ShardedASGD(model.named_parameters(), **OPTIONS, **options)
         oracle = torch.optim.ASGD(plain.parameters(), **OPTIONS, foreach=form == "foreach")

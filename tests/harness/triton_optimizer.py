@@ -82,6 +82,22 @@ def lives_on_ranks(stage: int, _device: torch.device) -> None:
     run("gloo", 2, job, history_of("float32"), Setting(stage, "fused", 0.001), timeout_s=300.0)
 
 
+def lives_sharded_as_device(rank: int, world_size: int) -> None:
+    """Job: FSDP2's local tensors, at addresses of their own."""
+    from tests.test_dtensor import _lives_as_torch
+
+    round_as_hardware()
+    with mock.patch.object(backend, "of", return_value=backend.TRITON):
+        _lives_as_torch(rank, world_size, "fsdp2", ("fused",))
+
+
+def lives_sharded(_device: torch.device) -> None:
+    """DTensors on two Gloo processes."""
+    from tests.harness.triton_optimizer import lives_sharded_as_device as job
+
+    run("gloo", 2, job, timeout_s=300.0)
+
+
 def parameters(device: torch.device) -> list[torch.nn.Parameter]:
     """Three of them."""
     generator = torch.Generator().manual_seed(0)
@@ -202,6 +218,7 @@ def all_cases(kind: str) -> dict[str, Case]:
     cases.append(loads_its_own_state)
     found: dict[str, Case] = {case.__name__: case for case in cases}  # type: ignore[attr-defined]
     if kind == "cpu":
+        found["dtensors"] = lives_sharded
         for stage in (1, 2):
             found |= {f"history/{dtype}/{stage}": partial(lives_a_history, dtype, stage, False) for dtype in DTYPES}
             found[f"history/bfloat16 + master/{stage}"] = partial(lives_a_history, "bfloat16", stage, True)
