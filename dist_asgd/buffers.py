@@ -219,7 +219,7 @@ class Housed(Member):
 
     @property
     def counted_as(self) -> int:
-        return int(self.piece.numel > 0)
+        return int(self.piece.numel > 0 and self.bucket.replica == 0)
 
 
 class Store:
@@ -280,15 +280,18 @@ class Bucket(Store):
     shard     (shard_numel,)               this rank's part of ``flat``
     gradient  (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
 
-    Gradients are sent in ``wire_dtype`` and kept in ``gradient_dtype``.
+    Gradients are sent in ``wire_dtype`` and kept in ``gradient_dtype``. ``replica`` numbers equal copies of all shards.
     """
 
     scattered = False
 
     flat: Tensor
 
-    def __init__(self, layout: BucketLayout, like: Tensor, group_index: int, rank: int, precision: Precision) -> None:
+    def __init__(
+        self, layout: BucketLayout, like: Tensor, group_index: int, rank: int, replica: int, precision: Precision
+    ) -> None:
         super().__init__(layout, like, group_index, precision)
+        self.replica = replica
         self.trainable = like.requires_grad
         self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
         self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
@@ -359,6 +362,7 @@ def build_buckets(
     group_index: int,
     rank: int,
     world_size: int,
+    replica: int,
     cap_bytes: int,
     precision: Precision,
 ) -> list[Bucket]:
@@ -379,7 +383,7 @@ def build_buckets(
         numels = [params[position][2].numel() * reals for position in positions]
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
             layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
-            bucket = Bucket(layout, params[positions[chosen[0]]][2], group_index, rank, precision)
+            bucket = Bucket(layout, params[positions[chosen[0]]][2], group_index, rank, replica, precision)
             for i, slot in zip(chosen, layout.slots, strict=True):
                 index, name, param = params[positions[i]]
                 bucket.members.append(Housed(param, name, index, bucket, slot, rank))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from .averaging import Averages
 from .buffers import Precision
 from .checkpoint import consolidated
 from .claims import HyperparameterClaims, groups_claim
-from .comm import Communicators
+from .comm import Communicators, description
 from .dtensor import is_dtensor
 from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
@@ -40,6 +40,9 @@ from .validation import (
     check_rounding,
     named_params,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class ShardedASGD(torch.optim.Optimizer):
@@ -71,6 +74,9 @@ class ShardedASGD(torch.optim.Optimizer):
         stage: 1, gradients arrive already averaged on every rank (DDP); 2, this optimizer reduce-scatters them
             during backward and keeps only its shard: do not wrap the model in DDP.
         process_group: the ranks to shard over; None is the default group, or one process where there is none.
+        mesh: instead of it, a DeviceMesh. ("replicate", "shard"): sharded along the second dimension (inside a node,
+            say), with equal replicas along the first: in stage 2 gradients are reduce-scattered inside and this rank's
+            shard of them is all-reduced across; parameters are gathered inside. One dimension: its ranks, all shards.
         bucket_cap_mb: largest flat bucket, in MiB; a larger parameter has a bucket of its own.
         average_dtype: dtype of ``ax``, but never narrower than the parameter. None: the parameter's, float32 for 16-bit
             ones. (For complex parameters: of the real and imaginary parts.)
@@ -101,13 +107,14 @@ class ShardedASGD(torch.optim.Optimizer):
         fused: bool | None = None,
         stage: int = 1,
         process_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
         bucket_cap_mb: float = 25.0,
         average_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: int | None = None,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        self._communicators = Communicators(process_group)
+        self._communicators = Communicators(process_group, mesh)
         self._agreement = Agreement(self._communicators.host)
         self._updater = Updater()
         self._gatherer = Gatherer(self._communicators)
@@ -115,7 +122,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._differentiable = differentiable is True
         self._stage = stage
         self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
-        self._options = {"stage": stage, "bucket_cap_mb": bucket_cap_mb, **self._precision.options()}
+        self._options = {"stage": stage, "mesh": description(mesh), "bucket_cap_mb": bucket_cap_mb}
+        self._options |= self._precision.options()
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
         self._claims = HyperparameterClaims()
         self._values_checked = self._communicators.world_size == 1

@@ -78,8 +78,9 @@ class ShardedState:
             buckets = build_buckets(
                 [entry for entry in placed if not is_dtensor(entry[2])],
                 group_index=len(self._group_sizes),
-                rank=self._communicators.rank,
-                world_size=self._communicators.world_size,
+                rank=self._communicators.shard_rank,
+                world_size=self._communicators.num_shards,
+                replica=self._communicators.replica,
                 cap_bytes=bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets),
                 precision=self._precision,
             )

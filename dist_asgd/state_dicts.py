@@ -36,7 +36,7 @@ class StateDicts:
         if self._shards is None:
             packed = differentiable.pack(optimizer.param_groups, optimizer.state)
         else:
-            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators.world_size)
+            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators.num_shards)
         return after_state_dict(optimizer, packed)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ PLACES: list[Place] = [
     *(("stage2", n) for n in (2, 3, 4)),
     *(("fsdp2", n) for n in (1, 2, 3, 4)),
     *(("fsdp2-sharded", n) for n in (2, 3)),
+    *(("hybrid", n) for n in (2, 3, 4)),
 ]
 OURS = [place for place in PLACES if not place[0].startswith("fsdp2")]
 

@@ -64,18 +64,23 @@ def _whole(
     communicators: Communicators,
     to: int | None,
 ) -> Tensor | None:
-    """Collective: all ranks' ``shard`` ``(world_size * shard_numel,)``, in a buffer kept for others; None elsewhere."""
-    if communicators.world_size == 1:
-        return shard
+    """Collective: all ranks' ``shard`` ``(num_shards * shard_numel,)``, in a buffer kept for others; None elsewhere."""
+    here = to is None or to == communicators.rank
+    if communicators.num_shards == 1:
+        return shard if here else None
+    target = None if to is None else communicators.shard_rank_of(to)
+    if to is not None and target is None:
+        # Another replica's: it collects its own.
+        return None
     flat = None
-    if to is None or to == communicators.rank:
+    if here:
         key = (bucket.device, bucket.dtype, shard.dtype)
         if key not in staging:
             alike = (b.layout.numel for b in buckets if (b.device, b.dtype) == key[:2])
             staging[key] = shard.new_empty(max(alike))
         flat = staging[key][: bucket.layout.numel]
-    pieces = None if flat is None else flat.view(communicators.world_size, -1).unbind(0)
-    communicators.on(bucket.device).collect(shard, pieces, to)
+    pieces = None if flat is None else flat.view(communicators.num_shards, -1).unbind(0)
+    communicators.on(bucket.device).collect(shard, pieces, target)
     return flat
 
 

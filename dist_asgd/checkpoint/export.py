@@ -180,7 +180,11 @@ def _bring(
 ) -> Tensor | None:
     """Collective: one parameter's whole ``ax`` on the writer, in memory that the next one will use; None elsewhere."""
     bucket, slot = member.bucket, member.slot
-    pieces = [bucket.layout.piece(slot, rank) for rank in range(communicators.world_size)]
+    target = communicators.shard_rank_of(WRITER)
+    if target is None:
+        # The writer's replica has all of it.
+        return None
+    pieces = [bucket.layout.piece(slot, rank) for rank in range(communicators.num_shards)]
     mine = bucket.average[member.piece.start : member.piece.stop]
     places: list[Tensor] | None = None
     flat = mine
@@ -191,7 +195,7 @@ def _bring(
             staging[key] = bucket.average.new_empty(max(alike))
         flat = staging[key][: slot.numel]
         places = [flat[piece.param_start : piece.param_start + piece.numel] for piece in pieces]
-    communicators.on(bucket.device).bring(mine, places, [piece.numel for piece in pieces], WRITER)
+    communicators.on(bucket.device).bring(mine, places, [piece.numel for piece in pieces], target)
     if places is None:
         return None
     whole = torch.view_as_complex(flat.view(-1, 2)) if member.dtype.is_complex else flat

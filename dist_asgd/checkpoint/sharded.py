@@ -54,7 +54,7 @@ class PartMark(metaclass=_Explained):
 torch.serialization.add_safe_globals([bool])
 
 
-def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, world_size: int) -> dict[str, Any]:
+def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, num_shards: int) -> dict[str, Any]:
     """torch's layout with this rank's part of each sharded tensor; the sharded ones are the live ones.
 
     Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either.
@@ -68,7 +68,7 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, world_size: int
             # Before the first step eta follows the lr.
             lr = groups[member.bucket.group_index]["lr"]
             entry["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
-        entry.update((key, _shown(member, slice_, world_size)) for key, slice_ in member.slices().items())
+        entry.update((key, _shown(member, slice_, num_shards)) for key, slice_ in member.slices().items())
     packed = pack_groups(groups)
     parts = {
         shards.members[index].bucket.group_index
@@ -83,11 +83,11 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, world_size: int
     return {"state": state, "param_groups": packed}
 
 
-def _shown(member: Member, slice_: Tensor, world_size: int) -> Tensor:
+def _shown(member: Member, slice_: Tensor, num_shards: int) -> Tensor:
     if isinstance(member, Resident):
         return member.shown(slice_)
     shape, strides = member.param.shape, member.strides
-    if world_size == 1 or member.param.numel() == 0:
+    if num_shards == 1 or member.param.numel() == 0:
         return slice_.as_strided(shape, strides)
     return ShardTensor(slice_, shape, strides, first_element(member))
 

@@ -66,6 +66,10 @@ class Communicator(ABC):
         """
 
     @abstractmethod
+    def all_reduce(self, values: Tensor, tag: int) -> Wait:
+        """Start ``values = mean over ranks``, in place; 1-D, the same bits on all ranks. ``tag`` as above."""
+
+    @abstractmethod
     def all_gather(self, flat: Tensor) -> Wait:
         """Start filling ``flat`` ``(world_size * shard_numel,)`` in place from every rank's shard of it."""
 
@@ -111,6 +115,9 @@ class Local(Communicator):
                 place.add_(part)
             else:
                 place.copy_(part)
+        return _done
+
+    def all_reduce(self, values: Tensor, tag: int) -> Wait:
         return _done
 
     def all_gather(self, flat: Tensor) -> Wait:

@@ -121,6 +121,31 @@ class Gloo(Grouped):
             elif narrow or not in_place:
                 place.copy_(total)
 
+    def all_reduce(self, values: Tensor, tag: int) -> Wait:
+        """Every rank sums a chunk and sends it to all: 2 (n - 1) / n of the bytes, whatever the number of ranks."""
+        tag %= BUCKET_TAGS
+        chunks = values.tensor_split(self.world_size)
+        own = chunks[self.rank]
+        inbox = self._inbox(values.dtype, self.world_size * own.numel())
+        rows = [inbox[rank * own.numel() : (rank + 1) * own.numel()] for rank in self._ranks]
+        works: list[dist.Work | None] = []
+        with record_function("dist_asgd::all_reduce"), self._guard("an all-reduce"):
+            works += [self._receive(rows[peer], peer, tag) for peer in self._peers if own.numel()]
+            works += [self._send(chunks[peer], peer, tag) for peer in self._peers if chunks[peer].numel()]
+        rows[self.rank].copy_(own)
+        summed = self._waiting(works, "an all-reduce")
+
+        def wait() -> None:
+            summed()
+            self._store_mean(rows, own, accumulate=False)
+            self._inboxes[values.dtype].append(inbox)
+            with self._guard("an all-reduce"):
+                passed = [self._receive(chunks[peer], peer, tag) for peer in self._peers if chunks[peer].numel()]
+                passed += [self._send(own, peer, tag) for peer in self._peers if own.numel()]
+            self._waiting(passed, "an all-reduce")()
+
+        return wait
+
     def all_gather(self, flat: Tensor) -> Wait:
         parts = flat.view(self.world_size, -1)
         works: list[dist.Work | None] = []

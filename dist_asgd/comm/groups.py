@@ -1,13 +1,20 @@
-"""Which communicator serves which device of a process group."""
+"""Which communicator serves which device, on the axes of an optimizer."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from .axes import Axes
 from .base import Communicator, Local
 from .gloo import Gloo
+from .hybrid import Hybrid
 from .named import Named
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Tags from 2^30 on are ours; what users choose for their own messages is rarely that large.
 FIRST_TAG = 1 << 30
@@ -29,6 +36,11 @@ def _own_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     return own
 
 
+def _place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Rank in ``group``, and its size."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
 class _Tags:
     """Hands out a range of message tags to each optimizer of this process.
 
@@ -47,23 +59,20 @@ def _agree_on_tags(group: dist.ProcessGroup) -> int:
 
 
 class Communicators:
-    """One communicator per kind of device, on one process group; made when first asked for."""
+    """One communicator per kind of device, on one process group or mesh; made when first asked for.
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
-        self._group = group
+    ``rank`` of ``world_size`` counts all ranks; ``shard_rank`` of ``num_shards`` those that hold shards of one replica,
+    ``replica`` of ``num_replicas`` those that hold the same shard. Without a mesh there is one replica.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, mesh: DeviceMesh | None = None) -> None:
+        self._axes = Axes.of(group, mesh)
+        self._group = self._axes.everyone
         self._by_device: dict[str, Communicator] = {}
         self._first_tag = 0
-        if group is not None:
-            self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-            if self.rank < 0:
-                raise ValueError(
-                    "dist_asgd: this process is not a member of process_group. Construct the optimizer only on "
-                    "the ranks of its group."
-                )
-        else:
-            self.rank, self.world_size = 0, 1
+        self.rank, self.world_size = _place_in(self._group)
+        self.shard_rank, self.num_shards = _place_in(self._axes.shard)
+        self.replica, self.num_replicas = _place_in(self._axes.replicate)
 
     def _host_group(self, group: dist.ProcessGroup) -> dist.ProcessGroup:
         """A group for small messages on the host; control traffic never touches the accelerator."""
@@ -102,14 +111,17 @@ class Communicators:
         return self._by_device["background"]
 
     def on(self, device: torch.device) -> Communicator:
-        """The communicator for tensors on ``device``; ValueError where the group has no backend for it."""
-        if self._group is None or self.world_size == 1:
-            return self._by_device.setdefault("", Local())
+        """The communicator for shards on ``device``; ValueError where a group has no backend for it."""
         if device.type not in self._by_device:
-            self._by_device[device.type] = self._make(self._group, device)
+            shards = self._make(self._axes.shard, device)
+            if self.num_replicas > 1:
+                shards = Hybrid(shards, self._make(self._axes.replicate, device))
+            self._by_device[device.type] = shards
         return self._by_device[device.type]
 
-    def _make(self, group: dist.ProcessGroup, device: torch.device) -> Communicator:
+    def _make(self, group: dist.ProcessGroup | None, device: torch.device) -> Communicator:
+        if group is None or dist.get_world_size(group) == 1:
+            return Local()
         backend = _backend_for(group, device.type)
         if backend == "gloo" and device.type == "cpu":
             return Gloo(group, self._first_tag)
@@ -124,9 +136,17 @@ class Communicators:
             )
         return Named(group, averages=False)
 
+    def shard_rank_of(self, rank: int) -> int | None:
+        """Which shard ``rank`` (of all) holds; None where it is of another replica than this rank."""
+        if self._group is None or self._axes.shard is None:
+            return 0 if rank == self.rank else None
+        found = dist.get_process_group_ranks(self._axes.shard)
+        global_rank = self.ranks[rank]
+        return found.index(global_rank) if global_rank in found else None
+
     @property
     def ranks(self) -> list[int]:
-        """The ranks of the group, as numbers in the default group."""
+        """All ranks, as numbers in the default group."""
         return [0] if self._group is None else dist.get_process_group_ranks(self._group)
 
     def scratch_bytes(self) -> int:

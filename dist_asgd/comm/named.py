@@ -46,6 +46,17 @@ class Named(Grouped):
 
         return self._waiting([work], "a reduce-scatter", store)
 
+    def all_reduce(self, values: Tensor, tag: int) -> Wait:
+        op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
+        with record_function("dist_asgd::all_reduce"), self._guard("an all-reduce"):
+            work = dist.all_reduce(values, op=op, group=self.group, async_op=True)
+
+        def divide() -> None:
+            if not self._averages:
+                values.div_(self.world_size)
+
+        return self._waiting([work], "an all-reduce", divide)
+
     def all_gather(self, flat: Tensor) -> Wait:
         mine = flat.view(self.world_size, -1)[self.rank]
         with record_function("dist_asgd::all_gather"), self._guard("an all-gather"):

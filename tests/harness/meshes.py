@@ -63,6 +63,11 @@ def mesh_of(kind: str, world_size: int) -> DeviceMesh:
     return init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp" if kind == "tp" else "dp",))
 
 
+def hybrid_mesh(shape: tuple[int, int]) -> DeviceMesh:
+    """Collective: (replicas, shards), over all ranks."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+
+
 def sharded(kind: str, world_size: int, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """Collective: the ``Net`` of ``seed``, sharded as ``kind`` says; ``options`` are for the root's ``fully_shard``."""
     model: nn.Module = Net(seed).to(dtype)

@@ -30,6 +30,7 @@ from tests.harness.history import (
     ranks_of,
     shares,
 )
+from tests.harness.meshes import hybrid_mesh
 from tests.harness.oracle import Oracle, group_dict, set_lr
 
 
@@ -41,6 +42,7 @@ class Setting:
     form: str = "forloop"
     bucket_cap_mb: float = 25.0
     masters: bool = False
+    mesh: tuple[int, int] | None = None
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -100,6 +102,7 @@ class Subject:
         self.specs: list[GroupSpec] = list(history.groups)
         added = history.events[: resume.num_events] if resume else ()
         self.specs += [event.group for event in added if isinstance(event, AddGroup)]
+        self.mesh = None if setting.mesh is None else hybrid_mesh(setting.mesh)
         self.params: list[Tensor] = []
         for spec in self.specs:
             self.params += make_params(spec, history.seed, len(self.params))
@@ -166,6 +169,7 @@ class Subject:
         average_dtype = DTYPES[narrow.pop()] if narrow and not setting.masters else None
         return ShardedASGD(
             groups,
+            mesh=self.mesh,
             average_dtype=average_dtype,
             master_weights=setting.masters,
             **setting.forms,

@@ -1,7 +1,8 @@
 """One model and optimizer under any topology, trained on the same gradients to the same bits, for checkpoint tests.
 
 A topology is ``single`` (one process), ``stage1``, ``stage2``, ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``),
-``fsdp2-sharded`` (the same and ``ShardedASGD``) or ``torch`` (``torch.optim.ASGD`` alone).
+``fsdp2-sharded`` (the same and ``ShardedASGD``), ``hybrid`` (stage 2 on a mesh: 1 or 2 shards, the rest replicas)
+or ``torch`` (``torch.optim.ASGD`` alone).
 Gradients are set by hand: small multiples of a power of two, so that means over ranks are exact.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import assert_same_bits
+from tests.harness.meshes import hybrid_mesh
 from tests.harness.models import mlp, odd_net
 
 OPTIONS: dict[str, Any] = {"lr": 0.0625, "t0": 2, "weight_decay": 0.01, "lambd": 1e-3, "foreach": False}
@@ -66,8 +68,14 @@ def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
             return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
     if topology == "torch":
         return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
-    stage = 2 if topology == "stage2" else 1
-    optimizer = ShardedASGD(model.parameters(), stage=stage, bucket_cap_mb=0.001, **OPTIONS)
+    mesh = None
+    if topology == "hybrid":
+        import torch.distributed as dist
+
+        num_shards = dist.get_world_size() // 2
+        mesh = hybrid_mesh((dist.get_world_size() // num_shards, num_shards))
+    stage = 2 if topology in ("stage2", "hybrid") else 1
+    optimizer = ShardedASGD(model.parameters(), stage=stage, bucket_cap_mb=0.001, mesh=mesh, **OPTIONS)
     return Run(topology, model, optimizer)
 
 
