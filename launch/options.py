@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from parallel import WITH_FULLY_SHARD, WITH_REPLICAS, Mode
 
 
 class Precision(StrEnum):
@@ -68,14 +69,23 @@ class TrainOptions:
         ),
     ] = Precision.FLOAT32
 
-    stage: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            max=2,
-            help="1: DDP averages the gradients, ShardedASGD shards the state; 2: ShardedASGD shards both.",
-            rich_help_panel="Optimizer",
+    parallel: Annotated[
+        Mode | None,
+        _option(
+            "Ranks",
+            "ddp: nothing is sharded; zero1: the optimizer's state (gradients by DDP); zero2: gradients too; fsdp2: "
+            "parameters too; hybrid and hsdp: as zero2 and fsdp2 within each of --replicas. Default: zero1.",
         ),
+    ] = None
+    stage: Annotated[
+        int | None, typer.Option(min=1, max=2, help="Short for zero1 and zero2.", rich_help_panel="Ranks")
+    ] = None
+    replicas: Annotated[
+        int | None,
+        _option("Ranks", "hybrid, hsdp: number of replicas. Default: of nodes; on a single node 2.", minimum=1),
+    ] = None
+    tensor_parallel: Annotated[
+        int, _option("Ranks", "fsdp2, hsdp: ranks that share each feed-forward layer and see the same data.", minimum=1)
     ] = 1
     lr: Annotated[float, _option("Optimizer", "Learning rate.", minimum=0)] = 0.3
     lambd: Annotated[float, _option("Optimizer", "ASGD's decay term.", minimum=0)] = 1e-4
@@ -107,7 +117,7 @@ class TrainOptions:
     checkpoint_every: Annotated[int, _option("Files", "Steps between checkpoints; 0: only at the end.", minimum=0)] = 0
     keep: Annotated[int, _option("Files", "Checkpoints to keep, the newest.", minimum=1)] = 3
     resume: Annotated[
-        bool, _option("Files", "Go on from the latest checkpoint, on any number of ranks, in any stage.", "--resume")
+        bool, _option("Files", "Go on from the latest checkpoint, on any number of ranks, in any mode.", "--resume")
     ] = False
     resume_from: Annotated[
         Path | None, _option("Files", "Go on from this checkpoint (a step-... directory) instead of the latest.")
@@ -119,6 +129,14 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.d_model % self.heads:
             raise typer.BadParameter(f"--d-model {self.d_model} is not a multiple of --heads {self.heads}")
+        if self.stage is not None and self.parallel is not None:
+            raise typer.BadParameter("--stage and --parallel are two ways to say one thing: give one of them")
+        if self.replicas is not None and self.mode not in WITH_REPLICAS:
+            raise typer.BadParameter(f"--replicas is for --parallel {' and '.join(WITH_REPLICAS)}, not {self.mode}")
+        if self.tensor_parallel > 1 and self.mode not in WITH_FULLY_SHARD:
+            raise typer.BadParameter(
+                f"--tensor-parallel is for --parallel {' and '.join(WITH_FULLY_SHARD)}, not {self.mode}"
+            )
         if self.t0 is not None and self.t0_share is not None:
             raise typer.BadParameter("--t0 and --t0-share are two ways to say one thing: give one of them")
         if self.overwrite and (self.resume or self.resume_from):
@@ -130,6 +148,11 @@ class TrainOptions:
         for name in ("lr", "lambd", "alpha", "weight_decay", "clip", "bucket_cap_mb"):
             if not math.isfinite(getattr(self, name)):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} is not finite")
+
+    @property
+    def mode(self) -> Mode:
+        """What --parallel or --stage says."""
+        return self.parallel or (Mode.ZERO2 if self.stage == 2 else Mode.ZERO1)
 
     @property
     def first_average_step(self) -> int:

@@ -44,7 +44,7 @@ def train(options: TrainOptions, processes: Processes, stop: StopRequest) -> Non
     log = processes.on_first(lambda: MetricsLog(options.out, resumed_step))
     if console is not None:
         console.print(
-            f"{training.num_parameters:,} parameters, stage {options.stage}, {processes.world_size} ranks on "
+            f"{training.num_parameters:,} parameters, {training.ways}, {processes.world_size} ranks on "
             f"{processes.device.type}; {len(corpus.train) / 1e6:.1f} MB to train on and "
             f"{len(corpus.held_out) / 1e6:.1f} MB held out of {corpus.num_files} files",
             highlight=False,

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from corpus import Corpus
 from metrics import MetricsLog
 from model import ByteTransformer, ModelShape
 from options import FIXED_BY_CHECKPOINT, Precision, TrainOptions
+from parallel import spread
 from processes import Processes, TrainingError
 from progress import ProgressDisplay
 from report import Evaluation, Memory, Summary
 from rich.console import Console
 from stopping import StopRequest
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_asgd import CheckpointManager, PeerError, ShardedASGD, load_checkpoint, read_extra
@@ -53,9 +53,7 @@ class Training:
             self._model.to(torch.bfloat16)
         processes.broadcast_parameters(self._model)  # one start, also where ranks' random numbers differ
 
-        self._network: nn.Module = self._model
-        if options.stage == 1 and processes.is_distributed:
-            self._network = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
+        self._spread = spread(self._model, options.mode, options.replicas, options.tensor_parallel, processes)
         self._optimizer = ShardedASGD(
             self._model.named_parameters(),
             lr=options.lr,
@@ -64,10 +62,15 @@ class Training:
             t0=options.first_average_step,
             weight_decay=options.weight_decay,
             foreach=options.foreach,
-            stage=options.stage,
             bucket_cap_mb=options.bucket_cap_mb,
+            **self._spread.optimizer_options,
         )
         self._scheduler = LambdaLR(self._optimizer, options.lr_factor)
+
+    @property
+    def ways(self) -> str:
+        """How the model is spread over the ranks, in words."""
+        return self._spread.description
 
     @property
     def num_parameters(self) -> int:
@@ -158,21 +161,21 @@ class Training:
 
     def _train_step(self) -> Tensor:
         """One optimizer step over `accumulation` backward passes; returns this rank's mean loss, 0-dim."""
-        options, processes = self._options, self._processes
+        options, spread = self._options, self._spread
         self._optimizer.zero_grad()
-        losses = torch.zeros((), device=processes.device)
+        losses = torch.zeros((), device=self._processes.device)
         for accumulated in range(options.accumulation):
             windows = self._corpus.batch(
                 seed=options.seed,
                 step=self._step,
-                slot=accumulated * processes.world_size + processes.rank,
-                num_slots=options.accumulation * processes.world_size,
+                slot=accumulated * spread.num_data_ranks + spread.data_rank,
+                num_slots=options.accumulation * spread.num_data_ranks,
                 windows=options.batch,
                 context=options.context,
             )
             is_last = accumulated == options.accumulation - 1
-            with nullcontext() if is_last else self._no_sync():
-                loss = self._loss(self._network, windows) / options.accumulation
+            with nullcontext() if is_last else spread.no_sync(self._optimizer):
+                loss = self._loss(spread.network, windows) / options.accumulation
                 loss.backward()
             losses += loss.detach()
         if options.clip:
@@ -180,11 +183,6 @@ class Training:
         self._optimizer.step()
         self._scheduler.step()
         return losses
-
-    def _no_sync(self) -> AbstractContextManager[None]:
-        if isinstance(self._network, DistributedDataParallel):
-            return self._network.no_sync()
-        return self._optimizer.no_sync() if self._options.stage == 2 else nullcontext()
 
     def _loss(self, network: nn.Module, windows: Tensor) -> Tensor:
         device = self._processes.device
@@ -228,12 +226,17 @@ class Training:
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         """Mean over the held-out windows, of which every rank takes its share."""
-        options, processes = self._options, self._processes
+        options, ranks = self._options, self._spread.num_data_ranks
         windows = self._corpus.held_out_windows(windows=options.eval_windows, context=options.context)
-        loss_sum = 0.0
-        for batch in windows[processes.rank :: processes.world_size].split(options.batch):
-            loss_sum += self._loss(self._model, batch).item() * len(batch)
-        return processes.total(loss_sum)[0] / len(windows)
+        loss_sum, num_windows = 0.0, 0
+        # Equally many batches on all ranks, as sharded parameters are gathered for each: some ranks repeat a window.
+        for first in range(0, len(windows), options.batch * ranks):
+            batch = windows[first : first + options.batch * ranks][self._spread.data_rank :: ranks]
+            loss = self._loss(self._model, batch if len(batch) else windows[:1]).item()
+            loss_sum += loss * len(batch)
+            num_windows += len(batch)
+        total, count = self._processes.total(loss_sum, num_windows)
+        return total / count
 
     def _position(self) -> dict[str, Any]:
         """Where the run stands, beside model and optimizer; data and learning rates follow from the step."""
@@ -293,7 +296,7 @@ class Training:
 
     def _speed(self) -> float:
         options = self._options
-        step_tokens = options.batch * options.accumulation * options.context * self._processes.world_size
+        step_tokens = options.batch * options.accumulation * options.context * self._spread.num_data_ranks
         return step_tokens * self._num_timed_steps / self._timed_seconds if self._num_timed_steps else 0.0
 
     def _progress_text(self) -> str:

@@ -1,0 +1,81 @@
+"""Every `--parallel` of the trainer: the same losses, from one start, each goes on from another's checkpoint."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.runs import losses
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+OTHERS = ("ddp", "zero2", "fsdp2", "hsdp", "hybrid")
+
+
+@pytest.fixture(scope="module")
+def zero1(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run of 8 steps in zero1 on two ranks left its losses, and checkpoints of steps 4 and 8."""
+    out = tmp_path_factory.mktemp("zero1")
+    options = ("--parallel", "zero1", "--clip", "0", "--steps", "8", "--checkpoint-every", "4", "--eval-windows", "7")
+    run = train(*options, "--out", str(out))
+    assert run.returncode == 0, run.stdout
+    return out
+
+
+@pytest.mark.parametrize("mode", OTHERS)
+def test_losses_are_those_of_zero1_to_the_bit(zero1: Path, train: Train, tmp_path: Path, mode: str) -> None:
+    """On two ranks, where there is one order of summing; also over a number of windows that ranks do not divide."""
+    run = train("--parallel", mode, "--clip", "0", "--steps", "8", "--eval-windows", "7", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stdout
+    assert f" parameters, {mode}" in run.stdout
+    assert losses(tmp_path) == losses(zero1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, ("--parallel", "fsdp2")),
+        (4, ("--parallel", "hsdp", "--tensor-parallel", "2", "--replicas", "2")),
+        (4, ("--parallel", "hybrid")),
+    ],
+    ids=str,
+)
+def test_each_goes_on_from_a_checkpoint_of_another(
+    zero1: Path, train: Train, tmp_path: Path, ranks: int, options: tuple[str, ...]
+) -> None:
+    """On two ranks that see different data to the bit, or nearly where layers are split; on four with other data."""
+    kept = str(zero1 / "checkpoint" / "step-00000004")
+    common = ("--clip", "0", "--steps", "8", "--eval-windows", "7", "--resume-from", kept, "--out", str(tmp_path))
+    run = train(*common, *options, ranks=ranks)
+    assert run.returncode == 0, run.stdout
+    found, expected = losses(tmp_path), losses(zero1)
+    for name in ("train_loss", "held_out_last", "held_out_average"):
+        for step, value in found[name].items():
+            if options[-1] == "fsdp2":
+                assert value == expected[name][step]
+            else:
+                assert value == pytest.approx(expected[name][step], rel=1e-5 if "hsdp" in options else 0.1)
+
+
+def test_split_layers_give_the_losses_of_whole_ones(train: Train, tmp_path: Path) -> None:
+    """Two ranks that share every feed-forward layer see the data of one; sums are rounded in another order."""
+    for name, ranks, options in (("one", 1, ()), ("split", 2, ("--parallel", "fsdp2", "--tensor-parallel", "2"))):
+        run = train(*options, "--steps", "6", "--out", str(tmp_path / name), ranks=ranks)
+        assert run.returncode == 0, run.stdout
+    one, split = (losses(tmp_path / name) for name in ("one", "split"))
+    for name in ("train_loss", "held_out_last", "held_out_average"):
+        assert one[name] == pytest.approx(split[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--stage", "2", "--parallel", "fsdp2"), "--stage and --parallel"),
+        (("--parallel", "hybrid", "--tensor-parallel", "2"), "--tensor-parallel is for"),
+        (("--parallel", "hybrid", "--replicas", "3"), "does not divide the 2 ranks"),
+    ],
+)
+def test_what_does_not_go_together_is_said(train: Train, tmp_path: Path, options: tuple[str, ...], says: str) -> None:
+    run = train(*options, "--steps", "2", "--out", str(tmp_path))
+    assert run.returncode != 0
+    assert says in " ".join(run.stdout.replace("│", " ").split()), run.stdout
