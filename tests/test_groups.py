@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import assert_same_bits
+from tests.harness.meshes import Net, assert_same_params, set_gradients
 from tests.harness.models import mlp, mlp_loss
 from tests.harness.ranks import run
 
@@ -115,3 +118,43 @@ def generator_and_discriminator(_rank: int, _world_size: int) -> None:
 def test_one_backward_for_two_optimizers(backend: str, world_size: int) -> None:
     """Each takes its own gradients."""
     run(backend, world_size, generator_and_discriminator)
+
+
+def actor_and_critic(rank: int, _world_size: int, stage: int) -> None:
+    """Job: every rank is in a row with one peer and in a column with another; one model on each, all interleaved."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("column", "row"))
+    plain = {name: Net(seed) for seed, name in enumerate(("row", "column"))}
+    nets = {name: Net(seed) for seed, name in enumerate(("row", "column"))}
+    ours, theirs = {}, {}
+    for name, net in nets.items():
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh[name])  # the rest is plain: sharded by the optimizer
+        # The row goes by its group, the column by its mesh of one dimension.
+        ranks = {"process_group": mesh[name].get_group()} if name == "row" else {"mesh": mesh[name]}
+        ours[name] = ShardedASGD(net.named_parameters(), lr=0.1, t0=1, stage=stage, bucket_cap_mb=0.001, **ranks)
+        theirs[name] = torch.optim.ASGD(plain[name].parameters(), lr=0.1, t0=1, foreach=False)
+    for step in range(4):
+        for turn, name in enumerate(("row", "column", "column")):
+            for net, optimizer in ((nets[name], ours[name]), (plain[name], theirs[name])):
+                set_gradients(net, 10 * step + turn)
+                optimizer.step()
+                optimizer.zero_grad()
+        with ours["row"].averaged_parameters():
+            set_gradients(nets["column"], 99)
+            set_gradients(plain["column"], 99)
+            found = ours["column"].clip_grad_norm_(0.5)
+            expected = torch.nn.utils.clip_grad_norm_(plain["column"].parameters(), 0.5)
+            torch.testing.assert_close(found, expected)
+            for optimizer in (ours["column"], theirs["column"]):
+                optimizer.zero_grad()
+    for name, net in nets.items():
+        assert_same_params(net, plain[name], f"of the {name} on rank {rank}")
+        found_state = ours[name].consolidated_state_dict(to=None)["state"]
+        for index, entry in theirs[name].state_dict()["state"].items():
+            assert_same_bits(found_state[index]["ax"], entry["ax"], f"ax of {index}")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_optimizers_over_two_subgroups_in_one_process(stage: int) -> None:
+    """DTensors and plain parameters of one do not meet those of the other."""
+    run("gloo", 4, actor_and_critic, stage)
