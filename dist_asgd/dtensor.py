@@ -101,14 +101,17 @@ def first_element(param: DTensor) -> int | None:
     return start
 
 
+def is_first_copy(tensor: DTensor) -> bool:
+    """True on one of the ranks of the mesh that hold the same elements; False on ranks outside of it."""
+    coordinates = tensor.device_mesh.get_coordinate()
+    if coordinates is None:
+        return False
+    return not any(c for c, placement in zip(coordinates, tensor.placements, strict=True) if placement.is_replicate())
+
+
 def counted_as(param: DTensor) -> int:
     """A number for this mesh on one of the ranks that hold the same elements, 0 on the others and for no elements."""
-    mesh = param.device_mesh
-    coordinates = mesh.get_coordinate()
-    if coordinates is None or not local_of(param).numel():
-        return 0
-    copies = [c for c, placement in zip(coordinates, param.placements, strict=True) if placement.is_replicate()]
-    return 0 if any(copies) else 1 + int(mesh.mesh.min())
+    return 1 + int(param.device_mesh.mesh.min()) if is_first_copy(param) and local_of(param).numel() else 0
 
 
 def problem_with(name: str, param: DTensor, ranks: Sequence[int], rounds_stochastically: bool) -> str | None:

@@ -7,21 +7,18 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from ..agreement import NO_CLAIM, Agreement, Claim, Kind, ranks_text
+from ..agreement import NO_CLAIM, Agreement, Claim, Kind
 from ..comm import Communicators, PeerError
 from ..gradients import Gradients
 from . import directory
 from .contents import Stage, describe
-from .files import CheckpointError
-from .writer import CheckpointWriter, Planner
+from .pieces import Piece, pieces_of, without_copies
+from .writer import finish, write_part
 
 T = TypeVar("T")
 WhenBusy = Literal["wait", "refuse"]
@@ -175,39 +172,59 @@ class Saver:
         begin: Callable[[Path], Path],
         commit: Callable[[Path, Path], None],
     ) -> None:
-        temporary = self.on_first(kind, lambda: begin(path))
-        writer = CheckpointWriter(temporary, path, step, self.world_size, lambda: commit(temporary, path))
+        background = self._communicators.background
+        pieces, problem = [], None
         try:
-            _save(state, writer, getattr(self._communicators.background, "group", None))
-        except OSError as error:
-            directory.discard(temporary)
-            raise os_problem(error) from error
-        except CheckpointException as failed:
-            # Every rank is here: nobody writes any more.
-            self.on_first(kind, lambda: directory.discard(temporary))
-            _raise_alike(path, failed, self.world_size)
+            pieces = pieces_of(state, self.world_size)
         except Exception as error:
-            if self.world_size == 1:
-                directory.discard(temporary)
+            problem = _shown(path, error)
+        try:
+            self._confer(kind, problem)
+            pieces = without_copies(pieces, background)
+            temporary = self.on_first(kind, lambda: begin(path))
+            try:
+                self._fill(kind, temporary, path, pieces, step, commit)
+            except PeerError:
                 raise
+            except Exception:
+                # Every rank is here: nobody writes any more.
+                self.on_first(kind, lambda: directory.discard(temporary))
+                raise
+        except PeerError as error:
             raise PeerError(
                 f"dist_asgd: saving {path} failed on rank {self.rank} of {self.world_size}: a peer has died, was cut "
                 f"off, or did not arrive within the process group's timeout. Earlier checkpoints are whole: restart "
-                f"from the last one. The backend said: {error}"
+                f"from the last one. The backend said: {error.__cause__}"
             ) from error
 
+    def _fill(
+        self,
+        kind: Kind,
+        temporary: Path,
+        path: Path,
+        pieces: list[Piece],
+        step: int,
+        commit: Callable[[Path, Path], None],
+    ) -> None:
+        part, problem = None, None
+        try:
+            part = write_part(temporary, self.rank, pieces)
+        except Exception as error:
+            problem = _shown(path, error)
+        self._confer(kind, problem)
+        parts = self._communicators.background.gather_objects(part, 0)
 
-def _save(state: dict[str, dict[str, Any]], writer: CheckpointWriter, group: dist.ProcessGroup | None) -> None:
-    """DCP's save; in one process its steps without a group."""
-    planner = Planner()
-    if group is not None:
-        dcp_save(cast(dict[str, Any], state), storage_writer=writer, planner=planner, process_group=group)
-        return
-    planner.set_up_planner(cast(dict[str, Any], state), writer.storage_meta(), is_coordinator=True)
-    writer.set_up_storage_writer(True)
-    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
-    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
-    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+        def complete() -> None:
+            try:
+                finish(temporary, path, step, parts or (), lambda: commit(temporary, path))
+            except Exception as error:
+                raise _shown(path, error) from error
+
+        self.on_first(kind, complete)
+
+    def _confer(self, kind: Kind, problem: Exception | None) -> None:
+        assert self._agreement is not None
+        self._agreement.confer(kind, problem=problem)
 
 
 def _check(step: int, when_busy: str) -> None:
@@ -227,20 +244,13 @@ def os_problem(error: OSError) -> Exception:
     )
 
 
-def _raise_alike(path: Path, failed: CheckpointException, world_size: int) -> NoReturn:
-    """The same error on every rank, with each rank's reason."""
-    reasons: dict[str, list[int]] = {}
-    kind: type[Exception] = RuntimeError
-    for rank, (error, _) in sorted(failed.failures.items()):
-        shown = os_problem(error) if isinstance(error, OSError) else error
-        text = str(shown)
-        if not text.startswith("dist_asgd"):
-            text = f"dist_asgd: saving {path} failed: {type(shown).__name__}: {text}"
-        reasons.setdefault(text, []).append(rank)
-        if isinstance(error, (ValueError, CheckpointError)):
-            kind = type(error)
-    lines = [f"{text} [on {ranks_text(ranks)} of {world_size}]" for text, ranks in reasons.items()]
-    raise kind("\n".join(lines)) from failed
+def _shown(path: Path, error: Exception) -> Exception:
+    """``error`` as every rank is told of it."""
+    if isinstance(error, OSError):
+        return os_problem(error)
+    if str(error).startswith("dist_asgd"):
+        return error
+    return RuntimeError(f"dist_asgd: saving {path} failed: {type(error).__name__}: {error}")
 
 
 def save_checkpoint(

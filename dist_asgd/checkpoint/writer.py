@@ -1,41 +1,47 @@
-"""Writing a checkpoint with ``torch.distributed.checkpoint`` (DCP): hashed while written, on disk before it counts.
+"""Writing a checkpoint in the format of ``torch.distributed.checkpoint`` (DCP), hashed, on disk before it counts.
 
-Each rank writes one file. Equal small values (the hyperparameters that DCP's layout repeats for every parameter) are
-written once and pointed to from each place.
+Each rank writes one file, and rank 0 then says in DCP's ``.metadata`` what lies where. Equal small values (the
+hyperparameters that DCP's layout repeats for every parameter) are written once and pointed to from each place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import pickle
+import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import (
-    CURRENT_DCP_VERSION,
-    DEFAULT_SUFFIX,
-    FileSystemWriter,
-    _StorageInfo,
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 from torch.utils.serialization import config
 
 from .manifest import Chunk, FileEntry, Manifest, write_manifest
 from .metadata import METADATA_NAME
+from .pieces import KeyPath, Piece
 
+# torch.save writes in crumbs of some bytes, which are gathered, and large tensors at once, which pass the buffer by.
 _BUFFER_BYTES = 1 << 18
+# Written and hashed while it is in the processor's cache.
+_BLOCK_BYTES = 1 << 20
+# The disk is told to begin whenever that much is there, so that little is left to wait for at the end.
+_WRITEBACK_BYTES = 1 << 22
 # Under this many bytes values are compared, so that equal ones are written once.
 _SMALL_BYTES = 1 << 20
 
@@ -50,12 +56,13 @@ class HashedFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.failure: OSError | None = None
-        # torch.save writes in crumbs of some bytes, and large tensors at once, which pass the buffer by.
-        self._file: BinaryIO = path.open("xb", buffering=_BUFFER_BYTES)
+        self._file = path.open("xb", buffering=0)
+        self._crumbs = bytearray()
         self._whole = xxhash.xxh3_128()
         self._chunk = xxhash.xxh3_128()
         self._offset = 0
         self._chunk_offset = 0
+        self._handed_over = 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -71,168 +78,150 @@ class HashedFile(io.RawIOBase):
         """All of ``data``; the first failure is kept, for callers between here and there that lose it."""
         view = memoryview(data).cast("B")
         try:
-            self._file.write(view)
+            if len(self._crumbs) + len(view) > _BUFFER_BYTES:
+                self._spill()
+            if len(view) < _BUFFER_BYTES:
+                self._crumbs += view
+            else:
+                self._put(view)
         except OSError as error:
             self.failure = self.failure or error
             raise
-        self._whole.update(view)
-        self._chunk.update(view)
-        self._offset += len(view)
         return len(view)
+
+    def _spill(self) -> None:
+        crumbs, self._crumbs = self._crumbs, bytearray()
+        self._put(memoryview(crumbs))
+
+    def _put(self, view: memoryview) -> None:
+        for start in range(0, len(view), _BLOCK_BYTES):
+            block = view[start : start + _BLOCK_BYTES]
+            self._whole.update(block)
+            self._chunk.update(block)
+            self._offset += len(block)
+            while block:
+                block = block[self._file.write(block) :]
+            if self._offset - self._handed_over >= _WRITEBACK_BYTES:
+                self._start_writeback()
+
+    def _start_writeback(self) -> None:
+        """Let the disk begin. Where the system has no way to say so, all is left to ``sync``."""
+        if hasattr(os, "posix_fadvise"):
+            length = self._offset - self._handed_over
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), self._handed_over, length, os.POSIX_FADV_DONTNEED)
+        self._handed_over = self._offset
 
     def end_chunk(self) -> Chunk:
         """What was written since the last chunk ended."""
+        self._spill()
         chunk = Chunk(self._chunk_offset, self._offset - self._chunk_offset, self._chunk.hexdigest())
         self._chunk, self._chunk_offset = xxhash.xxh3_128(), self._offset
         return chunk
 
     def sync(self) -> FileEntry:
         """Wait until the file is on disk."""
-        self._file.flush()
+        self._spill()
         os.fsync(self._file.fileno())
         return FileEntry(self._offset, self._whole.hexdigest())
 
 
-@dataclasses.dataclass(frozen=True)
-class HashedResult(WriteResult):
-    """Where an item lies, and the hash of its chunk and of its file."""
+class Row(NamedTuple):
+    """One piece, and the number of the chunk that holds it; ``dtype`` and all after it are None for an object."""
 
-    chunk: Chunk | None = None
-    file: FileEntry | None = None
-
-
-class Planner(DefaultSavePlanner):
-    """DCP's planner; equal values are serialized once, and what is replicated is rank 0's."""
-
-    def __init__(self) -> None:
-        super().__init__(dedup_save_to_lowest_rank=True)
-        self._bytes: dict[tuple[type, object], bytes] = {}
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Called by DCP on rank 0, which has all keys: what is read later is in its order, not in that of parts."""
-        plans, metadata = super().create_global_plan(all_plans)
-        metadata.planner_data = {**all_plans[0].planner_data, **metadata.planner_data}
-        return plans, metadata
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        """Called with each object that is to be written."""
-        if isinstance(object, Serialized):
-            return io.BytesIO(object)
-        if isinstance(object, list):
-            # Groups repeat their lists (of names) for every parameter; the state holds on to them meanwhile.
-            key: tuple[type, Any] = (list, id(object))
-        elif isinstance(object, (bool, int, float, str, type(None))):
-            key = (type(object), repr(object))
-        else:
-            return super().transform_object(write_item, object)
-        if key not in self._bytes:
-            self._bytes[key] = super().transform_object(write_item, object).getvalue()
-        return io.BytesIO(self._bytes[key])
+    key: str
+    path: KeyPath
+    chunk: int
+    dtype: torch.dtype | None = None
+    shape: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
-class CheckpointWriter(FileSystemWriter):
-    """Writes to ``temporary``; when all files are on disk rank 0 adds metadata and manifest and calls ``commit``.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank has written: a file, None where it had nothing to write, its chunks, and what they hold."""
 
-    An error on any rank is raised on all of them by DCP, as a ``CheckpointException``.
-    """
-
-    def __init__(self, temporary: Path, path: Path, step: int, world_size: int, commit: Callable[[], None]) -> None:
-        super().__init__(temporary)
-        self._directory = temporary
-        self._final = path
-        self._step = step
-        self._world_size = world_size
-        self._commit = commit
-
-    def storage_meta(self) -> StorageMeta:
-        """Called by DCP: what ``.metadata`` says of its own place."""
-        return StorageMeta(checkpoint_id=str(self._final), save_id=self.save_id)
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Called by DCP before planning; the directory is there already, or has vanished."""
-        return plan
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Called by DCP with what this rank has to write."""
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(self._write(plan, planner) if plan.items else [])
-        return done
-
-    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        with HashedFile(self._directory / name) as file:
-            try:
-                # Our hash does what the archive's checksum would, at a tenth of the time.
-                with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-                    chunks = _write_items(file, plan.items, planner)
-            except Exception as error:
-                raise file.failure or error from error
-            entry = file.sync()
-        return [
-            HashedResult(item.index, c.length, _StorageInfo(name, c.offset, c.length), c, entry)
-            for item, c in zip(plan.items, chunks, strict=True)
-        ]
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called by DCP on rank 0 when every rank has written."""
-        written = [cast(HashedResult, result) for part in results for result in part]
-        files: dict[str, FileEntry] = {}
-        chunks: dict[str, dict[int, Chunk]] = {}
-        for result in written:
-            assert result.file is not None
-            assert result.chunk is not None
-            files[result.storage_data.relative_path] = result.file
-            chunks.setdefault(result.storage_data.relative_path, {})[result.chunk.offset] = result.chunk
-        self._check_visible(files)
-        metadata.version = CURRENT_DCP_VERSION
-        metadata.storage_data = {result.index: result.storage_data for result in written}
-        metadata.storage_meta = self.storage_meta()
-        with HashedFile(self._directory / METADATA_NAME) as file:
-            file.write(pickle.dumps(metadata))
-            files[METADATA_NAME] = file.sync()
-        ordered = {name: [found[offset] for offset in sorted(found)] for name, found in chunks.items()}
-        write_manifest(self._directory, Manifest(self._step, self._world_size, files, ordered))
-        self._commit()
-        # DCP sends this to all ranks as what it returns, which nobody asks for.
-        metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
-
-    def _check_visible(self, files: dict[str, FileEntry]) -> None:
-        for name, entry in files.items():
-            path = self._directory / name
-            if not path.is_file() or path.stat().st_size != entry.bytes:
-                raise RuntimeError(
-                    f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all "
-                    f"ranks share it: save to one that they share."
-                )
+    name: str
+    file: FileEntry | None
+    chunks: Sequence[Chunk]
+    rows: Sequence[Row]
 
 
-def _write_items(file: HashedFile, items: Sequence[WriteItem], planner: SavePlanner) -> list[Chunk]:
-    """Where each item lies, in their order; equal small ones lie in the same place."""
-    chunks: list[Chunk] = []
-    known: dict[Any, Chunk] = {}
-    for item in items:
-        data = planner.resolve_data(item)
-        key: Any = None
-        content: bytes | Tensor
-        if isinstance(data, Tensor):
-            content = data.detach().cpu()
-            if content.dim() == 0:
-                key = (content.dtype, bytes(content.clone().reshape(1).view(torch.uint8).tolist()))
-        else:
-            content = data.getvalue()
-            key = content if len(content) < _SMALL_BYTES else None
-        if key is None or key not in known:
-            if isinstance(content, Tensor):
-                torch.save(_alone(content), cast(BinaryIO, file))
-            else:
-                file.write(content)
-            chunk = file.end_chunk()
-            if key is not None:
-                known[key] = chunk
-            chunks.append(chunk)
-        else:
-            chunks.append(known[key])
-    return chunks
+def write_part(directory: Path, rank: int, pieces: Sequence[Piece]) -> Part:
+    """Write this rank's file, and wait until it is on disk. Not collective; OSError where the system refuses."""
+    name = f"__{rank}_0{DEFAULT_SUFFIX}"
+    if not pieces:
+        return Part(name, None, (), ())
+    with HashedFile(directory / name) as file:
+        contents = _Contents(file)
+        try:
+            # Our hash does what the archive's checksum would, at a tenth of the time.
+            with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+                rows = [contents.add(piece) for piece in pieces]
+        except Exception as error:
+            raise file.failure or error from error
+        return Part(name, file.sync(), contents.chunks, rows)
+
+
+class _Contents:
+    """What is in one file."""
+
+    def __init__(self, file: HashedFile) -> None:
+        self._file = file
+        self._known: dict[Any, int] = {}
+        # Found by what they are before they are serialized; the state holds on to the lists meanwhile.
+        self._objects: dict[tuple[type, object], int] = {}
+        self.chunks: list[Chunk] = []
+
+    def add(self, piece: Piece) -> Row:
+        """Write it, unless it is small and there already."""
+        if piece.shape is None:
+            return Row(piece.key, piece.path, self._add_object(piece.data))
+        data: Tensor = piece.data.detach().cpu()
+        sizes = tuple(data.shape)
+        return Row(piece.key, piece.path, self._add_tensor(data), data.dtype, piece.shape, piece.offsets or (), sizes)
+
+    def _end(self) -> int:
+        self.chunks.append(self._file.end_chunk())
+        return len(self.chunks) - 1
+
+    def _add_tensor(self, tensor: Tensor) -> int:
+        key = None
+        if tensor.dim() == 0:
+            key = (tensor.dtype, bytes(tensor.clone().reshape(1).view(torch.uint8).tolist()))
+            if key in self._known:
+                return self._known[key]
+        torch.save(_alone(tensor), cast(BinaryIO, self._file))
+        number = self._end()
+        if key is not None:
+            self._known[key] = number
+        return number
+
+    def _add_object(self, value: Any) -> int:
+        key: tuple[type, object] | None = None
+        if isinstance(value, list):
+            key = (list, id(value))
+        elif isinstance(value, bool | int | float | str | None):
+            key = (type(value), repr(value))
+        if key is None or key not in self._objects:
+            number = self._add_bytes(value if isinstance(value, Serialized) else _serialized(value))
+            if key is None:
+                return number
+            self._objects[key] = number
+        return self._objects[key]
+
+    def _add_bytes(self, content: bytes) -> int:
+        if content not in self._known or len(content) >= _SMALL_BYTES:
+            self._file.write(content)
+            self._known[content] = self._end()
+        return self._known[content]
+
+
+def _serialized(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -242,3 +231,54 @@ def _alone(tensor: Tensor) -> Tensor:
         return tensor.clone()
     flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return torch.from_numpy(flat.numpy()).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def finish(directory: Path, path: Path, step: int, parts: Sequence[Part], commit: Callable[[], None]) -> None:
+    """On rank 0, when every rank has written its part to ``directory``: add what makes it a checkpoint, and commit."""
+    files = {part.name: part.file for part in parts if part.file is not None}
+    _check_visible(directory, files)
+    metadata = _metadata_of(parts)
+    metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
+    with HashedFile(directory / METADATA_NAME) as file:
+        file.write(pickle.dumps(metadata))
+        files[METADATA_NAME] = file.sync()
+    chunks = {part.name: part.chunks for part in parts if part.file is not None}
+    write_manifest(directory, Manifest(step, len(parts), files, chunks))
+    commit()
+
+
+def _check_visible(directory: Path, files: dict[str, FileEntry]) -> None:
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise RuntimeError(
+                f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all "
+                f"ranks share it: save to one that they share."
+            )
+
+
+def _metadata_of(parts: Sequence[Part]) -> Metadata:
+    """Keys in rank 0's order, then what others add. Equal entries are one object, pickled once."""
+    entries: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    an_object = BytesStorageMetadata()
+    properties: dict[torch.dtype, TensorProperties] = {}
+    for part in parts:
+        places = [_StorageInfo(part.name, chunk.offset, chunk.length) for chunk in part.chunks]
+        for key, path, chunk, dtype, shape, offsets, sizes in part.rows:
+            paths.setdefault(key, path)
+            if dtype is None:
+                entries[key] = an_object
+                storage[MetadataIndex(key)] = places[chunk]
+                continue
+            entry = entries.get(key)
+            if entry is None:
+                known = properties.setdefault(dtype, TensorProperties(dtype))
+                entry = entries[key] = TensorStorageMetadata(known, torch.Size(shape), [])
+            index = MetadataIndex(key, torch.Size(offsets), len(entry.chunks))
+            # Ranks that have nothing of a tensor all have the same nothing.
+            if index not in storage:
+                entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                storage[index] = places[chunk]
+    return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)

@@ -6,11 +6,13 @@ sum in rank order on Gloo, whatever arrives first.
 
 from __future__ import annotations
 
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -96,6 +98,17 @@ class Communicator(ABC):
     @abstractmethod
     def exchange_objects(self, value: Any) -> list[Any]:
         """All ranks' picklable values, in rank order. For errors and construction, never on the hot path."""
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        """All ranks' picklable values on rank ``to``, in rank order, its own as it is; None on the other ranks."""
+        here = self.rank == to
+        data = torch.frombuffer(bytearray(b"" if here else pickle.dumps(value)) or bytearray(1), dtype=torch.uint8)
+        numels = self.exchange(torch.tensor([data.numel()]))().flatten().tolist()
+        places = [torch.empty(numel, dtype=torch.uint8) for numel in numels] if here else None
+        self.bring(data, places, numels, to)
+        if places is None:
+            return None
+        return [value if r == to else pickle.loads(place.numpy().tobytes()) for r, place in enumerate(places)]
 
     def scratch_bytes(self) -> int:
         """Bytes of the buffers that this strategy keeps between steps."""
