@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..dtensor import is_dtensor
 from .objects import load_object
 from .sharded import PartMark
 from .tensors import ShardTensor
@@ -43,27 +44,45 @@ class Names:
     of_params: list[tuple[str, ...]]
 
 
-def plain_name(model: nn.Module, name: str) -> str:
-    """``name`` without the parts that wrappers have added."""
-    parts = []
-    module: Any = model
-    for part in name.split("."):
-        wrapped = (
-            (part == "module" and isinstance(module, DistributedDataParallel))
-            or (part == "_orig_mod" and type(module).__name__ == "OptimizedModule")
-            or part == _CHECKPOINT_WRAPPER
-        )
-        if not wrapped:
-            parts.append(part)
-        module = getattr(module, part, None)
-    return ".".join(parts)
+class _PlainNames:
+    """Names without the parts that wrappers have added; modules are walked through once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._prefixes: dict[str, tuple[str, Any]] = {"": ("", model)}
+
+    def of(self, name: str) -> str:
+        """The plain name of a parameter, a buffer, or an entry of ``state_dict()``."""
+        prefix, _, last = name.rpartition(".")
+        plain, module = self._prefix(prefix)
+        return plain if _is_wrapper(module, last) else plain + last
+
+    def _prefix(self, name: str) -> tuple[str, Any]:
+        """What a module's own names begin with, and the module."""
+        if name not in self._prefixes:
+            above, _, last = name.rpartition(".")
+            plain, module = self._prefix(above)
+            own = plain if _is_wrapper(module, last) else f"{plain}{last}."
+            self._prefixes[name] = own, getattr(module, last, None)
+        return self._prefixes[name]
 
 
-def names_of(model: nn.Module, optimizer: Optimizer) -> Names:
-    """Match the optimizer's parameters with the model's by identity; ValueError where the model lacks one."""
+def _is_wrapper(module: Any, attribute: str) -> bool:
+    return (
+        (attribute == "module" and isinstance(module, DistributedDataParallel))
+        or (attribute == "_orig_mod" and type(module).__name__ == "OptimizedModule")
+        or attribute == _CHECKPOINT_WRAPPER
+    )
+
+
+def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] | None = None) -> Names:
+    """Match the optimizer's parameters with the model's by identity; ValueError where the model lacks one.
+
+    ``state_keys``: the keys of ``model.state_dict()``, for whoever has them.
+    """
+    plain = _PlainNames(model)
     by_param: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
-        by_param.setdefault(id(param), []).append(plain_name(model, name))
+        by_param.setdefault(id(param), []).append(plain.of(name))
     of_params = []
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
@@ -74,7 +93,7 @@ def names_of(model: nn.Module, optimizer: Optimizer) -> Names:
                     f"optimizer was given (wrapped or not)."
                 )
             of_params.append(tuple(by_param[id(param)]))
-    of_model = {key: plain_name(model, key) for key in model.state_dict()}
+    of_model = {key: plain.of(key) for key in (model.state_dict() if state_keys is None else state_keys)}
     if len(set(of_model.values())) != len(of_model):
         raise ValueError("dist_asgd: two entries of the model's state_dict() have the same name without wrappers.")
     return Names(of_model, of_params)
@@ -82,7 +101,8 @@ def names_of(model: nn.Module, optimizer: Optimizer) -> Names:
 
 def describe(model: nn.Module, optimizer: Optimizer, extra: Any, rank: int) -> dict[str, dict[str, Any]]:
     """The state of ``model`` and ``optimizer`` and this rank's ``extra``, for DCP; tensors are the live ones."""
-    names = names_of(model, optimizer)
+    live = model.state_dict(keep_vars=True)
+    names = names_of(model, optimizer, live)
     saved = optimizer.state_dict()
     params = [param for group in optimizer.param_groups for param in group["params"]]
     parts = {
@@ -92,13 +112,15 @@ def describe(model: nn.Module, optimizer: Optimizer, extra: Any, rank: int) -> d
         if isinstance(part, ShardTensor)
     }
     model_state: dict[str, Any] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in live.items():
         part = parts.get(id(value))
         # Every rank has the whole parameter and writes the part that it updates.
         slice_ = None if part is None else part.slice_of(value)
         if slice_ is not None and part is not None:
             value = part.like(slice_)
-        model_state[names.of_model[key]] = value.detach() if isinstance(value, Tensor) else value
+        elif isinstance(value, Tensor):
+            value = value.detach()
+        model_state[names.of_model[key]] = value
     optim: dict[str, Any] = {}
     for index, entry in saved["state"].items():
         for key, value in entry.items():
@@ -118,7 +140,7 @@ def describe(model: nn.Module, optimizer: Optimizer, extra: Any, rank: int) -> d
 
 
 def _is_sharded(value: Any) -> bool:
-    return isinstance(value, ShardTensor) or hasattr(value, "device_mesh")
+    return isinstance(value, ShardTensor) or is_dtensor(value)
 
 
 def _plain(value: Any) -> Any:
@@ -145,23 +167,30 @@ class Stage:
     """Host memory to which states are copied, so that training can go on; kept for the next one."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def copy(self, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """``state`` with every tensor copied; overwrites what the last call returned."""
         with torch.no_grad():
             return {
-                part: {key: self._copied(f"{part}.{key}", value) for key, value in entries.items()}
+                part: {
+                    key: self._copied((part, key), value) if isinstance(value, Tensor) else value
+                    for key, value in entries.items()
+                }
                 for part, entries in state.items()
             }
 
-    def _copied(self, key: str, value: Any) -> Any:
+    def _copied(self, key: tuple[str, str], value: Tensor) -> Tensor:
         if isinstance(value, ShardTensor):
-            return value.like(self._copied(key, value.to_local()))
-        if _is_sharded(value):
-            return BlockingAsyncStager().stage({key: value})[key]
-        if not isinstance(value, Tensor):
-            return value
+            kept = self._buffers.get(key)
+            local = value.to_local()
+            if not isinstance(kept, ShardTensor) or kept.place != value.place or kept.to_local().dtype != local.dtype:
+                kept = self._buffers[key] = value.like(_room_for(local))
+            kept.to_local().copy_(local)
+            return kept
+        if is_dtensor(value):
+            staged: Tensor = BlockingAsyncStager().stage({"": value})[""]
+            return staged
         if value.dim() == 0:
             return value.detach().cpu().clone()
         buffer = self._buffers.get(key)
@@ -171,9 +200,12 @@ class Stage:
             value.stride(),
         )
         if buffer is None or not fits:
-            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            self._buffers[key] = buffer
+            buffer = self._buffers[key] = _room_for(value)
         return buffer.copy_(value)
+
+
+def _room_for(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
 
 
 def by_parent(keys: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -41,7 +41,7 @@ def pieces_of(state: State, world_size: int) -> list[Piece]:
     pieces: list[Piece] = []
     for key, path, value in _flat(state):
         if isinstance(value, ShardTensor):
-            shape = tuple(value.shape)
+            shape = value.place[0]
             pieces += [Piece(key, path, view, shape, offsets) for (offsets, _), view in value.boxes()]
         elif is_dtensor(value):
             if is_first_copy(value):

@@ -56,6 +56,8 @@ class ShardTensor(torch.Tensor):
     """
 
     _local: Tensor
+    # Also known as ``shape``, which takes longer to ask for.
+    _shape: torch.Size
     _strides: tuple[int, ...]
     _start: int
 
@@ -66,6 +68,7 @@ class ShardTensor(torch.Tensor):
             cls, torch.Size(shape), strides=tuple(strides), dtype=local.dtype, device=local.device
         )
         whole._local = local.detach()
+        whole._shape = torch.Size(shape)
         whole._strides = tuple(strides)
         whole._start = start
         return whole
@@ -77,15 +80,15 @@ class ShardTensor(torch.Tensor):
     @property
     def place(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
         """Shape and strides of the whole, start and number of elements of the part."""
-        return tuple(self.shape), self._strides, self._start, self._local.numel()
+        return tuple(self._shape), self._strides, self._start, self._local.numel()
 
     def like(self, local: Tensor) -> ShardTensor:
         """The same part of another tensor of this shape, held in ``local`` ``(numel,)``."""
-        return ShardTensor(local, self.shape, self._strides, self._start)
+        return ShardTensor(local, self._shape, self._strides, self._start)
 
     def slice_of(self, whole: Tensor) -> Tensor | None:
         """The same part of ``whole``, which has this shape, as a 1-D view; None where it lies otherwise in memory."""
-        if whole.shape != self.shape or not _lies_as(whole, self._strides):
+        if whole.shape != self._shape or not _lies_as(whole, self._strides):
             return None
         first = whole.storage_offset() + self._start
         return whole.detach().as_strided((self._local.numel(),), (1,), first)
@@ -94,11 +97,11 @@ class ShardTensor(torch.Tensor):
 
     def boxes(self) -> list[tuple[Box, Tensor]]:
         """The part as boxes of the true shape: (offsets, sizes) and a view of the part in that shape."""
-        order = memory_order(self.shape, self._strides)
+        order = memory_order(self._shape, self._strides)
         back = [order.index(dim) for dim in range(len(order))]
         found, first = [], 0
         for offsets, sizes in row_major_boxes(
-            self._start, self._start + self._local.numel(), [self.shape[dim] for dim in order]
+            self._start, self._start + self._local.numel(), [self._shape[dim] for dim in order]
         ):
             numel = math.prod(sizes)
             view = self._local[first : first + numel].view(sizes).permute(back)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.utils.serialization import config
 
+from .archives import Archives, elements_of
 from .manifest import Chunk, FileEntry, Manifest, write_manifest
 from .metadata import METADATA_NAME
 from .pieces import KeyPath, Piece
@@ -156,9 +156,7 @@ def write_part(directory: Path, rank: int, pieces: Sequence[Piece]) -> Part:
     with HashedFile(directory / name) as file:
         contents = _Contents(file)
         try:
-            # Our hash does what the archive's checksum would, at a tenth of the time.
-            with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-                rows = [contents.add(piece) for piece in pieces]
+            rows = [contents.add(piece) for piece in pieces]
         except Exception as error:
             raise file.failure or error from error
         return Part(name, file.sync(), contents.chunks, rows)
@@ -169,6 +167,7 @@ class _Contents:
 
     def __init__(self, file: HashedFile) -> None:
         self._file = file
+        self._archives = Archives(file)
         self._known: dict[Any, int] = {}
         # Found by what they are before they are serialized; the state holds on to the lists meanwhile.
         self._objects: dict[tuple[type, object], int] = {}
@@ -187,16 +186,14 @@ class _Contents:
         return len(self.chunks) - 1
 
     def _add_tensor(self, tensor: Tensor) -> int:
-        key = None
-        if tensor.dim() == 0:
-            key = (tensor.dtype, bytes(tensor.clone().reshape(1).view(torch.uint8).tolist()))
-            if key in self._known:
-                return self._known[key]
-        torch.save(_alone(tensor), cast(BinaryIO, self._file))
-        number = self._end()
-        if key is not None:
-            self._known[key] = number
-        return number
+        if tensor.dim():
+            self._archives.write(tensor)
+            return self._end()
+        key = (tensor.dtype, bytes(elements_of(tensor.resolve_conj().resolve_neg())))
+        if key not in self._known:
+            self._archives.write(tensor)
+            self._known[key] = self._end()
+        return self._known[key]
 
     def _add_object(self, value: Any) -> int:
         key: tuple[type, object] | None = None
@@ -222,15 +219,6 @@ def _serialized(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """``tensor`` on storage of its own size, as ``torch.save`` writes whole storages; no copy where it is dense."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() == 0 or extent != tensor.numel() or tensor.is_conj() or tensor.is_neg():
-        return tensor.clone()
-    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    return torch.from_numpy(flat.numpy()).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def finish(directory: Path, path: Path, step: int, parts: Sequence[Part], commit: Callable[[], None]) -> None:
