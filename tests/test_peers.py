@@ -3,12 +3,16 @@
 import os
 import signal
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, async_save_checkpoint, save_checkpoint
+from dist_asgd.checkpoint import writer
 from tests.harness.models import mlp, mlp_loss
 from tests.harness.outcome import Outcome
 from tests.harness.processes import GROUP_TIMEOUT_S
@@ -80,3 +84,31 @@ def test_a_peer_that_does_not_come() -> None:
         assert outcome.error is not None
         assert outcome.error.type_name == "PeerError"
         assert outcome.seconds < GROUP_TIMEOUT_S + 10.0
+
+
+def hangs_in_a_save(rank: int, _world_size: int, folder: str, asynchronous: bool) -> None:
+    """Job: rank 1 is stuck in a checkpoint for longer than the optimizer's group lets anybody wait."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    model = mlp()
+    optimizer = ShardedASGD(model.named_parameters(), process_group=group)
+    original = writer.HashedFile.sync
+    if rank == 1:
+        writer.HashedFile.sync = lambda file: (time.sleep(5.0), original(file))[1]  # type: ignore[method-assign]
+    try:
+        if asynchronous:
+            async_save_checkpoint(Path(folder) / "new", model, optimizer, step=1).wait()
+        else:
+            save_checkpoint(Path(folder) / "new", model, optimizer, step=1)
+    finally:
+        writer.HashedFile.sync = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "async"])
+def test_a_peer_that_hangs_in_a_save(asynchronous: bool, tmp_path: Path) -> None:
+    """The timeout of the group that the user gave ends the wait in the background too, and nothing is committed."""
+    for outcome in outcomes("gloo", 2, hangs_in_a_save, str(tmp_path), asynchronous):
+        assert outcome.error is not None
+        assert outcome.error.type_name == "PeerError", outcome.error.traceback
+        assert "saving" in outcome.error.message
+        assert outcome.seconds < 12.0
+    assert not (tmp_path / "new").exists()
