@@ -1,0 +1,178 @@
+"""What a save puts on disk: DCP's own format, each thing once, hashed as it is."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.serialization import config
+
+from dist_asgd import ShardedASGD, save_checkpoint
+from dist_asgd.checkpoint import writer
+from dist_asgd.checkpoint.archives import Archives
+from dist_asgd.checkpoint.contents import describe
+from dist_asgd.checkpoint.manifest import Chunk, read_manifest
+from dist_asgd.checkpoint.reader import Opened
+from tests.harness.meshes import Net, set_gradients, sharded
+from tests.harness.ranks import run
+from tests.harness.topologies import build
+
+# --- as DCP would have written it -----------------------------------------------------------------------------
+
+
+class Memory(nn.Module):
+    """A module that keeps more than tensors in its state dict, nested."""
+
+    def get_extra_state(self) -> Any:
+        """Tensors, numbers and containers of them."""
+        return {"seen": [torch.arange(3), {"at": 4}], "names": ["a", "b"], "none": None}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to do."""
+
+
+def trained(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer, sharded as ``kind`` says. Collective."""
+    if kind in ("single", "stage1", "stage2", "fsdp2"):
+        live = build(kind, "odd" if kind != "fsdp2" else "mlp").train(2)
+        return live.model, live.optimizer
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if kind == "tp in ddp":
+        # Two meshes that know nothing of each other, of which both have everything.
+        meshes = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
+        model: nn.Module = Net()
+        for block in model.blocks:
+            parallelize_module(block, meshes[rank // 2], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        empty = distribute_tensor(torch.zeros(0, 5), meshes[rank // 2], ColwiseParallel().output_layouts)
+        model.register_buffer("empty", empty)
+    else:
+        model = sharded(kind, world_size)
+    optimizer = ShardedASGD(model.parameters(), lr=0.1)
+    set_gradients(model, 0)
+    optimizer.step()
+    return model, optimizer
+
+
+def saved_both_ways(rank: int, _world_size: int, kind: str, folder: str) -> None:
+    """Job: one state, saved by this package and by DCP."""
+    model, optimizer = trained(kind)
+    model.add_module("memory", Memory())
+    save_checkpoint(f"{folder}/ours", model, optimizer, step=2, extra=(rank, "mine"))
+    state: dict[str, Any] = dict(describe(model, optimizer, (rank, "mine"), rank))
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save(state, checkpoint_id=f"{folder}/theirs", planner=planner, no_dist=not dist.is_initialized())
+
+
+def outline(metadata: Metadata) -> dict[str, Any]:
+    """Every key: None for an object, else dtype, shape and boxes; of boxes without elements one is as good as many."""
+    found: dict[str, Any] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        found[key] = None
+        if isinstance(entry, TensorStorageMetadata):
+            boxes = sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks)
+            found[key] = entry.properties.dtype, tuple(entry.size), boxes
+    return found
+
+
+PLACES = [("single", 1), ("stage1", 2), ("stage2", 3), ("fsdp2", 4), ("hsdp", 4), ("fsdp2_tp", 4), ("tp in ddp", 4)]
+
+
+@pytest.mark.parametrize(("kind", "world_size"), PLACES)
+def test_the_metadata_is_that_of_dcp(kind: str, world_size: int, tmp_path: Path) -> None:
+    """The same keys in the same order with the same boxes, each written by one rank, and nothing else in the files."""
+    run("none" if world_size == 1 else "gloo", world_size, saved_both_ways, kind, str(tmp_path))
+    ours, theirs = (Opened(tmp_path / name, verify=name == "ours").metadata for name in ("ours", "theirs"))
+    assert outline(ours) == outline(theirs)
+    assert ours.planner_data == theirs.planner_data
+    assert list(ours.state_dict_metadata)[:5] == list(theirs.state_dict_metadata)[:5]
+    assert ours.storage_data.keys() == theirs.storage_data.keys()
+    assert ours.version == theirs.version
+    manifest = read_manifest(tmp_path / "ours")
+    assert manifest is not None
+    written = {(name, chunk.offset) for name, chunks in manifest.chunks.items() for chunk in chunks}
+    assert written == {(info.relative_path, info.offset) for info in ours.storage_data.values()}
+
+
+# --- archives ---------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "1-D": lambda dtype: torch.randn(7).to(dtype),
+    "matrix": lambda dtype: torch.randn(3, 50).to(dtype),
+    "permuted": lambda dtype: torch.randn(2, 3, 4, 5).to(dtype).permute(0, 3, 1, 2),
+    "a view of more": lambda dtype: torch.randn(40).to(dtype)[4:16].view(3, 4),
+    "with gaps": lambda dtype: torch.randn(8, 8).to(dtype)[::2, ::3],
+    "0-dim": lambda dtype: torch.randn(()).to(dtype),
+    "empty": lambda dtype: torch.randn(0, 3).to(dtype),
+    "large": lambda dtype: torch.randn(700, 900).to(dtype),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.uint8, torch.bool]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_frame_around_elements_is_an_archive(layout: str, dtype: torch.dtype) -> None:
+    """Byte for byte what ``torch.save`` writes, for the first of a shape and for those that reuse its frame."""
+    stream = io.BytesIO()
+    archives = Archives(stream)
+    for _ in range(3):
+        tensor: Tensor = LAYOUTS[layout](dtype)
+        start = stream.tell()
+        archives.write(tensor)
+        expected = io.BytesIO()
+        alone = tensor.clone()
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            torch.save(alone, expected)
+        assert stream.getvalue()[start:] == expected.getvalue()
+        loaded = torch.load(io.BytesIO(stream.getvalue()[start:]), weights_only=True)
+        assert torch.equal(loaded, tensor)
+
+
+def test_elements_that_look_like_the_frame_are_found() -> None:
+    """A tensor whose bytes also stand elsewhere in its archive has no frame, and is right all the same."""
+    stream = io.BytesIO()
+    archives = Archives(stream)
+    for text in (b"3\n", b"ab", b"3\n"):
+        start = stream.tell()
+        archives.write(torch.tensor(list(text), dtype=torch.uint8))
+        assert bytes(torch.load(io.BytesIO(stream.getvalue()[start:])).tolist()) == text
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_hashed_is_what_is_written(tmp_path: Path) -> None:
+    """Crumbs, blocks, and everything between and beyond, in any order."""
+    sizes = [1, 30, 4096, writer._BUFFER_BYTES - 1, writer._BUFFER_BYTES, writer._BLOCK_BYTES + 1, 5 << 20, 0]
+    draw = random.Random(0)
+    contents: list[bytes] = []
+    found: list[Chunk] = []
+    with writer.HashedFile(tmp_path / "file") as file:
+        for _ in range(12):
+            parts = [draw.randbytes(draw.choice(sizes)) for _ in range(draw.randrange(5))]
+            for part in parts:
+                assert file.write(memoryview(part)) == len(part)
+            contents.append(b"".join(parts))
+            found.append(file.end_chunk())
+        entry = file.sync()
+    whole = b"".join(contents)
+    assert (tmp_path / "file").read_bytes() == whole
+    assert (entry.bytes, entry.xxh3_128) == (len(whole), xxhash.xxh3_128_hexdigest(whole))
+    offset = 0
+    for chunk, content in zip(found, contents, strict=True):
+        assert chunk == Chunk(offset, len(content), xxhash.xxh3_128_hexdigest(content))
+        offset += len(content)
