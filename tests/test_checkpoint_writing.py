@@ -23,9 +23,10 @@ from torch.utils.serialization import config
 from dist_asgd import ShardedASGD, save_checkpoint
 from dist_asgd.checkpoint import writer
 from dist_asgd.checkpoint.archives import Archives
-from dist_asgd.checkpoint.contents import describe
+from dist_asgd.checkpoint.contents import Stage, describe
 from dist_asgd.checkpoint.manifest import Chunk, read_manifest
 from dist_asgd.checkpoint.reader import Opened
+from dist_asgd.checkpoint.tensors import ShardTensor
 from tests.harness.meshes import Net, set_gradients, sharded
 from tests.harness.ranks import run
 from tests.harness.topologies import build
@@ -142,6 +143,26 @@ def test_a_frame_around_elements_is_an_archive(layout: str, dtype: torch.dtype) 
         assert torch.equal(loaded, tensor)
 
 
+def test_frames_are_told_apart() -> None:
+    """By dtype, shape and strides."""
+    tensors = [
+        torch.randn(4, 3),
+        torch.randn(3, 4).t(),
+        torch.randn(3, 4),
+        torch.randn(4, 3).int(),
+        torch.randn(12),
+        torch.randn(4, 3, 1),
+    ]
+    stream = io.BytesIO()
+    archives = Archives(stream)
+    for tensor in tensors * 2:
+        start = stream.tell()
+        archives.write(tensor)
+        loaded = torch.load(io.BytesIO(stream.getvalue()[start:]), weights_only=True)
+        assert loaded.dtype == tensor.dtype
+        assert torch.equal(loaded, tensor)
+
+
 def test_elements_that_look_like_the_frame_are_found() -> None:
     """A tensor whose bytes also stand elsewhere in its archive has no frame, and is right all the same."""
     stream = io.BytesIO()
@@ -150,6 +171,29 @@ def test_elements_that_look_like_the_frame_are_found() -> None:
         start = stream.tell()
         archives.write(torch.tensor(list(text), dtype=torch.uint8))
         assert bytes(torch.load(io.BytesIO(stream.getvalue()[start:])).tolist()) == text
+
+
+# --- staging ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_takes_whatever_comes() -> None:
+    """Of the same place and dtype into the same memory; of another one into other memory."""
+    stage = Stage()
+    parts = [
+        ShardTensor(torch.randn(4), (2, 4), (4, 1), 0),
+        ShardTensor(torch.randn(4), (2, 4), (4, 1), 0),
+        ShardTensor(torch.randn(4), (2, 4), (4, 1), 4),
+        ShardTensor(torch.randn(3), (2, 4), (4, 1), 4),
+        ShardTensor(torch.randn(3).double(), (2, 4), (4, 1), 4),
+    ]
+    kept = []
+    for part in parts:
+        staged = stage.copy({"optim": {"ax": part}})["optim"]["ax"]
+        assert staged.place == part.place
+        assert staged.dtype == part.dtype
+        assert torch.equal(staged.to_local(), part.to_local())
+        kept.append(staged.to_local().data_ptr())
+    assert kept[0] == kept[1]
 
 
 # --- files ------------------------------------------------------------------------------------------------------
