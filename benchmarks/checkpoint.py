@@ -38,13 +38,13 @@ LABELS = {
     "ours": "dist_asgd (`stage=2`)",
     "zero": "`ZeroRedundancyOptimizer`, consolidated, `torch.save` on rank 0",
     "fsdp2": "FSDP2 + `torch.optim.ASGD`, `dcp`",
-    "plain": "the same bytes: `write`, xxh3_128, `fsync`",
+    "plain": "the same bytes: `write`, xxh3_128, `fsync`; copied once in memory",
 }
 CALLS = {
     "ours": ("save", "async_save", "load", "consolidate"),
     "zero": ("save", "load", "consolidate"),
     "fsdp2": ("save", "async_save", "load"),
-    "plain": ("save",),
+    "plain": ("save", "async_save"),
 }
 
 
@@ -64,6 +64,7 @@ class Checkpointer:
         elif way == "plain":
             # This rank's half of parameters and averages.
             self.data = torch.randn(2 * self.unit // world_size // 4)
+            self.staged = torch.zeros_like(self.data)
             return
         else:
             self.optimizer = peer_of("stage2" if way == "ours" else "zero").make_optimizer(self.model)
@@ -128,6 +129,9 @@ class Checkpointer:
             from dist_asgd import async_save_checkpoint
 
             self.pending = async_save_checkpoint(path, self.model, self.optimizer, step=1)
+        elif self.way == "plain":
+            # No stall is shorter that ends with a copy: one, of everything, into memory that is there.
+            self.staged.copy_(self.data)
         else:
             model, optim = get_state_dict(self.model, self.optimizer, options=FLAT)
             self.pending = dcp.async_save({"model": model, "optim": optim}, checkpoint_id=path)
@@ -213,9 +217,12 @@ def report(options: argparse.Namespace, seconds: dict[str, Any], peaks: dict[str
     peak_rows = [row(way, lambda name, way=way: f"{peaks[way][name] / unit:.2f}") for way in peaks]  # type: ignore[misc]
     ours = {name: median(seconds["ours"][name]) for name in CALLS["ours"]}
     plain = median(seconds["plain"]["save"])
+    copied = median(seconds["plain"]["async_save"])
     goals = [
-        ["async stall / save", "< 0.10", f"{ours['async_save'] / ours['save']:.3f}"],
         ["save / plain write + hash + fsync", "<= 1.2", f"{ours['save'] / plain:.2f}"],
+        ["async stall / save", "< 0.10", f"{ours['async_save'] / ours['save']:.3f}"],
+        ["a copy in memory alone / save", "", f"{copied / ours['save']:.3f}"],
+        ["async stall above a copy in memory", "", f"{1000 * (ours['async_save'] - copied):.0f} ms"],
         [
             "consolidate, peak of rank 0 above the result (1 P)",
             "<= 2 buckets",

@@ -104,7 +104,10 @@ class Saver:
 
     def on_first(self, kind: Kind, action: Callable[[], T]) -> T:
         """Collective, after ``meet``: what ``action`` returns on rank 0; its failure is raised on every rank."""
-        assert self._agreement is not None
+        return cast(T, self._communicators.background.exchange_objects(self._do_first(kind, action))[0])
+
+    def _do_first(self, kind: Kind, action: Callable[[], T]) -> T | None:
+        """``on_first`` for what only rank 0 needs to know."""
         result, problem = None, None
         if self.rank == 0:
             try:
@@ -113,8 +116,12 @@ class Saver:
                 problem = os_problem(error)
             except Exception as error:
                 problem = error
+        self._confer(kind, problem)
+        return result
+
+    def _confer(self, kind: Kind, problem: Exception | None) -> None:
+        assert self._agreement is not None
         self._agreement.confer(kind, problem=problem)
-        return cast(T, self._communicators.background.exchange_objects(result)[0])
 
     def settle_pending(self) -> None:
         """Wait for the save in the background, if there is one, and raise its failure."""
@@ -172,23 +179,15 @@ class Saver:
         begin: Callable[[Path], Path],
         commit: Callable[[Path, Path], None],
     ) -> None:
-        background = self._communicators.background
-        pieces, problem = [], None
         try:
-            pieces = pieces_of(state, self.world_size)
-        except Exception as error:
-            problem = _shown(path, error)
-        try:
-            self._confer(kind, problem)
-            pieces = without_copies(pieces, background)
             temporary = self.on_first(kind, lambda: begin(path))
             try:
-                self._fill(kind, temporary, path, pieces, step, commit)
+                self._fill(kind, temporary, path, state, step, commit)
             except PeerError:
                 raise
             except Exception:
                 # Every rank is here: nobody writes any more.
-                self.on_first(kind, lambda: directory.discard(temporary))
+                self._do_first(kind, lambda: directory.discard(temporary))
                 raise
         except PeerError as error:
             raise PeerError(
@@ -202,17 +201,25 @@ class Saver:
         kind: Kind,
         temporary: Path,
         path: Path,
-        pieces: list[Piece],
+        state: dict[str, dict[str, Any]],
         step: int,
         commit: Callable[[Path, Path], None],
     ) -> None:
+        background = self._communicators.background
+        pieces: list[Piece] = []
         part, problem = None, None
         try:
-            part = write_part(temporary, self.rank, pieces)
+            pieces = pieces_of(state, self.world_size)
         except Exception as error:
             problem = _shown(path, error)
+        pieces = without_copies(pieces, background)
+        if problem is None:
+            try:
+                part = write_part(temporary, self.rank, pieces)
+            except Exception as error:
+                problem = _shown(path, error)
         self._confer(kind, problem)
-        parts = self._communicators.background.gather_objects(part, 0)
+        parts = background.gather_objects(part, 0)
 
         def complete() -> None:
             try:
@@ -220,11 +227,7 @@ class Saver:
             except Exception as error:
                 raise _shown(path, error) from error
 
-        self.on_first(kind, complete)
-
-    def _confer(self, kind: Kind, problem: Exception | None) -> None:
-        assert self._agreement is not None
-        self._agreement.confer(kind, problem=problem)
+        self._do_first(kind, complete)
 
 
 def _check(step: int, when_busy: str) -> None:
