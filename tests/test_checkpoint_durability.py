@@ -21,7 +21,7 @@ import pytest
 import torch.distributed as dist
 
 from dist_asgd import CheckpointManager, PeerError, async_save_checkpoint, load_checkpoint, save_checkpoint
-from dist_asgd.checkpoint import directory, manifest, reader, writer
+from dist_asgd.checkpoint import directory, reader, writer
 from tests.harness.ranks import run, run_errors
 from tests.harness.topologies import Run, assert_same_state, build, whole_state
 
@@ -50,9 +50,9 @@ def vanishing_folder(folder: Path) -> Iterator[None]:
     """The folder goes away while data is written."""
     original = writer.HashedFile.sync
 
-    def sync(self: writer.HashedFile) -> manifest.FileEntry:
+    def sync(self: writer.HashedFile) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        return original(self)
+        original(self)
 
     writer.HashedFile.sync = sync  # type: ignore[method-assign]
     try:
@@ -76,7 +76,27 @@ def bad_manifest(_folder: Path) -> Iterator[None]:
         writer.write_manifest = original
 
 
-TROUBLES = {"full disk": full_disk, "vanishing folder": vanishing_folder, "manifest": bad_manifest}
+@contextlib.contextmanager
+def failing_fsync(_folder: Path) -> Iterator[None]:
+    """All is written, and does not get to the disk."""
+    original = writer.HashedFile.sync
+
+    def refuse(_file: writer.HashedFile) -> None:
+        raise OSError(5, "Input/output error", "a file")
+
+    writer.HashedFile.sync = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        writer.HashedFile.sync = original  # type: ignore[method-assign]
+
+
+TROUBLES = {
+    "full disk": full_disk,
+    "vanishing folder": vanishing_folder,
+    "manifest": bad_manifest,
+    "fsync": failing_fsync,
+}
 
 
 def fails_to_save(
@@ -131,7 +151,7 @@ def test_a_save_that_fails_raises_the_same_everywhere(
     assert os.listdir(folder) == ["new"]
     if trouble == "vanishing folder":
         assert "The folder has vanished, or not all ranks share it" in " ".join(messages[0].split())
-    if only_rank == 1 and trouble == "full disk":
+    if only_rank == 1 and trouble in ("full disk", "fsync"):
         assert "rank 1 of 2" in messages[0]
 
 
@@ -241,9 +261,9 @@ def slow_writes(seconds: float) -> Callable[[], None]:
     """Make every file take its time; returns what undoes it."""
     original = writer.HashedFile.sync
 
-    def sync(self: writer.HashedFile) -> manifest.FileEntry:
+    def sync(self: writer.HashedFile) -> None:
         time.sleep(seconds)
-        return original(self)
+        original(self)
 
     writer.HashedFile.sync = sync  # type: ignore[method-assign]
     return lambda: setattr(writer.HashedFile, "sync", original)

@@ -212,7 +212,8 @@ def test_what_is_hashed_is_what_is_written(tmp_path: Path) -> None:
                 assert file.write(memoryview(part)) == len(part)
             contents.append(b"".join(parts))
             found.append(file.end_chunk())
-        entry = file.sync()
+        entry = file.end()
+        file.sync()
     whole = b"".join(contents)
     assert (tmp_path / "file").read_bytes() == whole
     assert (entry.bytes, entry.xxh3_128) == (len(whole), xxhash.xxh3_128_hexdigest(whole))

@@ -92,8 +92,13 @@ def hangs_in_a_save(rank: int, _world_size: int, folder: str, asynchronous: bool
     model = mlp()
     optimizer = ShardedASGD(model.named_parameters(), process_group=group)
     original = writer.HashedFile.sync
+
+    def sync(self: writer.HashedFile) -> None:
+        time.sleep(5.0)
+        original(self)
+
     if rank == 1:
-        writer.HashedFile.sync = lambda file: (time.sleep(5.0), original(file))[1]  # type: ignore[method-assign]
+        writer.HashedFile.sync = sync  # type: ignore[method-assign]
     try:
         if asynchronous:
             async_save_checkpoint(Path(folder) / "new", model, optimizer, step=1).wait()

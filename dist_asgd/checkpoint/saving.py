@@ -18,7 +18,7 @@ from ..gradients import Gradients
 from . import directory
 from .contents import Stage, describe
 from .pieces import Piece, pieces_of, without_copies
-from .writer import finish, write_part
+from .writer import PartFile, finish, metadata_of
 
 T = TypeVar("T")
 WhenBusy = Literal["wait", "refuse"]
@@ -207,23 +207,31 @@ class Saver:
     ) -> None:
         background = self._communicators.background
         pieces: list[Piece] = []
-        part, problem = None, None
+        part, metadata, problem = None, b"", None
         try:
             pieces = pieces_of(state, self.world_size)
         except Exception as error:
             problem = _shown(path, error)
         pieces = without_copies(pieces, background)
-        if problem is None:
+        with PartFile(temporary, self.rank) as file:
             try:
-                part = write_part(temporary, self.rank, pieces)
+                part = None if problem else file.write(pieces)
             except Exception as error:
                 problem = _shown(path, error)
-        self._confer(kind, problem)
-        parts = background.gather_objects(part, 0)
+            self._confer(kind, problem)
+            parts = background.gather_objects(part, 0)
+            try:
+                # Meanwhile the disks are at work.
+                metadata = metadata_of(path, parts) if parts else b""
+                file.sync()
+            except Exception as error:
+                problem = _shown(path, error)
+            self._confer(kind, problem)
 
         def complete() -> None:
             try:
-                finish(temporary, path, step, parts or (), lambda: commit(temporary, path))
+                finish(temporary, step, parts or (), metadata)
+                commit(temporary, path)
             except Exception as error:
                 raise _shown(path, error) from error
 

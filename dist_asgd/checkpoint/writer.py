@@ -11,7 +11,7 @@ import io
 import os
 import pickle
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,11 +119,15 @@ class HashedFile(io.RawIOBase):
         self._chunk, self._chunk_offset = xxhash.xxh3_128(), self._offset
         return chunk
 
-    def sync(self) -> FileEntry:
-        """Wait until the file is on disk."""
+    def end(self) -> FileEntry:
+        """Size and hash of all that was written; the disk goes on with it."""
         self._spill()
-        os.fsync(self._file.fileno())
+        self._start_writeback()
         return FileEntry(self._offset, self._whole.hexdigest())
+
+    def sync(self) -> None:
+        """Wait until what was written is on disk."""
+        os.fsync(self._file.fileno())
 
 
 class Row(NamedTuple):
@@ -148,18 +152,37 @@ class Part:
     rows: Sequence[Row]
 
 
-def write_part(directory: Path, rank: int, pieces: Sequence[Piece]) -> Part:
-    """Write this rank's file, and wait until it is on disk. Not collective; OSError where the system refuses."""
-    name = f"__{rank}_0{DEFAULT_SUFFIX}"
-    if not pieces:
-        return Part(name, None, (), ())
-    with HashedFile(directory / name) as file:
+class PartFile:
+    """This rank's file, as a context: first ``write``, then ``sync``. Not collective."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self._directory = directory
+        self._name = f"__{rank}_0{DEFAULT_SUFFIX}"
+        self._file: HashedFile | None = None
+
+    def __enter__(self) -> PartFile:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._file is not None:
+            self._file.__exit__(*raised)
+
+    def write(self, pieces: Sequence[Piece]) -> Part:
+        """Write everything, in this order; OSError where the system refuses."""
+        if not pieces:
+            return Part(self._name, None, (), ())
+        self._file = file = HashedFile(self._directory / self._name)
         contents = _Contents(file)
         try:
             rows = [contents.add(piece) for piece in pieces]
+            return Part(self._name, file.end(), contents.chunks, rows)
         except Exception as error:
             raise file.failure or error from error
-        return Part(name, file.sync(), contents.chunks, rows)
+
+    def sync(self) -> None:
+        """Wait until it is on disk; OSError where it does not get there."""
+        if self._file is not None:
+            self._file.sync()
 
 
 class _Contents:
@@ -221,18 +244,23 @@ def _serialized(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def finish(directory: Path, path: Path, step: int, parts: Sequence[Part], commit: Callable[[], None]) -> None:
-    """On rank 0, when every rank has written its part to ``directory``: add what makes it a checkpoint, and commit."""
-    files = {part.name: part.file for part in parts if part.file is not None}
-    _check_visible(directory, files)
+def metadata_of(path: Path, parts: Sequence[Part]) -> bytes:
+    """``.metadata`` of the checkpoint that will be at ``path``."""
     metadata = _metadata_of(parts)
     metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
+    return pickle.dumps(metadata)
+
+
+def finish(directory: Path, step: int, parts: Sequence[Part], metadata: bytes) -> None:
+    """On rank 0, when all parts are on disk in ``directory``: add what makes it a checkpoint."""
+    files = {part.name: part.file for part in parts if part.file is not None}
+    _check_visible(directory, files)
     with HashedFile(directory / METADATA_NAME) as file:
-        file.write(pickle.dumps(metadata))
-        files[METADATA_NAME] = file.sync()
+        file.write(metadata)
+        files[METADATA_NAME] = file.end()
+        file.sync()
     chunks = {part.name: part.chunks for part in parts if part.file is not None}
     write_manifest(directory, Manifest(step, len(parts), files, chunks))
-    commit()
 
 
 def _check_visible(directory: Path, files: dict[str, FileEntry]) -> None:
