@@ -47,7 +47,7 @@ class Memory(nn.Module):
 
 def trained(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model and its optimizer, sharded as ``kind`` says. Collective."""
-    if kind in ("single", "stage1", "stage2", "fsdp2"):
+    if kind in ("single", "stage1", "stage2", "fsdp2", "hybrid"):
         live = build(kind, "odd" if kind != "fsdp2" else "mlp").train(2)
         return live.model, live.optimizer
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -72,7 +72,7 @@ def saved_both_ways(rank: int, _world_size: int, kind: str, folder: str) -> None
     model, optimizer = trained(kind)
     model.add_module("memory", Memory())
     save_checkpoint(f"{folder}/ours", model, optimizer, step=2, extra=(rank, "mine"))
-    state: dict[str, Any] = dict(describe(model, optimizer, (rank, "mine"), rank))
+    state: dict[str, Any] = dict(describe(model, optimizer, (rank, "mine"), rank))  # DCP finds the copies itself
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     dcp.save(state, checkpoint_id=f"{folder}/theirs", planner=planner, no_dist=not dist.is_initialized())
 
@@ -88,7 +88,16 @@ def outline(metadata: Metadata) -> dict[str, Any]:
     return found
 
 
-PLACES = [("single", 1), ("stage1", 2), ("stage2", 3), ("fsdp2", 4), ("hsdp", 4), ("fsdp2_tp", 4), ("tp in ddp", 4)]
+PLACES = [
+    ("single", 1),
+    ("stage1", 2),
+    ("stage2", 3),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("fsdp2_tp", 4),
+    ("tp in ddp", 4),
+    ("hybrid", 4),
+]
 
 
 @pytest.mark.parametrize(("kind", "world_size"), PLACES)

@@ -99,8 +99,13 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     return Names(of_model, of_params)
 
 
-def describe(model: nn.Module, optimizer: Optimizer, extra: Any, rank: int) -> dict[str, dict[str, Any]]:
-    """The state of ``model`` and ``optimizer`` and this rank's ``extra``, for DCP; tensors are the live ones."""
+def describe(
+    model: nn.Module, optimizer: Optimizer, extra: Any, rank: int, replica: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What this rank has to save of ``model`` and ``optimizer``, and its ``extra``; tensors are the live ones.
+
+    ``replica``: which copy of the shards it holds, in hybrid sharding; the first is saved.
+    """
     live = model.state_dict(keep_vars=True)
     names = names_of(model, optimizer, live)
     saved = optimizer.state_dict()
@@ -133,14 +138,14 @@ def describe(model: nn.Module, optimizer: Optimizer, extra: Any, rank: int) -> d
     state: dict[str, dict[str, Any]] = {MODEL: model_state, OPTIM: optim}
     if rank:
         # What all ranks have alike is rank 0's to write.
-        state = {part: {k: v for k, v in entries.items() if _is_sharded(v)} for part, entries in state.items()}
+        state = {part: {k: v for k, v in entries.items() if _is_own(v, replica)} for part, entries in state.items()}
     if extra is not None:
         state[EXTRA] = {str(rank): serialize(extra)}
     return state
 
 
-def _is_sharded(value: Any) -> bool:
-    return isinstance(value, ShardTensor) or is_dtensor(value)
+def _is_own(value: Any, replica: int) -> bool:
+    return not replica if isinstance(value, ShardTensor) else is_dtensor(value)
 
 
 def _plain(value: Any) -> Any:

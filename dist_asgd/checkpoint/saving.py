@@ -152,7 +152,7 @@ class Saver:
                     "dist_asgd: the last checkpoint is still being written. Save less often, or pass when_busy='wait'."
                 )
             self.settle_pending()
-            state = describe(model, optimizer, extra, self.rank)
+            state = describe(model, optimizer, extra, self.rank, self._communicators.replica)
             if kind is Kind.ASYNC_SAVE_CHECKPOINT:
                 state = self._stage.copy(state)
             entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -81,11 +82,22 @@ class Axes:
         return cls(_group_of(sorted(mesh.mesh.flatten().tolist())), shard, replicate)
 
 
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long the group's user lets it wait; None where its backend does not say."""
+    for device in () if group is None else group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return None
+
+
 def _group_of(ranks: list[int]) -> dist.ProcessGroup | None:
     """Collective over ``ranks``, in ascending order: a group of them; the default group where that has no others."""
     if ranks == list(range(dist.get_world_size())):
         return dist.group.WORLD
-    group: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=timeout_of(dist.group.WORLD), use_local_synchronization=True
+    )
     return group
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from .axes import Axes
+from .axes import Axes, timeout_of
 from .base import Communicator, Local
 from .gloo import Gloo
 from .hybrid import Hybrid
@@ -31,20 +30,11 @@ def _backend_for(group: dist.ProcessGroup, device_type: str) -> str | None:
     return pairs.get(device_type)
 
 
-def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """How long the group's user lets it wait; None where its backend does not say."""
-    for device in group._device_types:
-        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
-        if isinstance(timeout, timedelta):
-            return timeout
-    return None
-
-
 def _own_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(group)
     # Without a timeout torch would take the backend's own, half an hour, whatever the user chose for the group.
     own: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=_timeout_of(group), backend=backend, use_local_synchronization=True
+        ranks, timeout=timeout_of(group), backend=backend, use_local_synchronization=True
     )
     return own
 
