@@ -29,28 +29,36 @@ class Piece(NamedTuple):
     """
 
     key: str
-    path: KeyPath
     data: Any
     shape: tuple[int, ...] | None = None
     offsets: tuple[int, ...] | None = None
     elsewhere: bool = False
 
 
-def pieces_of(state: State, world_size: int) -> list[Piece]:
+class Holding(NamedTuple):
+    """``pieces``: what this rank writes. ``paths``: all that is named in its state, in order, whoever holds it."""
+
+    pieces: list[Piece]
+    paths: dict[str, KeyPath]
+
+
+def holding_of(state: State, world_size: int) -> Holding:
     """All that this rank holds, in the order of ``state``; of copies on one mesh only the first rank has any."""
     pieces: list[Piece] = []
+    paths: dict[str, KeyPath] = {}
     for key, path, value in _flat(state):
+        paths[key] = path
         if isinstance(value, ShardTensor):
             shape = value.place[0]
-            pieces += [Piece(key, path, view, shape, offsets) for (offsets, _), view in value.boxes()]
+            pieces += [Piece(key, view, shape, offsets) for (offsets, _), view in value.boxes()]
         elif is_dtensor(value):
             if is_first_copy(value):
-                pieces += _pieces_of_dtensor(key, path, value, value.device_mesh.size() < world_size)
+                pieces += _pieces_of_dtensor(key, value, value.device_mesh.size() < world_size)
         elif isinstance(value, Tensor):
-            pieces.append(Piece(key, path, value, tuple(value.shape), (0,) * value.dim()))
+            pieces.append(Piece(key, value, tuple(value.shape), (0,) * value.dim()))
         else:
-            pieces.append(Piece(key, path, value))
-    return pieces
+            pieces.append(Piece(key, value))
+    return Holding(pieces, paths)
 
 
 def _flat(state: State) -> Iterator[tuple[str, KeyPath, Any]]:
@@ -64,16 +72,10 @@ def _flat(state: State) -> Iterator[tuple[str, KeyPath, Any]]:
                 yield f"{part}.{key}", (part, key), value
 
 
-def _pieces_of_dtensor(key: str, path: KeyPath, value: Any, elsewhere: bool) -> list[Piece]:
+def _pieces_of_dtensor(key: str, value: Any, elsewhere: bool) -> list[Piece]:
+    shape = tuple(value.shape)
     return [
-        Piece(
-            key,
-            path,
-            value.__get_tensor_shard__(item.index),
-            tuple(value.shape),
-            tuple(item.index.offset),
-            elsewhere,
-        )
+        Piece(key, value.__get_tensor_shard__(item.index), shape, tuple(item.index.offset), elsewhere)
         for item in value.__create_write_items__(key, value)
     ]
 

@@ -17,7 +17,7 @@ from ..comm import Communicators, PeerError
 from ..gradients import Gradients
 from . import directory
 from .contents import Stage, describe
-from .pieces import Piece, pieces_of, without_copies
+from .pieces import Holding, holding_of, without_copies
 from .writer import PartFile, finish, metadata_of
 
 T = TypeVar("T")
@@ -206,16 +206,16 @@ class Saver:
         commit: Callable[[Path, Path], None],
     ) -> None:
         background = self._communicators.background
-        pieces: list[Piece] = []
+        held = Holding([], {})
         part, metadata, problem = None, b"", None
         try:
-            pieces = pieces_of(state, self.world_size)
+            held = holding_of(state, self.world_size)
         except Exception as error:
             problem = _shown(path, error)
-        pieces = without_copies(pieces, background)
+        pieces = without_copies(held.pieces, background)
         with PartFile(temporary, self.rank) as file:
             try:
-                part = None if problem else file.write(pieces)
+                part = None if problem else file.write(pieces, held.paths)
             except Exception as error:
                 problem = _shown(path, error)
             self._confer(kind, problem)

@@ -11,7 +11,7 @@ import io
 import os
 import pickle
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -134,7 +134,6 @@ class Row(NamedTuple):
     """One piece, and the number of the chunk that holds it; ``dtype`` and all after it are None for an object."""
 
     key: str
-    path: KeyPath
     chunk: int
     dtype: torch.dtype | None = None
     shape: tuple[int, ...] = ()
@@ -144,12 +143,16 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank has written: a file, None where it had nothing to write, its chunks, and what they hold."""
+    """What one rank has written: a file, None where it had nothing to write, its chunks, and what they hold.
 
+    ``paths``: of everything that its state names, in order.
+    """
+
+    paths: Mapping[str, KeyPath]
     name: str
-    file: FileEntry | None
-    chunks: Sequence[Chunk]
-    rows: Sequence[Row]
+    file: FileEntry | None = None
+    chunks: Sequence[Chunk] = ()
+    rows: Sequence[Row] = ()
 
 
 class PartFile:
@@ -167,15 +170,15 @@ class PartFile:
         if self._file is not None:
             self._file.__exit__(*raised)
 
-    def write(self, pieces: Sequence[Piece]) -> Part:
-        """Write everything, in this order; OSError where the system refuses."""
+    def write(self, pieces: Sequence[Piece], paths: Mapping[str, KeyPath]) -> Part:
+        """Write all pieces, in this order; OSError where the system refuses."""
         if not pieces:
-            return Part(self._name, None, (), ())
+            return Part(paths, self._name)
         self._file = file = HashedFile(self._directory / self._name)
         contents = _Contents(file)
         try:
             rows = [contents.add(piece) for piece in pieces]
-            return Part(self._name, file.end(), contents.chunks, rows)
+            return Part(paths, self._name, file.end(), contents.chunks, rows)
         except Exception as error:
             raise file.failure or error from error
 
@@ -199,10 +202,10 @@ class _Contents:
     def add(self, piece: Piece) -> Row:
         """Write it, unless it is small and there already."""
         if piece.shape is None:
-            return Row(piece.key, piece.path, self._add_object(piece.data))
+            return Row(piece.key, self._add_object(piece.data))
         data: Tensor = piece.data.detach().cpu()
         sizes = tuple(data.shape)
-        return Row(piece.key, piece.path, self._add_tensor(data), data.dtype, piece.shape, piece.offsets or (), sizes)
+        return Row(piece.key, self._add_tensor(data), data.dtype, piece.shape, piece.offsets or (), sizes)
 
     def _end(self) -> int:
         self.chunks.append(self._file.end_chunk())
@@ -281,9 +284,9 @@ def _metadata_of(parts: Sequence[Part]) -> Metadata:
     an_object = BytesStorageMetadata()
     properties: dict[torch.dtype, TensorProperties] = {}
     for part in parts:
+        paths.update(part.paths)
         places = [_StorageInfo(part.name, chunk.offset, chunk.length) for chunk in part.chunks]
-        for key, path, chunk, dtype, shape, offsets, sizes in part.rows:
-            paths.setdefault(key, path)
+        for key, chunk, dtype, shape, offsets, sizes in part.rows:
             if dtype is None:
                 entries[key] = an_object
                 storage[MetadataIndex(key)] = places[chunk]

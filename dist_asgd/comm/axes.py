@@ -84,7 +84,9 @@ class Axes:
 
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     """How long the group's user lets it wait; None where its backend does not say."""
-    for device in () if group is None else group._device_types:
+    if group is None:
+        return None
+    for device in group._device_types:
         timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
         if isinstance(timeout, timedelta):
             return timeout
