@@ -1,7 +1,7 @@
 """The ways of training that are compared: how the model is wrapped, and which optimizer steps it.
 
 Vocabulary
-    peer   a wrapping (plain, DDP with or without gradient views, or FSDP2) and an optimizer
+    peer   a wrapping (plain, DDP with or without gradient views, FSDP2 or HSDP) and an optimizer
     views  DDP's ``gradient_as_bucket_view``: gradients live in DDP's buckets, not beside them
     state  the tensors an optimizer keeps for itself; ASGD's is ``ax`` and three scalars a parameter
 """
@@ -35,23 +35,28 @@ def _zero(model: nn.Module) -> Optimizer:
     )
 
 
-def _sharded(model: nn.Module, stage: int, foreach: bool | None = None) -> Optimizer:
+def _sharded(model: nn.Module, stage: int, foreach: bool | None = None, shard_replicated: bool = True) -> Optimizer:
     # Imported here, so that the peers can be measured where dist_asgd cannot be imported.
     from dist_asgd import ShardedASGD
 
-    return ShardedASGD(model.parameters(), **HYPERPARAMETERS, stage=stage, foreach=foreach)
+    return ShardedASGD(
+        model.parameters(), **HYPERPARAMETERS, stage=stage, foreach=foreach, shard_replicated=shard_replicated
+    )
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of training. ``key`` names it on the command line, ``label`` in the table; ``stage`` is ShardedASGD's."""
+    """One way of training. ``key`` names it on the command line, ``label`` in the table; ``stage`` is ShardedASGD's.
+
+    ``fsdp2``: on so many replicas; 0 where it is no FSDP2.
+    """
 
     key: str
     label: str
     make_optimizer: Callable[[nn.Module], Optimizer] = field(repr=False)
     stage: int = 0
     gradient_views: bool = False
-    fsdp2: bool = False
+    fsdp2: int = 0
 
     @property
     def ours(self) -> bool:
@@ -72,11 +77,15 @@ class Peer:
         """The module whose forward and backward are called. With DDP and FSDP2, collective: all ranks, same order."""
         if self.fsdp2:
             # Only where it is wanted: importing FSDP2 takes memory of its own.
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
+            names, shape = ("replicate", "shard"), (self.fsdp2, torch.distributed.get_world_size() // self.fsdp2)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            mesh = mesh if self.fsdp2 > 1 else mesh["shard"]
             for block in model.get_submodule("blocks").children():
-                fully_shard(block)
-            fully_shard(model)
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
             return model
         if not self.ddp:
             return model
@@ -104,19 +113,29 @@ PEERS = (
 )
 
 FSDP2_PEERS = (
-    Peer("fsdp2", "FSDP2 + torch.optim.ASGD, foreach", partial(_asgd, foreach=True), fsdp2=True),
-    Peer("fsdp2-loop", "FSDP2 + torch.optim.ASGD, for-loop", partial(_asgd, foreach=False), fsdp2=True),
-    Peer("fsdp2-sharded", "FSDP2 + ShardedASGD", _STAGE1, stage=1, fsdp2=True),
-    Peer("fsdp2-sharded-foreach", "FSDP2 + ShardedASGD, foreach", partial(_STAGE1, foreach=True), stage=1, fsdp2=True),
+    Peer("fsdp2", "FSDP2 + torch.optim.ASGD, foreach", partial(_asgd, foreach=True), fsdp2=1),
+    Peer("fsdp2-loop", "FSDP2 + torch.optim.ASGD, for-loop", partial(_asgd, foreach=False), fsdp2=1),
+    Peer("fsdp2-sharded", "FSDP2 + ShardedASGD", _STAGE1, stage=1, fsdp2=1),
+    Peer("fsdp2-sharded-foreach", "FSDP2 + ShardedASGD, foreach", partial(_STAGE1, foreach=True), stage=1, fsdp2=1),
+)
+
+REPLICAS = 2
+_UNSHARED = partial(_STAGE1, shard_replicated=False)
+
+HSDP_PEERS = (
+    Peer("hsdp", "HSDP + torch.optim.ASGD, foreach", partial(_asgd, foreach=True), fsdp2=REPLICAS),
+    Peer("hsdp-loop", "HSDP + torch.optim.ASGD, for-loop", partial(_asgd, foreach=False), fsdp2=REPLICAS),
+    Peer("hsdp-sharded", "HSDP + ShardedASGD", _STAGE1, stage=1, fsdp2=REPLICAS),
+    Peer("hsdp-unshared", "HSDP + ShardedASGD, shard_replicated=False", _UNSHARED, stage=1, fsdp2=REPLICAS),
 )
 
 # By what makes the gradients the same on all ranks; the first of each is the baseline of its ratios.
-PARALLEL = {"ddp": PEERS, "fsdp2": FSDP2_PEERS}
+PARALLEL = {"ddp": PEERS, "fsdp2": FSDP2_PEERS, "hsdp": HSDP_PEERS}
 
 
 def peer_of(key: str) -> Peer:
     """The peer of this key."""
-    return next(peer for peer in (*PEERS, *FSDP2_PEERS) if peer.key == key)
+    return next(peer for peers in PARALLEL.values() for peer in peers if peer.key == key)
 
 
 def select_peers(keys: Iterable[str] | None, quick: bool = False, parallel: str = "ddp") -> tuple[Peer, ...]:

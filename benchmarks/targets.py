@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.peers import REPLICAS
+
 WHOLE_STEP_RATIO = 0.85
 IMBALANCE = 1.001
 CONSOLIDATION_RATIO = 3.0
 BUCKET_BYTES = 25 * 2**20
 PEAK = 1.4
 DTENSOR_STEP_SPEEDUP = 3.0
+# Padding to 64 bytes a parameter is the rest.
+REPLICAS_SHARE = 1.005
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ def targets(report: Mapping[str, Any]) -> Iterator[Target]:
             f">= {DTENSOR_STEP_SPEEDUP:.0f} x faster",
             f"{speedup:.1f} x",
             speedup >= DTENSOR_STEP_SPEEDUP,
+        )
+    if {"hsdp", "hsdp-sharded"} <= time.keys():
+        share = time["hsdp-sharded"]["state_bytes"] * REPLICAS / time["hsdp"]["state_bytes"]
+        yield Target(
+            f"state bytes under HSDP on {REPLICAS} replicas, over torch.optim.ASGD's / {REPLICAS}",
+            f"<= {REPLICAS_SHARE}",
+            f"{share:.4f}",
+            share <= REPLICAS_SHARE,
         )
     if "stage2" in memory:
         extra = max(memory["stage2"]["consolidation"][1:])

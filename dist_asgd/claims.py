@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import fsdp1
 from .agreement import NO_CLAIM, Claim
 from .buffers import memory_strides
 from .dtensor import description, is_dtensor
@@ -16,6 +17,9 @@ from .validation import hyperparameters
 def _describe(param: Tensor) -> str:
     kind = "trainable" if param.requires_grad else "frozen"
     dtype = str(param.dtype).removeprefix("torch.")
+    if fsdp1.is_part(param):
+        # Ranks have parts of other lengths.
+        return f"<{kind} {dtype} of FSDP1, on {param.device.type}>"
     if is_dtensor(param):
         return f"<{kind} {dtype} DTensor of shape {tuple(param.shape)}, {description(param)}, on {param.device.type}>"
     return f"<{kind} {dtype} of shape {tuple(param.shape)}, strides {memory_strides(param)}, on {param.device.type}>"

@@ -82,7 +82,9 @@ def first_element(param: DTensor) -> int | None:
     from torch.distributed.tensor import Replicate, Shard
 
     sizes, start = list(param.shape), 0
-    coordinates = param.device_mesh.get_coordinate() or ()
+    coordinates = param.device_mesh.get_coordinate()
+    if coordinates is None:
+        return 0
     for rank, count, placement in zip(coordinates, param.device_mesh.shape, param.placements, strict=True):
         if type(placement) is Shard:
             dim = placement.dim
@@ -109,9 +111,30 @@ def is_first_copy(tensor: DTensor) -> bool:
     return not any(c for c, placement in zip(coordinates, tensor.placements, strict=True) if placement.is_replicate())
 
 
-def counted_as(param: DTensor) -> int:
-    """A number for this mesh on one of the ranks that hold the same elements, 0 on the others and for no elements."""
-    return 1 + int(param.device_mesh.mesh.min()) if is_first_copy(param) and local_of(param).numel() else 0
+def replicas_of(param: DTensor) -> tuple[int, ...]:
+    """The ranks that hold the same local tensor as this one, itself among them, in order; none outside of the mesh."""
+    mesh = param.device_mesh
+    coordinates = mesh.get_coordinate()
+    if coordinates is None:
+        return ()
+    alike = tuple(
+        slice(None) if placement.is_replicate() else coordinate
+        for coordinate, placement in zip(coordinates, param.placements, strict=True)
+    )
+    return tuple(sorted(mesh.mesh[alike].flatten().tolist()))
+
+
+def mesh_number(param: DTensor) -> int:
+    """A number above 0 that tells meshes apart unless they have ranks in common."""
+    return 1 + int(param.device_mesh.mesh.min())
+
+
+def corner_of(param: DTensor) -> tuple[int, ...]:
+    """Where the local tensor lies in the whole one: the offset along every dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return tuple(offsets)
 
 
 def problem_with(name: str, param: DTensor, ranks: Sequence[int], rounds_stochastically: bool) -> str | None:

@@ -92,38 +92,15 @@ class Gradients(ABC):
         return kind in (Kind.STEP, Kind.CLIP_GRAD_NORM)
 
     @property
-    def misplaced(self) -> int:
-        """The bits of the DTensors whose gradient is placed otherwise than they are."""
-        return bits(member.index for member in self.residents if member.misplaced)
+    def amiss(self) -> int:
+        """The bits of the residents whose gradient this rank has something to say about."""
+        return bits(member.index for member in self.residents if member.amiss)
 
-    def place(self, masks: Sequence[int]) -> None:
-        """Collective: place gradients of DTensors as their parameters; ``masks`` is what ranks found misplaced."""
+    def settle_residents(self, answer: Answer) -> None:
+        """Collective: put the gradients of residents right, or raise on all ranks alike."""
+        masks, amiss = answer.masks(0), answer.masks(1)
         for member in self.residents:
-            wrong = [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
-            if wrong and len(wrong) < len(masks):
-                raise RuntimeError(
-                    f"dist_asgd: the gradient of parameter {member.name} is placed as the parameter is, but not on "
-                    f"{ranks_text(wrong)} of {len(masks)}. A DTensor has the same placements on all ranks."
-                )
-            if wrong:
-                member.place_gradient()
-
-    @staticmethod
-    def refuse_missing(members: Iterable[Member], masks: Sequence[int]) -> None:
-        """RuntimeError, on all ranks alike, where a gradient stands on some ranks only."""
-        for member in sorted(members, key=lambda m: m.index):
-            have = [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
-            if 0 < len(have) < len(masks):
-                remedy = (
-                    "Gradients of DTensors arrive reduced, on all ranks or on none: run the same modules on every rank."
-                    if isinstance(member, Resident)
-                    else "With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model in "
-                    "DDP or pass stage=2."
-                )
-                raise RuntimeError(
-                    f"dist_asgd: parameter {member.name} has a gradient on {ranks_text(have)} of {len(masks)} only. "
-                    f"{remedy}"
-                )
+            member.settle_gradient(_ranks_in(masks, member), _ranks_in(amiss, member), len(masks))
 
     def piece(self, member: Member) -> Tensor:
         """The part of an active member's gradient that this rank updates with, 1-D and real."""
@@ -162,6 +139,11 @@ class Gradients(ABC):
     @abstractmethod
     def forget(self, set_to_none: bool) -> None:
         """``zero_grad``: drop gradients that are not in ``p.grad``, or set them to zeros."""
+
+
+def _ranks_in(masks: Sequence[int], member: Member) -> list[int]:
+    """The ranks whose mask has the member's bit."""
+    return [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
 
 
 class Pattern:
@@ -205,8 +187,8 @@ class Arrived(Gradients):
             problem = problem or wrong
         standing, wrong = self.standing(self.residents)
         problem = problem or wrong
-        misplaced = 0 if problem else self.misplaced
-        return self.agreement.confer(kind, claim, (self._pattern.mask | standing, misplaced), problem)
+        amiss = 0 if problem else self.amiss
+        return self.agreement.confer(kind, claim, (self._pattern.mask | standing, amiss), problem)
 
     def ready(self, bucket: Store | None) -> None:
         """They have arrived."""
@@ -220,9 +202,21 @@ class Arrived(Gradients):
     def present(self, answer: Answer) -> set[int]:
         masks = answer.masks(0)
         if len(set(masks)) > 1:
-            self.refuse_missing((*self.members, *self.residents), masks)
-        self.place(answer.masks(1))
-        return self.indices_of(masks[0])
+            self._refuse_missing(masks)
+        if self.residents:
+            self.settle_residents(answer)
+        return self.indices_of(answer.union(0))
+
+    def _refuse_missing(self, masks: Sequence[int]) -> None:
+        """RuntimeError, on all ranks alike, where a gradient of a plain parameter stands on some ranks only."""
+        for member in sorted(self.members, key=lambda m: m.index):
+            have = _ranks_in(masks, member)
+            if 0 < len(have) < len(masks):
+                raise RuntimeError(
+                    f"dist_asgd: parameter {member.name} has a gradient on {ranks_text(have)} of {len(masks)} only. "
+                    f"With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model in DDP "
+                    f"or pass stage=2."
+                )
 
     def active(self, answer: Answer) -> set[int]:
         present = self.present(answer)
@@ -265,6 +259,38 @@ def checksum(flat: Tensor) -> Tensor:
 
 def compare_values(gradients: Gradients, communicators: Communicators) -> None:
     """First step: raise on every rank where the parameters do not start from the same values."""
+    _compare_housed(gradients, communicators)
+    _compare_replicas(gradients, communicators)
+
+
+def _compare_replicas(gradients: Gradients, communicators: Communicators) -> None:
+    """Replicas that update a part each must have the same whole."""
+    if not gradients.residents:
+        return
+    # Replicas name the first of them: other ranks may know nothing of their mesh, and are told all the same.
+    rows = [
+        torch.stack((torch.tensor(m.bucket.replicas.ranks[0]), checksum(m.flat).cpu()))
+        if m.bucket.replicas is not None
+        else torch.tensor([-1, 0])
+        for m in gradients.residents
+    ]
+    table = communicators.host.exchange(torch.cat(rows))().view(communicators.world_size, -1, 2).tolist()
+    for position, member in enumerate(gradients.residents):
+        sums: dict[int, dict[int, int]] = {}
+        for rank, row in enumerate(table):
+            first, value = row[position]
+            sums.setdefault(first, {})[rank] = value
+        for values in sums.values():
+            if len(set(values.values())) > 1:
+                raise RuntimeError(
+                    f"dist_asgd: parameter {member.name} does not start from the same values on "
+                    f"{ranks_text(list(values))}, which hold the same part of it: checksums "
+                    f"{', '.join(f'{value & 0xFFFFFFFF:08x}' for value in values.values())}. Seed these ranks alike "
+                    f"before building the model, or broadcast its parameters from one of them."
+                )
+
+
+def _compare_housed(gradients: Gradients, communicators: Communicators) -> None:
     members = sorted(gradients.members, key=lambda m: m.index)
     if not members:
         return

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 ALIGN_BYTES = 64
 MIB = 1 << 20
+# What has at least this size is sent from where it lies, where the backend can; smaller pieces share a message.
+DIRECT_BYTES = 1 << 18
 # How many buckets a model makes at least, by stage. Stage 2: gradients in flight are a few buckets, and should be
 # small beside the shards. Stage 1: enough to gather one while another is updated.
 MIN_BUCKETS = {1: 4, 2: 20}

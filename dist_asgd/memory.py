@@ -36,7 +36,7 @@ def report(buckets: Sequence[Store], in_flight_bytes: int) -> MemoryReport:
     standing = sum(member.gradient.nbytes for member in members if member.gradient is not None)
     shards = sum(gradient.nbytes for bucket in buckets if (gradient := bucket.reduced()) is not None)
     whole = [bucket for bucket in buckets if bucket.flat is not None]
-    elsewhere = sum(m.piece.numel * b.dtype.itemsize for b in buckets if b.flat is None for m in b.members)
+    elsewhere = sum(m.slot.numel * b.dtype.itemsize for b in buckets if b.flat is None for m in b.members)
     return MemoryReport(
         parameter_bytes=elsewhere + sum(bucket.layout.numel * bucket.dtype.itemsize for bucket in whole),
         padding_bytes=sum(bucket.layout.padding_numel * bucket.dtype.itemsize for bucket in whole),

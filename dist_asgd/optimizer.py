@@ -12,18 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import clip, differentiable, memory
+from . import clip, differentiable, fsdp1, memory
 from .agreement import NO_CLAIM, Agreement, Kind
 from .averaging import Averages
 from .buffers import Precision
 from .checkpoint import consolidated
 from .claims import HyperparameterClaims, groups_claim
 from .comm import Communicators, description
-from .dtensor import is_dtensor
 from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
 from .layout import MIN_BUCKETS
 from .reduce import Reducer
+from .residents import is_resident
 from .scaling import Told, unscale
 from .state import ShardedState
 from .state_dicts import StateDicts
@@ -86,6 +86,9 @@ class ShardedASGD(torch.optim.Optimizer):
             that the mean is exact, and alike for every sharding. None: rounded to nearest, after every operation.
         reduce_dtype: stage 2: dtype that gradients are sent in; on NCCL also that of the sum, which Gloo's is not below
             float32. 16-bit parameters keep the sum in float32 where this is not their own dtype.
+        shard_replicated: of DTensors that several ranks hold alike (HSDP, replicated parameters of tensor parallelism)
+            each of those ranks updates a part and has the state of that; parameters are gathered among them. False:
+            each updates and keeps all of it, as torch does. The same bits.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -113,6 +116,7 @@ class ShardedASGD(torch.optim.Optimizer):
         master_weights: bool = False,
         stochastic_rounding: int | None = None,
         reduce_dtype: torch.dtype | None = None,
+        shard_replicated: bool = True,
     ) -> None:
         self._communicators = Communicators(process_group, mesh)
         self._agreement = Agreement(self._communicators.host)
@@ -123,7 +127,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._stage = stage
         self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
         self._options = {"stage": stage, "mesh": description(mesh), "bucket_cap_mb": bucket_cap_mb}
-        self._options |= self._precision.options()
+        self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
         self._claims = HyperparameterClaims()
         self._values_checked = self._communicators.world_size == 1
@@ -140,17 +144,19 @@ class ShardedASGD(torch.optim.Optimizer):
             "fused": fused,
         }
         self._constructed = False
-        problem: Exception | None = None
+        problem = self._communicators.problem
         try:
-            check_options(stage, bucket_cap_mb, self._precision, self._differentiable)
+            check_options(stage, bucket_cap_mb, shard_replicated, self._precision, self._differentiable)
             super().__init__(params, defaults)
             check_precision_fits(self._precision, self.param_groups)
         except Exception as error:
-            problem = error
+            problem = problem or error
         groups = [] if problem else self.param_groups
         self._agree_on_groups(Kind.CONSTRUCT, 0, groups, problem)
         self._constructed = True
-        self._shards = ShardedState(self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision)
+        self._shards = ShardedState(
+            self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
+        )
         self._house(0)
         shards = None if self._differentiable else self._shards
         self._state_dicts = StateDicts(self, shards, self._communicators, self._gatherer)
@@ -193,12 +199,16 @@ class ShardedASGD(torch.optim.Optimizer):
                 check_params(self._named(index), known)
                 check_dtensors(self._named(index), self._communicators.ranks, self._precision)
                 for _, param in self._named(index):
-                    if not is_dtensor(param):
+                    if not is_resident(param):
                         self._communicators.on(param.device)
                 check_rounding(self._precision, self._named(index))
         except Exception:
             del self.param_groups[index]
             raise
+
+    @property
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _named(self, index: int) -> list[tuple[str, Tensor]]:
         return named_params(self.param_groups, index)
@@ -318,7 +328,8 @@ class ShardedASGD(torch.optim.Optimizer):
         In stage 1 without DTensors it is torch's function, bit for bit. In stage 2 it reads the gradients once: the
         update scales them.
         """
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._params
+        fsdp1.refuse("clip_grad_norm_()", params, "Call clip_grad_norm_() of that module")
         if self._differentiable or not (self.reduces_gradients or self._gradients.residents):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         self._averages.refuse("clip_grad_norm_()")
@@ -360,6 +371,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
         self._averages.refuse("averaged_parameters()")
+        fsdp1.refuse("averaged_parameters()", self._params, "Load ax of FSDP.optim_state_dict() into a model")
         self._gradients.settle(Kind.AVERAGED_PARAMETERS, problem=self._problem())
         leave = partial(self._gradients.settle, Kind.END_OF_AVERAGED_PARAMETERS)
         with self._averages.in_place(self._shards.stores, self._shards.cohort_of, leave):
@@ -397,6 +409,7 @@ class ShardedASGD(torch.optim.Optimizer):
         run where the result is.
         """
         self._averages.refuse("consolidated_state_dict()")
+        fsdp1.refuse("consolidated_state_dict()", self._params, "Call FSDP.optim_state_dict(model, optimizer)")
         if not self._differentiable:
             claim, problem = consolidated.claim_of(to, self._communicators.world_size)
             self._gradients.settle(Kind.CONSOLIDATED_STATE_DICT, claim, problem)
@@ -420,7 +433,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def memory_report(self) -> memory.MemoryReport:
         """What the optimizer holds on this rank, in bytes, beside what ``torch.optim.ASGD`` would; no communication."""
-        in_flight = self._updater.scratch_bytes + self._communicators.scratch_bytes()
+        in_flight = self._updater.scratch_bytes + self._communicators.scratch_bytes() + self._gatherer.scratch_bytes
         if isinstance(self._gradients, Reducer):
             in_flight += self._gradients.in_flight_bytes
         return memory.report(self._shards.stores, in_flight)

@@ -25,15 +25,13 @@ from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing
 from .buffers import Bucket, Housed, Member, Store, flattened
 from .comm import Communicators, Wait
 from .gradients import Gradients, bits, indices_of, multiply
-from .layout import SendLayout, Stretch, send_layout, whole_layout
+from .layout import DIRECT_BYTES, SendLayout, Stretch, send_layout, whole_layout
 from .residents import Residents
 from .update.segments import UNSCALED, Scaling
 from .validation import check_gradient
 
 # Buckets on their way at a time: one arrives while the next is filled.
 MAX_IN_FLIGHT = 2
-# A gradient of at least this size is sent from where it lies, where the backend can; smaller ones share a message.
-DIRECT_BYTES = 1 << 18
 
 
 class Slots:
@@ -272,8 +270,8 @@ class Reducer(Gradients):
             pending = self._pending() if keep else 0
             standing, wrong = self.standing(self.residents) if self.about_gradients(kind) else (0, None)
             problem = problem or self._mispaired or self._problem or wrong
-            misplaced = self.misplaced if standing and not wrong else 0
-            masks = (self._delivered | pending | standing, pending | misplaced)
+            amiss = self.amiss if self.about_gradients(kind) and not wrong else 0
+            masks = (self._delivered | pending | standing, pending | amiss)
             answer = self.agreement.open(kind, claim, masks, problem is not None)()
             if Kind.ROUND not in answer.kinds:
                 break
@@ -327,10 +325,9 @@ class Reducer(Gradients):
         return torch.tensor([not all(finite)], dtype=torch.int64)
 
     def present(self, answer: Answer) -> set[int]:
-        """Indices of the parameters for which any rank has contributed a gradient; DTensors have theirs on all."""
+        """Indices of the parameters for which any rank has contributed a gradient; residents settle theirs."""
         if self.residents:
-            self.refuse_missing(self.residents, answer.masks(0))
-            self.place(answer.masks(1))
+            self.settle_residents(answer)
         return self.indices_of(answer.union(0))
 
     def piece(self, member: Member) -> Tensor:

@@ -1,40 +1,54 @@
-"""Parameters that are sharded already and stay where they are: DTensors.
+"""Parameters that are sharded already and stay where they are: DTensors, and what FSDP1 leaves of a parameter.
 
-Only their state is kept here, for the local tensors of all of one group, dtype and device together. Nothing is
-reduced or gathered: gradients arrive reduced, and whoever sharded a parameter gathers it.
+Only their state is kept here, for local tensors of one group, dtype and device together. Gradients arrive reduced, and
+whoever sharded a parameter gathers it. Where several ranks hold the same local tensors (HSDP, replicated parameters of
+tensor parallelism) these replicas share the work: each has the state of a shard, updates that, and gets the others'.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from . import dtensor
+from . import dtensor, fsdp1
+from .agreement import ranks_text
 from .buffers import Member, Precision, Store, flattened, memory_strides, same_strides
-from .layout import Slot, lay_out
+from .comm import Communicators
+from .layout import MIN_BUCKETS, Slot, bucket_cap_bytes, fill_buckets, lay_out
+from .replicas import Replicas, Share
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+Entry = tuple[int, str, Tensor]
+
+
+def is_resident(param: Tensor) -> bool:
+    """Whether ``param`` is sharded already, and stays where it is."""
+    return dtensor.is_dtensor(param) or fsdp1.is_part(param)
+
+
+def local_of(param: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return dtensor.local_of(param) if dtensor.is_dtensor(param) else param.detach()
+
 
 class Resident(Member):
-    """A DTensor, of which this rank updates its local tensor."""
+    """A parameter that is sharded already, of whose local tensor this rank updates all, or with replicas its piece."""
 
-    __slots__ = ("_flat", "_pointer", "_shape", "counted", "first")
+    __slots__ = ("_flat", "_pointer", "_shape")
 
     bucket: Residents
-    param: DTensor
 
-    def __init__(self, param: DTensor, name: str, index: int, bucket: Residents, slot: Slot) -> None:
-        local = dtensor.local_of(param)
-        piece = bucket.layout.piece(slot, 0)
+    def __init__(self, param: Tensor, name: str, index: int, bucket: Residents, slot: Slot) -> None:
+        local = local_of(param)
+        piece = bucket.layout.piece(slot, 0 if bucket.replicas is None else bucket.replicas.rank)
         super().__init__(param, name, index, slot, piece, memory_strides(local))
         self.bucket = bucket
-        self.first = dtensor.first_element(param) or 0
-        self.counted = dtensor.counted_as(param)
         self._shape = local.shape
         self._take(local)
 
@@ -45,7 +59,12 @@ class Resident(Member):
     @property
     def local(self) -> Tensor:
         """The local tensor, as it is now."""
-        return dtensor.local_of(self.param)
+        return local_of(self.param)
+
+    @property
+    def flat(self) -> Tensor:
+        """The local tensor as it was when last followed, 1-D and real: ``(slot_numel,)``; a view."""
+        return self._flat
 
     @property
     def at_home(self) -> bool:
@@ -60,10 +79,40 @@ class Resident(Member):
     def follow(self) -> bool:
         """Take up the local tensor where it was put elsewhere, as FSDP2 does to pad or pin it; whether it was."""
         local = self.local
-        if local.data_ptr() == self._pointer:
+        if local.data_ptr() == self._pointer or not self.at_home:
             return False
         self._take(local)
         return True
+
+    def part(self, start: int, stop: int) -> Tensor:
+        shift = self.piece.param_start - self.piece.start
+        return self._flat[start + shift : stop + shift]
+
+    @property
+    @abstractmethod
+    def amiss(self) -> bool:
+        """Whether this rank has something to say about the gradient beside that it is there."""
+
+    @abstractmethod
+    def settle_gradient(self, have: Sequence[int], amiss: Sequence[int], num_ranks: int) -> None:
+        """Collective where all ranks found it ``amiss``: put the gradient right, or raise a RuntimeError, on all alike.
+
+        ``have``: the ranks that have a gradient.
+        """
+
+
+class Placed(Resident):
+    """A DTensor."""
+
+    __slots__ = ("counted", "first")
+
+    param: DTensor
+
+    def __init__(self, param: DTensor, name: str, index: int, bucket: Residents, slot: Slot) -> None:
+        super().__init__(param, name, index, bucket, slot)
+        self.first = (dtensor.first_element(param) or 0) + self.piece.param_start
+        leads = bucket.replicas is not None or dtensor.is_first_copy(param)
+        self.counted = dtensor.mesh_number(param) if leads and self.piece.numel else 0
 
     @property
     def gradient(self) -> Tensor | None:
@@ -71,46 +120,117 @@ class Resident(Member):
         return None if gradient is None else dtensor.local_of(cast("DTensor", gradient))
 
     @property
-    def misplaced(self) -> bool:
-        """Whether the parameter has a gradient that is placed otherwise, say as partial sums."""
+    def amiss(self) -> bool:
+        # Placed otherwise, say as partial sums.
         gradient = self.param.grad
         return gradient is not None and not dtensor.alike(self.param, cast("DTensor", gradient))
 
-    def place_gradient(self) -> None:
-        """Collective on the mesh: place the gradient as the parameter."""
-        dtensor.place_gradient(self.param)
+    def settle_gradient(self, have: Sequence[int], amiss: Sequence[int], num_ranks: int) -> None:
+        if 0 < len(have) < num_ranks:
+            raise RuntimeError(
+                f"dist_asgd: parameter {self.name} has a gradient on {ranks_text(have)} of {num_ranks} only. Gradients "
+                f"of DTensors arrive reduced, on all ranks or on none: run the same modules on every rank."
+            )
+        if 0 < len(amiss) < num_ranks:
+            raise RuntimeError(
+                f"dist_asgd: the gradient of parameter {self.name} is placed as the parameter is, but not on "
+                f"{ranks_text(amiss)} of {num_ranks}. A DTensor has the same placements on all ranks."
+            )
+        if amiss:
+            dtensor.place_gradient(self.param)
 
     @property
     def place(self) -> int:
         return self.first
 
-    def part(self, start: int, stop: int) -> Tensor:
-        return self._flat[start - self.piece.start : stop - self.piece.start]
-
     def piece_of(self, whole: Tensor) -> Tensor:
-        return flattened(dtensor.part_of(whole, self.param), self.strides)
+        flat = flattened(dtensor.part_of(whole, self.param), self.strides)
+        return flat[self.piece.param_start : self.piece.param_start + self.piece.numel]
 
     def shown(self, slice_: Tensor) -> DTensor:
         # The same memory with storage of its own: a DTensor takes on the offset of its local tensor, by which
         # copy.deepcopy takes it for a tensor that has storage (torch/_tensor.py, __deepcopy__).
         local = torch.utils.dlpack.from_dlpack(slice_) if slice_.numel() else slice_.new_empty(0)
-        return dtensor.placed_as(self.param, local.as_strided(self._shape, self.strides))
+        replicas = self.bucket.replicas
+        if replicas is None or not self.param.numel():
+            return dtensor.placed_as(self.param, local.as_strided(self._shape, self.strides))
+        from .portions import portion_of
+
+        start = self.piece.param_start // (2 if self.dtype.is_complex else 1)
+        share = Share(replicas, self.bucket.layout, self.slot)
+        return portion_of(self.param, local, start, self.local, self.strides, share)
 
     @property
     def counted_as(self) -> int:
         return self.counted
 
 
-class Residents(Store):
-    """The state of all DTensors of one group, dtype and device, in one flat buffer of each kind."""
+class Part(Resident):
+    """What FSDP1 leaves of a parameter on this rank between steps, 1-D; on many ranks nothing."""
 
-    def __init__(self, params: Sequence[tuple[int, str, DTensor]], group_index: int, precision: Precision) -> None:
-        like = dtensor.local_of(params[0][2])
-        reals = 2 if like.is_complex() else 1
-        numels = [dtensor.local_of(param).numel() * reals for _, _, param in params]
-        super().__init__(lay_out(numels, like.dtype.itemsize // reals, 1), like, group_index, precision)
+    __slots__ = ()
+
+    def check_at_home(self) -> None:
+        if not self.at_home:
+            raise RuntimeError(
+                f"dist_asgd: parameter {self.name} has shape {tuple(self.param.shape)}, dtype {self.param.dtype} and "
+                f"lies on {self.param.device}; between steps FSDP1 had left {tuple(self._shape)} of it on this rank, "
+                f"{self.dtype} on {self.bucket.device}. Step after a backward, outside of summon_full_params(), and "
+                f"convert or move the module before constructing the optimizer."
+            )
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.param.grad
+
+    @property
+    def amiss(self) -> bool:
+        # Ranks that hold nothing of it have no gradient, and nothing to say.
+        return self.param.numel() > 0 and self.param.grad is None
+
+    def settle_gradient(self, have: Sequence[int], amiss: Sequence[int], num_ranks: int) -> None:
+        if have and amiss:
+            raise RuntimeError(
+                f"dist_asgd: parameter {self.name} has a gradient on {ranks_text(have)} of {num_ranks}, and none on "
+                f"{ranks_text(amiss)}, which hold parts of it too. FSDP1 reduces gradients on all ranks: run the same "
+                f"modules on every rank."
+            )
+
+    @property
+    def place(self) -> int:
+        return 0
+
+    def piece_of(self, whole: Tensor) -> Tensor:
+        return flattened(whole, self.strides)
+
+    def shown(self, slice_: Tensor) -> Tensor:
+        return slice_.as_strided(self._shape, self.strides)
+
+    @property
+    def counted_as(self) -> int:
+        # Ranks do not know which others hold the same: nobody may ask.
+        raise NotImplementedError("dist_asgd: norms of FSDP1's parameters are the module's to take.")
+
+
+class Residents(Store):
+    """The state of such parameters of one group, dtype and device, in one flat buffer of each kind.
+
+    ``replicas`` share it: each has a shard of it, and all get each other's parameters after an update. None: the
+    others, if there are any, have the same state, and nothing is sent.
+    """
+
+    def __init__(
+        self, params: Sequence[Entry], group_index: int, precision: Precision, replicas: Replicas | None
+    ) -> None:
+        self.replicas = replicas
+        like = local_of(params[0][2])
+        numels, itemsize = [_numel(param) for _, _, param in params], like.dtype.to_real().itemsize
+        layout = lay_out(numels, itemsize, 1 if replicas is None else len(replicas.ranks))
+        super().__init__(layout, like, group_index, precision)
         self.members: list[Resident] = [
-            Resident(param, name, index, self, slot)
+            Placed(param, name, index, self, slot)
+            if dtensor.is_dtensor(param)
+            else Part(param, name, index, self, slot)
             for (index, name, param), slot in zip(params, self.layout.slots, strict=True)
         ]
         self.forget_masters()
@@ -124,12 +244,41 @@ class Residents(Store):
         dtensor.reshard_modules()
 
 
+def _numel(param: Tensor) -> int:
+    """Real elements of the local tensor."""
+    return local_of(param).numel() * (2 if param.is_complex() else 1)
+
+
 def settle_residents(
-    params: Sequence[tuple[int, str, DTensor]], group_index: int, precision: Precision
+    params: Sequence[Entry],
+    group_index: int,
+    precision: Precision,
+    bucket_cap_mb: float,
+    communicators: Communicators | None,
 ) -> list[Residents]:
-    """The stores of one group's DTensors, (index, name, parameter) each."""
-    classes: dict[tuple[torch.dtype, torch.device], list[tuple[int, str, DTensor]]] = {}
+    """The stores of one group's residents, (index, name, parameter) each.
+
+    With ``communicators`` replicas share what they hold, in stores of limited size, so that one is sent while the next
+    is updated; without, each has all of it.
+    """
+    classes: dict[tuple[torch.dtype, torch.device, tuple[int, ...]], list[Entry]] = {}
     for entry in params:
-        local = dtensor.local_of(entry[2])
-        classes.setdefault((local.dtype, local.device), []).append(entry)
-    return [Residents(alike, group_index, precision) for alike in classes.values()]
+        param = entry[2]
+        local = local_of(param)
+        shared = communicators is not None and dtensor.is_dtensor(param)
+        ranks = dtensor.replicas_of(cast("DTensor", param)) if shared else ()
+        classes.setdefault((local.dtype, local.device, ranks if len(ranks) > 1 else ()), []).append(entry)
+    stores: list[Residents] = []
+    for (dtype, device, ranks), alike in classes.items():
+        if communicators is None or not ranks:
+            stores.append(Residents(alike, group_index, precision, None))
+            continue
+        replicas = Replicas(ranks, ranks.index(communicators.ranks[communicators.rank]), communicators)
+        # All of them make their group now, in one order: a step must not find out that there can be none.
+        replicas.on(device)
+        itemsize = dtype.to_real().itemsize
+        numels = [_numel(param) for _, _, param in alike]
+        cap_bytes = bucket_cap_bytes(bucket_cap_mb, sum(numels) * itemsize, MIN_BUCKETS[2])
+        for chosen in fill_buckets(numels, itemsize, cap_bytes):
+            stores.append(Residents([alike[i] for i in chosen], group_index, precision, replicas))
+    return stores

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .buffers import Bucket, Member, Precision, Store, build_buckets, reduce_order
 from .comm import Communicators
-from .dtensor import is_dtensor
 from .layout import bucket_cap_bytes
-from .residents import Residents, settle_residents
+from .residents import Residents, is_resident, settle_residents
 from .update import cpu
 from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
 from .update.scalars import ScalarTable
@@ -31,8 +30,8 @@ Plan = list[tuple[Store, Batches]]
 class ShardedState:
     """Houses plain parameters in buckets, leaves DTensors where they are, and keeps ``optimizer.state`` up to date.
 
-    ``buckets`` are in reduce order, ``residents`` keep the state of DTensors, ``members`` are all parameters in
-    registration order, so that ``members[i].index == i``.
+    ``buckets`` are in reduce order, ``residents`` keep the state of what is sharded already, ``members`` are all
+    parameters in registration order, so that ``members[i].index == i``.
     ``shown`` is the optimizer's ``state``: a view for users, and checked for replaced entries at each step.
     """
 
@@ -43,12 +42,14 @@ class ShardedState:
         bucket_cap_mb: float,
         min_buckets: int,
         precision: Precision,
+        shard_replicated: bool,
     ) -> None:
         self._communicators = communicators
         self._shown = shown
         self._bucket_cap_mb = bucket_cap_mb
         self._min_buckets = min_buckets
         self._precision = precision
+        self._shard_replicated = shard_replicated
         self._group_sizes: list[int] = []
         self.buckets: list[Bucket] = []
         self.residents: list[Residents] = []
@@ -65,18 +66,20 @@ class ShardedState:
 
     def house(self, groups: Sequence[tuple[Named, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
-        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_dtensor(p))
+        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_resident(p))
         total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
         for named, lr in groups:
             first_index = sum(self._group_sizes)
             placed = [(first_index + i, name, param) for i, (name, param) in enumerate(named)]
             residents = settle_residents(
-                [(i, name, param) for i, name, param in placed if is_dtensor(param)],
+                [(i, name, param) for i, name, param in placed if is_resident(param)],
                 len(self._group_sizes),
                 self._precision,
+                self._bucket_cap_mb,
+                self._communicators if self._shard_replicated else None,
             )
             buckets = build_buckets(
-                [entry for entry in placed if not is_dtensor(entry[2])],
+                [entry for entry in placed if not is_resident(entry[2])],
                 group_index=len(self._group_sizes),
                 rank=self._communicators.shard_rank,
                 world_size=self._communicators.num_shards,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtensor
+from . import dtensor, fsdp1
 from .buffers import Member, Precision, memory_strides, same_strides
 from .update import backend
 
@@ -40,7 +40,9 @@ def scalar(value: Any) -> float:
     return float(value.item()) if isinstance(value, Tensor) else float(value)
 
 
-def check_options(stage: Any, bucket_cap_mb: Any, precision: Precision, differentiable: bool) -> None:
+def check_options(
+    stage: Any, bucket_cap_mb: Any, shard_replicated: Any, precision: Precision, differentiable: bool
+) -> None:
     """Raise ValueError unless the constructor's own options are of their kind and in range."""
     if stage not in (1, 2) or isinstance(stage, bool):
         raise ValueError(
@@ -50,6 +52,8 @@ def check_options(stage: Any, bucket_cap_mb: Any, precision: Precision, differen
     number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
     if not number or not 0 < bucket_cap_mb < math.inf:
         raise ValueError(f"dist_asgd: bucket_cap_mb must be a positive number of MiB, got {bucket_cap_mb!r}.")
+    if not isinstance(shard_replicated, bool):
+        raise ValueError(f"dist_asgd: shard_replicated must be True or False, got {shard_replicated!r}.")
     _check_kinds(precision)
     if precision.reduce_dtype is not None and stage != 2:
         raise ValueError(
@@ -105,6 +109,13 @@ def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) ->
         raise ValueError(
             f"dist_asgd: stochastic_rounding is for bfloat16 parameters, and {half} is float16. Pass "
             f"master_weights=True instead."
+        )
+    part = next((name for name, param in named if fsdp1.is_part(param)), None)
+    if precision.stochastic_rounding is not None and part is not None:
+        raise ValueError(
+            f"dist_asgd: stochastic_rounding of {part}, which FSDP1 manages: random numbers go by an "
+            f"element's place in the whole parameter, which only the module knows. Pass master_weights=True "
+            f"instead, or use fully_shard (FSDP2)."
         )
 
 
@@ -190,10 +201,11 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
         )
     if not differentiable:
         return
-    if any(dtensor.is_dtensor(param) for param in group["params"]):
+    if any(dtensor.is_dtensor(param) or fsdp1.is_part(param) for param in group["params"]):
         raise ValueError(
-            f"dist_asgd: {where}: differentiable=True with DTensor parameters: the update acts on local tensors, which "
-            f"autograd would not follow. Pass differentiable=False, or plain parameters in one process."
+            f"dist_asgd: {where}: differentiable=True with sharded parameters (DTensor, FSDP1): the update acts on "
+            f"local tensors, which autograd would not follow. Pass differentiable=False, or plain parameters in one "
+            f"process."
         )
     if world_size > 1:
         raise ValueError(
@@ -257,12 +269,6 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
 
 def _check_owner(name: str, param: Tensor) -> None:
     """ValueError where somebody else replaces the parameter's storage, or holds it in a way unknown here."""
-    if hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param"):
-        raise ValueError(
-            f"dist_asgd: parameter {name} is managed by FullyShardedDataParallel (FSDP1), which replaces its storage "
-            f"at every forward. Use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters are updated where "
-            f"they are, or stage=2 without FSDP."
-        )
     if hasattr(param, "device_mesh") and not dtensor.is_dtensor(param):
         raise ValueError(
             f"dist_asgd: parameter {name} is a {type(param).__name__}: of tensors that are sharded already only "

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from dist_asgd.checkpoint.tensors import ShardTensor, row_major_boxes
+from dist_asgd.parts import ShardTensor, row_major_boxes
 from tests.harness.ranks import run
 from tests.harness.topologies import Run, assert_same_state, build, whole_state
 
 # (topology, ranks): every pair of neighbours is one way through a file.
 PLACES = [("single", 1), ("stage1", 2), ("fsdp2", 2), ("stage2", 3), ("fsdp2", 4), ("stage1", 1), ("stage2", 4)]
+PLACES += [("hsdp-sharded", 4), ("hsdp", 2), ("hsdp-sharded", 2), ("fsdp2-sharded", 3), ("hsdp-sharded", 4)]
 
 
 def backend(topology: str) -> str:

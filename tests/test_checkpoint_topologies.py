@@ -27,8 +27,10 @@ PLACES: list[Place] = [
     *(("fsdp2", n) for n in (1, 2, 3, 4)),
     *(("fsdp2-sharded", n) for n in (2, 3)),
     *(("hybrid", n) for n in (2, 3, 4)),
+    ("hsdp", 4),
+    *(("hsdp-sharded", n) for n in (2, 4)),
 ]
-OURS = [place for place in PLACES if not place[0].startswith("fsdp2")]
+OURS = [place for place in PLACES if not place[0].startswith(("fsdp2", "hsdp"))]
 
 
 def at(place: Place, fn: Any, *args: Any) -> list[Any]:

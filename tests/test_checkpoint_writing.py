@@ -26,7 +26,7 @@ from dist_asgd.checkpoint.archives import Archives
 from dist_asgd.checkpoint.contents import Stage, describe
 from dist_asgd.checkpoint.manifest import Chunk, read_manifest
 from dist_asgd.checkpoint.reader import Opened
-from dist_asgd.checkpoint.tensors import ShardTensor
+from dist_asgd.parts import ShardTensor
 from tests.harness.meshes import Net, set_gradients, sharded
 from tests.harness.ranks import run
 from tests.harness.topologies import build

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 
@@ -241,11 +240,6 @@ def _construct(rank: int, world_size: int, what: str) -> None:
         dtype = torch.bfloat16 if what == "rounding" else dtype
         params = [nn.Parameter(distribute_tensor(torch.zeros(4, 4, dtype=dtype), mesh, placements, src_data_rank=None))]
         options = {"stochastic_rounding": 3} if what == "rounding" else {}
-    elif what in ("fsdp1", "fsdp1 with orig params"):
-        model = FullyShardedDataParallel(
-            nn.Linear(4, 3), use_orig_params=what != "fsdp1", device_id=torch.device("cpu")
-        )
-        params = list(model.parameters())
     elif what == "dense":
         params = [nn.Parameter(DTensor.from_local(torch.zeros(4, 6)[:, ::2], mesh, [Shard(0)], run_check=False))]
     else:
@@ -261,8 +255,6 @@ def _construct(rank: int, world_size: int, what: str) -> None:
         ("partial", "redistribute() it to Shard or Replicate"),
         ("placements", "Shard(dim=1)"),
         ("rounding", "is not one stretch of it. Pass master_weights=True"),
-        ("fsdp1", "managed by FullyShardedDataParallel (FSDP1)"),
-        ("fsdp1 with orig params", "managed by FullyShardedDataParallel (FSDP1)"),
         ("dense", "not dense in memory"),
         ("group", "Pass a process_group with all ranks of its mesh"),
     ],

@@ -14,10 +14,12 @@ MAX_LINES = 450
 
 # From the top: a module imports only from those on lines above its own, or beside it in its own folder.
 LAYERS = [
-    {"version", "layout", "masters", "facts", "dtensor"},
+    {"version", "layout", "masters", "facts", "dtensor", "fsdp1"},
     {"buffers", "comm"},
+    {"agreement", "parts", "replicas"},
+    {"portions"},
     {"residents"},
-    {"agreement", "update"},
+    {"update"},
     {"validation"},
     {"gradients", "memory", "gather", "state", "claims"},
     {"reduce"},

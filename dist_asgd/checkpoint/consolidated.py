@@ -11,7 +11,7 @@ from ..agreement import Claim
 from ..buffers import Bucket, Housed
 from ..comm import Communicators
 from ..dtensor import whole_of
-from ..residents import Resident
+from ..residents import Placed
 from ..state import ShardedState
 from .scalars import snapshots_of
 
@@ -48,7 +48,7 @@ def collect_state(shards: ShardedState, communicators: Communicators, to: int | 
                 for member in housed:
                     state[member.index][key] = _of_member(member, flat)
     for resident in stepped:
-        if isinstance(resident, Resident):
+        if isinstance(resident, Placed):
             for key, slice_ in resident.slices().items():
                 whole = whole_of(resident.shown(slice_))
                 if here:

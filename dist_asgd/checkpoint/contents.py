@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .. import fsdp1
 from ..dtensor import is_dtensor
+from ..parts import ShardTensor, part_of
 from .objects import load_object
 from .sharded import PartMark
-from .tensors import ShardTensor
 from .writer import Serialized
 
 MODEL, OPTIM, EXTRA = "model", "optim", "extra"
@@ -79,6 +80,9 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
 
     ``state_keys``: the keys of ``model.state_dict()``, for whoever has them.
     """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    remedy = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
+    fsdp1.refuse("a checkpoint of this package", params, remedy)
     plain = _PlainNames(model)
     by_param: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -186,13 +190,9 @@ class Stage:
             }
 
     def _copied(self, key: tuple[str, str], value: Tensor) -> Tensor:
-        if isinstance(value, ShardTensor):
-            kept = self._buffers.get(key)
-            local = value.to_local()
-            if not isinstance(kept, ShardTensor) or kept.place != value.place or kept.to_local().dtype != local.dtype:
-                kept = self._buffers[key] = value.like(_room_for(local))
-            kept.to_local().copy_(local)
-            return kept
+        part = part_of(value)
+        if part is not None:
+            return self._copied_part(key, value, part)
         if is_dtensor(value):
             staged: Tensor = BlockingAsyncStager().stage({"": value})[""]
             return staged
@@ -207,6 +207,16 @@ class Stage:
         if buffer is None or not fits:
             buffer = self._buffers[key] = _room_for(value)
         return buffer.copy_(value)
+
+    def _copied_part(self, key: tuple[str, str], value: Any, part: ShardTensor) -> Tensor:
+        local = part.to_local()
+        kept = part_of(self._buffers.get(key))
+        if kept is None or kept.place != part.place or kept.dtype != part.dtype:
+            self._buffers[key] = value.like(_room_for(local))
+            kept = part_of(self._buffers[key])
+        assert kept is not None
+        kept.to_local().copy_(local)
+        return self._buffers[key]
 
 
 def _room_for(value: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import fsdp1
 from ..agreement import NO_CLAIM, Claim, Kind
 from ..buffers import Member
 from ..comm import Communicators
 from ..dtensor import is_dtensor, whole_of
-from ..residents import Resident
+from ..residents import Placed
 from ..state import ShardedState
 from .contents import names_of
 from .saving import Saver
@@ -107,6 +108,8 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
             f"{type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
         )
     optimizer._averages.refuse("export_averaged()")  # type: ignore[attr-defined]
+    params = [member.param for member in shards.members]
+    fsdp1.refuse("export_averaged()", params, "Save ax of FSDP.optim_state_dict(model, optimizer)")
     shards.check_unchanged()
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
@@ -147,10 +150,10 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
     """
     problem: Exception | None = None
     staging: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, Resident)]
+    brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, Placed)]
     for weight in weights:
         member, value = weight.member, None
-        if isinstance(member, Resident):
+        if isinstance(member, Placed):
             value = whole_of(member.shown(member.average))
         elif member is not None:
             value = _bring(member, communicators, staging, brought)

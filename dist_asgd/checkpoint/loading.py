@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import fsdp1
 from ..agreement import Claim
 from ..buffers import Member, Store, in_order, real
 from ..dtensor import alike, is_dtensor, local_of
+from ..parts import ShardTensor, part_of
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
 from .sharded import first_element
-from .tensors import ShardTensor
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
@@ -57,7 +58,8 @@ class Loaded:
 class Place:
     """What a state dict must fit: one parameter, of which this rank holds ``numel`` elements from ``start`` on.
 
-    ``param`` is the parameter itself: where it is a DTensor this rank holds its local tensor, of ``strides``.
+    Elements are counted in the memory order of ``strides``. ``param`` is the parameter itself: where it is a DTensor,
+    ``strides``, ``start`` and ``numel`` are about its local tensor.
     """
 
     name: str
@@ -164,7 +166,14 @@ def _tensor(place: Place, saved: dict[str, Any], key: str) -> Tensor:
         )
     if is_dtensor(value):
         return _local(place, key, value)
-    return _own_part(place, key, value) if isinstance(value, ShardTensor) else value
+    if not isinstance(value, ShardTensor):
+        return value
+    if is_dtensor(place.param):
+        raise ValueError(
+            f"dist_asgd: {key} of parameter {place.name} is one rank's part of a flat bucket, and the parameter is a "
+            f"DTensor. Load consolidated_state_dict(), or a checkpoint through torch.distributed.checkpoint."
+        )
+    return _own_part(place, key, value)
 
 
 def _is_part(value: Tensor) -> bool:
@@ -181,7 +190,10 @@ def _local(place: Place, key: str, value: Tensor) -> Tensor:
             f"{wanted} of the optimizer. Load whole tensors (full_tensor(), or full_state_dict=True), or a checkpoint "
             f"through torch.distributed.checkpoint, which load under any sharding."
         )
-    return in_order(local_of(value), place.strides)
+    part = part_of(value)
+    if part is not None:
+        return _own_part(place, key, part)
+    return in_order(local_of(value), place.strides)[place.start : place.start + place.numel]
 
 
 def _master(place: Place, saved: dict[str, Any]) -> Tensor | None:
@@ -200,20 +212,16 @@ def _master(place: Place, saved: dict[str, Any]) -> Tensor | None:
 
 
 def _own_part(place: Place, key: str, value: ShardTensor) -> Tensor:
-    if is_dtensor(place.param):
-        raise ValueError(
-            f"dist_asgd: {key} of parameter {place.name} is one rank's part of a flat bucket, and the parameter is a "
-            f"DTensor. Load consolidated_state_dict(), or a checkpoint through torch.distributed.checkpoint."
-        )
-    _, strides, start, numel = value.place
-    same_order = all(size == 1 or a == b for size, a, b in zip(place.shape, strides, place.strides, strict=True))
+    shape, strides, start, numel = value.place
+    same_order = all(size == 1 or a == b for size, a, b in zip(shape, strides, place.strides, strict=True))
     if (numel and not same_order) or (numel, start if numel else 0) != (place.numel, place.start if numel else 0):
         raise ValueError(
             f"dist_asgd: {key} of parameter {place.name} is elements {start} to {start + numel} of "
             f"{tuple(value.shape)} with strides {strides}; this rank holds elements {place.start} to "
             f"{place.start + place.numel} with strides {place.strides}. The state dict is another rank's part, or of "
-            f"other buckets: load what this rank saved, on the same number of ranks, or use consolidated_state_dict(), "
-            f"save_checkpoint() or torch.distributed.checkpoint, whose files load on any."
+            f"other buckets: load what this rank saved, on the same number of ranks with the same bucket_cap_mb and "
+            f"shard_replicated, or use consolidated_state_dict(), save_checkpoint() or torch.distributed.checkpoint, "
+            f"whose files load on any."
         )
     return value.to_local()
 
@@ -265,6 +273,9 @@ def claim(loaded: Loaded, places: Sequence[Place]) -> Claim:
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
     for index, entry in sorted(loaded.entries.items()):
+        if fsdp1.is_part(places[index].param):
+            # Ranks that hold nothing of it have no entry.
+            continue
         label = (
             f"(step, eta, mu, never stepped), dtype of ax, whether it has a master, of parameter {places[index].name}"
         )

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from ..parts import part_of
 from .contents import by_parent
 from .files import CheckpointError
 from .reader import CheckedReader
-from .tensors import ShardTensor
 
 _MAX_LISTED = 20
 
@@ -78,8 +78,9 @@ class Found:
             )
             return like
         dtype = torch.promote_types(saved, like.dtype) if widen else like.dtype
-        if isinstance(like, ShardTensor):
-            target: Tensor = like.like(torch.empty_like(like.to_local(), dtype=dtype))
+        part = part_of(like)
+        if part is not None:
+            target: Tensor = cast(Any, like).like(torch.empty_like(part.to_local(), dtype=dtype))
         else:
             target = torch.empty_like(like, dtype=dtype, requires_grad=False)
         free = next((targets for targets in self._passes if key not in targets), None)

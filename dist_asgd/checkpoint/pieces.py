@@ -15,7 +15,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from ..comm import Communicator
 from ..dtensor import is_dtensor, is_first_copy
-from .tensors import ShardTensor
+from ..parts import part_of
 
 State = dict[str, dict[str, Any]]
 KeyPath = tuple[str | int, ...]
@@ -48,9 +48,10 @@ def holding_of(state: State, world_size: int) -> Holding:
     paths: dict[str, KeyPath] = {}
     for key, path, value in _flat(state):
         paths[key] = path
-        if isinstance(value, ShardTensor):
-            shape = value.place[0]
-            pieces += [Piece(key, view, shape, offsets) for (offsets, _), view in value.boxes()]
+        part = part_of(value)
+        if part is not None:
+            elsewhere = is_dtensor(value) and value.device_mesh.size() < world_size
+            pieces += [Piece(key, view, part.whole, offsets, elsewhere) for (offsets, _), view in part.boxes()]
         elif is_dtensor(value):
             if is_first_copy(value):
                 pieces += _pieces_of_dtensor(key, value, value.device_mesh.size() < world_size)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import fsdp1
 from ..buffers import Member
+from ..parts import ShardTensor
 from ..residents import Resident
 from ..state import ShardedState
 from .groups import pack_groups
 from .scalars import snapshots_of
-from .tensors import ShardTensor
 
 
 class _Explained(type):
@@ -57,10 +58,12 @@ torch.serialization.add_safe_globals([bool])
 def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, num_shards: int) -> dict[str, Any]:
     """torch's layout with this rank's part of each sharded tensor; the sharded ones are the live ones.
 
-    Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either.
+    Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either. Nor have
+    those of FSDP1 of which this rank holds nothing.
     """
     cohort_of = shards.cohort_of
     members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
+    members = [m for m in members if m.param.numel() or not fsdp1.is_part(m.param)]
     state = snapshots_of(members, cohort_of)
     for member in members:
         entry = state[member.index]

@@ -12,27 +12,39 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 REPLICATE, SHARD = "replicate", "shard"
+Ranks = tuple[int, ...]
+
+
+class NotAMember(ValueError):
+    """This rank is none of those that construct the optimizer: it has nobody to talk to about that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The groups of this rank; None where this process is alone.
+    """Ranks in ascending order, as numbers in the default group, this one among them; and the group that they are in.
 
     everyone   all ranks of the optimizer: what they agree on, they agree on together
     shard      the ranks that hold different shards of one replica
     replicate  the ranks that hold the same shard
     """
 
-    everyone: dist.ProcessGroup | None
-    shard: dist.ProcessGroup | None
-    replicate: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None
+    everyone: Ranks
+    shard: Ranks
+    replicate: Ranks
+
+    @property
+    def mine(self) -> int:
+        """This rank."""
+        return 0 if self.group is None else dist.get_rank()
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Axes:
-        """The axes for the constructor's ``process_group`` and ``mesh``; with a mesh of part of the ranks collective.
+        """The axes for the constructor's ``process_group`` and ``mesh``; no communication.
 
         Raises:
-            ValueError: both are given, this rank is in neither, or the mesh has not one or two dimensions.
+            NotAMember: this rank is not in it.
+            ValueError: both are given, or the mesh is none, or has not one or two dimensions.
         """
         if mesh is not None:
             if group is not None:
@@ -40,12 +52,24 @@ class Axes:
             return cls._of_mesh(mesh)
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
-        if group is not None and dist.get_rank(group) < 0:
-            raise ValueError(
+        if group is None:
+            return cls(None, (0,), (0,), (0,))
+        if dist.get_rank(group) < 0:
+            raise NotAMember(
                 "dist_asgd: this process is not a member of process_group. Construct the optimizer only on the ranks "
                 "of its group."
             )
-        return cls(group, group, None)
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return cls(group, ranks, ranks, (dist.get_rank(),))
+
+    @classmethod
+    def flat(cls, group: dist.ProcessGroup | None, mesh: object) -> Axes:
+        """All the ranks that these may mean, as shards: whom to tell that they are not right."""
+        ranks = getattr(mesh, "mesh", None)
+        if group is not None or ranks is None:
+            return cls.of(group, None)
+        everyone = tuple(sorted(ranks.flatten().tolist()))
+        return cls(dist.group.WORLD, everyone, everyone, (dist.get_rank(),))
 
     @classmethod
     def _of_mesh(cls, mesh: DeviceMesh) -> Axes:
@@ -56,30 +80,37 @@ class Axes:
                 f"dist_asgd: mesh must be a DeviceMesh, got {type(mesh).__name__}. Make one with init_device_mesh("
                 f"'cuda', (num_nodes, gpus_per_node), mesh_dim_names=('{REPLICATE}', '{SHARD}'))."
             )
-        if mesh.get_coordinate() is None:
-            raise ValueError(
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            raise NotAMember(
                 "dist_asgd: this process is not in the mesh. Construct the optimizer only on the ranks of its mesh."
             )
-        if mesh.ndim == 1:
-            return cls(mesh.get_group(), mesh.get_group(), None)
-        if mesh.ndim != 2:
+        ranks = mesh.mesh
+        if mesh.ndim not in (1, 2):
             raise ValueError(
                 f"dist_asgd: mesh must have two dimensions ('{REPLICATE}', '{SHARD}'), or one to shard over, got "
                 f"{mesh.ndim}: {mesh}. Pass a slice of it: mesh['{REPLICATE}', '{SHARD}']."
             )
-        across, inside = (1, 0) if mesh.mesh_dim_names == (SHARD, REPLICATE) else (0, 1)
-        groups = [mesh.get_group(0), mesh.get_group(1)]
-        if any(mesh.mesh.diff(dim=dim).le(0).any() for dim in (0, 1)):
+        if any(ranks.diff(dim=dim).le(0).any() for dim in range(mesh.ndim)):
             raise ValueError(
-                f"dist_asgd: the ranks of the mesh do not ascend along its dimensions: {mesh.mesh.tolist()}. Groups "
-                f"number their ranks in ascending order: build the mesh with init_device_mesh()."
+                f"dist_asgd: the ranks of the mesh do not ascend along its dimensions: {ranks.tolist()}. Build the "
+                f"mesh with init_device_mesh()."
             )
-        replicate, shard = groups[across], groups[inside]
-        if mesh.size(across) == 1:
-            return cls(shard, shard, None)
-        if mesh.size(inside) == 1:
-            return cls(replicate, None, replicate)
-        return cls(_group_of(sorted(mesh.mesh.flatten().tolist())), shard, replicate)
+        everyone = tuple(sorted(ranks.flatten().tolist()))
+        if mesh.ndim == 1:
+            return cls(dist.group.WORLD, everyone, everyone, (dist.get_rank(),))
+        along = [tuple(ranks[:, coordinate[1]].tolist()), tuple(ranks[coordinate[0], :].tolist())]
+        across, inside = _dimensions(mesh)
+        return cls(dist.group.WORLD, everyone, along[inside], along[across])
+
+
+def _dimensions(mesh: DeviceMesh) -> tuple[int, int]:
+    """Which dimension replicates and which one shards: by name where one is so called, else in this order."""
+    names = mesh.mesh_dim_names or ("", "")
+    by_name = {names.index(name): name for name in (REPLICATE, SHARD) if name in names}
+    if by_name.get(0) == SHARD or by_name.get(1) == REPLICATE:
+        return 1, 0
+    return 0, 1
 
 
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
@@ -93,16 +124,7 @@ def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     return None
 
 
-def _group_of(ranks: list[int]) -> dist.ProcessGroup | None:
-    """Collective over ``ranks``, in ascending order: a group of them; the default group where that has no others."""
-    if ranks == list(range(dist.get_world_size())):
-        return dist.group.WORLD
-    group: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=timeout_of(dist.group.WORLD), use_local_synchronization=True
-    )
-    return group
-
-
 def description(mesh: DeviceMesh | None) -> str:
     """The mesh as it must be on all ranks."""
-    return "None" if mesh is None else f"{mesh.mesh_dim_names or ''} {mesh.mesh.tolist()}".strip()
+    ranks, names = getattr(mesh, "mesh", None), getattr(mesh, "mesh_dim_names", None)
+    return "None" if ranks is None else f"{names or ''} {ranks.tolist()}".strip()

@@ -54,7 +54,7 @@ class Communicator(ABC):
 
     @property
     def contiguous(self) -> bool:
-        """Whether ``reduce_scatter`` wants one flat buffer of ``world_size * shard_numel``, one part a rank."""
+        """Whether parts have to be one flat buffer of ``world_size * shard_numel``, one part a rank."""
         return False
 
     @abstractmethod
@@ -74,6 +74,13 @@ class Communicator(ABC):
     @abstractmethod
     def all_gather(self, flat: Tensor) -> Wait:
         """Start filling ``flat`` ``(world_size * shard_numel,)`` in place from every rank's shard of it."""
+
+    @abstractmethod
+    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
+        """Start filling ``parts[r]``, the 1-D tensors that rank r has, on every rank; the same sizes on all ranks.
+
+        Where ``contiguous``: one tensor a rank, of one size, in one flat buffer.
+        """
 
     @abstractmethod
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
@@ -134,6 +141,9 @@ class Local(Communicator):
         return _done
 
     def all_gather(self, flat: Tensor) -> Wait:
+        return _done
+
+    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
         return _done
 
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:

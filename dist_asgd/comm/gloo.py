@@ -31,12 +31,14 @@ GATHER, COLLECT, GATHER_ROWS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
 class Gloo(Grouped):
     """Gloo on the host: both collectives from peer-to-peer messages, the sums local and in rank order."""
 
-    def __init__(self, group: dist.ProcessGroup, first_tag: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, first_tag: int, ranks: Sequence[int] | None = None) -> None:
+        """``ranks``: those of ``group`` that take part, as numbers in the default group; None: all of them."""
         super().__init__(group)
         self._first_tag = first_tag
+        self._global = list(ranks or dist.get_process_group_ranks(group))
+        self.rank, self.world_size = self._global.index(dist.get_rank()), len(self._global)
         self._ranks = range(self.world_size)
         self._peers = [rank for rank in self._ranks if rank != self.rank]
-        self._global = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._bytes = 0
         self._sums: Tensor | None = None
@@ -146,14 +148,21 @@ class Gloo(Grouped):
 
         return wait
 
+    def among(self, ranks: Sequence[int]) -> Gloo:
+        """The like of some of its ranks, this one among them, as numbers in the default group; not collective."""
+        # With the same tags: messages between two ranks keep their order, and both have it from the same calls.
+        return Gloo(self.group, self._first_tag, ranks)
+
     def all_gather(self, flat: Tensor) -> Wait:
-        parts = flat.view(self.world_size, -1)
+        return self.all_gather_parts([[part] for part in flat.view(self.world_size, -1)])
+
+    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
         works: list[dist.Work | None] = []
         with record_function("dist_asgd::all_gather"), self._guard("an all-gather"):
             for peer in self._peers:
-                works.append(self._receive(parts[peer], peer, GATHER))
+                works += [self._receive(part, peer, GATHER) for part in parts[peer]]
             for peer in self._peers:
-                works.append(self._send(parts[self.rank], peer, GATHER))
+                works += [self._send(part, peer, GATHER) for part in parts[self.rank]]
         return self._waiting(works, "an all-gather")
 
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from .axes import Axes, timeout_of
+from .axes import Axes, NotAMember, Ranks, timeout_of
 from .base import Communicator, Local
 from .gloo import Gloo
 from .hybrid import Hybrid
@@ -30,18 +31,25 @@ def _backend_for(group: dist.ProcessGroup, device_type: str) -> str | None:
     return pairs.get(device_type)
 
 
-def _own_group(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    ranks = dist.get_process_group_ranks(group)
+def _serving(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The name of the backend that serves ``device`` in ``group``; ValueError where none does well."""
+    backend = _backend_for(group, device.type)
+    if backend is None or device.type != {"gloo": "cpu", "nccl": "cuda"}.get(backend, device.type):
+        raise ValueError(
+            f"dist_asgd: parameters on {device.type!r}, but the process group's backend "
+            f"({dist.get_backend_config(group)}) has no fast path for that device. Pass a process_group whose "
+            f"backend serves it: init_process_group('cpu:gloo,cuda:nccl') serves both."
+        )
+    return backend
+
+
+def _own_group(ranks: Sequence[int], backend: str, like: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Collective on ``ranks`` only: a group of them that waits as long as ``like`` does."""
     # Without a timeout torch would take the backend's own, half an hour, whatever the user chose for the group.
     own: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=timeout_of(group), backend=backend, use_local_synchronization=True
+        list(ranks), timeout=timeout_of(like), backend=backend, use_local_synchronization=True
     )
     return own
-
-
-def _place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Rank in ``group``, and its size."""
-    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
 class _Tags:
@@ -53,36 +61,50 @@ class _Tags:
     taken = 0
 
 
-def _agree_on_tags(group: dist.ProcessGroup) -> int:
-    """Collective: a first tag that no optimizer on any rank of ``group`` uses. Reused after 4,096 optimizers."""
-    number = torch.tensor([_Tags.taken])
-    dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
-    _Tags.taken = int(number.item()) + 1
-    return FIRST_TAG + (_Tags.taken % TAG_RANGES << 16)
+def _with_own_tags(group: dist.ProcessGroup, ranks: Sequence[int]) -> Gloo:
+    """Collective on ``ranks``, of ``group``: with tags that no optimizer on any of them uses.
+
+    Tags are used again after 4,095 optimizers.
+    """
+    # The first range is for finding one.
+    meeting = Gloo(group, FIRST_TAG, ranks)
+    _Tags.taken = int(meeting.exchange(torch.tensor([_Tags.taken]))().max()) + 1
+    return Gloo(group, FIRST_TAG + (1 + _Tags.taken % (TAG_RANGES - 1) << 16), ranks)
 
 
 class Communicators:
     """One communicator per kind of device, on one process group or mesh; made when first asked for.
 
     ``rank`` of ``world_size`` counts all ranks; ``shard_rank`` of ``num_shards`` those that hold shards of one replica,
-    ``replica`` of ``num_replicas`` those that hold the same shard. Without a mesh there is one replica.
+    ``replica`` of ``num_replicas`` those that hold the same shard. Without a mesh there is one replica. ``problem`` is
+    what is wrong with the arguments, for all ranks to be told.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, mesh: DeviceMesh | None = None) -> None:
-        self._axes = Axes.of(group, mesh)
-        self._group = self._axes.everyone
+        self.problem: Exception | None = None
+        try:
+            axes = Axes.of(group, mesh)
+        except NotAMember:
+            raise
+        except ValueError as error:
+            self.problem = error
+            axes = Axes.flat(group, mesh)
+        self._axes = axes
+        self._group = axes.group
         self._by_device: dict[str, Communicator] = {}
-        self._first_tag = 0
-        self.rank, self.world_size = _place_in(self._group)
-        self.shard_rank, self.num_shards = _place_in(self._axes.shard)
-        self.replica, self.num_replicas = _place_in(self._axes.replicate)
+        self._among: dict[tuple[str, Ranks], Communicator] = {}
+        self.rank, self.world_size = axes.everyone.index(axes.mine), len(axes.everyone)
+        self.shard_rank, self.num_shards = axes.shard.index(axes.mine), len(axes.shard)
+        self.replica, self.num_replicas = axes.replicate.index(axes.mine), len(axes.replicate)
 
-    def _host_group(self, group: dist.ProcessGroup) -> dist.ProcessGroup:
-        """A group for small messages on the host; control traffic never touches the accelerator."""
+    def _host_group(self, group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, str]:
+        """A group for small messages on the host, and its backend there; they never touch the accelerator."""
         backend = _backend_for(group, "cpu")
-        if backend is not None and backend != "nccl":
-            return group
-        return _own_group(group, "gloo")
+        if backend in (None, "nccl"):
+            return _own_group(self.ranks, "gloo", group), "gloo"
+        if backend != "gloo" and self.ranks != dist.get_process_group_ranks(group):
+            return _own_group(self.ranks, backend, group), backend
+        return group, backend
 
     @property
     def host(self) -> Communicator:
@@ -90,10 +112,9 @@ class Communicators:
         if self._group is None or self.world_size == 1:
             return self._by_device.setdefault("", Local())
         if "control" not in self._by_device:
-            group = self._host_group(self._group)
-            if _backend_for(group, "cpu") == "gloo":
-                self._first_tag = _agree_on_tags(group)
-                self._by_device["control"] = Gloo(group, self._first_tag)
+            group, backend = self._host_group(self._group)
+            if backend == "gloo":
+                self._by_device["control"] = _with_own_tags(group, self.ranks)
             else:
                 self._by_device["control"] = Named(group, averages=False)
         return self._by_device["control"]
@@ -104,54 +125,59 @@ class Communicators:
         if self._group is None or self.world_size == 1:
             return self._by_device.setdefault("", Local())
         if "background" not in self._by_device:
-            host = self._host_group(self._group)
-            backend = _backend_for(host, "cpu")
-            assert backend is not None
-            group = _own_group(self._group, backend)
+            _, backend = self._host_group(self._group)
+            group = _own_group(self.ranks, backend, self._group)
             self._by_device["background"] = (
-                Gloo(group, _agree_on_tags(group)) if backend == "gloo" else Named(group, averages=False)
+                _with_own_tags(group, self.ranks) if backend == "gloo" else Named(group, averages=False)
             )
         return self._by_device["background"]
 
     def on(self, device: torch.device) -> Communicator:
-        """The communicator for shards on ``device``; ValueError where a group has no backend for it."""
+        """The communicator for shards on ``device``; ValueError where the group has no backend for it."""
         if device.type not in self._by_device:
-            shards = self._make(self._axes.shard, device)
+            shards = self.among(self._axes.shard, device)
             if self.num_replicas > 1:
-                shards = Hybrid(shards, self._make(self._axes.replicate, device))
+                shards = Hybrid(shards, self.among(self._axes.replicate, device))
             self._by_device[device.type] = shards
         return self._by_device[device.type]
 
-    def _make(self, group: dist.ProcessGroup | None, device: torch.device) -> Communicator:
-        if group is None or dist.get_world_size(group) == 1:
-            return Local()
-        backend = _backend_for(group, device.type)
-        if backend == "gloo" and device.type == "cpu":
-            return Gloo(group, self._first_tag)
-        if backend == "nccl" and device.type == "cuda":
-            # Its own group: on a shared one a bucket could meet a collective of the user's in another order.
-            return Named(_own_group(group, "nccl"), averages=True)
-        if backend in (None, "gloo", "nccl"):
-            raise ValueError(
-                f"dist_asgd: parameters on {device.type!r}, but the process group's backend "
-                f"({dist.get_backend_config(group)}) has no fast path for that device. Pass a process_group whose "
-                f"backend serves it: init_process_group('cpu:gloo,cuda:nccl') serves both."
-            )
-        return Named(group, averages=False)
-
     def shard_rank_of(self, rank: int) -> int | None:
         """Which shard ``rank`` (of all) holds; None where it is of another replica than this rank."""
-        if self._group is None or self._axes.shard is None:
-            return 0 if rank == self.rank else None
-        found = dist.get_process_group_ranks(self._axes.shard)
-        global_rank = self.ranks[rank]
-        return found.index(global_rank) if global_rank in found else None
+        global_rank = self._axes.everyone[rank]
+        return self._axes.shard.index(global_rank) if global_rank in self._axes.shard else None
+
+    def among(self, ranks: Ranks, device: torch.device) -> Communicator:
+        """The communicator of some of all ranks, this one among them, for tensors on ``device``.
+
+        ``ranks`` are in order, as numbers in the default group. Collective on them when they are first asked for; the
+        others take no part. ValueError where the group has no backend for the device.
+        """
+        key = (device.type, ranks)
+        if key not in self._among:
+            self._among[key] = self._make_among(ranks, device)
+        return self._among[key]
+
+    def _make_among(self, ranks: Ranks, device: torch.device) -> Communicator:
+        if self._group is None or len(ranks) == 1:
+            return Local()
+        host = self.host
+        if device.type == "cpu" and isinstance(host, Gloo):
+            # What is offloaded to the host is sent from there, whatever the group was made for.
+            return host.among(ranks)
+        backend = _serving(self._group, device)
+        # NCCL has its own group: on a shared one a bucket could meet a collective of the user's in another order.
+        shared = backend != "nccl" and list(ranks) == dist.get_process_group_ranks(self._group)
+        group = self._group if shared else _own_group(ranks, backend, self._group)
+        return Named(group, averages=backend == "nccl")
 
     @property
     def ranks(self) -> list[int]:
         """All ranks, as numbers in the default group."""
-        return [0] if self._group is None else dist.get_process_group_ranks(self._group)
+        return list(self._axes.everyone)
 
     def scratch_bytes(self) -> int:
         """Bytes of receive buffers kept between steps, over all devices."""
-        return sum(communicator.scratch_bytes() for communicator in self._by_device.values())
+        own = [self._by_device[key] for key in ("control", "background") if key in self._by_device]
+        hybrids = [kept for kept in self._by_device.values() if isinstance(kept, Hybrid)]
+        every = (*own, *hybrids, *self._among.values())
+        return sum(communicator.scratch_bytes() for communicator in every)

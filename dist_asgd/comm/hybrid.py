@@ -12,26 +12,25 @@ from .base import Communicator, Parts, Wait
 
 
 class _Passage:
-    """One shard on its way: reduced inside, then across."""
+    """One shard on its way: reduced inside, then across. Each step is forgotten once taken, with all it refers to."""
 
     def __init__(self, inside: Wait, across: Callable[[], Wait], store: Wait) -> None:
-        self._inside = inside
-        self._across = across
-        self._store = store
+        self._steps: list[Callable[[], Wait | None]] = [store, across, inside]
         self._wait: Wait | None = None
 
     def cross(self) -> None:
         """Wait for what comes from inside, and start across; once."""
-        if self._wait is None:
-            self._inside()
-            self._wait = self._across()
+        if len(self._steps) == 3:
+            self._steps.pop()()
+            self._wait = self._steps.pop()()
 
     def finish(self) -> None:
-        """Wait until the shard is complete."""
+        """Wait until the shard is complete; once."""
         self.cross()
-        assert self._wait is not None
-        self._wait()
-        self._store()
+        wait, self._wait = self._wait, None
+        assert wait is not None
+        wait()
+        self._steps.pop()()
 
 
 class Hybrid(Communicator):
@@ -97,6 +96,9 @@ class Hybrid(Communicator):
 
     def all_gather(self, flat: Tensor) -> Wait:
         return self._inside.all_gather(flat)
+
+    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
+        return self._inside.all_gather_parts(parts)
 
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
         self._inside.collect(shard, pieces, to)

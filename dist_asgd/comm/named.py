@@ -63,6 +63,10 @@ class Named(Grouped):
             work = self._gather(flat, mine, group=self.group, async_op=True)
         return self._waiting([work], "an all-gather")
 
+    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
+        first = parts[0][0]
+        return self.all_gather(first.as_strided((self.world_size * first.numel(),), (1,)))
+
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
         with self._guard("a gather"):
             if to is None:

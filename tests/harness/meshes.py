@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.harness.bits import assert_same_bits
 
-KINDS = ("fsdp2", "fsdp2_mixed", "fsdp2_offload", "tp", "fsdp2_tp", "hsdp")
+KINDS = ("fsdp2", "fsdp2_mixed", "fsdp2_offload", "tp", "fsdp2_tp", "hsdp", "replicas", "hsdp_tp")
+# Those in which several of 4 ranks hold the same local tensors.
+REPLICATED = ("tp", "fsdp2_tp", "hsdp", "replicas", "hsdp_tp")
 
 
 class Net(nn.Module):
@@ -53,13 +55,21 @@ class Block(nn.Module):
 
 
 def mesh_of(kind: str, world_size: int) -> DeviceMesh:
-    """Collective: 1-D for fsdp2 and tp; two dimensions, of 2 ranks each where there are 4, for the others."""
+    """Collective: 1-D for fsdp2 and tp; more for the others, two of them of 2 ranks each where there are 4.
+
+    ``replicas`` is HSDP that shards over nobody.
+    """
     if kind == "fsdp2_tp":
         shape = (2, 2) if world_size == 4 else (1, world_size) if world_size == 2 else (world_size, 1)
         return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
     if kind == "hsdp":
         shape = (2, 2) if world_size == 4 else (world_size, 1) if world_size == 2 else (1, world_size)
         return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    if kind == "replicas":
+        return init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("replicate", "shard"))
+    if kind == "hsdp_tp":
+        shape = (2, 1, 2) if world_size == 4 else (world_size, 1, 1)
+        return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
     return init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp" if kind == "tp" else "dp",))
 
 
@@ -72,20 +82,29 @@ def sharded(kind: str, world_size: int, seed: int = 0, dtype: torch.dtype = torc
     """Collective: the ``Net`` of ``seed``, sharded as ``kind`` says; ``options`` are for the root's ``fully_shard``."""
     model: nn.Module = Net(seed).to(dtype)
     mesh = mesh_of(kind, world_size)
-    if kind in ("tp", "fsdp2_tp"):
+    if kind in ("tp", "fsdp2_tp", "hsdp_tp"):
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         for block in model.blocks:
             parallelize_module(block, mesh["tp"], plan)
+        distribute_module(model.norm, mesh["tp"], input_fn=_replicated, output_fn=_plain)
     if kind != "tp":
         if kind == "fsdp2_mixed":
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if kind == "fsdp2_offload":
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-        mesh = mesh["dp"] if kind == "fsdp2_tp" else mesh
+        mesh = mesh["dp"] if kind == "fsdp2_tp" else mesh["replicate", "shard"] if kind == "hsdp_tp" else mesh
         for block in model.blocks:
             fully_shard(block, mesh=mesh, **options)
         fully_shard(model, mesh=mesh, ignored_params={model.extra}, **options)
     return model
+
+
+def _replicated(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    return tuple(DTensor.from_local(value, mesh, [Replicate()], run_check=False) for value in inputs)
+
+
+def _plain(_: nn.Module, output: Any, __: DeviceMesh) -> Any:
+    return output.to_local()
 
 
 def batch(step: int, rank: int = 0) -> Tensor:

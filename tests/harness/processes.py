@@ -207,6 +207,11 @@ def _regroup(rank: int, world_size: int, path: str) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()
+        if "torch.distributed.tensor" in sys.modules:
+            # DTensors keep what they know of a mesh for others like it, down to the names of its groups.
+            from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+            _clear_sharding_prop_cache()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(path, world_size),

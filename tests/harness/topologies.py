@@ -1,8 +1,8 @@
 """One model and optimizer under any topology, trained on the same gradients to the same bits, for checkpoint tests.
 
 A topology is ``single`` (one process), ``stage1``, ``stage2``, ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``),
-``fsdp2-sharded`` (the same and ``ShardedASGD``), ``hybrid`` (stage 2 on a mesh: 1 or 2 shards, the rest replicas)
-or ``torch`` (``torch.optim.ASGD`` alone).
+``fsdp2-sharded`` (the same and ``ShardedASGD``), ``hsdp`` and ``hsdp-sharded`` (the like on 2 replicas), ``hybrid``
+(stage 2 on a mesh: 1 or 2 shards, the rest replicas) or ``torch`` (``torch.optim.ASGD`` alone).
 Gradients are set by hand: small multiples of a power of two, so that means over ranks are exact.
 """
 
@@ -58,13 +58,14 @@ def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
     if kind == "bfloat16":
         model.to(torch.bfloat16)
     model.register_buffer("seen", torch.full((2,), float(seed)))
-    if topology in ("fsdp2", "fsdp2-sharded"):
+    if topology.startswith(("fsdp2", "hsdp")):
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        if topology == "fsdp2":
+        shape = (dist.get_world_size(),) if topology.startswith("fsdp2") else (2, dist.get_world_size() // 2)
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
+        if topology in ("fsdp2", "hsdp"):
             return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
     if topology == "torch":
         return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))

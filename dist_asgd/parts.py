@@ -2,7 +2,8 @@
 
 A piece is a range of a parameter's elements in memory order: 1-D on its rank, but checkpoints know tensors by
 their true shape. In that shape a range of an N-D tensor is at most 2·N - 1 boxes, and a box of the range is a view of
-the 1-D piece. So a checkpoint of pieces is the checkpoint of the tensor: it loads under any sharding.
+the 1-D piece. So a checkpoint of pieces is the checkpoint of the tensor: it loads under any sharding. The tensor may
+itself be a box of a larger one, as the local tensor of a DTensor is: checkpoints know the larger one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from .buffers import in_order
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -40,7 +43,8 @@ def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     return sorted(range(len(shape)), key=lambda dim: (-strides[dim], -shape[dim], dim))
 
 
-def _refuse(what: str) -> NoReturn:
+def refuse(what: str) -> NoReturn:
+    """RuntimeError: ``what`` is not for a part."""
     raise RuntimeError(
         f"dist_asgd: this is one rank's part of a sharded tensor: {what} would take it for the whole. For the whole "
         f"use optimizer.consolidated_state_dict(), which has torch.optim.ASGD's own layout; to save parts, "
@@ -53,6 +57,7 @@ class ShardTensor(torch.Tensor):
 
     Shape, dtype and device are those of the whole tensor; ``to_local()`` is the part, ``(numel,)``, and shares memory
     with what it was made of. It can be copied, pickled, and saved and loaded by DCP; arithmetic is refused.
+    ``within``: shape of the larger tensor of which this one is a box, and where in it; None where there is none.
     """
 
     _local: Tensor
@@ -60,9 +65,12 @@ class ShardTensor(torch.Tensor):
     _shape: torch.Size
     _strides: tuple[int, ...]
     _start: int
+    _within: Box | None
 
     @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], strides: Sequence[int], start: int) -> ShardTensor:
+    def __new__(
+        cls, local: Tensor, shape: Sequence[int], strides: Sequence[int], start: int, within: Box | None = None
+    ) -> ShardTensor:
         """Elements from ``start`` on of a tensor that is dense in memory with these strides; no copy."""
         whole: ShardTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), strides=tuple(strides), dtype=local.dtype, device=local.device
@@ -71,6 +79,7 @@ class ShardTensor(torch.Tensor):
         whole._shape = torch.Size(shape)
         whole._strides = tuple(strides)
         whole._start = start
+        whole._within = within
         return whole
 
     def to_local(self) -> Tensor:
@@ -82,9 +91,14 @@ class ShardTensor(torch.Tensor):
         """Shape and strides of the whole, start and number of elements of the part."""
         return tuple(self._shape), self._strides, self._start, self._local.numel()
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the largest tensor that this is a part of, in which boxes are placed."""
+        return tuple(self._shape) if self._within is None else self._within[0]
+
     def like(self, local: Tensor) -> ShardTensor:
         """The same part of another tensor of this shape, held in ``local`` ``(numel,)``."""
-        return ShardTensor(local, self._shape, self._strides, self._start)
+        return ShardTensor(local, self._shape, self._strides, self._start, self._within)
 
     def slice_of(self, whole: Tensor) -> Tensor | None:
         """The same part of ``whole``, which has this shape, as a 1-D view; None where it lies otherwise in memory."""
@@ -96,16 +110,18 @@ class ShardTensor(torch.Tensor):
     # --- boxes ---------------------------------------------------------------------------------------------
 
     def boxes(self) -> list[tuple[Box, Tensor]]:
-        """The part as boxes of the true shape: (offsets, sizes) and a view of the part in that shape."""
+        """The part as boxes of the true, largest shape: (offsets, sizes) and a view of the part in that shape."""
         order = memory_order(self._shape, self._strides)
         back = [order.index(dim) for dim in range(len(order))]
+        corner = (0,) * len(order) if self._within is None else self._within[1]
         found, first = [], 0
         for offsets, sizes in row_major_boxes(
             self._start, self._start + self._local.numel(), [self._shape[dim] for dim in order]
         ):
             numel = math.prod(sizes)
             view = self._local[first : first + numel].view(sizes).permute(back)
-            found.append(((tuple(offsets[d] for d in back), tuple(sizes[d] for d in back)), view))
+            place = tuple(at + offsets[d] for at, d in zip(corner, back, strict=True))
+            found.append(((place, tuple(sizes[d] for d in back)), view))
             first += numel
         return found
 
@@ -115,6 +131,7 @@ class ShardTensor(torch.Tensor):
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
         properties = TensorProperties(dtype=self.dtype)
+        size = torch.Size(self.whole)
         return [
             WriteItem(
                 index=MetadataIndex(fqn, offsets),
@@ -122,7 +139,7 @@ class ShardTensor(torch.Tensor):
                 tensor_data=TensorWriteData(
                     chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
                     properties=properties,
-                    size=self.shape,
+                    size=size,
                 ),
             )
             for (offsets, sizes), _ in self.boxes()
@@ -156,7 +173,7 @@ class ShardTensor(torch.Tensor):
     ) -> Any:
         """Refuses what loaders of whole tensors begin with, also where it would be a no-op."""
         if func in _CONVERSIONS:
-            _refuse(f"Tensor.{func.__name__}()")
+            refuse(f"Tensor.{func.__name__}()")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -168,7 +185,10 @@ class ShardTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Copies act on the part, as DCP's stagers need; arithmetic would not know of the other parts."""
+        """Copies act on the part, as DCP's stagers need; arithmetic would not know of the other parts.
+
+        A plain tensor of this shape can be copied into it, as loaders of whole tensors do: it takes its part.
+        """
         aten, options = torch.ops.aten, dict(kwargs or {})
         if func in (aten.detach.default, aten.alias.default):
             return args[0].like(args[0]._local)
@@ -177,12 +197,21 @@ class ShardTensor(torch.Tensor):
         if func in (aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default):
             device = options.get("device") or args[0].device
             return args[0].like(torch.zeros_like(args[0]._local, device=device))
+        if func is aten._to_copy.default and options.get("dtype") in (None, args[0].dtype):
+            return args[0].like(args[0]._local.to(options.get("device"), copy=True))
         if func is aten.is_pinned.default:
             return args[0]._local.is_pinned()
-        if func is aten.copy_.default and all(isinstance(arg, ShardTensor) for arg in args[:2]):
-            args[0]._local.copy_(args[1]._local, *args[2:])
-            return args[0]
-        _refuse(str(func))
+        if func is aten.copy_.default and isinstance(args[0], ShardTensor):
+            target, source = args[:2]
+            target._local.copy_(source._local if isinstance(source, ShardTensor) else target._part_of(source))
+            return target
+        refuse(str(func))
+
+    def _part_of(self, whole: Tensor) -> Tensor:
+        if whole.shape != self.shape:
+            refuse(f"copying a tensor of shape {tuple(whole.shape)} into one of shape {tuple(self.shape)}")
+        flat = in_order(whole, self._strides)
+        return flat[self._start : self._start + self._local.numel()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
         """A copy of the part."""
@@ -190,19 +219,29 @@ class ShardTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the part and its place."""
-        return rebuild_shard, (self._local, tuple(self.shape), self._strides, self._start)
+        return rebuild_shard, (self._local, tuple(self.shape), self._strides, self._start, self._within)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         start, numel = self._start, self._local.numel()
         return f"ShardTensor(shape={tuple(self.shape)}, elements [{start}, {start + numel}) = {self._local})"
 
 
-def rebuild_shard(local: Tensor, shape: Sequence[int], strides: Sequence[int], start: int) -> ShardTensor:
+def part_of(value: object) -> ShardTensor | None:
+    """The part that this rank holds of ``value``: itself, or that of a DTensor that replicas share; else None."""
+    held = getattr(value, "part", value)
+    return held if isinstance(held, ShardTensor) else None
+
+
+def rebuild_shard(
+    local: Tensor, shape: Sequence[int], strides: Sequence[int], start: int, within: Box | None = None
+) -> ShardTensor:
     """What a pickled ``ShardTensor`` is made of; ValueError where the place does not fit the shape."""
     numel = math.prod(shape)
     if len(strides) != len(shape) or local.dim() != 1 or not 0 <= start <= start + local.numel() <= numel:
         raise ValueError(f"dist_asgd: {local.numel()} elements from {start} on do not fit a tensor of shape {shape}.")
-    return ShardTensor(local, shape, strides, start)
+    if within is not None and not (len(within[0]) == len(within[1]) == len(shape)):
+        raise ValueError(f"dist_asgd: a tensor of shape {shape} is no box at {within[1]} of one of shape {within[0]}.")
+    return ShardTensor(local, shape, strides, start, within)
 
 
 def _lies_as(tensor: Tensor, strides: Sequence[int]) -> bool:
