@@ -255,7 +255,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 # What is pending is so for gradients that are reduced here, and not for those of DTensors.
                 told.factors(self._gradients.scaling),
                 told.factors(UNSCALED),
-                self._gradients.direct,
+                self._gradients.take(),
                 found_inf,
             )
             for bucket, batches in self._shards.planned(active, rules):
@@ -268,7 +268,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._gatherer.wait()
         return loss
 
-    def _reduce(self, told: Told) -> set[int]:
+    def _reduce(self, told: Told) -> frozenset[int]:
         """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
         problem = self._problem() or told.problem(self._stage)
         claim = NO_CLAIM if problem else self._claims.of(self.param_groups, told.by_scaler)
@@ -283,7 +283,7 @@ class ShardedASGD(torch.optim.Optimizer):
         try:
             self._shards.check_unchanged()
             for index, group in enumerate(self.param_groups):
-                check_hyperparameters(group, f"param_groups[{index}]")
+                check_hyperparameters(group, f"param_groups[{index}]", self._shards.devices_of(index))
         except Exception as error:
             return error
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from numbers import Real
@@ -115,8 +115,11 @@ def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str
     return list(zip(names, params, strict=True))
 
 
-def check_hyperparameters(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range."""
+def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[torch.device] | None = None) -> None:
+    """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range.
+
+    ``devices``: of its parameters, where they are known.
+    """
     missing = [key for key in (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS) if key not in group]
     if missing:
         raise ValueError(f"dist_asgd: {where} lacks {missing}: set them again, or load a state dict that has them.")
@@ -141,7 +144,7 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
     for key in FORMS:
         if group[key] is not None and not isinstance(group[key], bool):
             raise ValueError(f"dist_asgd: {where}: {key} must be None, True or False, got {group[key]!r}.")
-    _check_fused(group, where)
+    _check_fused(group, where, devices)
     if group["capturable"] and not group["fused"]:
         raise ValueError(
             f"dist_asgd: {where}: capturable=True without fused=True: step, eta and mu live on the host then, where a "
@@ -150,7 +153,7 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_fused(group: dict[str, Any], where: str) -> None:
+def _check_fused(group: dict[str, Any], where: str, known: Iterable[torch.device] | None) -> None:
     if not group["fused"]:
         return
     for key in ("foreach", "differentiable"):
@@ -158,7 +161,7 @@ def _check_fused(group: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"dist_asgd: {where}: fused=True with {key}=True: two forms of the update. Pass one of them."
             )
-    devices = {p.device for p in group.get("params", ())}
+    devices = {p.device for p in group.get("params", ())} if known is None else set(known)
     if len(devices) > 1 and any(backend.of(device) is not backend.C for device in devices):
         raise ValueError(
             f"dist_asgd: {where}: fused=True with parameters on {', '.join(sorted(map(str, devices)))}: the kernel "

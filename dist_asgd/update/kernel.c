@@ -21,7 +21,7 @@
 #include <emmintrin.h>
 #endif
 
-#define ABI 1
+#define ABI 2
 #define INLINE static inline __attribute__((always_inline))
 
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
@@ -367,14 +367,18 @@ static void *(*fastest_part(void))(void *) {
 
 int64_t dist_asgd_abi(void) { return ABI; }
 
-/* Update every segment; returns when it is done. Threads live for this call only, so a fork at any other time is safe. */
-void dist_asgd_update(const call *k) {
+/* Update every segment; returns 0 when it is done, and -1, with nothing changed, where a segment has no gradient.
+ * Threads live for this call only, so a fork at any other time is safe. */
+int64_t dist_asgd_update(const call *k) {
     pthread_t threads[MAX_THREADS];
     part parts[MAX_THREADS];
     int started[MAX_THREADS] = {0};
     void *(*run)(void *) = fastest_part();
     int64_t total = 0, count = k->num_threads < 1 ? 1 : k->num_threads > MAX_THREADS ? MAX_THREADS : k->num_threads;
-    for (int64_t i = 0; i < k->num_segments; i++) total += k->segments[i].numel;
+    for (int64_t i = 0; i < k->num_segments; i++) {
+        if (!k->gradients[i]) return -1;
+        total += k->segments[i].numel;
+    }
     for (int64_t t = 0; t < count; t++)
         parts[t] = (part){k, total / count * t, t == count - 1 ? total : total / count * (t + 1)};
     for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, run, &parts[t]);
@@ -383,4 +387,5 @@ void dist_asgd_update(const call *k) {
         if (started[t]) pthread_join(threads[t], 0);
         else run(&parts[t]);
     }
+    return 0;
 }
