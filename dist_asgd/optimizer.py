@@ -17,7 +17,7 @@ from .agreement import NO_CLAIM, Agreement, Kind
 from .averaging import Averages
 from .buffers import Precision
 from .checkpoint import consolidated
-from .claims import HyperparameterClaims, groups_claim
+from .claims import Hyperparameters, groups_claim
 from .comm import Communicators, description
 from .dtensor import is_dtensor
 from .gather import Gatherer
@@ -125,7 +125,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._options = {"stage": stage, "mesh": description(mesh), "bucket_cap_mb": bucket_cap_mb}
         self._options |= self._precision.options()
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
-        self._claims = HyperparameterClaims()
+        self._hyperparameters = Hyperparameters()
         self._values_checked = self._communicators.world_size == 1
         defaults = {
             "lr": lr,
@@ -271,7 +271,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def _reduce(self, told: Told) -> frozenset[int]:
         """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
         problem = self._problem() or told.problem(self._stage)
-        claim = NO_CLAIM if problem else self._claims.of(self.param_groups, told.by_scaler)
+        claim = NO_CLAIM if problem else self._hyperparameters.claim(self.param_groups, told.by_scaler)
         answer = self._gradients.settle(Kind.STEP, claim, problem)
         if not self._values_checked:
             compare_values(self._gradients, self._communicators)
@@ -282,8 +282,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """What is wrong on this rank, to be raised on all of them."""
         try:
             self._shards.check_unchanged()
-            for index, group in enumerate(self.param_groups):
-                check_hyperparameters(group, f"param_groups[{index}]", self._shards.devices_of(index))
+            self._hyperparameters.check(self.param_groups, self._shards.devices_of)
         except Exception as error:
             return error
         return None

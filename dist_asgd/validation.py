@@ -19,6 +19,7 @@ from .update import backend
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
 FORMS = ("foreach", "fused")
+HYPERPARAMETERS = (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS)
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -120,7 +121,7 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
 
     ``devices``: of its parameters, where they are known.
     """
-    missing = [key for key in (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS) if key not in group]
+    missing = [key for key in HYPERPARAMETERS if key not in group]
     if missing:
         raise ValueError(f"dist_asgd: {where} lacks {missing}: set them again, or load a state dict that has them.")
     for key in REAL_HYPERPARAMETERS:
