@@ -24,8 +24,9 @@ ABI = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Starting a thread costs about as much as updating this many elements.
 NUMEL_PER_THREAD = 1 << 17
-# While mu is 1 an average is written and not read: where the averages of a step are larger than this, past the caches.
-STREAMED_BYTES = 1 << 26
+# While mu is 1 an average is written and not read. Where the averages of a step are larger than this it goes past the
+# caches: it pays as soon as they outgrow what is a core's own.
+STREAMED_BYTES = 1 << 23
 INCOMPLETE = "dist_asgd: a CPU kernel needs a gradient for every segment and scalars for every row."
 
 
@@ -104,7 +105,7 @@ class Launch:
     Args:
         segments: see ``Segment``; all on the CPU, with the dtypes of ``kind``.
         maximize, weight_decay: of their group.
-        streamed: float32 and float64 averages that are written only go past the caches.
+        streamed: averages that are written only go past the caches.
     """
 
     def __init__(
