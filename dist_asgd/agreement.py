@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from .comm import Communicator
 
@@ -110,8 +109,8 @@ NO_CLAIM = Claim("", (), "")
 class Answer:
     """What all ranks said in one exchange; the same on every rank, so every rank decides alike."""
 
-    def __init__(self, table: Tensor, mask_words: int) -> None:
-        self._rows: list[list[int]] = table.tolist()
+    def __init__(self, rows: list[list[int]], mask_words: int) -> None:
+        self._rows = rows
         self._mask_words = mask_words
 
     def column(self, index: int) -> list[int]:
@@ -162,8 +161,10 @@ class Agreement:
         words = [int(kind), self.discards, int(problem), claim.digest]
         for mask in masks:
             words += [(mask >> (MASK_BITS * i)) & low for i in range(self._mask_words)]
+        if self._comm.world_size == 1:
+            return lambda: Answer([words], self._mask_words)
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64))
-        return lambda: Answer(wait(), self._mask_words)
+        return lambda: Answer(wait().tolist(), self._mask_words)
 
     def confer(
         self, kind: Kind, claim: Claim = NO_CLAIM, masks: tuple[int, int] = (0, 0), problem: Exception | None = None

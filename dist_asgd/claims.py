@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import fsdp1
 from .agreement import NO_CLAIM, Claim
 from .buffers import memory_strides
 from .dtensor import description, is_dtensor
-from .validation import hyperparameters
+from .validation import HYPERPARAMETERS, check_hyperparameters, hyperparameters
 
 
 def _describe(param: Tensor) -> str:
@@ -41,15 +43,31 @@ def _hyperparameter_entries(index: int, group: dict[str, Any]) -> list[tuple[str
     return [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
 
 
-class HyperparameterClaims:
-    """The claim of each step; hashed anew only where a hyperparameter has changed."""
+class Hyperparameters:
+    """The hyperparameters of each step: checked, and claimed, anew only where they are other objects than before."""
 
     def __init__(self) -> None:
+        # The values last checked, in the order of groups and keys; a Tensor may change where it is.
+        self._checked: list[object] = []
+        self._claimed: tuple[object, object] = (None, None)
         self._values: object = None
         self._claim = NO_CLAIM
 
-    def of(self, groups: Sequence[dict[str, Any]], by_scaler: bool) -> Claim:
-        """All hyperparameters of ``groups``, as they are now, and whether a gradient scaler calls."""
+    def check(self, groups: Sequence[dict[str, Any]], devices_of: Callable[[int], Iterable[torch.device]]) -> None:
+        """ValueError where one of ``groups`` is not of its kind or out of range; ``devices_of`` by group."""
+        values = [group.get(key, Ellipsis) for group in groups for key in HYPERPARAMETERS]
+        if len(values) == len(self._checked) and all(map(is_, values, self._checked)):
+            return
+        self._checked = []
+        for index, group in enumerate(groups):
+            check_hyperparameters(group, f"param_groups[{index}]", devices_of(index))
+        if not any(isinstance(value, Tensor) for value in values):
+            self._checked = values
+
+    def claim(self, groups: Sequence[dict[str, Any]], by_scaler: bool) -> Claim:
+        """All hyperparameters of ``groups``, which have just been checked, and whether a gradient scaler calls."""
+        if self._checked and self._claimed[0] is self._checked and self._claimed[1] is by_scaler:
+            return self._claim
         values = (by_scaler, [hyperparameters(group) for group in groups])
         if values != self._values:
             entries = [entry for i, group in enumerate(groups) for entry in _hyperparameter_entries(i, group)]
@@ -58,4 +76,5 @@ class HyperparameterClaims:
             self._claim = Claim(
                 "hyperparameters", entries, "Use the same lr schedule, and a gradient scaler or none, on every rank."
             )
+        self._claimed = (self._checked, by_scaler)
         return self._claim

@@ -29,7 +29,7 @@ def _norm(piece: Tensor, is_complex: bool, norm_type: float) -> Tensor:
     return norm
 
 
-def total_norm(gradients: Gradients, active: set[int], norm_type: float) -> Tensor:
+def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -> Tensor:
     """Collective: the norm over all active gradients, 0-dim float64 on their device; the same on all ranks.
 
     As ``torch.nn.utils.clip_grad_norm_`` defines it: the norm of the parameters' norms. Each piece is summed in
@@ -64,7 +64,9 @@ def total_norm(gradients: Gradients, active: set[int], norm_type: float) -> Tens
     return total
 
 
-def clip(gradients: Gradients, active: set[int], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def clip(
+    gradients: Gradients, active: frozenset[int], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
     """Collective: scale gradients to a global norm of at most ``max_norm``, those that are reduced at the next update.
 
     Returns the norm before. Reads reduced shards once and writes nothing: the factor is left for the update, together

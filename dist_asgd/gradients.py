@@ -12,7 +12,7 @@ from torch import Tensor
 from .agreement import NO_CLAIM, Agreement, Answer, Claim, Kind, differing, digest_of, ranks_text
 from .buffers import Bucket, Housed, Member, Store, flattened
 from .comm import Communicators
-from .facts import Facts, gradient_of
+from .facts import NOTHING_SEEN, Facts, Seen
 from .residents import Resident, Residents
 from .update.segments import UNSCALED
 from .validation import check_gradient
@@ -26,9 +26,9 @@ def bits(indices: Iterable[int]) -> int:
     return mask
 
 
-def indices_of(mask: int) -> set[int]:
+def indices_of(mask: int) -> frozenset[int]:
     """The positions of the bits set in ``mask``."""
-    return {i for i, bit in enumerate(reversed(f"{mask:b}")) if bit == "1"}
+    return frozenset(i for i, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")
 
 
 def multiply(gradients: Iterable[Tensor | None], factor: Tensor) -> None:
@@ -44,9 +44,6 @@ def multiply(gradients: Iterable[Tensor | None], factor: Tensor) -> None:
 class Gradients(ABC):
     """Where a step's gradients come from."""
 
-    # Whether every gradient of parameters in buckets is real and lies in memory as its parameter does.
-    direct = False
-
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         self.agreement = agreement
         self.communicators = communicators
@@ -54,7 +51,8 @@ class Gradients(ABC):
         self.residents: list[Resident] = []
         # What reduced gradients are still to be multiplied by.
         self.scaling = UNSCALED
-        self._indices: tuple[int, set[int]] = (0, set())
+        self._seen = NOTHING_SEEN
+        self._indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def extend(self, buckets: Sequence[Bucket], residents: Sequence[Residents]) -> None:
         """Take all buckets, in reduce order, and what is in none; replaces what was given before."""
@@ -66,7 +64,12 @@ class Gradients(ABC):
         """Every member of every bucket."""
         return (member for bucket in self.buckets for member in bucket.members)
 
-    def indices_of(self, mask: int) -> set[int]:
+    def take(self) -> Seen:
+        """The gradients that ``settle`` saw on parameters in buckets, by parameter index; not kept here any longer."""
+        seen, self._seen = self._seen, NOTHING_SEEN
+        return seen
+
+    def indices_of(self, mask: int) -> frozenset[int]:
         """``indices_of``, kept while the mask stays the same."""
         if self._indices[0] != mask:
             self._indices = (mask, indices_of(mask))
@@ -125,7 +128,7 @@ class Gradients(ABC):
         """Collective: agree on ``kind`` and ``claim``, gradients reduced or on the way; raises on all ranks or none."""
 
     @abstractmethod
-    def present(self, answer: Answer) -> set[int]:
+    def present(self, answer: Answer) -> frozenset[int]:
         """Indices of the parameters that have a gradient, the same on all ranks; ``answer`` as for ``active``."""
 
     @abstractmethod
@@ -133,7 +136,7 @@ class Gradients(ABC):
         """Wait until the gradient of ``bucket`` is reduced (None: of all); between ``settle`` and the update."""
 
     @abstractmethod
-    def active(self, answer: Answer) -> set[int]:
+    def active(self, answer: Answer) -> frozenset[int]:
         """Indices of the parameters that step, the same on all ranks; ``answer`` is what ``settle`` returned."""
 
     @abstractmethod
@@ -146,49 +149,37 @@ def _ranks_in(masks: Sequence[int], member: Member) -> list[int]:
     return [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
 
 
-class Pattern:
-    """Which parameters have a gradient, as long as that stays the same; and what such gradients should be."""
-
-    def __init__(self, members: Iterable[Member], missing: Sequence[bool]) -> None:
-        self.missing = missing
-        self.members = [member for member, absent in zip(members, missing, strict=True) if not absent]
-        self.mask = bits(member.index for member in self.members)
-        self.facts = Facts(
-            [member.slot.numel // (2 if member.dtype.is_complex else 1) for member in self.members],
-            [member.strides for member in self.members],
-            [member.dtype for member in self.members],
-        )
-
-
 class Arrived(Gradients):
     """Stage 1: every rank holds the same averaged gradients in ``p.grad``."""
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         super().__init__(agreement, communicators)
         self._checked = communicators.world_size == 1
-        self._params: list[Tensor] = []
-        self._pattern = Pattern((), [])
+        self._facts = Facts.of(())
+        # Which parameters in buckets had a gradient when last asked, and the bits of those.
+        self._standing: tuple[bytes, int] = (b"", 0)
 
     def extend(self, buckets: Sequence[Bucket], residents: Sequence[Residents]) -> None:
         super().extend(buckets, residents)
-        self._params = [member.param for member in self.members]
-        self._pattern = Pattern((), [])
+        housed = {member.index: member.param for member in self.members}
+        self._facts = Facts.of([housed.get(index) for index in range(max(housed, default=-1) + 1)])
 
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
         if not self.about_gradients(kind):
             return self.agreement.confer(kind, claim, problem=problem)
-        gradients = list(map(gradient_of, self._params))
-        missing = [gradient is None for gradient in gradients]
-        if missing != self._pattern.missing:
-            self._pattern = Pattern(self.members, missing)
-        self.direct = self._pattern.facts.hold_for([gradient for gradient in gradients if gradient is not None])
-        if not self.direct:
-            _, wrong = self.standing(self._pattern.members)
+        seen = self._facts.gradients()
+        if seen.present != self._standing[0]:
+            self._standing = (seen.present, bits(index for index, there in enumerate(seen.present) if there))
+        if seen.addresses is None:
+            _, wrong = self.standing(member for member in self.members if seen.present[member.index])
             problem = problem or wrong
         standing, wrong = self.standing(self.residents)
         problem = problem or wrong
         amiss = 0 if problem else self.amiss
-        return self.agreement.confer(kind, claim, (self._pattern.mask | standing, amiss), problem)
+        answer = self.agreement.confer(kind, claim, (self._standing[1] | standing, amiss), problem)
+        if kind is Kind.STEP:
+            self._seen = seen
+        return answer
 
     def ready(self, bucket: Store | None) -> None:
         """They have arrived."""
@@ -199,7 +190,7 @@ class Arrived(Gradients):
     def forget(self, set_to_none: bool) -> None:
         """All of them are in ``p.grad``."""
 
-    def present(self, answer: Answer) -> set[int]:
+    def present(self, answer: Answer) -> frozenset[int]:
         masks = answer.masks(0)
         if len(set(masks)) > 1:
             self._refuse_missing(masks)
@@ -218,14 +209,14 @@ class Arrived(Gradients):
                     f"or pass stage=2."
                 )
 
-    def active(self, answer: Answer) -> set[int]:
+    def active(self, answer: Answer) -> frozenset[int]:
         present = self.present(answer)
         if not self._checked and present:
             self._compare(present)
             self._checked = True
         return present
 
-    def _compare(self, present: set[int]) -> None:
+    def _compare(self, present: frozenset[int]) -> None:
         """First step: the gradients' bits must be the same on every rank."""
         members = sorted((m for m in self.members if m.index in present), key=lambda m: m.index)
         if not members:

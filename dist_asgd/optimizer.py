@@ -17,7 +17,7 @@ from .agreement import NO_CLAIM, Agreement, Kind
 from .averaging import Averages
 from .buffers import Precision
 from .checkpoint import consolidated
-from .claims import HyperparameterClaims, groups_claim
+from .claims import Hyperparameters, groups_claim
 from .comm import Communicators, description
 from .gather import Gatherer
 from .gradients import Arrived, Gradients, compare_values
@@ -31,13 +31,11 @@ from .update.plan import Step, Updater
 from .update.schedule import rules_of
 from .update.segments import UNSCALED
 from .validation import (
-    check_dtensors,
+    check_group,
     check_hyperparameters,
     check_mode,
     check_options,
-    check_params,
     check_precision_fits,
-    check_rounding,
     named_params,
 )
 
@@ -129,7 +127,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._options = {"stage": stage, "mesh": description(mesh), "bucket_cap_mb": bucket_cap_mb}
         self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
         self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
-        self._claims = HyperparameterClaims()
+        self._hyperparameters = Hyperparameters()
         self._values_checked = self._communicators.world_size == 1
         defaults = {
             "lr": lr,
@@ -195,13 +193,10 @@ class ShardedASGD(torch.optim.Optimizer):
             check_hyperparameters(group, where)
             check_mode(group, where, self._communicators.world_size, self._differentiable, self._stage)
             if not self._differentiable:
-                known = [pair for i in range(index) for pair in self._named(i)]
-                check_params(self._named(index), known)
-                check_dtensors(self._named(index), self._communicators.ranks, self._precision)
-                for _, param in self._named(index):
+                check_group(self.param_groups, index, self._communicators.ranks, self._precision)
+                for param in group["params"]:
                     if not is_resident(param):
                         self._communicators.on(param.device)
-                check_rounding(self._precision, self._named(index))
         except Exception:
             del self.param_groups[index]
             raise
@@ -265,7 +260,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 # What is pending is so for gradients that are reduced here, and not for those of DTensors.
                 told.factors(self._gradients.scaling),
                 told.factors(UNSCALED),
-                self._gradients.direct,
+                self._gradients.take(),
                 found_inf,
             )
             for bucket, batches in self._shards.planned(active, rules):
@@ -278,10 +273,10 @@ class ShardedASGD(torch.optim.Optimizer):
             self._gatherer.wait()
         return loss
 
-    def _reduce(self, told: Told) -> set[int]:
+    def _reduce(self, told: Told) -> frozenset[int]:
         """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
         problem = self._problem() or told.problem(self._stage)
-        claim = NO_CLAIM if problem else self._claims.of(self.param_groups, told.by_scaler)
+        claim = NO_CLAIM if problem else self._hyperparameters.claim(self.param_groups, told.by_scaler)
         answer = self._gradients.settle(Kind.STEP, claim, problem)
         if not self._values_checked:
             compare_values(self._gradients, self._communicators)
@@ -292,8 +287,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """What is wrong on this rank, to be raised on all of them."""
         try:
             self._shards.check_unchanged()
-            for index, group in enumerate(self.param_groups):
-                check_hyperparameters(group, f"param_groups[{index}]")
+            self._hyperparameters.check(self.param_groups, self._shards.devices_of)
         except Exception as error:
             return error
         return None

@@ -79,7 +79,7 @@ class Reducer(Gradients):
         # Parameters whose p.grad autograd has filled and nobody has packed yet.
         self._local: set[int] = set()
         # Parameters that buckets wait for: those that took part in the last step.
-        self._expected: set[int] = set()
+        self._expected: frozenset[int] = frozenset()
         self._consumed = False
         self._warned = False
         # Whether a backward has run since ranks last settled.
@@ -91,7 +91,7 @@ class Reducer(Gradients):
         self._resident_bits = bits(member.index for member in self.residents)
         self._member_of = {member.index: member for member in self.members}
         self._rounds = [bucket for bucket in self.buckets if bucket.trainable]
-        self._expected = {member.index for bucket in self._rounds for member in bucket.members}
+        self._expected = frozenset(member.index for bucket in self._rounds for member in bucket.members)
         self._begin_round()
         for member in self.members:
             if member.param.requires_grad:
@@ -324,7 +324,7 @@ class Reducer(Gradients):
         finite = [torch.linalg.vector_norm(shard, torch.inf).isfinite().cpu() for shard in shards]
         return torch.tensor([not all(finite)], dtype=torch.int64)
 
-    def present(self, answer: Answer) -> set[int]:
+    def present(self, answer: Answer) -> frozenset[int]:
         """Indices of the parameters for which any rank has contributed a gradient; residents settle theirs."""
         if self.residents:
             self.settle_residents(answer)
@@ -334,7 +334,7 @@ class Reducer(Gradients):
         reduced = member.bucket.reduced()
         return super().piece(member) if reduced is None else reduced[member.piece.start : member.piece.stop]
 
-    def active(self, answer: Answer) -> set[int]:
+    def active(self, answer: Answer) -> frozenset[int]:
         active = self.present(answer)
         if active != self._expected and active:
             self._expected = active

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import chain
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from .buffers import Bucket, Member, Precision, Store, build_buckets, reduce_order
 from .comm import Communicators
+from .facts import Facts, Shown
 from .layout import bucket_cap_bytes
 from .residents import Residents, is_resident, settle_residents
 from .update import cpu
@@ -20,7 +19,7 @@ from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucke
 from .update.scalars import ScalarTable
 from .update.schedule import Cohort, Form, Rule
 
-_SCALARS = itemgetter("step", "eta", "mu")
+KEYS = ("step", "eta", "mu", "ax")
 
 Named = Sequence[tuple[str, Tensor]]
 Batches = list[Batch | KernelBatch | DeviceBatch]
@@ -57,10 +56,13 @@ class ShardedState:
         self.cohorts: list[list[Cohort]] = []
         self.cohort_of: dict[int, Cohort] = {}
         self._plan: tuple[object, Plan] | None = None
-        self._params: list[Tensor] = []
-        # Parameters in buckets, and where and how they lie there.
-        self._homes: tuple[list[Tensor], list[int], list[tuple[int, ...]]] = ([], [], [])
-        self._kept: list[Tensor] | None = None
+        # What parameters in buckets are there: those that came together.
+        self._homes: list[Facts] = []
+        # What ``shown`` has of each member's average, in registration order; and all of it, once looked up.
+        self._averages: list[Tensor] = []
+        self._published: Shown | None = None
+        # What the last step updated, if cohorts are still the same since.
+        self._settled: frozenset[int] | None = None
         self._tables: dict[int, ScalarTable] = {}
         self._on_cuda = False
 
@@ -68,6 +70,7 @@ class ShardedState:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
         total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_resident(p))
         total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
+        known = len(self.buckets)
         for named, lr in groups:
             first_index = sum(self._group_sizes)
             placed = [(first_index + i, name, param) for i, (name, param) in enumerate(named)]
@@ -94,6 +97,7 @@ class ShardedState:
             self.cohorts.append([])
             if named:
                 self._add_cohort(Cohort.new(lr, range(first_index, first_index + len(named))), len(self.cohorts) - 1)
+        self._homes.append(Facts.of([member.param for bucket in self.buckets[known:] for member in bucket.members]))
         self.members.sort(key=lambda member: member.index)
         first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
         self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
@@ -103,6 +107,10 @@ class ShardedState:
     def stores(self) -> list[Store]:
         """All that parameters have their state in: buckets in reduce order, then the residents'."""
         return [*self.buckets, *self.residents]
+
+    def devices_of(self, group_index: int) -> set[torch.device]:
+        """Where the parameters of a group are."""
+        return {store.device for store in self.stores if store.group_index == group_index}
 
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
         """Take the scalars of a loaded state dict, and show averages that may have moved to wider storage."""
@@ -116,27 +124,25 @@ class ShardedState:
         self.cohorts[group_index].append(cohort)
         for index in cohort.indices:
             self.cohort_of[index] = cohort
+        self._settled = None
 
     def _publish(self) -> None:
-        self._plan = self._kept = None
+        self._plan = self._published = None
         self._on_cuda = any(store.device.type == "cuda" for store in self.stores)
-        self._params = [member.param for member in self.members]
-        housed = [member for bucket in self.buckets for member in bucket.members]
-        self._homes = [m.param for m in housed], [m.pointer for m in housed], [m.view_strides for m in housed]
+        self._averages = [member.shown(member.average) for member in self.members]
         for member in self.members:
-            self._shown[member.param] = {**self._scalars(member), "ax": member.shown(member.average)}
+            self._shown[member.param] = self._entries(member)
 
-    def _scalars(self, member: Member) -> dict[str, Tensor]:
+    def _entries(self, member: Member) -> dict[str, Tensor]:
         cohort = self.cohort_of[member.index]
-        return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu}
+        return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._averages[member.index]}
 
     def check_unchanged(self) -> None:
         """RuntimeError where a parameter or its state is not what the shards were built for.
 
-        A parameter that was only cut short is found by the gradients that it gets then.
+        A parameter that was only cut short may be found by the gradients that it gets then.
         """
-        params, pointers, strides = self._homes
-        if list(map(Tensor.data_ptr, params)) != pointers or list(map(Tensor.stride, params)) != strides:
+        if not all(homes.hold() for homes in self._homes):
             for member in self.members:
                 member.check_at_home()
         for store in self.residents:
@@ -144,21 +150,14 @@ class ShardedState:
                 self._plan = None
             for resident in store.members:
                 resident.check_at_home()
-        if not self._shows_kept_scalars():
+        if self._published is None:
+            self._published = Shown(KEYS, {member.param: self._entries(member) for member in self.members})
+        if not self._published.stand_in(self._shown):
             self._raise_replaced()
-
-    def _shows_kept_scalars(self) -> bool:
-        if self._kept is None:
-            self._kept = [s for m in self.members for s in self._scalars(m).values()]
-        try:
-            shown = list(chain.from_iterable(map(_SCALARS, map(self._shown.__getitem__, self._params))))
-        except (KeyError, TypeError):
-            return False
-        return all(map(is_, shown, self._kept))
 
     def _raise_replaced(self) -> None:
         for member in self.members:
-            own, kept = self._shown.get(member.param, {}), self._scalars(member)
+            own, kept = self._shown.get(member.param, {}), self._entries(member)
             if any(own.get(key) is not value for key, value in kept.items()):
                 raise RuntimeError(
                     f"dist_asgd: the state of parameter {member.name} was replaced. Change it in place, or through "
@@ -176,21 +175,22 @@ class ShardedState:
                     f"capturable=True and fused=True to the constructor."
                 )
 
-    def begin_update(self, active: set[int], rules: Sequence[Rule]) -> None:
+    def begin_update(self, active: frozenset[int], rules: Sequence[Rule]) -> None:
         """Split cohorts of which only a part steps; a first step takes its eta from the lr of now.
 
         Scalars move to the device or back where the group's form has changed.
         """
         for group_index, rule in enumerate(rules):
-            for cohort in list(self.cohorts[group_index]):
+            for cohort in list(self.cohorts[group_index]) if active is not self._settled else ():
                 stepping = cohort.indices & active
                 if stepping and stepping != cohort.indices:
                     self._add_cohort(cohort.split(stepping), group_index)
                     self._show(stepping)
             for cohort in self.cohorts[group_index]:
-                if cohort.indices & active:
+                if not cohort.indices.isdisjoint(active):
                     self._place(cohort, group_index, rule)
                     cohort.prepare(rule.lr)
+        self._settled = active
 
     def _place(self, cohort: Cohort, group_index: int, rule: Rule) -> None:
         if (rule.device is not None) == (cohort.row is not None):
@@ -205,19 +205,19 @@ class ShardedState:
 
     def _show(self, indices: Iterable[int]) -> None:
         """Let ``state`` have the scalars of these parameters, which are other tensors now."""
-        self._plan = self._kept = None
+        self._plan = self._published = None
         for index in indices:
             member = self.members[index]
-            self._shown[member.param].update(self._scalars(member))
+            self._shown[member.param].update(self._entries(member))
 
-    def end_update(self, active: set[int], rules: Sequence[Rule]) -> None:
+    def end_update(self, active: frozenset[int], rules: Sequence[Rule]) -> None:
         """Advance the scalars of everything that stepped."""
         for cohorts, rule in zip(self.cohorts, rules, strict=True):
             for cohort in cohorts:
-                if cohort.row is None and cohort.indices & active:
+                if cohort.row is None and not cohort.indices.isdisjoint(active):
                     cohort.advance(rule)
 
-    def planned(self, active: set[int], rules: Sequence[Rule]) -> Plan:
+    def planned(self, active: frozenset[int], rules: Sequence[Rule]) -> Plan:
         """Stores that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
         key = (active, [(rule.form, rule.device, rule.maximize, rule.weight_decay) for rule in rules])
         if self._plan is None or self._plan[0] != key:
@@ -226,10 +226,10 @@ class ShardedState:
                 for bucket in self.stores
                 if any(member.index in active for member in bucket.members)
             ]
-            self._plan = ((set(active), key[1]), plan)
+            self._plan = (key, plan)
         return self._plan[1]
 
-    def _batches(self, bucket: Store, active: set[int], rule: Rule) -> Batches:
+    def _batches(self, bucket: Store, active: frozenset[int], rule: Rule) -> Batches:
         unavailable = cpu.why_unavailable() if rule.form is Form.FUSED and rule.device is None else None
         if unavailable is not None:
             cpu.log_fallback(unavailable)
@@ -254,7 +254,7 @@ class ShardedState:
         return rows
 
     def advance_on_devices(
-        self, active: set[int], rules: Sequence[Rule], found_inf: Tensor | None
+        self, active: frozenset[int], rules: Sequence[Rule], found_inf: Tensor | None
     ) -> dict[int, Tensor]:
         """Advance scalars that are on a device; this step's factors by group, see ``ScalarTable``."""
         tables = {group: table for group, table in self._tables.items() if rules[group].device is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from numbers import Real
@@ -19,6 +19,7 @@ from .update import backend
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
 FORMS = ("foreach", "fused")
+HYPERPARAMETERS = (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS)
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -126,9 +127,12 @@ def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str
     return list(zip(names, params, strict=True))
 
 
-def check_hyperparameters(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range."""
-    missing = [key for key in (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS) if key not in group]
+def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[torch.device] | None = None) -> None:
+    """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range.
+
+    ``devices``: of its parameters, where they are known.
+    """
+    missing = [key for key in HYPERPARAMETERS if key not in group]
     if missing:
         raise ValueError(f"dist_asgd: {where} lacks {missing}: set them again, or load a state dict that has them.")
     for key in REAL_HYPERPARAMETERS:
@@ -152,7 +156,7 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
     for key in FORMS:
         if group[key] is not None and not isinstance(group[key], bool):
             raise ValueError(f"dist_asgd: {where}: {key} must be None, True or False, got {group[key]!r}.")
-    _check_fused(group, where)
+    _check_fused(group, where, devices)
     if group["capturable"] and not group["fused"]:
         raise ValueError(
             f"dist_asgd: {where}: capturable=True without fused=True: step, eta and mu live on the host then, where a "
@@ -161,7 +165,7 @@ def check_hyperparameters(group: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_fused(group: dict[str, Any], where: str) -> None:
+def _check_fused(group: dict[str, Any], where: str, known: Iterable[torch.device] | None) -> None:
     if not group["fused"]:
         return
     for key in ("foreach", "differentiable"):
@@ -169,7 +173,7 @@ def _check_fused(group: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"dist_asgd: {where}: fused=True with {key}=True: two forms of the update. Pass one of them."
             )
-    devices = {p.device for p in group.get("params", ())}
+    devices = {p.device for p in group.get("params", ())} if known is None else set(known)
     if len(devices) > 1 and any(backend.of(device) is not backend.C for device in devices):
         raise ValueError(
             f"dist_asgd: {where}: fused=True with parameters on {', '.join(sorted(map(str, devices)))}: the kernel "
@@ -222,6 +226,17 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
             "dist_asgd: stage=2 with differentiable=True: stage 2 frees the gradients that autograd would need. "
             "Pass stage=1."
         )
+
+
+def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:
+    """Raise ValueError unless the parameters of a group can be updated as ``precision`` asks, beside those before it.
+
+    ``ranks``: those of the process group, as numbers in the default group.
+    """
+    named = named_params(groups, index)
+    check_params(named, [pair for i in range(index) for pair in named_params(groups, i)])
+    check_dtensors(named, ranks, precision)
+    check_rounding(precision, named)
 
 
 def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str, Tensor]]) -> None:

@@ -172,9 +172,11 @@ def test_wrong_memory_never_reaches_the_kernel() -> None:
         with pytest.raises(ValueError, match="CPU kernel"):
             cpu.Launch([Segment(good, good, None, bad, 0)], KINDS[0], False, 0.0, False)
     launch = cpu.Launch([Segment(good, good.clone(), None, None, 1)], KINDS[0], False, 0.0, False)
-    for gradients, rows in ((None, [1.0] * 8), ([good.data_ptr()], [1.0] * 4), ([], [1.0] * 8)):
+    before = good.clone()
+    for gradients, rows in ((None, [1.0] * 8), ([good.data_ptr()], [1.0] * 4), ([], [1.0] * 8), ([0], [1.0] * 8)):
         with pytest.raises(ValueError, match="every"):
-            launch.run(gradients, array("d", rows), 1.0, 1.0)
+            launch.run(None if gradients is None else array("Q", gradients), array("d", rows), 1.0, 1.0)
+    assert torch.equal(good, before)
 
 
 FALLBACK = """

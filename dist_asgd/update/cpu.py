@@ -20,12 +20,14 @@ from torch import Tensor
 
 from .segments import Kind, Segment
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Starting a thread costs about as much as updating this many elements.
 NUMEL_PER_THREAD = 1 << 17
-# While mu is 1 an average is written and not read: where the averages of a step are larger than this, past the caches.
-STREAMED_BYTES = 1 << 26
+# While mu is 1 an average is written and not read. Where the averages of a step are larger than this it goes past the
+# caches: it pays as soon as they outgrow what is a core's own.
+STREAMED_BYTES = 1 << 23
+INCOMPLETE = "dist_asgd: a CPU kernel needs a gradient for every segment and scalars for every row."
 
 
 class _Call(ctypes.Structure):
@@ -52,7 +54,7 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(found))
         library.dist_asgd_abi.restype = ctypes.c_int64
         library.dist_asgd_update.argtypes = [ctypes.POINTER(_Call)]
-        library.dist_asgd_update.restype = None
+        library.dist_asgd_update.restype = ctypes.c_int64
         abi = library.dist_asgd_abi()
     except (OSError, AttributeError) as error:
         return f"{found.name} does not load ({error})"
@@ -103,7 +105,7 @@ class Launch:
     Args:
         segments: see ``Segment``; all on the CPU, with the dtypes of ``kind``.
         maximize, weight_decay: of their group.
-        streamed: float32 and float64 averages that are written only go past the caches.
+        streamed: averages that are written only go past the caches.
     """
 
     def __init__(
@@ -140,11 +142,11 @@ class Launch:
             weight_decay=weight_decay,
         )
 
-    def run(self, gradients: Sequence[int] | None, rows: array[float], unscale: float, clip: float) -> None:
+    def run(self, gradients: array[int] | None, rows: array[float], unscale: float, clip: float) -> None:
         """Update all segments.
 
         Args:
-            gradients: the data pointers of this step's gradients, one for each segment that is not empty, where
+            gradients: the data pointers ("Q") of this step's gradients, one for each segment that is not empty, where
                 they come with the step: of the kind's gradient dtype, contiguous and as long as the segment. None
                 where the segments have their own.
             rows: (c, -eta, mu, t) of every row, in double precision.
@@ -152,16 +154,17 @@ class Launch:
         """
         if not self._segments:
             return
-        own = self._gradients if gradients is None else array("Q", gradients)
-        if len(own) != len(self._segments) or not all(own) or len(rows) < 4 * (self._last_row + 1):
-            raise ValueError("dist_asgd: a CPU kernel needs a gradient for every segment and scalars for every row.")
+        own = self._gradients if gradients is None else gradients
+        if own.itemsize != 8 or len(own) != len(self._segments) or len(rows) < 4 * (self._last_row + 1):
+            raise ValueError(INCOMPLETE)
         call = self._call
         call.gradients = own.buffer_info()[0]
         call.rows = rows.buffer_info()[0]
         call.num_threads = min(torch.get_num_threads(), self._max_threads)
         call.unscale, call.clip = unscale, clip
         call.scaled = not (unscale == 1 and clip == 1)
-        self._update(ctypes.byref(call))
+        if self._update(ctypes.byref(call)):
+            raise ValueError(INCOMPLETE)
 
 
 def lanes(numel: int, start: int, stop: int) -> int:

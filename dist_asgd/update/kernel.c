@@ -20,13 +20,16 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
 
-#define ABI 1
+#define ABI 2
 #define INLINE static inline __attribute__((always_inline))
 
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum mode { PLAIN, MASTER, STOCHASTIC };
-enum { BLOCK = 1024, MAX_THREADS = 256 };
+enum { BLOCK = 256, LINE = 64, MAX_THREADS = 256 }; /* elements, bytes */
 
 typedef struct {
     void *param, *average, *master;
@@ -87,26 +90,43 @@ INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
 WIDE(float, __builtin_fmaf)
 WIDE(double, __builtin_fma)
 
-/* Past the caches, on the way to memory: a store that is not read again need not fetch its line first. */
-INLINE void stream(void *to, const void *from, int64_t bytes) {
+/* Past the caches, on the way to memory: what is written and not read need not be fetched first. Whole lines at a time,
+ * from a buffer that is small enough for reading and writing to go on side by side. */
+typedef void line_writer(void *to, const void *from, int64_t num_lines);
+
 #if defined(__SSE2__)
-    char *t = to;
-    const char *f = from;
-    int64_t head = (16 - ((uintptr_t)t & 15)) & 15;
-    if (head > bytes) head = bytes;
-    memcpy(t, f, (size_t)head);
-    int64_t i = head;
-    for (; i + 64 <= bytes; i += 64)
-        for (int64_t j = i; j < i + 64; j += 16)
-            _mm_stream_si128((__m128i *)(t + j), _mm_loadu_si128((const __m128i *)(f + j)));
-    memcpy(t + i, f + i, (size_t)(bytes - i));
+static __attribute__((noinline)) void write_lines(void *to, const void *from, int64_t num_lines) {
+    for (int64_t i = 0; i < 4 * num_lines; i++)
+        _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128((const __m128i *)from + i));
+}
 #else
-    memcpy(to, from, (size_t)bytes);
+static void write_lines(void *to, const void *from, int64_t num_lines) { memcpy(to, from, (size_t)num_lines * LINE); }
 #endif
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((noinline, target("avx512f"))) static void write_lines_avx512(void *to, const void *from,
+                                                                            int64_t num_lines) {
+    for (int64_t i = 0; i < num_lines; i++)
+        _mm512_stream_si512((__m512i *)to + i, _mm512_loadu_si512((const char *)from + LINE * i));
+}
+#endif
+
+INLINE void stream(void *to, const void *from, int64_t bytes, line_writer *writer) {
+    int64_t head = -(uintptr_t)to & (LINE - 1);
+    if (head > bytes) head = bytes;
+    memcpy(to, from, (size_t)head);
+    int64_t lines = (bytes - head) / LINE, done = head + lines * LINE;
+    writer((char *)to + head, (const char *)from + head, lines);
+    memcpy((char *)to + done, (const char *)from + done, (size_t)(bytes - done));
+}
+
+/* So many elements of an array until the next block begins, which is then at a line. */
+INLINE int64_t until_block(const void *at, int64_t size) {
+    return BLOCK - (int64_t)((uintptr_t)at & (LINE - 1)) / size;
 }
 
 #define WIDE_SEGMENT(T)                                                                                                \
-    INLINE void segment_##T(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to) {       \
+    INLINE void segment_##T(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to,         \
+                            line_writer *writer) {                                                                     \
         const scalars *s = k->rows + seg->row;                                                                         \
         T *p = (T *)seg->param + from, *ax = (T *)seg->average + from;                                                 \
         const T *g = (const T *)gradient + from;                                                                       \
@@ -115,10 +135,11 @@ INLINE void stream(void *to, const void *from, int64_t bytes) {
         else if (!k->streamed) choose_##T(k, s, p, g, ax, n, 0);                                                       \
         else {                                                                                                         \
             T block[BLOCK];                                                                                            \
-            for (int64_t i = 0; i < n; i += BLOCK) {                                                                   \
-                int64_t m = n - i < BLOCK ? n - i : BLOCK;                                                             \
+            for (int64_t i = 0, m; i < n; i += m) {                                                                    \
+                m = until_block(ax + i, sizeof(T));                                                                    \
+                if (m > n - i) m = n - i;                                                                              \
                 choose_##T(k, s, p + i, g + i, block, m, 0);                                                           \
-                stream(ax + i, block, m * (int64_t)sizeof(T));                                                         \
+                stream(ax + i, block, m * (int64_t)sizeof(T), writer);                                                 \
             }                                                                                                          \
         }                                                                                                              \
     }
@@ -276,7 +297,7 @@ INLINE void block(const call *k, narrow_scalars s, uint16_t *p, const float *g, 
 }
 
 INLINE void segment_narrow(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to,
-                           const int half) {
+                           const int half, line_writer *writer) {
     const scalars *row = k->rows + seg->row;
     int64_t grad_size = k->gradient == FLOAT32 ? 4 : 2, average_size = k->average == FLOAT32 ? 4 : 2;
     int64_t master_size = half ? 4 : 2;
@@ -285,12 +306,14 @@ INLINE void segment_narrow(const call *k, const segment *seg, const void *gradie
     /* torch hands the factor of a scaled addition to its 16-bit vector loops in 16 bits. */
     if (k->mode == PLAIN) s.minus_eta = grid(s.minus_eta, half);
     s.step_key = mix(s.key ^ mix((uint32_t)(uint64_t)row->step));
-    float g[BLOCK];
-    for (int64_t i = from; i < to; i += BLOCK) {
-        int64_t n = to - i < BLOCK ? to - i : BLOCK;
+    int streamed = k->streamed && !begun;
+    float g[BLOCK], averages[BLOCK];
+    for (int64_t i = from, n; i < to; i += n) {
+        char *average = (char *)seg->average + i * average_size, *ax = streamed ? (char *)averages : average;
+        n = until_block(average, average_size);
+        if (n > to - i) n = to - i;
         int64_t lanes = seg->lanes - i < 0 ? 0 : seg->lanes - i > n ? n : seg->lanes - i;
         uint16_t *p = (uint16_t *)seg->param + i;
-        char *ax = (char *)seg->average + i * average_size;
         char *master = seg->master ? (char *)seg->master + i * master_size : 0;
         prepare(k, p, master, (const char *)gradient + i * grad_size, g, n, lanes, half);
         s.first = (uint64_t)(seg->first + i);
@@ -299,6 +322,7 @@ INLINE void segment_narrow(const call *k, const segment *seg, const void *gradie
             block(k, s, p, g, ax, master, lanes, begun, half, 1);
             block(k, s, p + lanes, g + lanes, ax + lanes * average_size, master, n - lanes, begun, half, 0);
         }
+        if (streamed) stream(average, averages, n * average_size, writer);
     }
 }
 
@@ -315,7 +339,7 @@ INLINE int64_t cut(int64_t at, int64_t numel) {
 }
 
 /* Elements start to stop, counted over all segments; cuts inside of a segment fall on blocks. */
-INLINE void update_part(const part *range) {
+INLINE void update_part(const part *range, line_writer *writer) {
     const call *k = range->call;
     int64_t offset = 0;
     for (int64_t i = 0; i < k->num_segments; i++) {
@@ -324,10 +348,10 @@ INLINE void update_part(const part *range) {
         offset += seg->numel;
         if (from >= to) continue;
         switch (k->param) {
-        case FLOAT32: segment_float(k, seg, k->gradients[i], from, to); break;
-        case FLOAT64: segment_double(k, seg, k->gradients[i], from, to); break;
-        case BFLOAT16: segment_narrow(k, seg, k->gradients[i], from, to, 0); break;
-        default: segment_narrow(k, seg, k->gradients[i], from, to, 1);
+        case FLOAT32: segment_float(k, seg, k->gradients[i], from, to, writer); break;
+        case FLOAT64: segment_double(k, seg, k->gradients[i], from, to, writer); break;
+        case BFLOAT16: segment_narrow(k, seg, k->gradients[i], from, to, 0, writer); break;
+        default: segment_narrow(k, seg, k->gradients[i], from, to, 1, writer);
         }
     }
 #if defined(__SSE2__)
@@ -339,16 +363,16 @@ INLINE void update_part(const part *range) {
  * for processor models instead, and miss later ones.) */
 #if defined(__x86_64__) && defined(__GNUC__)
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) static void *part_avx512(void *range) {
-    update_part(range);
+    update_part(range, write_lines_avx512);
     return 0;
 }
 __attribute__((target("avx2,fma"))) static void *part_avx2(void *range) {
-    update_part(range);
+    update_part(range, write_lines);
     return 0;
 }
 #endif
 static void *part_plain(void *range) {
-    update_part(range);
+    update_part(range, write_lines);
     return 0;
 }
 
@@ -367,14 +391,18 @@ static void *(*fastest_part(void))(void *) {
 
 int64_t dist_asgd_abi(void) { return ABI; }
 
-/* Update every segment; returns when it is done. Threads live for this call only, so a fork at any other time is safe. */
-void dist_asgd_update(const call *k) {
+/* Update every segment; returns 0 when it is done, and -1, with nothing changed, where a segment has no gradient.
+ * Threads live for this call only, so a fork at any other time is safe. */
+int64_t dist_asgd_update(const call *k) {
     pthread_t threads[MAX_THREADS];
     part parts[MAX_THREADS];
     int started[MAX_THREADS] = {0};
     void *(*run)(void *) = fastest_part();
     int64_t total = 0, count = k->num_threads < 1 ? 1 : k->num_threads > MAX_THREADS ? MAX_THREADS : k->num_threads;
-    for (int64_t i = 0; i < k->num_segments; i++) total += k->segments[i].numel;
+    for (int64_t i = 0; i < k->num_segments; i++) {
+        if (!k->gradients[i]) return -1;
+        total += k->segments[i].numel;
+    }
     for (int64_t t = 0; t < count; t++)
         parts[t] = (part){k, total / count * t, t == count - 1 ? total : total / count * (t + 1)};
     for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, run, &parts[t]);
@@ -383,4 +411,5 @@ void dist_asgd_update(const call *k) {
         if (started[t]) pthread_join(threads[t], 0);
         else run(&parts[t]);
     }
+    return 0;
 }

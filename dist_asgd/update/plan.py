@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import add, attrgetter
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,12 +17,10 @@ from torch import Tensor
 
 from .. import masters
 from ..buffers import Member, Store, flattened
+from ..facts import Picks, Seen
 from . import backend, cpu, foreach, reference, rounding
 from .schedule import Cohort, Form, Rule
 from .segments import Kind, Scaling, Segment
-
-if TYPE_CHECKING:
-    from . import cuda
 
 if TYPE_CHECKING:
     from . import cuda
@@ -32,8 +29,6 @@ CHUNK_NUMEL = {"cpu": 1 << 19}
 ACCELERATOR_CHUNK_NUMEL = 1 << 24
 # Below this a copy into the chunk's scratch is cheaper than a set of operators of its own.
 DIRECT_NUMEL = 1 << 15
-
-_GRADIENT = attrgetter("param.grad")
 
 Rows = dict[int, int]
 
@@ -78,7 +73,7 @@ class Step:
     rows       (c, -eta, mu, t) of every cohort whose scalars are on the host
     factors    the like on the device, by group
     pending    what gradients that were reduced here are multiplied by, ``scaling`` is for others
-    direct     gradients of parameters in buckets are known to lie in memory as those do
+    seen       the gradients of parameters in buckets that come with the step, by parameter index
     found_inf  (1,) float32 on the device: nonzero, and nothing is to change. None: nobody asks
     """
 
@@ -88,7 +83,7 @@ class Step:
     factors: dict[int, Tensor]
     pending: Scaling
     scaling: Scaling
-    direct: bool
+    seen: Seen
     found_inf: Tensor | None
 
 
@@ -112,15 +107,22 @@ class Sources:
 
     members: list[Member]
     starts_bytes: list[int]
+    picks: Picks
 
-    def pointers(self, direct: bool) -> tuple[list[int], list[Tensor]]:
-        """Addresses of this step's gradients, and the tensors that keep them alive."""
+    @classmethod
+    def of(cls, members: list[Member], starts_bytes: list[int]) -> Sources:
+        """One for each segment."""
+        indices = [member.index for member in members]
+        return cls(members, starts_bytes, Picks(list(zip(indices, starts_bytes, strict=True))))
+
+    def pointers(self, addresses: array[int] | None) -> tuple[array[int], list[Tensor]]:
+        """Where each segment's gradient begins in this step, and the tensors that keep those alive that are copies."""
         store = self.members[0].bucket
-        if direct and not store.scattered and not store.param_dtype.is_complex:
-            flats = list(map(_GRADIENT, self.members))
-        else:
-            flats = [_memory_of_gradient(member) for member in self.members]
-        return list(map(add, map(Tensor.data_ptr, flats), self.starts_bytes)), flats
+        if addresses is not None and not store.scattered and not store.param_dtype.is_complex:
+            return self.picks.of(addresses), []
+        flats = [_memory_of_gradient(member) for member in self.members]
+        starts = zip(flats, self.starts_bytes, strict=True)
+        return array("Q", [flat.data_ptr() + start for flat, start in starts]), flats
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class KernelBatch:
 
     def run(self, step: Step) -> None:
         """Update the bucket's segments."""
-        pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.direct)
+        pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.seen.addresses)
         scaling = step.pending if pointers is None else step.scaling
         self.launch.run(pointers, step.rows, *scaling.numbers())
 
@@ -150,7 +152,7 @@ class DeviceBatch:
 
     def run(self, step: Step) -> None:
         """Update the bucket's segments; does not wait for the device."""
-        pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.direct)
+        pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.seen.addresses)
         scaling = step.pending if pointers is None else step.scaling
         unscale, clip = (
             None if factor is None else factor.to(self.launch.device).reshape(1)
@@ -179,13 +181,14 @@ def has_kernel(bucket: Store) -> bool:
 
 
 def plan_kernel(
-    bucket: Store, cohort_of: dict[int, Cohort], active: set[int], rule: Rule, rows: Rows, streamed: bool
+    bucket: Store, cohort_of: dict[int, Cohort], active: frozenset[int], rule: Rule, rows: Rows, streamed: bool
 ) -> KernelBatch | DeviceBatch:
     """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
     reduced = bucket.reduced()
     apart = _needs_members_apart(bucket)
     segments: list[Segment] = []
-    sources = Sources([], [])
+    sources: list[Member] = []
+    starts_bytes: list[int] = []
     for run in _runs(bucket, cohort_of, active, merge=True):
         row = rows[id(cohort_of[run[0].index])]
         # In one piece where that is one gradient.
@@ -198,9 +201,9 @@ def plan_kernel(
             key = 0 if bucket.seed is None else rounding.parameter_key(bucket.seed, first.index)
             param, average = first.part(start, stop), bucket.average[start:stop]
             segments.append(Segment(param, average, master, gradient, row, first.place, key, lanes))
-            sources.members.append(first)
-            sources.starts_bytes.append(piece.param_start * bucket.dtype.itemsize)
-    taken = sources if reduced is None and segments else None
+            sources.append(first)
+            starts_bytes.append(piece.param_start * bucket.dtype.itemsize)
+    taken = Sources.of(sources, starts_bytes) if reduced is None and segments else None
     if rule.device is None:
         return KernelBatch(cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed), taken)
     from .cuda import Launch  # triton is needed by who launches kernels, and only there
@@ -227,7 +230,7 @@ def _is_narrow_scalar(member: Member) -> bool:
     return member.param.dim() == 0 and member.dtype.itemsize == 2 and not member.bucket.updates_in_float32
 
 
-def _runs(bucket: Store, cohort_of: dict[int, Cohort], active: set[int], merge: bool) -> Iterator[list[Member]]:
+def _runs(bucket: Store, cohort_of: dict[int, Cohort], active: frozenset[int], merge: bool) -> Iterator[list[Member]]:
     """Neighbouring members that step together; a large one alone where its gradient is used in place."""
     run: list[Member] = []
     for member in bucket.members:
@@ -251,7 +254,7 @@ def _runs(bucket: Store, cohort_of: dict[int, Cohort], active: set[int], merge: 
         yield run
 
 
-def plan_bucket(bucket: Store, cohort_of: dict[int, Cohort], active: set[int]) -> list[Batch]:
+def plan_bucket(bucket: Store, cohort_of: dict[int, Cohort], active: frozenset[int]) -> list[Batch]:
     """The batches of one bucket."""
     chunks: dict[int, list[Chunk]] = {}
     cohorts: dict[int, Cohort] = {}

@@ -38,7 +38,7 @@ class ScalarTable:
         cohort.row = row
         cohort.fresh = False
 
-    def advance(self, rule: Rule, active: set[int], found_inf: Tensor | None) -> None:
+    def advance(self, rule: Rule, active: frozenset[int], found_inf: Tensor | None) -> None:
         """Write ``factors`` for this step, and the scalars of the next; one launch, no synchronisation.
 
         ``active``: the parameters that step. ``found_inf`` ``(1,)`` float32 on the device, nonzero: nothing changes.
