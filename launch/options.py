@@ -137,6 +137,11 @@ class TrainOptions:
             raise typer.BadParameter(
                 f"--tensor-parallel is for --parallel {' and '.join(WITH_FULLY_SHARD)}, not {self.mode}"
             )
+        if 4 * self.d_model % self.tensor_parallel:
+            raise typer.BadParameter(
+                f"--tensor-parallel {self.tensor_parallel} does not divide the {4 * self.d_model} columns of a "
+                "feed-forward layer, 4 times --d-model"
+            )
         if self.t0 is not None and self.t0_share is not None:
             raise typer.BadParameter("--t0 and --t0-share are two ways to say one thing: give one of them")
         if self.overwrite and (self.resume or self.resume_from):

@@ -10,6 +10,7 @@ from typing import Any
 from model import ByteTransformer
 from processes import Processes, TrainingError
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,17 +75,17 @@ def spread(
             raise TrainingError(f"--parallel {mode} needs process groups: start the trainer with torchrun")
         return Spread(mode, model, {"stage": 2 if mode is Mode.ZERO2 else 1}, 0, 1, str(mode))
     world_size = processes.world_size
+    replicas = _replicas(num_replicas, tensor_parallel, processes) if mode in WITH_REPLICAS else 1
     if mode in WITH_FULLY_SHARD:
-        return _fully_shard(model, mode, _replicas(mode, num_replicas, world_size), tensor_parallel, processes)
+        return _fully_shard(model, mode, replicas, tensor_parallel, processes)
     options: dict[str, Any] = {"stage": 1 if mode in WRAPPED_IN_DDP else 2}
     text = str(mode)
     if mode is Mode.DDP:
         # Every rank is a replica with all of the state.
         options["mesh"] = _mesh(processes, replicate=world_size, shard=1)
     elif mode is Mode.HYBRID:
-        replicas = _replicas(mode, num_replicas, world_size)
         options["mesh"] = _mesh(processes, replicate=replicas, shard=world_size // replicas)
-        text += f" ({replicas} replicas)"
+        text += f" ({_counted(replicas)})"
     network: nn.Module = model
     if mode in WRAPPED_IN_DDP:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -92,22 +93,32 @@ def spread(
 
 
 def _mesh(processes: Processes, **axes: int) -> DeviceMesh:
-    return init_device_mesh(processes.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = init_device_mesh(processes.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    for group in mesh.get_all_groups():
+        # A mesh's groups would wait for torch's half hour, whatever --timeout says.
+        distributed_c10d._set_pg_timeout(processes.timeout, group)
+    return mesh
 
 
-def _replicas(mode: Mode, asked: int | None, world_size: int) -> int:
-    if mode is Mode.FSDP2:
-        return 1
-    replicas = _default_replicas(world_size) if asked is None else asked
-    if world_size % replicas:
-        raise TrainingError(f"--replicas {replicas} does not divide the {world_size} ranks")
+def _replicas(asked: int | None, tensor_parallel: int, processes: Processes) -> int:
+    """Collective: as many as asked for; else one for each node, and on a single one two, where ranks can be halved."""
+    world_size = processes.world_size
+    if asked is not None:
+        replicas = asked
+    else:
+        local_sizes = processes.gather(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        if len(set(local_sizes)) > 1:
+            raise TrainingError(f"nodes have {sorted(set(local_sizes))} ranks: say how to cut them with --replicas")
+        num_nodes = world_size // local_sizes[0]
+        replicas = num_nodes if num_nodes > 1 else 1 if world_size // tensor_parallel % 2 else 2
+    if world_size % (replicas * tensor_parallel):
+        shared = f" of layers on {tensor_parallel} ranks each" if tensor_parallel > 1 else ""
+        raise TrainingError(f"{world_size} ranks cannot be cut into {_counted(replicas)}{shared}: see --replicas")
     return replicas
 
 
-def _default_replicas(world_size: int) -> int:
-    """One for each node; two on a single one with an even number of ranks."""
-    num_nodes = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return num_nodes if num_nodes > 1 else 2 - world_size % 2
+def _counted(replicas: int) -> str:
+    return "1 replica" if replicas == 1 else f"{replicas} replicas"
 
 
 def _fully_shard(
@@ -117,11 +128,8 @@ def _fully_shard(
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    if processes.world_size % (replicas * tensor_parallel):
-        raise TrainingError(
-            f"{replicas} replicas of layers on {tensor_parallel} ranks do not divide the {processes.world_size} ranks: "
-            "see --replicas and --tensor-parallel"
-        )
+    if processes.world_size % tensor_parallel:
+        raise TrainingError(f"--tensor-parallel {tensor_parallel} does not divide the {processes.world_size} ranks")
     shards = processes.world_size // (replicas * tensor_parallel)
     axes = {"replicate": replicas} if mode is Mode.HSDP else {}
     mesh = _mesh(processes, **axes, shard=shards, tensor=tensor_parallel)
@@ -133,7 +141,7 @@ def _fully_shard(
         fully_shard(block, mesh=data_mesh)
     fully_shard(model, mesh=data_mesh)
     text = str(mode)
-    text += f" ({replicas} replicas)" if mode is Mode.HSDP else ""
+    text += f" ({_counted(replicas)})" if mode is Mode.HSDP else ""
     text += f" on feed-forward layers split in {tensor_parallel}" if tensor_parallel > 1 else ""
     data_rank = processes.rank // tensor_parallel
     return Spread(mode, model, {}, data_rank, replicas * shards, text)

@@ -23,6 +23,7 @@ class Processes:
     """This process among the run's; without torchrun it is the only one and no process group exists."""
 
     def __init__(self, timeout: timedelta) -> None:
+        self.timeout = timeout
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_distributed = "RANK" in os.environ

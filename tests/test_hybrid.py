@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import dist_asgd
@@ -201,11 +202,14 @@ def by_name(_rank: int, _world_size: int, names: tuple[str, str], shape: tuple[i
 
 
 def test_axes_go_by_name_where_they_have_these_names_and_else_by_place() -> None:
-    """("shard", "replicate") is understood; other names are replicas first, as for HSDP."""
+    """("shard", "replicate") is understood, one of the two is enough; other names are replicas first, as for HSDP."""
     one = run("gloo", 3, by_name, ("replicate", "shard"), (3, 1))[0]
     third = run("gloo", 3, by_name, ("replicate", "shard"), (1, 3))[0]
     assert third < one
     assert run("gloo", 3, by_name, ("shard", "replicate"), (3, 1))[0] == third
+    assert run("gloo", 3, by_name, ("shard", "dp"), (3, 1))[0] == third
+    assert run("gloo", 3, by_name, ("fsdp", "replicate"), (3, 1))[0] == third
+    assert run("gloo", 3, by_name, ("dp", "shard"), (3, 1))[0] == one
     assert run("gloo", 3, by_name, ("dp", "fsdp"), (3, 1))[0] == one
 
 
@@ -256,6 +260,32 @@ def test_a_mesh_of_some_ranks_beside_an_optimizer_on_all(stage: int) -> None:
     run("gloo", 5, part_of_the_ranks, stage)
 
 
+def holds(rank: int, _world_size: int) -> None:
+    """Job: what stands between steps, beside what belongs there."""
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard"))
+    net = nn.Sequential(nn.Embedding(20_000, 16), nn.Linear(16, 1))
+    num_groups = dist.get_pg_count()
+    optimizer = ShardedASGD(net.parameters(), stage=2, mesh=mesh)
+    assert dist.get_pg_count() == num_groups  # so that the default group's timeout holds
+    for step in range(2):
+        optimizer.zero_grad()
+        net(torch.arange(rank, 50 + step)).sum().backward()
+        optimizer.step()
+    gc.collect()
+    known = {param.untyped_storage().data_ptr() for param in net.parameters()}
+    large = [
+        found
+        for found in gc.get_objects()
+        if isinstance(found, Tensor) and found.untyped_storage().nbytes() >= net[0].weight.nbytes
+    ]
+    assert not [found for found in large if found.untyped_storage().data_ptr() not in known]
+
+
+def test_between_steps_no_whole_gradient_is_held_and_no_group_is_made() -> None:
+    """The last bucket's gradient is sent from where it lies, and then freed as those of the others."""
+    run("gloo", 4, holds)
+
+
 # --- what is refused ---------------------------------------------------------------------------------------
 
 
@@ -263,11 +293,11 @@ def refused(rank: int, _world_size: int, how: str) -> None:
     """Job: a mesh that cannot be taken."""
     mesh: Any = hybrid_mesh((2, 2))
     options: dict[str, Any] = {}
-    if how == "with a group":
+    if how == "with a group" or (how == "one with a group" and rank == 3):
         options["process_group"] = dist.group.WORLD
     elif how == "three dimensions":
         mesh = init_device_mesh("cpu", (1, 2, 2))
-    elif how == "no mesh":
+    elif how == "no mesh" or (how == "one without" and rank == 3):
         mesh = (2, 2)
     elif how == "not ascending":
         mesh = DeviceMesh("cpu", [[0, 1], [3, 2]])
@@ -283,6 +313,8 @@ def refused(rank: int, _world_size: int, how: str) -> None:
         ("with a group", "process_group and mesh are both given"),
         ("three dimensions", "mesh must have two dimensions"),
         ("no mesh", "mesh must be a DeviceMesh, got tuple"),
+        ("one with a group", "both given.*on rank 3 of 4"),
+        ("one without", "got tuple.*on rank 3 of 4"),
         ("not ascending", "do not ascend along its dimensions"),
         ("other meshes", "mesh: ranks 0-2 have .* rank 3 has"),
     ],
@@ -291,7 +323,7 @@ def test_what_is_refused(how: str, says: str) -> None:
     """On every rank, with what to do instead."""
     for error in run_errors("gloo", 4, refused, how):
         assert error.type_name == "ValueError"
-        assert re.search(says, error.message), error.message
+        assert re.search(says, error.message, re.DOTALL), error.message
 
 
 def dies(rank: int, _world_size: int) -> None:

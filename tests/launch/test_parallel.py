@@ -72,7 +72,7 @@ def test_split_layers_give_the_losses_of_whole_ones(train: Train, tmp_path: Path
     [
         (("--stage", "2", "--parallel", "fsdp2"), "--stage and --parallel"),
         (("--parallel", "hybrid", "--tensor-parallel", "2"), "--tensor-parallel is for"),
-        (("--parallel", "hybrid", "--replicas", "3"), "does not divide the 2 ranks"),
+        (("--parallel", "hybrid", "--replicas", "3"), "2 ranks cannot be cut into 3 replicas"),
     ],
 )
 def test_what_does_not_go_together_is_said(train: Train, tmp_path: Path, options: tuple[str, ...], says: str) -> None:
