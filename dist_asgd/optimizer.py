@@ -354,8 +354,9 @@ class ShardedASGD(torch.optim.Optimizer):
     def averaged_parameters(self) -> Iterator[None]:
         """Inside, the parameters are the averaged weights ``ax``, on every rank; afterwards they are back, bit for bit.
 
-        Collective on entry and on exit, also when leaving by an exception. Makes no second copy of the model;
-        where ``ax`` is wider than the parameters (16-bit ones), each rank sets its own shard of them aside.
+        Collective on entry and on exit, also when leaving by an exception. DTensors are swapped where they lie, and
+        sent only where replicas share them (``shard_replicated``). Makes no second copy of the model; where ``ax`` is
+        wider than the parameters (16-bit ones), each rank sets its own shard of them aside.
         Parameters whose averaging has not begun (step <= t0) stay as they are. Buffers of modules (BatchNorm's
         statistics) are not averaged. ``step()``, ``state_dict()`` and whatever else reads the state are refused inside.
         """
@@ -390,7 +391,8 @@ class ShardedASGD(torch.optim.Optimizer):
         On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
         this rank's part, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
         loads it at any world size; ``torch.optim.ASGD`` and whatever else would take it for a whole tensor is refused:
-        that is what ``consolidated_state_dict`` is for. On one rank it is a plain tensor.
+        that is what ``consolidated_state_dict`` is for. On one rank it is a plain tensor. Of a DTensor it is a DTensor
+        placed alike; where replicas share it ``to_local()`` is the part of one, 1-D, and ``full_tensor()`` all of it.
         """
         self._averages.refuse("state_dict()")
         return self._state_dicts.part()

@@ -168,6 +168,9 @@ def _precision(_: int, __: int, dtype: torch.dtype, options: dict[str, Any], pla
             for key, value in entry.items():
                 assert_same_bits(mine[index][key], value, f"{key} of {index}")
         again = ShardedASGD(params, **OPTIONS, **form, **options)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        _assert_same(params, again, params, optimizer, "loaded again")
+        again = ShardedASGD(params, **OPTIONS, **form, **options)
         with torch.no_grad():
             for param in params:
                 param.zero_()
@@ -432,6 +435,26 @@ def _on_several_meshes(_: int, __: int) -> None:
 def test_meshes_mix() -> None:
     """In one group, with one that not all ranks are on, and a plain parameter."""
     run("gloo", 4, _on_several_meshes)
+
+
+def _clips(_: int, __: int, shared: bool) -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    for norm_type in (2.0, 1.0, 0.0, float("inf"), -1.0):
+        params = _placed(_values(), mesh, (R, S))
+        plain = [nn.Parameter(value) for value in _values()]
+        optimizer = ShardedASGD(params, lr=0.1, shard_replicated=shared)
+        # torch has no infinite norm of what is empty.
+        _set(params, 0, {1, 5})
+        _set(plain, 0, {1, 5})
+        found = optimizer.clip_grad_norm_(0.5, norm_type)
+        expected = torch.nn.utils.clip_grad_norm_(plain, 0.5, norm_type)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_element_counts_once_in_the_norm(shared: bool) -> None:
+    """Whoever has its part."""
+    run("gloo", 4, _clips, shared)
 
 
 # --- averages ---------------------------------------------------------------------------------------------------
