@@ -124,6 +124,20 @@ class Gradients(ABC):
         multiply([member.gradient for member in (*self.members, *self.residents)], factor)
 
     @abstractmethod
+    def unscale(self, inverse: Tensor) -> None:
+        """Take the inverse of a gradient scaler's scale, 0-dim: at the update for what is reduced, now for the rest."""
+
+    @abstractmethod
+    def _all(self) -> list[Tensor]:
+        """What this rank holds of all gradients: reduced shards, and those that stand on parameters."""
+
+    def overflowed(self) -> Tensor:
+        """Whether anything in this rank's gradients is not finite: ``(1,)`` int64 on the host."""
+        found = [gradient for gradient in self._all() if gradient.numel()]
+        finite = [torch.linalg.vector_norm(gradient, torch.inf).isfinite().cpu() for gradient in found]
+        return torch.tensor([not all(finite)], dtype=torch.int64)
+
+    @abstractmethod
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
         """Collective: agree on ``kind`` and ``claim``, gradients reduced or on the way; raises on all ranks or none."""
 
@@ -186,6 +200,12 @@ class Arrived(Gradients):
 
     def apply_clip(self) -> None:
         """None is ever pending."""
+
+    def unscale(self, inverse: Tensor) -> None:
+        multiply(self._all(), inverse)
+
+    def _all(self) -> list[Tensor]:
+        return [g for member in (*self.members, *self.residents) if (g := member.gradient) is not None]
 
     def forget(self, set_to_none: bool) -> None:
         """All of them are in ``p.grad``."""

@@ -345,8 +345,8 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
-        """For ``dist_asgd.GradScaler`` in stage 2; see ``scaling.unscale``. Collective."""
-        return unscale(cast(Reducer, self._gradients), inv_scale, explicitly)
+        """For ``dist_asgd.GradScaler``; see ``scaling.unscale``. Collective."""
+        return unscale(self._gradients, inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------
 

@@ -305,9 +305,8 @@ class Reducer(Gradients):
         self.scaling = Scaling(self.scaling.unscale, factor)
 
     def unscale(self, inverse: Tensor) -> None:
-        """Take the inverse of a gradient scaler's scale, 0-dim: now for DTensors, at the update for what is reduced."""
-        multiply([member.gradient for member in self.residents], inverse.detach())
-        self.scaling = Scaling(inverse.detach().clone(), self.scaling.clip)
+        multiply([member.gradient for member in self.residents], inverse)
+        self.scaling = Scaling(inverse.clone(), self.scaling.clip)
 
     def scale(self) -> None:
         """Multiply the shards by what is pending, because something else is about to be added or measured."""
@@ -317,12 +316,9 @@ class Reducer(Gradients):
                     bucket.gradient.mul_(factor.to(bucket.device))
         self.scaling = UNSCALED
 
-    def overflowed(self) -> Tensor:
-        """Whether anything in this rank's shards is not finite: ``(1,)`` int64 on the host."""
+    def _all(self) -> list[Tensor]:
         shards = [b.gradient for b in self.buckets if b.gradient is not None and id(b) in self._valid]
-        shards += [g for member in self.residents if (g := member.gradient) is not None and g.numel()]
-        finite = [torch.linalg.vector_norm(shard, torch.inf).isfinite().cpu() for shard in shards]
-        return torch.tensor([not all(finite)], dtype=torch.int64)
+        return shards + [g for member in self.residents if (g := member.gradient) is not None]
 
     def present(self, answer: Answer) -> frozenset[int]:
         """Indices of the parameters for which any rank has contributed a gradient; residents settle theirs."""

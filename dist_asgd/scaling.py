@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .agreement import Kind
 from .comm import Communicators
+from .gradients import Gradients
 from .reduce import Reducer
 from .update.schedule import Rule
 from .update.segments import Scaling
@@ -72,19 +73,22 @@ class Told:
         return Scaling(inverse if pending.unscale is None else inverse * pending.unscale, pending.clip)
 
 
-def unscale(gradients: Reducer, inverse: Tensor, in_place_of_float16: bool) -> Tensor:
-    """Collective, for ``GradScaler``: leave ``inverse``, 0-dim, for the update; 1.0 where a rank overflowed, else 0.0.
+def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
+    """Collective, for ``GradScaler``: 1.0 where a rank's gradients overflowed, else 0.0.
 
-    Reads the reduced shards once and writes nothing. ``in_place_of_float16``: the user asks to unscale before the step.
+    ``explicitly``: the user asks to unscale before the step. Then what is reduced keeps ``inverse``, 0-dim, for the
+    update, and gradients that stand on parameters are multiplied.
     """
     problem = None
-    lossy = any(b.gradient_dtype == torch.float16 and b.master is None for b in gradients.buckets)
-    if in_place_of_float16 and (lossy or any(member.dtype == torch.float16 for member in gradients.residents)):
+    waits = isinstance(gradients, Reducer)
+    lossy = any(b.gradient_dtype == torch.float16 and not (waits and b.master is not None) for b in gradients.buckets)
+    if explicitly and (lossy or any(member.dtype == torch.float16 for member in gradients.residents)):
         problem = ValueError(
             "dist_asgd: unscale_() of float16 gradients would lose the small ones. Pass master_weights=True, or do not "
             "call unscale_(): step() unscales."
         )
     gradients.settle(Kind.UNSCALE, problem=problem)
     found = gradients.communicators.host.exchange(gradients.overflowed())().any()
-    gradients.unscale(inverse)
+    if explicitly:
+        gradients.unscale(inverse.detach())
     return found.to(device=inverse.device, dtype=torch.float32)

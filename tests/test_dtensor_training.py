@@ -142,9 +142,9 @@ def test_a_norm_that_is_not_finite_raises_on_every_rank() -> None:
         assert "total norm of order 2.0 of the gradients is inf" in error.message
 
 
-def _scales(rank: int, world_size: int, explicitly: bool, overflows: bool) -> float:
+def _scales(rank: int, world_size: int, stage: int, explicitly: bool, overflows: bool) -> float:
     model, plain = sharded("fsdp2", world_size), Net()
-    optimizer = ShardedASGD(model.named_parameters(), lr=0.1, foreach=False, stage=2)
+    optimizer = ShardedASGD(model.named_parameters(), lr=0.1, foreach=False, stage=stage)
     scaler = GradScaler("cpu", init_scale=8.0)
     scaler.scale(torch.zeros(()))
     set_gradients(model, 0)
@@ -165,9 +165,10 @@ def _scales(rank: int, world_size: int, explicitly: bool, overflows: bool) -> fl
 
 @pytest.mark.parametrize("overflows", [False, True])
 @pytest.mark.parametrize("explicitly", [False, True])
-def test_gradients_are_unscaled_wherever_they_stand(explicitly: bool, overflows: bool) -> None:
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_unscaled_wherever_they_stand(stage: int, explicitly: bool, overflows: bool) -> None:
     """Reduced shards at the update, DTensors at once; what one rank finds all ranks skip for."""
-    assert run("gloo", 2, _scales, explicitly, overflows) == [4.0 if overflows else 8.0] * 2
+    assert run("gloo", 2, _scales, stage, explicitly, overflows) == [4.0 if overflows else 8.0] * 2
 
 
 # --- averages ---------------------------------------------------------------------------------------------------
