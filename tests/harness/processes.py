@@ -33,6 +33,9 @@ from tests.harness.outcome import Outcome, RankError
 
 GROUP_TIMEOUT_S = 20.0
 JOB_TIMEOUT_S = 60.0
+# Groups that jobs have made (meshes, checkpoints) keep threads and connections, and fill the store: beyond this many
+# the pool starts afresh.
+MAX_GROUPS = 16
 _STOP, _REGROUP, _JOB = "stop", "regroup", "job"
 
 _pools: dict[int, ProcessPool] = {}
@@ -66,6 +69,7 @@ class ProcessPool:
         self.broken = False
         self._folder = Path(tempfile.mkdtemp(prefix="dist_asgd_ranks_"))
         self._num_groups = 0
+        self._open_groups = 0
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis"])
         self._connections: list[Connection] = []
@@ -87,7 +91,7 @@ class ProcessPool:
         outcomes = self._command(_JOB, (fn, args), timeout_s)
         if self.broken:
             self._kill()
-        elif any(o.error is not None for o in outcomes):
+        elif self._open_groups > MAX_GROUPS or any(o.error is not None for o in outcomes):
             self._command(_REGROUP, self._next_group_path())
         return outcomes
 
@@ -120,7 +124,7 @@ class ProcessPool:
                 rank = missing[connection]
                 seconds = time.monotonic() - started
                 try:
-                    value, error = pickle.loads(connection.recv_bytes())
+                    value, error, self._open_groups = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionError):
                     self.broken = True
                     self._processes[rank].join(5.0)
@@ -195,10 +199,10 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> N
                     dist.barrier()
                     dist.destroy_process_group()
                     return
-                answer = pickle.dumps((value, None))
+                answer = pickle.dumps((value, None, dist.get_pg_count()))
             except BaseException as raised:
                 error = RankError.of(rank, raised)
-                answer = pickle.dumps((None, error))
+                answer = pickle.dumps((None, error, 0))
             connection.send_bytes(answer)
 
 
