@@ -1,6 +1,7 @@
 """Process groups other than the default: sharding within part of the ranks."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
 from tests.harness.bits import assert_same_bits
 from tests.harness.meshes import Net, assert_same_params, set_gradients
 from tests.harness.models import mlp, mlp_loss
@@ -158,3 +159,18 @@ def actor_and_critic(rank: int, _world_size: int, stage: int) -> None:
 def test_two_optimizers_over_two_subgroups_in_one_process(stage: int) -> None:
     """DTensors and plain parameters of one do not meet those of the other."""
     run("gloo", 4, actor_and_critic, stage)
+
+
+def uneven(_rank: int, _world_size: int, path: str) -> None:
+    """Job: ranks are members of different numbers of groups when the optimizer makes one of its own."""
+    for _ in range(3):
+        dist.new_group([0, 1])
+    model = mlp()
+    optimizer = ShardedASGD(model.parameters(), lr=0.1)
+    save_checkpoint(path, model, optimizer, step=1)
+    load_checkpoint(path, model, optimizer)
+
+
+def test_ranks_may_be_in_different_numbers_of_groups(tmp_path: Path) -> None:
+    """torch names a group by that number where only its ranks make it."""
+    run("gloo", 3, uneven, str(tmp_path / "checkpoint"))

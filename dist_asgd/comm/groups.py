@@ -43,13 +43,36 @@ def _serving(group: dist.ProcessGroup, device: torch.device) -> str:
     return backend
 
 
-def _own_group(ranks: Sequence[int], backend: str, like: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Collective on ``ranks`` only: a group of them that waits as long as ``like`` does."""
+def _own_group(ranks: Sequence[int], backend: str, like: dist.ProcessGroup, host: Gloo | None) -> dist.ProcessGroup:
+    """Collective on ``ranks`` only: a group of them that waits as long as ``like`` does.
+
+    ``host``: where they can send messages already.
+    """
+    _even_out(ranks, like, host)
     # Without a timeout torch would take the backend's own, half an hour, whatever the user chose for the group.
     own: dist.ProcessGroup = dist.new_group(
         list(ranks), timeout=timeout_of(like), backend=backend, use_local_synchronization=True
     )
     return own
+
+
+def _even_out(ranks: Sequence[int], like: dist.ProcessGroup, host: Gloo | None) -> None:
+    """Collective on ``ranks``: let all of them be in equally many groups, by groups of their own.
+
+    By that number torch names a group that only its ranks make (distributed_c10d.py, ``_hash_ranks_to_str``): where it
+    differs they wait for each other under different names, until the timeout.
+    """
+    mine = len(dist.distributed_c10d._world.pg_names)
+    if host is not None:
+        most = int(host.among(ranks).exchange(torch.tensor([mine]))().max())
+    elif list(ranks) == dist.get_process_group_ranks(like):
+        numbers: list[int] = [mine] * len(ranks)
+        dist.all_gather_object(numbers, mine, group=like)
+        most = max(numbers)
+    else:
+        return
+    for _ in range(most - mine):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 class _Tags:
@@ -101,9 +124,9 @@ class Communicators:
         """A group for small messages on the host, and its backend there; they never touch the accelerator."""
         backend = _backend_for(group, "cpu")
         if backend in (None, "nccl"):
-            return _own_group(self.ranks, "gloo", group), "gloo"
+            return _own_group(self.ranks, "gloo", group, None), "gloo"
         if backend != "gloo" and self.ranks != dist.get_process_group_ranks(group):
-            return _own_group(self.ranks, backend, group), backend
+            return _own_group(self.ranks, backend, group, None), backend
         return group, backend
 
     @property
@@ -121,15 +144,18 @@ class Communicators:
 
     @property
     def background(self) -> Communicator:
-        """For control words of threads that run beside training, on a group of its own; collective on first use."""
-        if self._group is None or self.world_size == 1:
-            return self._by_device.setdefault("", Local())
+        """For control words of threads that run beside training, on a group of its own; collective on first use.
+
+        What times out there, while a disk is slow, closes no connection of the training loop.
+        """
+        host = self.host
+        if self._group is None or isinstance(host, Local):
+            return host
         if "background" not in self._by_device:
-            _, backend = self._host_group(self._group)
-            group = _own_group(self.ranks, backend, self._group)
-            self._by_device["background"] = (
-                _with_own_tags(group, self.ranks) if backend == "gloo" else Named(group, averages=False)
-            )
+            gloo = host if isinstance(host, Gloo) else None
+            backend = "gloo" if gloo else str(_backend_for(self._group, "cpu"))
+            group = _own_group(self.ranks, backend, self._group, gloo)
+            self._by_device["background"] = _with_own_tags(group, self.ranks) if gloo else Named(group, averages=False)
         return self._by_device["background"]
 
     def on(self, device: torch.device) -> Communicator:
@@ -167,7 +193,9 @@ class Communicators:
         backend = _serving(self._group, device)
         # NCCL has its own group: on a shared one a bucket could meet a collective of the user's in another order.
         shared = backend != "nccl" and list(ranks) == dist.get_process_group_ranks(self._group)
-        group = self._group if shared else _own_group(ranks, backend, self._group)
+        group = (
+            self._group if shared else _own_group(ranks, backend, self._group, host if isinstance(host, Gloo) else None)
+        )
         return Named(group, averages=backend == "nccl")
 
     @property
