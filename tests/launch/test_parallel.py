@@ -1,12 +1,16 @@
 """Every `--parallel` of the trainer: the same losses, from one start, each goes on from another's checkpoint."""
 
+import importlib
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from tests.launch.runs import losses
+from tests.launch.runs import REPOSITORY, losses
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 OTHERS = ("ddp", "zero2", "fsdp2", "hsdp", "hybrid")
@@ -70,12 +74,26 @@ def test_split_layers_give_the_losses_of_whole_ones(train: Train, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--stage", "2", "--parallel", "fsdp2"), "--stage and --parallel"),
-        (("--parallel", "hybrid", "--tensor-parallel", "2"), "--tensor-parallel is for"),
-        (("--parallel", "hybrid", "--replicas", "3"), "2 ranks cannot be cut into 3 replicas"),
+        ({"stage": 2, "parallel": "fsdp2"}, "--stage and --parallel"),
+        ({"parallel": "zero2", "replicas": 2}, "--replicas is for --parallel hsdp and hybrid, not zero2"),
+        (
+            {"parallel": "hybrid", "tensor_parallel": 2},
+            "--tensor-parallel is for --parallel fsdp2 and hsdp, not hybrid",
+        ),
+        ({"parallel": "fsdp2", "tensor_parallel": 3}, "--tensor-parallel 3 does not divide the 1024 columns"),
     ],
 )
-def test_what_does_not_go_together_is_said(train: Train, tmp_path: Path, options: tuple[str, ...], says: str) -> None:
-    run = train(*options, "--steps", "2", "--out", str(tmp_path))
+def test_options_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str) -> None:
+    """Said before anything starts."""
+    monkeypatch.syspath_prepend(REPOSITORY / "launch")
+    options_of = importlib.import_module("options").TrainOptions
+    mode = importlib.import_module("parallel").Mode
+    with pytest.raises(typer.BadParameter, match=re.escape(says)):
+        options_of(**{**options, "parallel": mode(options["parallel"])})
+
+
+def test_ranks_that_cannot_be_cut_so(train: Train, tmp_path: Path) -> None:
+    """Said on every rank."""
+    run = train("--parallel", "hybrid", "--replicas", "3", "--steps", "2", "--out", str(tmp_path))
     assert run.returncode != 0
-    assert says in " ".join(run.stdout.replace("│", " ").split()), run.stdout
+    assert run.stdout.count("2 ranks cannot be cut into 3 replicas") == 2
