@@ -204,7 +204,7 @@ def report(options: argparse.Namespace, seconds: dict[str, Any], peaks: dict[str
         **surroundings("benchmarks.checkpoint"),
         "model": f"GPT, {unit / 4e6:.1f}M fp32 parameters; a checkpoint holds 2 P = {2 * unit / 1e6:.0f} MB",
         "world size": f"{options.world_size} ranks, Gloo, one compute thread each",
-        "written to": options.scratch,
+        "written to": "folder of temporary files" if options.scratch is None else "--scratch",
         "rounds": f"{options.rounds}, after 1 to warm up, all ways interleaved; medians, slowest rank",
     }
     names = ("save", "async_save", "load", "consolidate")
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
     parser.add_argument("--layers", type=int, default=Shape.num_layers, help="transformer blocks (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the model, to see that it runs")
-    parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder to write checkpoints in (%(default)s)")
+    parser.add_argument("--scratch", help="folder to write checkpoints in (default: that of temporary files)")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report here")
     options = parser.parse_args()
     shape = Shape(num_layers=options.layers)
