@@ -16,10 +16,15 @@ def is_part(param: Tensor) -> bool:
     return hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param")
 
 
+def refusal(call: str, remedy: str) -> RuntimeError:
+    """The error of a call that would have to know how FSDP1 has cut its parameters."""
+    return RuntimeError(
+        f"dist_asgd: {call} with parameters of FullyShardedDataParallel (FSDP1): how it has cut them only the module "
+        f"knows. {remedy}, or use torch.distributed.fsdp.fully_shard (FSDP2)."
+    )
+
+
 def refuse(call: str, params: Iterable[Tensor], remedy: str) -> None:
-    """RuntimeError for a call that would have to know how FSDP1 has cut its parameters; on all ranks alike."""
+    """Raise that where any of ``params`` is managed by FSDP1; on all ranks alike."""
     if any(map(is_part, params)):
-        raise RuntimeError(
-            f"dist_asgd: {call} with parameters of FullyShardedDataParallel (FSDP1): how it has cut them only the "
-            f"module knows. {remedy}, or use torch.distributed.fsdp.fully_shard (FSDP2)."
-        )
+        raise refusal(call, remedy)

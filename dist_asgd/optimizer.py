@@ -322,10 +322,8 @@ class ShardedASGD(torch.optim.Optimizer):
         In stage 1 without DTensors it is torch's function, bit for bit. In stage 2 it reads the gradients once: the
         update scales them.
         """
-        params = self._params
-        fsdp1.refuse("clip_grad_norm_()", params, "Call clip_grad_norm_() of that module")
         if self._differentiable or not (self.reduces_gradients or self._gradients.residents):
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+            return torch.nn.utils.clip_grad_norm_(self._params, max_norm, norm_type, error_if_nonfinite)
         self._averages.refuse("clip_grad_norm_()")
         claim, problem = clip.claim_of(max_norm, norm_type)
         with torch.no_grad():

@@ -208,8 +208,8 @@ class Part(Resident):
 
     @property
     def counted_as(self) -> int:
-        # Ranks do not know which others hold the same: nobody may ask.
-        raise NotImplementedError("dist_asgd: norms of FSDP1's parameters are the module's to take.")
+        # Ranks do not know which others hold the same, nor does anything but a norm ask.
+        raise fsdp1.refusal("clip_grad_norm_()", "Call clip_grad_norm_() of that module")
 
 
 class Residents(Store):
