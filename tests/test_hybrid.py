@@ -260,6 +260,11 @@ def test_a_mesh_of_some_ranks_beside_an_optimizer_on_all(stage: int) -> None:
     run("gloo", 5, part_of_the_ranks, stage)
 
 
+def is_tensor(found: object) -> bool:
+    """Whether it is a tensor with memory."""
+    return isinstance(found, Tensor) and found.layout == torch.strided and not found.is_meta
+
+
 def holds(rank: int, _world_size: int) -> None:
     """Job: what stands between steps, beside what belongs there."""
     mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard"))
@@ -276,12 +281,18 @@ def holds(rank: int, _world_size: int) -> None:
     large = [
         found
         for found in gc.get_objects()
-        if isinstance(found, Tensor) and found.untyped_storage().nbytes() >= net[0].weight.nbytes
+        if is_tensor(found) and found.untyped_storage().nbytes() >= net[0].weight.nbytes
     ]
     assert not [found for found in large if found.untyped_storage().data_ptr() not in known]
+    kept = {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, filter(is_tensor, gc.get_objects()))}
+    belonging = [*net.parameters(), *(optimizer.state[p]["ax"] for p in net.parameters())]
+    for tensor in (*belonging, *(bucket.gradient for bucket in optimizer._shards.buckets)):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    beside = sum(kept.values())
+    assert 0 < optimizer.memory_report().in_flight_bytes <= beside
 
 
-def test_between_steps_no_whole_gradient_is_held_and_no_group_is_made() -> None:
+def test_between_steps_no_whole_gradient_is_held_no_group_made_and_no_byte_counted_twice() -> None:
     """The last bucket's gradient is sent from where it lies, and then freed as those of the others."""
     run("gloo", 4, holds)
 

@@ -42,10 +42,10 @@ def _peers(action: str, rank: int, world_size: int) -> Iterator[None]:
         ) from error
 
 
-class Communicator(ABC):
-    """The collectives of one process group for tensors of one kind of device.
+class Shards(ABC):
+    """What is asked of ranks that hold different shards, for tensors of one kind of device.
 
-    ``rank`` and ``world_size`` are those of the group. Buffers are the caller's, and stay alive until the
+    ``rank`` of ``world_size`` is the shard that this one holds. Buffers are the caller's, and stay alive until the
     returned wait has been called; what a strategy itself needs it keeps between steps.
     """
 
@@ -68,19 +68,8 @@ class Communicator(ABC):
         """
 
     @abstractmethod
-    def all_reduce(self, values: Tensor, tag: int) -> Wait:
-        """Start ``values = mean over ranks``, in place; 1-D, the same bits on all ranks. ``tag`` as above."""
-
-    @abstractmethod
     def all_gather(self, flat: Tensor) -> Wait:
         """Start filling ``flat`` ``(world_size * shard_numel,)`` in place from every rank's shard of it."""
-
-    @abstractmethod
-    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
-        """Start filling ``parts[r]``, the 1-D tensors that rank r has, on every rank; the same sizes on all ranks.
-
-        Where ``contiguous``: one tensor a rank, of one size, in one flat buffer.
-        """
 
     @abstractmethod
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
@@ -96,7 +85,26 @@ class Communicator(ABC):
 
     @abstractmethod
     def gather_rows(self, row: Tensor) -> Tensor:
-        """Every rank's small ``row`` ``(n,)`` on this communicator's device, as ``(world_size, n)``."""
+        """Every rank's small ``row`` ``(n,)`` on the device, as ``(ranks, n)``; those of other replicas too."""
+
+    def scratch_bytes(self) -> int:
+        """Bytes of the buffers that this strategy keeps between steps."""
+        return 0
+
+
+class Communicator(Shards):
+    """The collectives of one group of ranks."""
+
+    @abstractmethod
+    def all_reduce(self, values: Tensor, tag: int) -> Wait:
+        """Start ``values = mean over ranks``, in place; 1-D, the same bits on all ranks. ``tag`` as above."""
+
+    @abstractmethod
+    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
+        """Start filling ``parts[r]``, the 1-D tensors that rank r has, on every rank; the same sizes on all ranks.
+
+        Where ``contiguous``: one tensor a rank, of one size, in one flat buffer.
+        """
 
     @abstractmethod
     def exchange(self, words: Tensor) -> Callable[[], Tensor]:
@@ -116,10 +124,6 @@ class Communicator(ABC):
         if places is None:
             return None
         return [value if r == to else pickle.loads(place.numpy().tobytes()) for r, place in enumerate(places)]
-
-    def scratch_bytes(self) -> int:
-        """Bytes of the buffers that this strategy keeps between steps."""
-        return 0
 
 
 class Local(Communicator):

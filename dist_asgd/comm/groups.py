@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .axes import Axes, NotAMember, Ranks, timeout_of
-from .base import Communicator, Local
+from .base import Communicator, Local, Shards
 from .gloo import Gloo
 from .hybrid import Hybrid
 from .named import Named
@@ -114,7 +114,9 @@ class Communicators:
             axes = Axes.flat(group, mesh)
         self._axes = axes
         self._group = axes.group
-        self._by_device: dict[str, Communicator] = {}
+        self._hybrids: dict[str, Hybrid] = {}
+        self._host: Communicator | None = None
+        self._background: Communicator | None = None
         self._among: dict[tuple[str, Ranks], Communicator] = {}
         self.rank, self.world_size = axes.everyone.index(axes.mine), len(axes.everyone)
         self.shard_rank, self.num_shards = axes.shard.index(axes.mine), len(axes.shard)
@@ -132,15 +134,14 @@ class Communicators:
     @property
     def host(self) -> Communicator:
         """The communicator for control words."""
-        if self._group is None or self.world_size == 1:
-            return self._by_device.setdefault("", Local())
-        if "control" not in self._by_device:
-            group, backend = self._host_group(self._group)
-            if backend == "gloo":
-                self._by_device["control"] = _with_own_tags(group, self.ranks)
+        if self._host is None:
+            if self._group is None or self.world_size == 1:
+                self._host = Local()
             else:
-                self._by_device["control"] = Named(group, averages=False)
-        return self._by_device["control"]
+                group, backend = self._host_group(self._group)
+                gloo = backend == "gloo"
+                self._host = _with_own_tags(group, self.ranks) if gloo else Named(group, averages=False)
+        return self._host
 
     @property
     def background(self) -> Communicator:
@@ -151,21 +152,21 @@ class Communicators:
         host = self.host
         if self._group is None or isinstance(host, Local):
             return host
-        if "background" not in self._by_device:
+        if self._background is None:
             gloo = host if isinstance(host, Gloo) else None
             backend = "gloo" if gloo else str(_backend_for(self._group, "cpu"))
             group = _own_group(self.ranks, backend, self._group, gloo)
-            self._by_device["background"] = _with_own_tags(group, self.ranks) if gloo else Named(group, averages=False)
-        return self._by_device["background"]
+            self._background = _with_own_tags(group, self.ranks) if gloo else Named(group, averages=False)
+        return self._background
 
-    def on(self, device: torch.device) -> Communicator:
-        """The communicator for shards on ``device``; ValueError where the group has no backend for it."""
-        if device.type not in self._by_device:
-            shards = self.among(self._axes.shard, device)
-            if self.num_replicas > 1:
-                shards = Hybrid(shards, self.among(self._axes.replicate, device))
-            self._by_device[device.type] = shards
-        return self._by_device[device.type]
+    def on(self, device: torch.device) -> Shards:
+        """For shards on ``device``; ValueError where the group has no backend for it."""
+        inside = self.among(self._axes.shard, device)
+        if self.num_replicas == 1:
+            return inside
+        if device.type not in self._hybrids:
+            self._hybrids[device.type] = Hybrid(inside, self.among(self._axes.replicate, device))
+        return self._hybrids[device.type]
 
     def shard_rank_of(self, rank: int) -> int | None:
         """Which shard ``rank`` (of all) holds; None where it is of another replica than this rank."""
@@ -205,7 +206,5 @@ class Communicators:
 
     def scratch_bytes(self) -> int:
         """Bytes of receive buffers kept between steps, over all devices."""
-        own = [self._by_device[key] for key in ("control", "background") if key in self._by_device]
-        hybrids = [kept for kept in self._by_device.values() if isinstance(kept, Hybrid)]
-        every = (*own, *hybrids, *self._among.values())
-        return sum(communicator.scratch_bytes() for communicator in every)
+        every = (self._host, self._background, *self._among.values(), *self._hybrids.values())
+        return sum(communicator.scratch_bytes() for communicator in every if communicator is not None)

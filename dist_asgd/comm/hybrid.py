@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Communicator, Parts, Wait
+from .base import Communicator, Parts, Shards, Wait
 
 
 class _Passage:
@@ -33,7 +32,7 @@ class _Passage:
         self._steps.pop()()
 
 
-class Hybrid(Communicator):
+class Hybrid(Shards):
     """Reduce-scatters inside, all-reduces the shard across, gathers inside.
 
     ``rank`` and ``world_size`` are those of the shards inside; tables have a row for every rank of the mesh, replica by
@@ -90,15 +89,8 @@ class Hybrid(Communicator):
         self._bytes += room.nbytes
         return room
 
-    def all_reduce(self, values: Tensor, tag: int) -> Wait:
-        self._inside.all_reduce(values, tag)()
-        return self._across.all_reduce(values, tag)
-
     def all_gather(self, flat: Tensor) -> Wait:
         return self._inside.all_gather(flat)
-
-    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
-        return self._inside.all_gather_parts(parts)
 
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
         self._inside.collect(shard, pieces, to)
@@ -109,13 +101,6 @@ class Hybrid(Communicator):
     def gather_rows(self, row: Tensor) -> Tensor:
         return self._across.gather_rows(self._inside.gather_rows(row).flatten()).view(-1, row.numel())
 
-    def exchange(self, words: Tensor) -> Callable[[], Tensor]:
-        inside = self._inside.exchange(words)
-        return lambda: self._across.exchange(inside().flatten())().view(-1, words.numel())
-
-    def exchange_objects(self, value: Any) -> list[Any]:
-        replicas = self._across.exchange_objects(self._inside.exchange_objects(value))
-        return [value for replica in replicas for value in replica]
-
     def scratch_bytes(self) -> int:
-        return self._bytes + self._inside.scratch_bytes() + self._across.scratch_bytes()
+        """Its own; the communicators that it was made of have theirs."""
+        return self._bytes
