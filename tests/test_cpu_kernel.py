@@ -106,6 +106,34 @@ def test_the_kernel_was_compiled_where_it_can_be() -> None:
         assert cpu.why_unavailable() is not None or capable
 
 
+EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+
+
+@needs_kernel
+@pytest.mark.parametrize("average", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mu", [1.0, 0.3])
+@pytest.mark.parametrize("decay", [0.0, 0.07])
+@pytest.mark.parametrize("clip", [1.0, 0.5, torch.nan])
+def test_every_value_of_bfloat16(average: torch.dtype, mu: float, decay: float, clip: float) -> None:
+    """Also NaNs with any payload, infinities and subnormals: NaN where torch has NaN, and its bits elsewhere."""
+    torch.manual_seed(0)
+    kind = Kind(torch.bfloat16, torch.bfloat16, average)
+    p, g, ax = (EVERY_BFLOAT16[torch.randperm(2**16)] for _ in range(3))
+    ax = ax.to(average)
+    # A NaN with all bits set, as a norm of such gradients is.
+    clip_tensor = torch.tensor(-1, dtype=torch.int32).view(torch.float32) if clip != clip else torch.tensor(clip)
+    mu_tensor = torch.tensor(mu)
+    rule = Rule(0.1, LAMBD, 0.75, 0.0, decay, False, Form.FORLOOP)
+    expected = oracle(kind, p, g * clip_tensor, ax, None, rule, mu_tensor)
+    rows = array("d", [1 - LAMBD * ETA.item(), -ETA.item(), mu_tensor.item(), STEP])
+    segment = Segment(p, ax, None, g, 0, FIRST, KEY, cpu.lanes(p.numel(), 0, p.numel()))
+    cpu.Launch([segment], kind, False, decay, streamed=False).run(None, rows, 1.0, clip_tensor.item())
+    for found, wanted in zip((p, ax), expected, strict=False):
+        assert wanted is not None
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert_same_bits(found[~found.isnan()], wanted[~wanted.isnan()], f"{average} {mu=} {decay=} {clip=}")
+
+
 @needs_kernel
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_kind_and_option_has_the_bits_of_torch_operators(kind: Kind) -> None:

@@ -29,6 +29,7 @@
 
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum mode { PLAIN, MASTER, STOCHASTIC };
+enum source { PREPARED, RAW, DECAYED };
 enum { BLOCK = 256, LINE = 64, MAX_THREADS = 256 }; /* elements, bytes */
 
 typedef struct {
@@ -153,6 +154,15 @@ INLINE float bfloat16_grid(float x) {
     return of_bits(choose((b & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000u, rounded));
 }
 
+/* Of a result of values on the grid and of factors. A NaN among those has no bits below the grid, nor has what comes of
+ * it, so that rounding leaves it a NaN. */
+INLINE float bfloat16_round(float x) {
+    uint32_t b = bits_of(x);
+    return of_bits((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u);
+}
+
+INLINE float factor(double x) { return x != x ? of_bits(0x7FC00000u) : (float)x; }
+
 INLINE float float16_grid(float x) {
     uint32_t b = bits_of(x), sign = b & 0x80000000u, a = b & 0x7FFFFFFF;
     uint32_t normal = (a + 0xFFF + (a >> 13 & 1)) & ~0x1FFFu;
@@ -179,6 +189,7 @@ INLINE uint16_t half_of_grid(float x) {
 }
 
 INLINE float grid(float x, const int half) { return half ? float16_grid(x) : bfloat16_grid(x); }
+INLINE float rounded(float x, const int half) { return half ? float16_grid(x) : bfloat16_round(x); }
 INLINE float wide(uint16_t h, const int half) { return half ? float_of_half(h) : of_bits((uint32_t)h << 16); }
 INLINE uint16_t narrow(float x, const int half) { return half ? half_of_grid(x) : (uint16_t)(bits_of(x) >> 16); }
 
@@ -191,7 +202,7 @@ INLINE uint32_t mix(uint32_t w) {
 }
 
 typedef struct {
-    float c, minus_eta, mu;
+    float c, minus_eta, mu, decay;
     uint32_t key, step_key;
     uint64_t first;
 } narrow_scalars;
@@ -209,18 +220,23 @@ INLINE float master_of(uint16_t p, const void *master, int64_t i, const int half
     return half ? recall(((const float *)master)[i], float_of_half(p)) : join(p, ((const int16_t *)master)[i]);
 }
 
-INLINE void loop(const narrow_scalars s, uint16_t *restrict p, const float *restrict g, void *restrict ax,
+/* g: as prepare() left it, or the 16-bit gradient itself. */
+INLINE void loop(const narrow_scalars s, uint16_t *restrict p, const void *restrict g, void *restrict ax,
                  void *restrict master, int64_t n, const int half, const int mode, const int wide_average,
-                 const int begun, const int lanes) {
+                 const int begun, const int lanes, const int source) {
     for (int64_t i = 0; i < n; i++) {
         float x = mode == MASTER ? master_of(p[i], master, i, half) : wide(p[i], half);
+        float grad = source == PREPARED ? ((const float *)g)[i] : wide(((const uint16_t *)g)[i], half);
+        if (source == DECAYED && mode != PLAIN) grad = __builtin_fmaf(x, s.decay, grad);
+        else if (source == DECAYED)
+            grad = rounded(lanes ? __builtin_fmaf(x, s.decay, grad) : grad + rounded(x * s.decay, half), half);
         if (mode == PLAIN) {
-            x = grid(x * s.c, half);
-            x = lanes ? grid(__builtin_fmaf(g[i], s.minus_eta, x), half) : grid(x + grid(g[i] * s.minus_eta, half), half);
+            x = rounded(x * s.c, half);
+            x = grid(lanes ? __builtin_fmaf(grad, s.minus_eta, x) : x + rounded(grad * s.minus_eta, half), half);
             p[i] = narrow(x, half);
         } else {
             x *= s.c;
-            x = __builtin_fmaf(g[i], s.minus_eta, x);
+            x = __builtin_fmaf(grad, s.minus_eta, x);
             uint32_t b = bits_of(x), a = b & 0x7FFFFFFF;
             if (mode == STOCHASTIC) {
                 uint64_t e = s.first + (uint64_t)i;
@@ -243,10 +259,10 @@ INLINE void loop(const narrow_scalars s, uint16_t *restrict p, const float *rest
             if (begun) { float d = x - *f; d *= s.mu; *f += d; } else *f = x;
         } else {
             uint16_t *h = (uint16_t *)ax + i;
-            float y = grid(x, half);
+            float y = mode == PLAIN ? x : grid(x, half);
             if (begun) {
                 float old = wide(*h, half), d = x - old;
-                if (mode == PLAIN) d = grid(grid(d, half) * s.mu, half);
+                if (mode == PLAIN) d = rounded(rounded(d, half) * s.mu, half);
                 else d *= s.mu;
                 y = grid(old + d, half);
             }
@@ -255,24 +271,27 @@ INLINE void loop(const narrow_scalars s, uint16_t *restrict p, const float *rest
     }
 }
 
-#define BY_BEGUN(HALF, MODE, WIDE_AVERAGE, LANES)                                                                      \
-    if (begun) loop(s, p, g, ax, master, n, HALF, MODE, WIDE_AVERAGE, 1, LANES);                                       \
-    else loop(s, p, g, ax, master, n, HALF, MODE, WIDE_AVERAGE, 0, LANES);
-#define BY_AVERAGE(HALF, MODE, LANES)                                                                                  \
-    if (k->average == FLOAT32) { BY_BEGUN(HALF, MODE, 1, LANES) } else { BY_BEGUN(HALF, MODE, 0, LANES) }
+#define BY_BEGUN(HALF, MODE, WIDE_AVERAGE, LANES, SOURCE)                                                              \
+    if (begun) loop(s, p, g, ax, master, n, HALF, MODE, WIDE_AVERAGE, 1, LANES, SOURCE);                               \
+    else loop(s, p, g, ax, master, n, HALF, MODE, WIDE_AVERAGE, 0, LANES, SOURCE);
+#define BY_AVERAGE(HALF, MODE, LANES, SOURCE)                                                                          \
+    if (k->average == FLOAT32) { BY_BEGUN(HALF, MODE, 1, LANES, SOURCE) } else { BY_BEGUN(HALF, MODE, 0, LANES, SOURCE) }
+#define BY_SOURCE(MODE, LANES)                                                                                         \
+    if (half || source == PREPARED) { BY_AVERAGE(half, MODE, LANES, PREPARED) }                                        \
+    else if (source == RAW) { BY_AVERAGE(0, MODE, LANES, RAW) } else { BY_AVERAGE(0, MODE, LANES, DECAYED) }
 
 /* The gradient of one block as floats: negated, scaled and decayed. Returns with it in g. */
 INLINE void prepare(const call *k, const uint16_t *p, const void *master, const void *gradient, float *restrict g,
                     int64_t n, int64_t lanes, const int half) {
     uint32_t sign = k->maximize ? 0x80000000u : 0;
     int plain = k->mode == PLAIN, narrow_gradient = k->gradient != FLOAT32;
-    float unscale = (float)k->unscale, clip = (float)k->clip, decay = (float)k->weight_decay;
+    float unscale = factor(k->unscale), clip = factor(k->clip), decay = factor(k->weight_decay);
     if (narrow_gradient)
         for (int64_t i = 0; i < n; i++) g[i] = of_bits(bits_of(wide(((const uint16_t *)gradient)[i], half)) ^ sign);
     else
         for (int64_t i = 0; i < n; i++) g[i] = of_bits(bits_of(((const float *)gradient)[i]) ^ sign);
     if (k->scaled && narrow_gradient && plain)
-        for (int64_t i = 0; i < n; i++) g[i] = grid(grid(g[i] * unscale, half) * clip, half);
+        for (int64_t i = 0; i < n; i++) g[i] = rounded(rounded(g[i] * unscale, half) * clip, half);
     else if (k->scaled)
         for (int64_t i = 0; i < n; i++) { g[i] *= unscale; g[i] *= clip; }
     if (plain && !narrow_gradient)
@@ -280,20 +299,20 @@ INLINE void prepare(const call *k, const uint16_t *p, const void *master, const 
     if (decay == 0) return;
     if (plain) {
         decay = grid(decay, half);
-        for (int64_t i = 0; i < lanes; i++) g[i] = grid(__builtin_fmaf(wide(p[i], half), decay, g[i]), half);
-        for (int64_t i = lanes; i < n; i++) g[i] = grid(g[i] + grid(wide(p[i], half) * decay, half), half);
+        for (int64_t i = 0; i < lanes; i++) g[i] = rounded(__builtin_fmaf(wide(p[i], half), decay, g[i]), half);
+        for (int64_t i = lanes; i < n; i++) g[i] = rounded(g[i] + rounded(wide(p[i], half) * decay, half), half);
     } else if (k->mode == MASTER)
         for (int64_t i = 0; i < n; i++) g[i] = __builtin_fmaf(master_of(p[i], master, i, half), decay, g[i]);
     else
         for (int64_t i = 0; i < n; i++) g[i] = __builtin_fmaf(wide(p[i], half), decay, g[i]);
 }
 
-INLINE void block(const call *k, narrow_scalars s, uint16_t *p, const float *g, void *ax, void *master, int64_t n,
-                  const int begun, const int half, const int lanes) {
+INLINE void block(const call *k, narrow_scalars s, uint16_t *p, const void *g, void *ax, void *master, int64_t n,
+                  const int begun, const int half, const int lanes, const int source) {
     if (k->mode == PLAIN) {
-        if (lanes) { BY_AVERAGE(half, PLAIN, 1) } else { BY_AVERAGE(half, PLAIN, 0) }
-    } else if (k->mode == MASTER) { BY_AVERAGE(half, MASTER, 0) }
-    else if (!half) { BY_AVERAGE(0, STOCHASTIC, 0) }
+        if (lanes) { BY_SOURCE(PLAIN, 1) } else { BY_AVERAGE(half, PLAIN, 0, PREPARED) }
+    } else if (k->mode == MASTER) { BY_SOURCE(MASTER, 0) }
+    else if (!half) { BY_AVERAGE(0, STOCHASTIC, 0, PREPARED) }
 }
 
 INLINE void segment_narrow(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to,
@@ -302,9 +321,12 @@ INLINE void segment_narrow(const call *k, const segment *seg, const void *gradie
     int64_t grad_size = k->gradient == FLOAT32 ? 4 : 2, average_size = k->average == FLOAT32 ? 4 : 2;
     int64_t master_size = half ? 4 : 2;
     int begun = row->mu != 1;
-    narrow_scalars s = {(float)row->c, (float)row->minus_eta, (float)row->mu, (uint32_t)seg->key, 0, 0};
+    narrow_scalars s = {factor(row->c), factor(row->minus_eta), factor(row->mu), factor(k->weight_decay),
+                        (uint32_t)seg->key, 0, 0};
     /* torch hands the factor of a scaled addition to its 16-bit vector loops in 16 bits. */
-    if (k->mode == PLAIN) s.minus_eta = grid(s.minus_eta, half);
+    if (k->mode == PLAIN) s.minus_eta = grid(s.minus_eta, half), s.decay = grid(s.decay, half);
+    int source = factor(k->weight_decay) == 0 ? RAW : DECAYED;
+    int simple = !half && k->gradient != FLOAT32 && !k->maximize && !k->scaled && k->mode != STOCHASTIC;
     s.step_key = mix(s.key ^ mix((uint32_t)(uint64_t)row->step));
     int streamed = k->streamed && !begun;
     float g[BLOCK], averages[BLOCK];
@@ -315,12 +337,15 @@ INLINE void segment_narrow(const call *k, const segment *seg, const void *gradie
         int64_t lanes = seg->lanes - i < 0 ? 0 : seg->lanes - i > n ? n : seg->lanes - i;
         uint16_t *p = (uint16_t *)seg->param + i;
         char *master = seg->master ? (char *)seg->master + i * master_size : 0;
-        prepare(k, p, master, (const char *)gradient + i * grad_size, g, n, lanes, half);
+        const char *raw = (const char *)gradient + i * grad_size;
         s.first = (uint64_t)(seg->first + i);
-        if (k->mode != PLAIN) block(k, s, p, g, ax, master, n, begun, half, 0);
-        else {
-            block(k, s, p, g, ax, master, lanes, begun, half, 1);
-            block(k, s, p + lanes, g + lanes, ax + lanes * average_size, master, n - lanes, begun, half, 0);
+        if (simple && (k->mode == MASTER || lanes == n)) {
+            block(k, s, p, raw, ax, master, n, begun, half, 1, source);
+        } else {
+            prepare(k, p, master, raw, g, n, lanes, half);
+            if (k->mode != PLAIN) lanes = n;
+            block(k, s, p, g, ax, master, lanes, begun, half, 1, PREPARED);
+            block(k, s, p + lanes, g + lanes, ax + lanes * average_size, master, n - lanes, begun, half, 0, PREPARED);
         }
         if (streamed) stream(average, averages, n * average_size, writer);
     }
