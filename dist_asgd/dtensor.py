@@ -60,15 +60,6 @@ def part_of(whole: Tensor, param: DTensor) -> Tensor:
     return local_of(placed)
 
 
-def whole_of(tensor: DTensor) -> Tensor:
-    """Collective on the mesh: the whole tensor, on the CPU."""
-    mesh_device = tensor.device_mesh.device_type
-    if tensor.device.type != mesh_device:
-        tensor = cast("DTensor", tensor.to(mesh_device))
-    whole: Tensor = tensor.full_tensor().cpu()
-    return whole
-
-
 def description(param: DTensor) -> str:
     """Placements and mesh, as they are the same on all ranks."""
     mesh = param.device_mesh

@@ -96,6 +96,11 @@ class ShardTensor(torch.Tensor):
         """Shape of the largest tensor that this is a part of, in which boxes are placed."""
         return tuple(self._shape) if self._within is None else self._within[0]
 
+    @property
+    def corner(self) -> tuple[int, ...]:
+        """Where in the largest tensor this one's box begins."""
+        return (0,) * len(self._shape) if self._within is None else self._within[1]
+
     def like(self, local: Tensor) -> ShardTensor:
         """The same part of another tensor of this shape, held in ``local`` ``(numel,)``."""
         return ShardTensor(local, self._shape, self._strides, self._start, self._within)
@@ -113,8 +118,7 @@ class ShardTensor(torch.Tensor):
         """The part as boxes of the true, largest shape: (offsets, sizes) and a view of the part in that shape."""
         order = memory_order(self._shape, self._strides)
         back = [order.index(dim) for dim in range(len(order))]
-        corner = (0,) * len(order) if self._within is None else self._within[1]
-        found, first = [], 0
+        corner, found, first = self.corner, [], 0
         for offsets, sizes in row_major_boxes(
             self._start, self._start + self._local.numel(), [self._shape[dim] for dim in order]
         ):

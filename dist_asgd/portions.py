@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from .dtensor import corner_of, placed_as
+from .buffers import in_order, memory_strides
+from .dtensor import corner_of, is_first_copy, local_of, placed_as
 from .parts import ShardTensor, refuse
 from .replicas import Share
 
@@ -160,6 +161,20 @@ def portion_of(
     """``local`` ``(numel,)``, placed like ``param``: the elements from ``start`` on of what ``like`` is of that."""
     within = tuple(param.shape), corner_of(param)
     return Portion(ShardTensor(local, like.shape, strides, start, within), param._spec, share)
+
+
+def held_of(tensor: DTensor) -> ShardTensor | None:
+    """The part of ``tensor`` that this rank answers for, shares memory if it is dense there.
+
+    None where another rank of its mesh holds the same and comes first, and outside of the mesh.
+    """
+    if isinstance(tensor, Portion):
+        return tensor.part
+    if not is_first_copy(tensor):
+        return None
+    local = local_of(tensor)
+    strides = memory_strides(local)
+    return ShardTensor(in_order(local, strides), local.shape, strides, 0, (tuple(tensor.shape), corner_of(tensor)))
 
 
 def rebuild_portion(part: ShardTensor, spec: DTensorSpec) -> Portion:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from ..agreement import Claim
 from ..buffers import Bucket, Housed
 from ..comm import Communicators
-from ..dtensor import whole_of
 from ..residents import Placed
 from ..state import ShardedState
+from .assembly import Assembly, runs_of
 from .scalars import snapshots_of
 
 # Buffers for the largest bucket of a device and dtype, by the dtype of what is collected.
@@ -33,8 +33,8 @@ def claim_of(to: object, world_size: int) -> tuple[Claim, Exception | None]:
 def collect_state(shards: ShardedState, communicators: Communicators, to: int | None) -> dict[int, dict[str, Tensor]]:
     """Collective: torch's ``state`` on rank ``to`` (None: all ranks), on the CPU; empty on the others.
 
-    Parameters that never stepped have no entry, as in torch. Rank ``to`` holds the result and one bucket; of DTensors
-    every rank of the mesh holds one whole tensor at a time.
+    Parameters that never stepped have no entry, as in torch. Rank ``to`` holds the result and one bucket, or as much
+    of DTensors; the others what they send of it.
     """
     here = to is None or to == communicators.rank
     stepped = [member for member in shards.members if not shards.cohort_of[member.index].fresh]
@@ -47,13 +47,25 @@ def collect_state(shards: ShardedState, communicators: Communicators, to: int | 
             if flat is not None:
                 for member in housed:
                     state[member.index][key] = _of_member(member, flat)
-    for resident in stepped:
-        if isinstance(resident, Placed):
-            for key, slice_ in resident.slices().items():
-                whole = whole_of(resident.shown(slice_))
-                if here:
-                    state[resident.index][key] = whole
+    placed = [member for member in stepped if isinstance(member, Placed)]
+    for index, key, whole in _wholes(placed, communicators, to) if placed else ():
+        state[index][key] = whole
     return state
+
+
+def _wholes(
+    placed: Sequence[Placed], communicators: Communicators, to: int | None
+) -> Iterator[tuple[int, str, Tensor]]:
+    """Collective: index, key and whole tensor of the state of DTensors; nothing elsewhere."""
+    averages = [member.shown(member.average) for member in placed]
+    assembly = Assembly(averages, communicators)
+    for run in runs_of(averages):
+        # Masters are made for this, so only those of a run are there at a time.
+        slices = [placed[i].slices() for i in run]
+        for key in slices[0]:
+            tensors = [placed[i].shown(own[key]) for i, own in zip(run, slices, strict=True)]
+            for i, whole in zip(run, assembly.bring(run, tensors, to), strict=False):  # none elsewhere
+                yield placed[i].index, key, whole
 
 
 def _whole(

@@ -15,9 +15,10 @@ from .. import fsdp1
 from ..agreement import NO_CLAIM, Claim, Kind
 from ..buffers import Member
 from ..comm import Communicators
-from ..dtensor import is_dtensor, whole_of
+from ..dtensor import is_dtensor
 from ..residents import Placed
 from ..state import ShardedState
+from .assembly import Assembly
 from .contents import names_of
 from .saving import Saver
 from .tensor_files import DEFAULT_MAX_BYTES, Spec, TensorFiles
@@ -48,9 +49,9 @@ def export_averaged(
 
     Under the names of ``model.state_dict()``, without what wrappers add: ``ax`` of every parameter whose averaging has
     begun, the parameter itself of the others, buffers as they are. Statistics of BatchNorm belong to the last iterate.
-    Rank 0 writes; it holds one parameter beyond its own memory, the others at most a piece of one (of a DTensor every
-    rank the whole, one at a time). Training goes on as if nothing had been. Where the weights have more than
-    ``max_bytes`` there are several files and an index, as transformers loads them:
+    Rank 0 writes; it holds one parameter beyond its own memory, the others at most a piece of one. Training goes on
+    as if nothing had been. Where the weights have more than ``max_bytes`` there are several files and an index, as
+    transformers loads them:
     ``model-00001-of-00002.safetensors``, ..., ``model.safetensors.index.json``.
 
     Args:
@@ -151,14 +152,16 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
     problem: Exception | None = None
     staging: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, Placed)]
+    spread = {w.name: tensor for w in weights if is_dtensor(tensor := _live(w))}
+    numbers = {name: number for number, name in enumerate(spread)}
+    assembly = Assembly(list(spread.values()), communicators) if spread else None
     for weight in weights:
-        member, value = weight.member, None
-        if isinstance(member, Placed):
-            value = whole_of(member.shown(member.average))
-        elif member is not None:
-            value = _bring(member, communicators, staging, brought)
-        else:
-            value = whole_of(weight.value) if is_dtensor(weight.value) else weight.value
+        value: Tensor | None = weight.value
+        if assembly is not None and weight.name in spread:
+            wholes = assembly.bring([numbers[weight.name]], [spread[weight.name]], WRITER)
+            value = wholes[0] if wholes else None
+        elif weight.member is not None:
+            value = _bring(weight.member, communicators, staging, brought)
         if files is not None and value is not None and problem is None:
             try:
                 files.write(weight.name, value.to(weight.spec.dtype))
@@ -173,6 +176,12 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
         # Before the other ranks hear of it: they may look.
         files.discard()
     return problem
+
+
+def _live(weight: _Weight) -> Tensor:
+    """What this rank holds of what goes out."""
+    member = weight.member
+    return member.shown(member.average) if isinstance(member, Placed) else weight.value
 
 
 def _bring(

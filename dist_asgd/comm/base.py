@@ -76,11 +76,11 @@ class Shards(ABC):
         """Bring every rank's ``shard`` to rank ``to`` (None: all), into ``pieces``: one ``(shard_numel,)`` a rank."""
 
     @abstractmethod
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int) -> None:
-        """Bring every rank's 1-D ``piece`` to rank ``to``, into ``places``, one a rank; None on other ranks.
+    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        """Bring every rank's 1-D ``piece`` to rank ``to`` (None: all), into ``places``, one a rank; None elsewhere.
 
         Rank r brings ``numels[r]`` elements, all ranks know of how many; those that bring none take no part or
-        little. Rank ``to`` needs the room of ``places`` only, the others at most that of one piece.
+        little. Needs no room beside ``places`` there, and at most that of one piece elsewhere.
         """
 
     @abstractmethod
@@ -154,7 +154,7 @@ class Local(Communicator):
         if pieces is not None:
             pieces[0].copy_(shard)
 
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int) -> None:
+    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         if places is not None:
             places[0].copy_(piece)
 

@@ -179,14 +179,15 @@ class Gloo(Grouped):
                 if work is not None:
                     work.wait()
 
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int) -> None:
+    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         with self._guard("a gather"):
             works: list[dist.Work | None] = []
             if places is not None:
                 places[self.rank].copy_(piece)
                 works = [self._receive(places[peer], peer, COLLECT) for peer in self._peers if numels[peer]]
-            elif numels[self.rank]:
-                works = [self._send(piece, to, COLLECT)]
+            for target in self._peers if to is None else [to]:
+                if target != self.rank and numels[self.rank]:
+                    works.append(self._send(piece, target, COLLECT))
             for work in works:
                 if work is not None:
                     work.wait()

@@ -95,7 +95,7 @@ class Hybrid(Shards):
     def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
         self._inside.collect(shard, pieces, to)
 
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int) -> None:
+    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         self._inside.bring(piece, places, numels, to)
 
     def gather_rows(self, row: Tensor) -> Tensor:

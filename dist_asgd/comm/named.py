@@ -75,16 +75,14 @@ class Named(Grouped):
                 target = dist.get_global_rank(self.group, to)
                 dist.gather(shard, None if pieces is None else list(pieces), dst=target, group=self.group)
 
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int) -> None:
+    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         # Broadcasts, as not all of these backends have messages between two ranks.
         with self._guard("a gather"):
             for rank, numel in enumerate(numels):
-                if rank == to:
-                    if places is not None:
-                        places[rank].copy_(piece)
-                elif numel:
-                    mine = piece if rank == self.rank else piece.new_empty(numel)
-                    mine = mine if places is None else places[rank]
+                if rank == self.rank and places is not None:
+                    places[rank].copy_(piece)
+                if rank != to and numel:
+                    mine = piece if rank == self.rank else piece.new_empty(numel) if places is None else places[rank]
                     dist.broadcast(mine, dist.get_global_rank(self.group, rank), group=self.group)
 
     def gather_rows(self, row: Tensor) -> Tensor:
