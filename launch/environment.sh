@@ -21,7 +21,7 @@ find_python() {
 # where that was done before and neither the pins nor the package's metadata or C source have changed since.
 prepare_venv() {
     local python stamp wanted file
-    wanted="$(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY/dist_asgd/update/kernel.c" "$@"; echo "$REPOSITORY")"
+    wanted="$(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY"/dist_asgd/update/kernel.c "$REPOSITORY"/dist_asgd/facts.c "$@"; echo "$REPOSITORY")"
     stamp="$VENV/installed-$(basename "${!#}")"
     if [ -x "$VENV/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return

@@ -113,23 +113,14 @@ def describe(
     live = model.state_dict(keep_vars=True)
     names = names_of(model, optimizer, live)
     saved = optimizer.state_dict()
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    parts = {
-        id(params[index]): part
-        for index, entry in saved["state"].items()
-        for part in entry.values()
-        if isinstance(part, ShardTensor)
-    }
+    parts = param_parts(optimizer, saved)
     model_state: dict[str, Any] = {}
     for key, value in live.items():
-        part = parts.get(id(value))
         # Every rank has the whole parameter and writes the part that it updates.
-        slice_ = None if part is None else part.slice_of(value)
-        if slice_ is not None and part is not None:
-            value = part.like(slice_)
-        elif isinstance(value, Tensor):
+        part = parts.get(id(value))
+        if part is None and isinstance(value, Tensor):
             value = value.detach()
-        model_state[names.of_model[key]] = value
+        model_state[names.of_model[key]] = value if part is None else part
     optim: dict[str, Any] = {}
     for index, entry in saved["state"].items():
         for key, value in entry.items():
@@ -146,6 +137,21 @@ def describe(
     if extra is not None:
         state[EXTRA] = {str(rank): serialize(extra)}
     return state
+
+
+def param_parts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int, ShardTensor]:
+    """What this rank updates of each parameter that is whole on every rank, by its ``id``; shares memory with it.
+
+    ``state_dict``: the optimizer's.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    found = {}
+    for index, entry in state_dict["state"].items():
+        for part in entry.values():
+            slice_ = part.slice_of(params[index]) if isinstance(part, ShardTensor) else None
+            if slice_ is not None:
+                found[id(params[index])] = part.like(slice_)
+    return found
 
 
 def _is_own(value: Any, replica: int) -> bool:

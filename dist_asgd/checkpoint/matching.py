@@ -59,6 +59,8 @@ class Found:
         self._opened = reader.opened
         self._difference = difference
         self._passes: list[dict[str, Tensor]] = [{}]
+        # Read before, by place: what nobody can change.
+        self._plain: dict[object, Any] = {}
         self.keys = self._opened.metadata.state_dict_metadata
         self.parents = by_parent(self.keys)
 
@@ -92,6 +94,7 @@ class Found:
 
     def values(self, keys: Iterable[str]) -> dict[str, Any]:
         """Objects and 0-dim tensors by key; what lies in one place is read once."""
+        found: dict[str, Any] = {}
         places: dict[object, list[str]] = {}
         indices: dict[MetadataIndex, object] = {}
         for key in keys:
@@ -103,14 +106,18 @@ class Found:
                 index = MetadataIndex(key, entry.chunks[0].offsets)
             info = self._opened.place(index)
             place = (type(entry), info.relative_path, info.offset, info.length)
+            if place in self._plain:
+                found[key] = self._plain[place]
+                continue
             if place not in places:
                 indices[index] = place
             places.setdefault(place, []).append(key)
-        found: dict[str, Any] = {}
         for index, data in self._opened.chunks(list(indices)):
             is_object = isinstance(self.keys[index.fqn], BytesStorageMetadata)
             value = self._opened.value(index, data) if is_object else self._opened.tensor(index, data)
             found.update(dict.fromkeys(places[indices[index]], value))
+            if isinstance(value, bool | int | float | str | None):
+                self._plain[indices[index]] = value
         return found
 
     def read(self) -> None:

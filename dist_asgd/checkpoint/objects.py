@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorProperties
 
+from ..buffers import memory_strides
 from .files import CheckpointError
 from .pickles import check_cost
 
@@ -21,8 +22,39 @@ from .pickles import check_cost
 MAX_DEPTH = 64
 
 
-def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str) -> Tensor:
+class Frames:
+    """What stands around the elements in archives that were loaded and found sound, by dtype, shape and length.
+
+    Whatever has the same around its elements is the like archive of these: it need not be unpickled again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[torch.dtype, torch.Size, int], tuple[bytes, bytes, tuple[int, ...]]] = {}
+
+    def tensor_in(self, data: bytearray, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
+        """The tensor in ``data``, whose memory it shares; None where nothing like it was loaded."""
+        before, after, strides = self._known.get((dtype, shape, len(data)), (b"", b"", ()))
+        if not before or not (data.startswith(before) and data.endswith(after)):
+            return None
+        return torch.frombuffer(data, dtype=dtype, offset=len(before), count=shape.numel()).as_strided(shape, strides)
+
+    def learn(self, data: bytearray, tensor: Tensor) -> None:
+        """``tensor`` was in ``data``: dense, and the only one, or it is not remembered."""
+        dense = memory_strides(tensor) == tensor.stride() and not (tensor.is_conj() or tensor.is_neg())
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            stored = [record for record in archive.infolist() if "/data/" in record.filename]
+        if not dense or len(stored) != 1 or not 0 < tensor.nbytes == stored[0].file_size:
+            return
+        place = _place(data, stored[0])
+        around = bytes(data[: place.start]), bytes(data[place.stop :]), tensor.stride()
+        self._known[tensor.dtype, tensor.shape, len(data)] = around
+
+
+def load_tensor(data: bytearray, shape: torch.Size, properties: TensorProperties, what: str, frames: Frames) -> Tensor:
     """The tensor in ``data``, on the CPU: of this shape and dtype, or CheckpointError, which ``what`` begins."""
+    known = frames.tensor_in(data, properties.dtype, shape)
+    if known is not None:
+        return known
     tensor = _load(data, what)
     if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise CheckpointError(f"dist_asgd: {what} holds {type(tensor).__name__}, no plain tensor.")
@@ -31,10 +63,11 @@ def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, wh
             f"dist_asgd: {what} holds a tensor {list(tensor.shape)} {tensor.dtype}, the metadata says {list(shape)} "
             f"{properties.dtype}."
         )
+    frames.learn(data, tensor)
     return tensor
 
 
-def load_object(data: bytes, what: str) -> Any:
+def load_object(data: bytes | bytearray, what: str) -> Any:
     """The object in ``data``: plain values and tensors, or CheckpointError, which ``what`` begins."""
     value = _load(data, what)
     if _depth(value) > MAX_DEPTH:
@@ -64,7 +97,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _load(data: bytes, what: str) -> Any:
+def _load(data: bytes | bytearray, what: str) -> Any:
     try:
         _check_archive(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -77,7 +110,7 @@ def _load(data: bytes, what: str) -> Any:
         ) from error
 
 
-def _check_archive(data: bytes) -> None:
+def _check_archive(data: bytes | bytearray) -> None:
     """ValueError unless every record is stored as it is and has room in ``data``: no zip bombs, no legacy formats.
 
     Nor is there a pickle in it that would take longer, or more memory, than its length allows.
@@ -92,18 +125,18 @@ def _check_archive(data: bytes) -> None:
             total += record.file_size
             if record.filename.endswith("data.pkl") and total <= len(data):
                 pickles += 1
-                check_cost(_stored(data, record))
+                check_cost(bytes(data[_place(data, record)]))
     if total > len(data):
         raise ValueError(f"its records claim {total} bytes, it has {len(data)}")
     if pickles != 1:
         raise ValueError(f"it has {pickles} records data.pkl, wanted one")
 
 
-def _stored(data: bytes, record: zipfile.ZipInfo) -> bytes:
-    """The bytes of an uncompressed record, as they are: torch need not have given them a checksum."""
+def _place(data: bytes | bytearray, record: zipfile.ZipInfo) -> slice:
+    """Where an uncompressed record lies, as it is: torch need not have given it a checksum."""
     lengths = record.header_offset + 26
     if lengths + 4 > len(data):
         raise ValueError(f"its record {record.filename[:80]!r} is not there")
     name_length, extra_length = struct.unpack_from("<HH", data, lengths)
     start = lengths + 4 + name_length + extra_length
-    return data[start : start + record.file_size]
+    return slice(start, start + record.file_size)

@@ -22,7 +22,7 @@ from .extents import check_extents
 from .files import CheckpointError, check_name, names_in, open_confined, read_range, read_whole
 from .manifest import MANIFEST_NAME, Manifest, check_files, hash_of, read_manifest
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
-from .objects import dump_object, load_object, load_tensor
+from .objects import Frames, dump_object, load_object, load_tensor
 
 
 class Opened:
@@ -44,6 +44,7 @@ class Opened:
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
+        self._frames = Frames()
 
     def _checked_manifest(self) -> Manifest:
         manifest = read_manifest(self.path)
@@ -82,7 +83,7 @@ class Opened:
                 )
         return hashes
 
-    def chunks(self, wanted: list[MetadataIndex]) -> Iterator[tuple[MetadataIndex, bytes]]:
+    def chunks(self, wanted: list[MetadataIndex]) -> Iterator[tuple[MetadataIndex, bytearray]]:
         """The bytes of these chunks, each read once, file by file in order of offset."""
         places = sorted(((self.place(index), index) for index in wanted), key=lambda pair: _order(pair[0]))
         at = 0
@@ -111,10 +112,10 @@ class Opened:
             raise CheckpointError(f"dist_asgd: {self.path} has no chunk of {index.fqn} at {index.offset}.")
         return found  # type: ignore[no-any-return]
 
-    def tensor(self, index: MetadataIndex, data: bytes) -> Tensor:
+    def tensor(self, index: MetadataIndex, data: bytearray) -> Tensor:
         """The piece of a tensor in the bytes of a chunk."""
         shape = next(box.sizes for box in self.boxes(index.fqn) if box.offsets == index.offset)
-        return load_tensor(data, shape, self._entry(index.fqn).properties, self._what(index))
+        return load_tensor(data, shape, self._entry(index.fqn).properties, self._what(index), self._frames)
 
     def boxes(self, key: str) -> list[ChunkStorageMetadata]:
         """The chunks of a tensor: offsets and sizes of each in it."""
@@ -126,7 +127,7 @@ class Opened:
             raise CheckpointError(f"dist_asgd: {key} is no tensor in {self.path}.")
         return entry
 
-    def value(self, index: MetadataIndex, data: bytes) -> Any:
+    def value(self, index: MetadataIndex, data: bytearray) -> Any:
         """The object in the bytes of a chunk."""
         return load_object(data, self._what(index))
 

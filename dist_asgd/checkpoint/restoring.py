@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
 from ..agreement import NO_CLAIM, Claim, Kind
-from .contents import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of
+from ..gather import Gatherer
+from ..parts import ShardTensor
+from ..state import ShardedState
+from .contents import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_parts
 from .files import CheckpointError
 from .matching import Difference, Found
 from .reader import CheckedReader
@@ -27,9 +30,14 @@ _LOG = logging.getLogger("dist_asgd")
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A checkpoint in memory of its own, in the form that ``load_state_dict`` of model and optimizer take."""
+    """A checkpoint in memory of its own, in the form that ``load_state_dict`` of model and optimizer take.
+
+    ``parts``: of parameters that are gathered after every step each rank reads what it updates, (live, read); in
+    ``model`` they are as they are.
+    """
 
     model: dict[str, Any]
+    parts: list[tuple[ShardTensor, ShardTensor]]
     optimizer: dict[str, Any]
     extra: Any
     save_id: str | None
@@ -102,10 +110,22 @@ def restore(
     assert staged is not None
     optimizer.load_state_dict(staged.optimizer)
     with torch.no_grad():
+        for live, read in staged.parts:
+            live.copy_(read)
+        _gather(optimizer)
         model.load_state_dict(staged.model, strict=not staged.difference)
     if staged.difference and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, staged.difference)
     return staged
+
+
+def _gather(optimizer: Optimizer) -> None:
+    """Collective: bring every rank's part of the parameters to all, as after a step."""
+    shards, gatherer = getattr(optimizer, "_shards", None), getattr(optimizer, "_gatherer", None)
+    if isinstance(shards, ShardedState) and isinstance(gatherer, Gatherer):
+        for bucket in shards.buckets:
+            gatherer.launch(bucket)
+        gatherer.wait()
 
 
 def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, verify: bool, saver: Saver) -> Staged:
@@ -114,14 +134,16 @@ def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, ver
     difference = Difference()
     found = Found(reader, difference)
     names = names_of(model, optimizer)
-    optimizer_state = _stage_optimizer(found, names, optimizer, difference)
+    live = optimizer.state_dict()
+    optimizer_state = _stage_optimizer(found, names, optimizer, live, difference)
     mastered = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
-    model_state = _stage_model(found, names, model, mastered, difference)
+    model_state, parts = _stage_model(found, names, model, mastered, param_parts(optimizer, live), difference)
     difference.check(path, strict)
     found.read()
     manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta
     return Staged(
         model_state,
+        parts,
         optimizer_state,
         _extra(found, saver.rank if manifest is None or manifest.world_size == saver.world_size else 0),
         None if meta is None else meta.save_id,
@@ -131,27 +153,41 @@ def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, ver
 
 
 def _stage_model(
-    found: Found, names: Names, model: nn.Module, mastered: set[str], difference: Difference
-) -> dict[str, Any]:
-    """``mastered`` names parameters that the optimizer sets when it loads their masters: they stay as they are then."""
+    found: Found,
+    names: Names,
+    model: nn.Module,
+    mastered: set[str],
+    live_parts: dict[int, ShardTensor],
+    difference: Difference,
+) -> tuple[dict[str, Any], list[tuple[ShardTensor, ShardTensor]]]:
+    """``mastered`` names parameters that the optimizer sets when it loads their masters: they stay as they are then.
+
+    So do those of ``live_parts``, of which only that is read.
+    """
     staged: dict[str, Any] = {}
+    parts: list[tuple[ShardTensor, ShardTensor]] = []
     known = {f"{MODEL}.{name}" for name in names.of_model.values()}
     difference.unexpected += [key for key in found.keys if key.startswith(f"{MODEL}.") and key not in known]
-    for key, value in model.state_dict().items():
+    for key, value in model.state_dict(keep_vars=True).items():
         name = f"{MODEL}.{names.of_model[key]}"
         if name not in found.keys:
             difference.missing.append(name)
         elif names.of_model[key] in mastered:
             staged[key] = value
+        elif id(value) in live_parts:
+            staged[key] = value
+            part = live_parts[id(value)]
+            parts.append((part, cast(ShardTensor, found.memory_for(name, part, widen=False))))
         elif isinstance(value, Tensor):
-            staged[key] = found.memory_for(name, value, widen=False)
+            staged[key] = found.memory_for(name, value.detach(), widen=False)
         else:
             staged[key] = found.values([name])[name]
-    return staged
+    return staged, parts
 
 
-def _stage_optimizer(found: Found, names: Names, optimizer: Optimizer, difference: Difference) -> dict[str, Any]:
-    live = optimizer.state_dict()
+def _stage_optimizer(
+    found: Found, names: Names, optimizer: Optimizer, live: dict[str, Any], difference: Difference
+) -> dict[str, Any]:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = _Groups(found)
     used: set[str] = set()
