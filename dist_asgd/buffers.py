@@ -45,9 +45,11 @@ def memory_strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether ``tensor`` lies in memory as ``strides`` say; strides of dimensions of size 1 do not count."""
+    """Whether ``tensor`` lies in memory as ``strides`` say; those of size 1, or of an empty tensor, do not count."""
     own = tensor.stride()
-    return own == strides or all(size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True))
+    if own == strides or not tensor.numel():
+        return True
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True))
 
 
 def real(flat: Tensor) -> Tensor:
