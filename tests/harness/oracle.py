@@ -4,6 +4,9 @@ Memory layout matters to torch on 16-bit CPU tensors: ``x.add_(g, alpha=a)`` rou
 last ``numel % 32`` elements and in everything strided, but not in full vector lanes. So gradients lie in
 memory as their parameters do, which is how backward lays them, and a 16-bit parameter that is not dense in
 memory is made dense, which is what moving into a bucket does to it. All else is torch as it is.
+
+Of a 16-bit DTensor, then, torch's bits are those of ``torch.optim.ASGD`` on its local tensors, which is also what torch
+itself makes of DTensors: such a parameter is this rank's part here. All others are whole.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from tests.harness.history import (
     make_params,
     mean_gradient,
 )
+from tests.harness.placements import Placements
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:
@@ -45,14 +49,19 @@ def group_dict(history: History, spec: GroupSpec, params: list[Tensor], first_in
 class Oracle:
     """``torch.optim.ASGD(foreach=foreach)`` living through a history, one event at a time.
 
-    ``widened``: with float32 copies of 16-bit parameters, which still get 16-bit gradients.
+    ``widened``: with float32 copies of 16-bit parameters, which still get 16-bit gradients. ``placements`` tell what
+    of a parameter is this rank's part.
     """
 
-    def __init__(self, history: History, *, foreach: bool, dyadic: bool, widened: bool = False) -> None:
+    def __init__(
+        self, history: History, placements: Placements, *, foreach: bool, dyadic: bool, widened: bool = False
+    ) -> None:
         self.history = history
+        self.placements = placements
         self.dyadic = dyadic
         self.widened = widened
-        self.dtypes: list[torch.dtype] = []
+        # Of the shapes and dtypes of the history, which gradients have.
+        self.originals: list[Tensor] = []
         self.params: list[Tensor] = []
         self.num_steps = 0
         groups = [self._make_group(spec) for spec in history.groups]
@@ -74,22 +83,34 @@ class Oracle:
             self.optimizer.add_param_group(self._make_group(event.group))
 
     def _make_group(self, spec: GroupSpec) -> dict[str, Any]:
-        params = make_params(spec, self.history.seed, len(self.params))
-        self.dtypes += [p.dtype for p in params]
-        params = [like(p) if p.element_size() == 2 else p for p in params]
-        if self.widened:
-            params = [_float32(p) if p.element_size() == 2 else p for p in params]
-        group = group_dict(self.history, spec, params, len(self.params))
+        first = len(self.params)
+        self.originals += make_params(spec, self.history.seed, first)
+        params = [self._own(index) for index in range(first, len(self.originals))]
+        group = group_dict(self.history, spec, params, first)
         self.params.extend(params)
         return group
+
+    def is_part(self, index: int) -> bool:
+        """Whether this parameter may be a part, as that of a 16-bit DTensor is."""
+        return self.originals[index].element_size() == 2 and not self.widened
+
+    def _own(self, index: int) -> Tensor:
+        original = self.originals[index]
+        if original.element_size() != 2:
+            return original
+        if self.widened:
+            return _float32(like(original))
+        return like(self.placements.part(index, original)).requires_grad_(original.requires_grad)
 
     def _step(self, event: Step) -> None:
         self.num_steps += 1
         for index, param in enumerate(self.params):
             param.grad = None
             if param.requires_grad and event.who[index % len(event.who)] != "none":
-                narrow = param.detach().to(self.dtypes[index])
-                mean = mean_gradient(narrow, self.history.seed, self.num_steps, index, dyadic=self.dyadic)
+                original = self.originals[index]
+                mean = mean_gradient(original, self.history.seed, self.num_steps, index, dyadic=self.dyadic)
+                if self.is_part(index):
+                    mean = self.placements.part(index, mean)
                 param.grad = torch.empty_like(param).copy_(mean)
         self.optimizer.step()
 

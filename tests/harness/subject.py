@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import assert_same_bits, same_tree
@@ -30,19 +31,22 @@ from tests.harness.history import (
     ranks_of,
     shares,
 )
-from tests.harness.meshes import hybrid_mesh
+from tests.harness.meshes import hybrid_mesh, whole
 from tests.harness.oracle import Oracle, group_dict, set_lr
+from tests.harness.placements import Placements, held, placed_like
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a history runs under."""
+    """What a history runs under; ``placement`` is one of ``placements.KINDS``, or None for plain parameters."""
 
     stage: int = 1
     form: str = "forloop"
     bucket_cap_mb: float = 25.0
     masters: bool = False
     mesh: tuple[int, int] | None = None
+    placement: str | None = None
+    shard_replicated: bool = True
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -68,7 +72,10 @@ def check_history(
     resume: Saved | None = None,
 ) -> Saved:
     """Job: live through ``history`` beside the oracle from ``resume`` to ``stop_after`` events."""
-    oracle = Oracle(history, foreach=setting.form == "foreach", dyadic=setting.stage == 2, widened=setting.masters)
+    placements = Placements(setting.placement, world_size, history.seed)
+    oracle = Oracle(
+        history, placements, foreach=setting.form == "foreach", dyadic=setting.stage == 2, widened=setting.masters
+    )
     begin = resume.num_events if resume else 0
     for event in history.events[:begin]:
         oracle.apply(event)
@@ -79,7 +86,7 @@ def check_history(
         oracle.apply(event)
         subject.apply(event)
         subject.compare_params(f"after event {number}, {event}")
-    return Saved(end, [p.detach().clone() for p in subject.params], subject.compare_state())
+    return Saved(end, [whole(p).clone() for p in subject.params], subject.compare_state())
 
 
 class Subject:
@@ -99,16 +106,17 @@ class Subject:
         self.history = history
         self.setting = setting
         self.oracle = oracle
+        self.placements = oracle.placements
         self.specs: list[GroupSpec] = list(history.groups)
         added = history.events[: resume.num_events] if resume else ()
         self.specs += [event.group for event in added if isinstance(event, AddGroup)]
         self.mesh = None if setting.mesh is None else hybrid_mesh(setting.mesh)
         self.params: list[Tensor] = []
         for spec in self.specs:
-            self.params += make_params(spec, history.seed, len(self.params))
+            self._make_params(spec)
         if resume:
-            for param, saved in zip(self.params, resume.params, strict=True):
-                param.data.copy_(saved)
+            for index, saved in enumerate(resume.params):
+                held(self.params[index]).copy_(self.placements.part(index, saved))
         self.optimizer = self._make_optimizer()
         if resume:
             self.optimizer.load_state_dict(resume.state)
@@ -125,23 +133,25 @@ class Subject:
         elif isinstance(event, StartAveraging):
             self.optimizer.start_averaging()
         elif isinstance(event, AddGroup):
-            params = make_params(event.group, self.history.seed, len(self.params))
-            group = group_dict(self.history, event.group, params, len(self.params))
+            first = len(self.params)
+            self._make_params(event.group)
+            group = group_dict(self.history, event.group, self.params[first:], first)
             self.specs.append(event.group)
-            self.params += params
             self.optimizer.add_param_group(group)
         else:
             self._reload(event)
 
     def compare_params(self, when: str) -> None:
-        """Every parameter, to the bit."""
+        """What this rank holds of every parameter, to the bit: of replicas too."""
         for index, (found, expected) in enumerate(zip(self.params, self.oracle.params, strict=True)):
             if found.dtype != expected.dtype:
                 expected = _rounded(expected.detach(), found.dtype)
-            assert_same_bits(found, expected, f"parameter {index} {when}")
+            if not self.oracle.is_part(index):
+                expected = self.placements.part(index, expected)
+            assert_same_bits(held(found), expected, f"parameter {index} {when}")
 
     def compare_state(self) -> dict[str, Any]:
-        """Collective: the consolidated state against the oracle's, to the bit; returns it."""
+        """Collective: the state, whole and as it is shown, against the oracle's, to the bit; returns the whole."""
         found = self.optimizer.consolidated_state_dict(to=None)
         expected = self.oracle.optimizer.state_dict()
         assert found["state"].keys() == expected["state"].keys()
@@ -150,11 +160,29 @@ class Subject:
                 state = {**state, "master": self.oracle.params[index].detach()}
             assert found["state"][index].keys() == state.keys()
             for key, value in state.items():
-                assert_same_bits(found["state"][index][key], value, f"{key} of parameter {index}")
+                mine = found["state"][index][key]
+                if key == "ax" and self.oracle.is_part(index):
+                    mine = self.placements.part(index, mine)
+                assert_same_bits(mine, value, f"{key} of parameter {index}")
+            self._compare_shown(index, found["state"][index]["ax"])
         for mine, theirs in zip(found["param_groups"], expected["param_groups"], strict=True):
             for key, value in theirs.items():
                 assert same_tree(mine[key], value), f"group entry {key}: {mine[key]}, expected {value}"
         return found
+
+    def _compare_shown(self, index: int, average: Tensor) -> None:
+        """Collective: the average of a DTensor is one that lies as it does."""
+        param = self.params[index]
+        if isinstance(param, DTensor):
+            shown = self.optimizer.state[param]["ax"]
+            assert (shown.placements, shown.device_mesh) == (param.placements, param.device_mesh)
+            assert_same_bits(shown.full_tensor(), average, f"shown ax of parameter {index}")
+
+    def _make_params(self, spec: GroupSpec) -> None:
+        """The parameters of one more group, as they lie."""
+        first = len(self.params)
+        made = make_params(spec, self.history.seed, first)
+        self.params += [self.placements.place(index, param) for index, param in enumerate(made, first)]
 
     def _make_optimizer(self) -> ShardedASGD:
         groups, index = [], 0
@@ -175,6 +203,7 @@ class Subject:
             **setting.forms,
             stage=setting.stage,
             bucket_cap_mb=setting.bucket_cap_mb,
+            shard_replicated=setting.shard_replicated,
         )
 
     def _reload(self, event: Reload) -> None:
@@ -183,18 +212,27 @@ class Subject:
         elif event.kind == "consolidated" or self.setting.masters:  # torch's dict has no masters
             saved = self.optimizer.consolidated_state_dict(to=None)
         else:
-            saved = copy.deepcopy(self.oracle.optimizer.state_dict())
+            saved = self._state_of_torch()
         self.params = [like(p) for p in self.params]
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(saved)
 
+    def _state_of_torch(self) -> dict[str, Any]:
+        """``torch.optim.ASGD``'s own dict: whole tensors, or DTensors where the oracle has a part of them."""
+        saved = copy.deepcopy(self.oracle.optimizer.state_dict())
+        for index, state in saved["state"].items():
+            if self.oracle.is_part(index):
+                state["ax"] = placed_like(self.params[index], state["ax"])
+        return saved
+
     def _step(self, event: Step) -> None:
         self.optimizer.zero_grad()
-        if self.setting.stage == 1:
-            for index, param in enumerate(self.params):
-                if param.requires_grad and event.who[index % len(event.who)] != "none":
-                    param.grad = self._mean(index, dyadic=False)
-        else:
+        dyadic = self.setting.stage == 2
+        for index, param in enumerate(self.params):
+            arrives = param.requires_grad and event.who[index % len(event.who)] != "none"
+            if arrives and (self.setting.stage == 1 or isinstance(param, DTensor)):
+                param.grad = self.placements.place(index, self._mean(index, dyadic=dyadic))
+        if self.setting.stage == 2:
             self._backwards(event)
         self.optimizer.step()
 
@@ -224,7 +262,7 @@ class Subject:
         for index, param in enumerate(self.params):
             who = event.who[index % len(event.who)]
             ranks = ranks_of(who, self.world_size, self.history.seed, step, index)
-            if self.rank in ranks and param.requires_grad:
+            if self.rank in ranks and param.requires_grad and not isinstance(param, DTensor):
                 mean = self._mean(index, dyadic=True)
                 share = shares(mean, ranks, self.world_size, self.history.seed + step + index)[self.rank]
                 hand = event.by_hand[index % len(event.by_hand)]

@@ -1,0 +1,89 @@
+"""Where the parameters of a history lie before the optimizer sees them: plain, or sharded already, as DTensors.
+
+Every rank has the whole of a parameter from the history and keeps its part of it, so nothing is sent. Which placement a
+parameter gets goes by its index and the history's seed. A dimension that it does not have is not sharded:
+tensor parallelism replicates such parameters too.
+
+Only on Gloo: torch keeps what it has planned for a mesh, and threads, which share that, go on with the plan of another
+rank, and hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from tests.harness.meshes import hybrid_mesh, local
+
+# At which world sizes each kind can be.
+KINDS = {"shard": (2, 3, 4), "hsdp": (2, 3, 4), "tp": (2, 3, 4), "2d": (2, 4), "mixed": (2, 3, 4)}
+
+_Layout = tuple[DeviceMesh, Sequence[Placement]] | None
+
+
+class Placements:
+    """Collective: the meshes of ``kind`` over all ranks; None leaves every parameter plain.
+
+    shard   FSDP2: rows, of which the last ranks may have none
+    hsdp    the same rows in several replicas
+    tp      rows, columns or everything, on one axis
+    2d      FSDP2 over tensor parallelism: rows and columns, rows of rows, rows with replicas
+    mixed   plain parameters beside rows and columns, on meshes of one and of two dimensions
+    """
+
+    def __init__(self, kind: str | None, world_size: int, seed: int) -> None:
+        self._seed = seed
+        self._layouts = [None] if kind is None else _layouts(kind, world_size, seed)
+
+    def place(self, index: int, whole: Tensor) -> Tensor:
+        """``whole`` as parameter ``index`` lies: a new leaf, or ``whole`` itself where that is plain."""
+        layout = self._layouts[(self._seed + index) % len(self._layouts)]
+        if layout is None:
+            return whole
+        mesh, placements = layout
+        fitting = [Replicate() if _dim(p) >= whole.dim() else p for p in placements]
+        # What is not dense in memory cannot be updated where it lies.
+        dense = whole.detach().clone(memory_format=torch.preserve_format)
+        return distribute_tensor(dense, mesh, fitting, src_data_rank=None).requires_grad_(whole.requires_grad)
+
+    def part(self, index: int, whole: Tensor) -> Tensor:
+        """What this rank holds of ``whole`` where that lies as parameter ``index`` does."""
+        return held(self.place(index, whole))
+
+
+def held(param: Tensor) -> Tensor:
+    """What this rank holds of a parameter; shares memory."""
+    return local(param.detach())
+
+
+def placed_like(param: Tensor, part: Tensor) -> Tensor:
+    """What the ranks hold as their ``part`` s, as a tensor that lies as ``param`` does."""
+    placed = param.detach().clone()
+    held(placed).copy_(part)
+    return placed
+
+
+def _layouts(kind: str, world_size: int, seed: int) -> list[_Layout]:
+    rows, columns, everything = Shard(0), Shard(1), Replicate()
+    if kind in ("shard", "tp"):
+        flat = init_device_mesh("cpu", (world_size,))
+        return [(flat, [p]) for p in ([rows] if kind == "shard" else [rows, columns, everything])]
+    if kind == "2d":
+        shape = (2, 2) if world_size == 4 else [(1, 2), (2, 1)][seed % 2]
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        rows_of_rows = _StridedShard(0, split_factor=shape[1])
+        return [(mesh, pair) for pair in ([rows, columns], [rows_of_rows, rows], [rows, everything])]
+    hsdp = hybrid_mesh((2, 2) if world_size == 4 else (world_size, 1))
+    if kind == "hsdp":
+        return [(hsdp, [everything, rows])]
+    flat = init_device_mesh("cpu", (world_size,))
+    return [None, (flat, [rows]), (hsdp, [everything, rows]), (flat, [columns]), None, (hsdp, [columns, everything])]
+
+
+def _dim(placement: Placement) -> int:
+    return placement.dim if isinstance(placement, Shard | _StridedShard) else -1

@@ -1,0 +1,104 @@
+"""Parity over DTensors: the histories of ``test_parity`` end on torch's bits however parameters were sharded before.
+
+All but 16-bit parameters are compared with ``torch.optim.ASGD`` on the whole model, in one process: an update that acts
+element by element must not depend on where elements are. On CPUs torch itself rounds 16-bit ones by their place in the
+tensor that they are in (see ``harness.oracle``), and of a DTensor that is its local tensor: so the oracle of those is
+``torch.optim.ASGD`` on local tensors, which is what torch would do with these parameters. With masters nothing is
+rounded by place, and the oracle is whole again.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.harness.history import History
+from tests.harness.placements import KINDS
+from tests.harness.ranks import run
+from tests.harness.strategies import histories
+from tests.harness.subject import Saved, Setting, check_history
+from tests.test_parity import EVERYTHING, TINY_BUCKETS_MB
+
+EXAMPLES = int(os.environ.get("PARITY_EXAMPLES", "3"))
+DTYPES = [("float64",), ("bfloat16",), ("float16",), ("complex64",), ("float32", "bfloat16", "complex64")]
+NARROW = [("bfloat16",), ("float16",), ("bfloat16", "float16")]
+
+forms = pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
+
+
+@st.composite
+def worlds(
+    draw: st.DrawFn, form: str, kinds: tuple[str, ...] = tuple(KINDS), masters: bool = False
+) -> tuple[int, Setting]:
+    """A world size and what a history runs under there, with parameters placed in one of ``kinds`` of ways."""
+    kind = draw(st.sampled_from(kinds))
+    world_size = draw(st.sampled_from(KINDS[kind]))
+    # Plain parameters beside DTensors may be in hybrid sharding of their own.
+    hybrid = kind == "mixed" and world_size == 4 and draw(st.booleans())
+    setting = Setting(
+        stage=draw(st.sampled_from([1, 2])),
+        form=form,
+        bucket_cap_mb=draw(st.sampled_from([TINY_BUCKETS_MB, 25.0])),
+        masters=masters,
+        mesh=(2, 2) if hybrid else None,
+        placement=kind,
+        shard_replicated=draw(st.booleans()),
+    )
+    return world_size, setting
+
+
+def check(world: tuple[int, Setting], history: History) -> None:
+    """The history, beside torch."""
+    world_size, setting = world
+    run("gloo", world_size, check_history, history, setting)
+
+
+@forms
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_histories_are_torch_to_the_bit(kind: str, form: str, data: st.DataObject) -> None:
+    """Every kind of placement and form, in float32."""
+    check(data.draw(worlds(form, (kind,))), data.draw(histories()))
+
+
+@forms
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_happens_on_as_many_ranks_as_there_can_be(kind: str, shares: bool, form: str) -> None:
+    """One history with every event, of parameters of which some of 4 ranks have nothing."""
+    setting = Setting(2, form, TINY_BUCKETS_MB, placement=kind, shard_replicated=shares)
+    check((4, setting), EVERYTHING)
+
+
+@forms
+@pytest.mark.parametrize("dtypes", DTYPES, ids="+".join)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_histories_of_every_dtype_are_torch_to_the_bit(dtypes: tuple[str, ...], form: str, data: st.DataObject) -> None:
+    """Every dtype, and several in one group, placed in a drawn way."""
+    check(data.draw(worlds(form)), data.draw(histories(dtypes)))
+
+
+@forms
+@pytest.mark.parametrize("dtypes", NARROW, ids="+".join)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_masters_are_float32_parameters_to_the_bit(dtypes: tuple[str, ...], form: str, data: st.DataObject) -> None:
+    """Masters are torch's on whole float32 parameters, and the local tensors are their roundings."""
+    check(data.draw(worlds(form, masters=True)), data.draw(histories(dtypes)))
+
+
+@forms
+@settings(max_examples=EXAMPLES)
+@given(history=histories(("float32", "complex64")), data=st.data())
+def test_a_history_goes_on_placed_otherwise(form: str, history: History, data: st.DataObject) -> None:
+    """Saved consolidated, and loaded at another world size by parameters that are placed otherwise, or plain."""
+    stop = data.draw(st.integers(1, len(history.events) - 1))
+    (ranks, first), (other_ranks, other) = data.draw(worlds(form)), data.draw(worlds(form))
+    # The oracle lives through all of it with the gradients of one stage.
+    other = replace(other, stage=first.stage, placement=data.draw(st.sampled_from([other.placement, None])))
+    saved: list[Saved] = run("gloo", ranks, check_history, history, first, stop)
+    run("gloo", other_ranks, check_history, history, other, None, saved[0])
