@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {
     "float32": torch.float32,
@@ -107,7 +107,11 @@ class AddGroup:
 
 @dataclass(frozen=True)
 class Reload:
-    """Go on with a new optimizer that loads the state: own shard, consolidated, or torch's dict."""
+    """Go on with a new optimizer that loads the state.
+
+    ``kind`` is what it loads: ``own`` (shards), ``consolidated``, ``torch`` (the oracle's), or what torch's
+    ``get_optimizer_state_dict`` makes of it, ``by name``, there also ``full``.
+    """
 
     kind: str
 
@@ -132,7 +136,7 @@ def make_params(group: GroupSpec, seed: int, first_index: int) -> list[Tensor]:
 
 def like(param: Tensor) -> Tensor:
     """A new leaf with the values, strides and ``requires_grad`` of ``param``."""
-    return param.detach().clone(memory_format=torch.preserve_format).requires_grad_(param.requires_grad)
+    return nn.Parameter(param.detach().clone(memory_format=torch.preserve_format), param.requires_grad)
 
 
 def mean_gradient(param: Tensor, seed: int, step: int, index: int, *, dyadic: bool) -> Tensor:
@@ -189,7 +193,7 @@ def _make_param(spec: ParamSpec, generator: torch.Generator) -> Tensor:
         value = value.transpose(0, -1).contiguous().transpose(0, -1)
     elif spec.layout == "channels_last":
         value = value.contiguous(memory_format=torch.channels_last)
-    return value.requires_grad_(not spec.frozen)
+    return nn.Parameter(value, not spec.frozen)
 
 
 def _generator(seed: int, step: int, index: int) -> torch.Generator:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -41,7 +41,7 @@ class Placements:
         self._layouts = [None] if kind is None else _layouts(kind, world_size, seed)
 
     def place(self, index: int, whole: Tensor) -> Tensor:
-        """``whole`` as parameter ``index`` lies: a new leaf, or ``whole`` itself where that is plain."""
+        """``whole`` as parameter ``index`` lies: a new parameter, or ``whole`` itself where that is plain."""
         layout = self._layouts[(self._seed + index) % len(self._layouts)]
         if layout is None:
             return whole
@@ -49,7 +49,7 @@ class Placements:
         fitting = [Replicate() if _dim(p) >= whole.dim() else p for p in placements]
         # What is not dense in memory cannot be updated where it lies.
         dense = whole.detach().clone(memory_format=torch.preserve_format)
-        return distribute_tensor(dense, mesh, fitting, src_data_rank=None).requires_grad_(whole.requires_grad)
+        return nn.Parameter(distribute_tensor(dense, mesh, fitting, src_data_rank=None), whole.requires_grad)
 
     def part(self, index: int, whole: Tensor) -> Tensor:
         """What this rank holds of ``whole`` where that lies as parameter ``index`` does."""

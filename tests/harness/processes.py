@@ -1,6 +1,6 @@
 """Ranks as processes on Gloo: a pool per world size, started once per test session, about 0.02 s a job.
 
-Processes come from a ``forkserver`` that has torch loaded, meet through a ``FileStore`` (no ports), and run
+Processes come from a ``forkserver`` that has torch and DTensors loaded, meet through a ``FileStore`` (no ports), and run
 one thread each. A job is a picklable module-level function. A job that raised leaves the process group in
 doubt, so the group is made anew (same processes); a job in which a rank hung or died costs the whole pool,
 which is killed and started again by the next job.
@@ -71,7 +71,7 @@ class ProcessPool:
         self._num_groups = 0
         self._open_groups = 0
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "pytest", "hypothesis"])
         self._connections: list[Connection] = []
         self._processes = []
         with _no_main_module():
@@ -211,11 +211,11 @@ def _regroup(rank: int, world_size: int, path: str) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()
-        if "torch.distributed.tensor" in sys.modules:
-            # DTensors keep what they know of a mesh for others like it, down to the names of its groups.
-            from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+        # Loaded in every rank, and not in the parent. DTensors keep what they know of a mesh for others like it, down
+        # to the names of its groups.
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-            _clear_sharding_prop_cache()
+        _clear_sharding_prop_cache()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(path, world_size),

@@ -21,6 +21,7 @@ _SHAPES = st.one_of(
     st.sampled_from([(), (0,), (1,), (2,), (17,), (33,), (3, 0), (64,), (65, 3), (8, 16)]),
     st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple),
 )
+RELOADS = ("own", "consolidated", "torch")
 _LRS = st.sampled_from([1e-3, 0.01, 0.05, 0.1, 0.3])
 
 
@@ -68,7 +69,12 @@ def steps(draw: st.DrawFn) -> Step:
 
 
 @st.composite
-def histories(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), max_events: int = 10) -> History:
+def histories(
+    draw: st.DrawFn,
+    dtypes: tuple[str, ...] = ("float32",),
+    max_events: int = 10,
+    reloads: tuple[str, ...] = RELOADS,
+) -> History:
     """A model of one to three groups, of dtypes drawn from ``dtypes``, and what happens to it."""
     groups = tuple(draw(st.lists(group_specs(dtypes), min_size=1, max_size=3)))
     group = st.integers(0, len(groups) - 1)
@@ -77,7 +83,7 @@ def histories(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32",), max_event
         st.builds(SetT0, group, st.sampled_from([0.0, 1.0, 4.0])),
         st.builds(StartAveraging),
         st.builds(AddGroup, group_specs(dtypes)),
-        st.builds(Reload, st.sampled_from(["own", "consolidated", "torch"])),
+        st.builds(Reload, st.sampled_from(reloads)),
     )
     events = draw(st.lists(st.one_of(steps(), steps(), rare), min_size=2, max_size=max_events))
     return History(groups, tuple(events), draw(st.integers(0, 2**16)), draw(st.booleans()))

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from dist_asgd import ShardedASGD
@@ -207,6 +212,9 @@ class Subject:
         )
 
     def _reload(self, event: Reload) -> None:
+        if event.kind in ("by name", "full"):
+            self._reload_by_name(event.kind == "full")
+            return
         if event.kind == "own":
             saved = self.optimizer.state_dict()
         elif event.kind == "consolidated" or self.setting.masters:  # torch's dict has no masters
@@ -216,6 +224,18 @@ class Subject:
         self.params = [like(p) for p in self.params]
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(saved)
+
+    def _reload_by_name(self, full: bool) -> None:
+        """Collective: through torch's helpers, which refuse the full form of plain parameters' shards."""
+        options = StateDictOptions(full_state_dict=full and all(isinstance(p, DTensor) for p in self.params))
+        saved = get_optimizer_state_dict(self._module(), self.optimizer, options=options)
+        self.params = [like(p) for p in self.params]
+        self.optimizer = self._make_optimizer()
+        set_optimizer_state_dict(self._module(), self.optimizer, saved, options=options)
+
+    def _module(self) -> nn.Module:
+        """Of which the parameters are, for what asks a module for their names."""
+        return nn.ParameterList(self.params)
 
     def _state_of_torch(self) -> dict[str, Any]:
         """``torch.optim.ASGD``'s own dict: whole tensors, or DTensors where the oracle has a part of them."""
@@ -231,7 +251,7 @@ class Subject:
         for index, param in enumerate(self.params):
             arrives = param.requires_grad and event.who[index % len(event.who)] != "none"
             if arrives and (self.setting.stage == 1 or isinstance(param, DTensor)):
-                param.grad = self.placements.place(index, self._mean(index, dyadic=dyadic))
+                param.grad = self.placements.place(index, self._mean(index, dyadic=dyadic)).detach()
         if self.setting.stage == 2:
             self._backwards(event)
         self.optimizer.step()
