@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.harness.meshes import hybrid_mesh, local
@@ -66,6 +66,17 @@ def placed_like(param: Tensor, part: Tensor) -> Tensor:
     placed = param.detach().clone()
     held(placed).copy_(part)
     return placed
+
+
+def loads_in_full(params: Sequence[Tensor]) -> bool:
+    """Whether torch's helpers take whole state for these parameters.
+
+    They refuse shards of plain ones, take the device from state that has dimensions, and scatter rows of rows only
+    where these are even.
+    """
+    dtensors = [p for p in params if isinstance(p, DTensor)]
+    strided = any(isinstance(placement, _StridedShard) for p in dtensors for placement in p.placements)
+    return len(dtensors) == len(params) and not strided and any(p.dim() and p.requires_grad for p in params)
 
 
 def _layouts(kind: str, world_size: int, seed: int) -> list[_Layout]:

@@ -1,6 +1,6 @@
 """Ranks as processes on Gloo: a pool per world size, started once per test session, about 0.02 s a job.
 
-Processes come from a ``forkserver`` that has torch and DTensors loaded, meet through a ``FileStore`` (no ports), and run
+Processes come from a ``forkserver`` that has torch and DTensors loaded, meet through a ``FileStore`` (no ports) and run
 one thread each. A job is a picklable module-level function. A job that raised leaves the process group in
 doubt, so the group is made anew (same processes); a job in which a rank hung or died costs the whole pool,
 which is killed and started again by the next job.

@@ -38,7 +38,7 @@ from tests.harness.history import (
 )
 from tests.harness.meshes import hybrid_mesh, whole
 from tests.harness.oracle import Oracle, group_dict, set_lr
-from tests.harness.placements import Placements, held, placed_like
+from tests.harness.placements import Placements, held, loads_in_full, placed_like
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,8 @@ class Subject:
         self.optimizer.load_state_dict(saved)
 
     def _reload_by_name(self, full: bool) -> None:
-        """Collective: through torch's helpers, which refuse the full form of plain parameters' shards."""
-        options = StateDictOptions(full_state_dict=full and all(isinstance(p, DTensor) for p in self.params))
+        """Collective: through torch's helpers, in their full form where that can be."""
+        options = StateDictOptions(full_state_dict=full and loads_in_full(self.params))
         saved = get_optimizer_state_dict(self._module(), self.optimizer, options=options)
         self.params = [like(p) for p in self.params]
         self.optimizer = self._make_optimizer()
