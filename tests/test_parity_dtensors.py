@@ -84,6 +84,16 @@ def test_all_that_happens_on_as_many_ranks_as_there_can_be(kind: str, shares: bo
 
 
 @forms
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_elements_are_rounded_by_their_place_in_the_local_tensor(dtype: str, form: str) -> None:
+    """Local tensors of full vector lanes, and of some and a rest, cut between replicas; drawn ones are mostly small."""
+    shapes = ((64,), (65, 3), (130,), (33,))
+    group = GroupSpec(tuple(ParamSpec(shape, dtype) for shape in shapes), t0=0, weight_decay=0.1)
+    history = History((group,), (Step(), Step(), Step()))
+    check((4, Setting(1, form, TINY_BUCKETS_MB, placement="hsdp")), history)
+
+
+@forms
 @pytest.mark.parametrize("dtypes", DTYPES, ids="+".join)
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
