@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from .buffers import in_order, memory_strides
@@ -161,6 +161,12 @@ def portion_of(
     """``local`` ``(numel,)``, placed like ``param``: the elements from ``start`` on of what ``like`` is of that."""
     within = tuple(param.shape), corner_of(param)
     return Portion(ShardTensor(local, like.shape, strides, start, within), param._spec, share)
+
+
+def portion_on(mesh: DeviceMesh, part: ShardTensor, share: Share) -> Portion:
+    """``part`` of a plain tensor of which each rank of ``mesh`` has one, as of a DTensor that is replicated there."""
+    meta = TensorMeta(part.shape, part.stride(), part.dtype)
+    return Portion(part, DTensorSpec(mesh, (Replicate(),), tensor_meta=meta), share)
 
 
 def held_of(tensor: DTensor) -> ShardTensor | None:

@@ -36,7 +36,7 @@ class StateDicts:
         if self._shards is None:
             packed = differentiable.pack(optimizer.param_groups, optimizer.state)
         else:
-            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators.num_shards)
+            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators)
         return after_state_dict(optimizer, packed)
 
     @torch.no_grad()

@@ -235,10 +235,11 @@ def test_averages_are_swapped_where_they_lie(kind: str, dtype: torch.dtype) -> N
 # --- state dicts ------------------------------------------------------------------------------------------------
 
 
-def _as_torch_helpers_do(rank: int, world_size: int, kind: str, full: bool, offload: bool) -> None:
+def _as_torch_helpers_do(rank: int, world_size: int, kind: str, full: bool, offload: bool, mixed: bool) -> None:
     options = StateDictOptions(full_state_dict=full, cpu_offload=offload)
     model, other = sharded(kind, world_size), sharded(kind, world_size, seed=5)
-    named, named_other = dict(dtensors(model)), dict(dtensors(other))
+    named, named_other = (dict(m.named_parameters() if mixed else dtensors(m)) for m in (model, other))
+    assert mixed == any(not isinstance(param, DTensor) for param in named.values())
     optimizer = ShardedASGD(named.items(), lr=0.1, t0=1)
     fresh = copy.deepcopy(optimizer.state_dict())
     get_state_dict(model, optimizer, options=options)
@@ -262,9 +263,11 @@ def _as_torch_helpers_do(rank: int, world_size: int, kind: str, full: bool, offl
     for trained, its in ((model, optimizer), (other, second)):
         set_gradients(trained, 9)
         its.step()
-    for (name, param), twin in zip(named.items(), named_other.values(), strict=True):
-        assert_same_bits(whole(twin), whole(param), name)
-        assert_same_bits(whole(second.state[twin]["ax"]), whole(optimizer.state[param]["ax"]), f"ax of {name}")
+    states = [its.consolidated_state_dict(to=None)["state"] for its in (optimizer, second)]
+    for index, (name, param) in enumerate(named.items()):
+        assert_same_bits(whole(named_other[name]), whole(param), name)
+        for key, value in states[0][index].items():
+            assert_same_bits(states[1][index][key], value, f"{key} of {name}")
 
 
 def same_keys(a: Any, b: Any) -> bool:
@@ -272,11 +275,12 @@ def same_keys(a: Any, b: Any) -> bool:
     return {k: set(v) for k, v in a["state"].items()} == {k: set(v) for k, v in b["state"].items()}
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["dtensors", "mixed"])
 @pytest.mark.parametrize(("full", "offload"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("kind", "world_size"), [*((kind, 2) for kind in EXACT), ("fsdp2_tp", 4), ("fsdp2", 3)])
-def test_torchs_state_dict_helpers(kind: str, world_size: int, full: bool, offload: bool) -> None:
-    """Sharded and full, on a fresh optimizer, which they leave alone, and on a used one."""
-    run("gloo", world_size, _as_torch_helpers_do, kind, full, offload)
+def test_torchs_state_dict_helpers(kind: str, world_size: int, full: bool, offload: bool, mixed: bool) -> None:
+    """Sharded and full, on a fresh optimizer, which they leave alone, and on a used one; with plain parameters too."""
+    run("gloo", world_size, _as_torch_helpers_do, kind, full, offload, mixed)
 
 
 def _loads(rank: int, world_size: int, kind: str) -> None:

@@ -1,6 +1,8 @@
 """The architecture: data flows one way, one module talks, and no file grows without bound."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,3 +158,9 @@ def test_no_module_keeps_mutable_state() -> None:
             mutable = isinstance(value, ast.Dict | ast.List | ast.Set) and names != "__all__"
             assert not mutable or names.split(":")[0].isupper() or names.startswith("_"), f"{path.name}: {names}"
         assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Global)], path.name
+
+
+def test_dtensors_are_loaded_where_there_are_any() -> None:
+    """They take a second to import."""
+    script = "import sys, dist_asgd; assert 'torch.distributed.tensor' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -12,7 +12,6 @@ from ..buffers import Bucket, Housed
 from ..comm import Communicators
 from ..residents import Placed
 from ..state import ShardedState
-from .assembly import Assembly, runs_of
 from .scalars import snapshots_of
 
 # Buffers for the largest bucket of a device and dtype, by the dtype of what is collected.
@@ -57,6 +56,9 @@ def _wholes(
     placed: Sequence[Placed], communicators: Communicators, to: int | None
 ) -> Iterator[tuple[int, str, Tensor]]:
     """Collective: index, key and whole tensor of the state of DTensors; nothing elsewhere."""
+    # Where there are DTensors, their modules are loaded.
+    from .assembly import Assembly, runs_of
+
     averages = [member.shown(member.average) for member in placed]
     assembly = Assembly(averages, communicators)
     for run in runs_of(averages):

@@ -30,7 +30,7 @@ from .writer import Serialized
 
 MODEL, OPTIM, EXTRA = "model", "optim", "extra"
 STATE, GROUPS = "state", "param_groups"
-SCALARS = ("step", "eta", "mu")
+SCALARS, AVERAGE = ("step", "eta", "mu"), "ax"
 # Keys of groups that say how a process runs, or which parameters there are.
 NOT_SAVED = ("params", "fused")
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
@@ -147,10 +147,10 @@ def param_parts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int, S
     params = [param for group in optimizer.param_groups for param in group["params"]]
     found = {}
     for index, entry in state_dict["state"].items():
-        for part in entry.values():
-            slice_ = part.slice_of(params[index]) if isinstance(part, ShardTensor) else None
-            if slice_ is not None:
-                found[id(params[index])] = part.like(slice_)
+        part = None if is_dtensor(params[index]) else part_of(entry.get(AVERAGE))
+        slice_ = None if part is None else part.slice_of(params[index])
+        if part is not None and slice_ is not None:
+            found[id(params[index])] = part.like(slice_)
     return found
 
 

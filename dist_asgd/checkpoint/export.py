@@ -18,7 +18,6 @@ from ..comm import Communicators
 from ..dtensor import is_dtensor
 from ..residents import Placed
 from ..state import ShardedState
-from .assembly import Assembly
 from .contents import names_of
 from .saving import Saver
 from .tensor_files import DEFAULT_MAX_BYTES, Spec, TensorFiles
@@ -154,7 +153,12 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
     brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, Placed)]
     spread = {w.name: tensor for w in weights if is_dtensor(tensor := _live(w))}
     numbers = {name: number for number, name in enumerate(spread)}
-    assembly = Assembly(list(spread.values()), communicators) if spread else None
+    assembly: Assembly | None = None
+    if spread:
+        # Where there are DTensors, their modules are loaded.
+        from .assembly import Assembly
+
+        assembly = Assembly(list(spread.values()), communicators)
     for weight in weights:
         value: Tensor | None = weight.value
         if assembly is not None and weight.name in spread:

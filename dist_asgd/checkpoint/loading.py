@@ -139,22 +139,21 @@ def _entry(place: Place, saved: Any, lr: Any) -> Entry:
         value = saved[key]
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, (Tensor, int, float)):
             raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a number or a 1-element tensor.")
-    average = _tensor(place, saved, "ax")
+    average, sharded = _tensor(place, saved, "ax")
     if average.is_complex() != place.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
         raise ValueError(
             f"dist_asgd: ax of parameter {place.name} has dtype {average.dtype}, the parameter has {place.dtype}."
         )
-    master = _master(place, saved)
-    sharded = _is_part(saved["ax"])
-    if master is not None and sharded != _is_part(saved[MASTER_KEY]):
+    master, is_part = _master(place, saved)
+    if master is not None and sharded != is_part:
         raise ValueError(f"dist_asgd: of ax and master of parameter {place.name} one is whole and one is a part.")
     step, eta, mu = (_scalar(saved[key]) for key in ("step", "eta", "mu"))
     fresh = step.item() == 0 and _is_lr(eta, lr)
     return Entry(step, eta, mu, average, master, sharded, fresh)
 
 
-def _tensor(place: Place, saved: dict[str, Any], key: str) -> Tensor:
-    """The entry ``key``, this rank's slice or the whole, of the shape that the parameter wants."""
+def _tensor(place: Place, saved: dict[str, Any], key: str) -> tuple[Tensor, bool]:
+    """The entry ``key`` of the shape that the parameter wants: this rank's slice, then True, or the whole."""
     value = saved[key]
     if not isinstance(value, Tensor):
         raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a tensor, got {type(value).__name__}.")
@@ -164,25 +163,24 @@ def _tensor(place: Place, saved: dict[str, Any], key: str) -> Tensor:
             f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
             f"whole."
         )
-    if is_dtensor(value):
+    part = part_of(value)
+    if is_dtensor(value) and (is_dtensor(place.param) or part is None):
         return _local(place, key, value)
-    if not isinstance(value, ShardTensor):
-        return value
+    if part is None:
+        return value, False
     if is_dtensor(place.param):
         raise ValueError(
             f"dist_asgd: {key} of parameter {place.name} is one rank's part of a flat bucket, and the parameter is a "
             f"DTensor. Load consolidated_state_dict(), or a checkpoint through torch.distributed.checkpoint."
         )
-    return _own_part(place, key, value)
+    return _own_part(place, key, part), True
 
 
-def _is_part(value: Tensor) -> bool:
-    return isinstance(value, ShardTensor) or is_dtensor(value)
-
-
-def _local(place: Place, key: str, value: Tensor) -> Tensor:
-    """This rank's part of a DTensor, 1-D."""
+def _local(place: Place, key: str, value: Tensor) -> tuple[Tensor, bool]:
+    """This rank's part of a DTensor, 1-D; of one that is replicated, for a plain parameter, the whole."""
     assert is_dtensor(value)
+    if not is_dtensor(place.param) and all(placement.is_replicate() for placement in value.placements):
+        return local_of(value), False
     if not is_dtensor(place.param) or not alike(value, place.param):
         wanted = list(place.param.placements) if is_dtensor(place.param) else "a plain parameter"
         raise ValueError(
@@ -192,23 +190,23 @@ def _local(place: Place, key: str, value: Tensor) -> Tensor:
         )
     part = part_of(value)
     if part is not None:
-        return _own_part(place, key, part)
-    return in_order(local_of(value), place.strides)[place.start : place.start + place.numel]
+        return _own_part(place, key, part), True
+    return in_order(local_of(value), place.strides)[place.start : place.start + place.numel], True
 
 
-def _master(place: Place, saved: dict[str, Any]) -> Tensor | None:
+def _master(place: Place, saved: dict[str, Any]) -> tuple[Tensor | None, bool]:
     if MASTER_KEY not in saved:
-        return None
+        return None, False
     if not place.has_master:
         raise ValueError(
             f"dist_asgd: the state dict has a float32 master of parameter {place.name}, and this optimizer keeps none "
             f"for it. Pass master_weights=True and 16-bit parameters, or delete the {MASTER_KEY!r} entries to go on "
             f"from the rounded parameters."
         )
-    master = _tensor(place, saved, MASTER_KEY)
+    master, is_part = _tensor(place, saved, MASTER_KEY)
     if master.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dist_asgd: the master of parameter {place.name} must be float32, got {master.dtype}.")
-    return master
+    return master, is_part
 
 
 def _own_part(place: Place, key: str, value: ShardTensor) -> Tensor:

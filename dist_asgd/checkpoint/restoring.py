@@ -17,13 +17,13 @@ from ..agreement import NO_CLAIM, Claim, Kind
 from ..gather import Gatherer
 from ..parts import ShardTensor
 from ..state import ShardedState
-from .contents import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_parts
+from .contents import AVERAGE, EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_parts
 from .files import CheckpointError
 from .matching import Difference, Found
 from .reader import CheckedReader
 from .saving import Saver
 
-AVERAGE, MASTER = "ax", "master"
+MASTER = "master"
 NOT_LOADED = (*NOT_SAVED, "param_names")
 _LOG = logging.getLogger("dist_asgd")
 

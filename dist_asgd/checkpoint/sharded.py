@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import fsdp1
 from ..buffers import Member
+from ..comm import Communicators
 from ..parts import ShardTensor
-from ..residents import Resident
+from ..replicas import Replicas, Share
+from ..residents import Placed, Resident
 from ..state import ShardedState
 from .groups import pack_groups
 from .scalars import snapshots_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class _Explained(type):
@@ -55,7 +60,7 @@ class PartMark(metaclass=_Explained):
 torch.serialization.add_safe_globals([bool])
 
 
-def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, num_shards: int) -> dict[str, Any]:
+def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, communicators: Communicators) -> dict[str, Any]:
     """torch's layout with this rank's part of each sharded tensor; the sharded ones are the live ones.
 
     Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either. Nor have
@@ -65,13 +70,14 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, num_shards: int
     members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
     members = [m for m in members if m.param.numel() or not fsdp1.is_part(m.param)]
     state = snapshots_of(members, cohort_of)
+    view = _View(shards.members, communicators)
     for member in members:
         entry = state[member.index]
         if cohort_of[member.index].fresh:
             # Before the first step eta follows the lr.
             lr = groups[member.bucket.group_index]["lr"]
             entry["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
-        entry.update((key, _shown(member, slice_, num_shards)) for key, slice_ in member.slices().items())
+        entry.update((key, view.of(member, slice_)) for key, slice_ in member.slices().items())
     packed = pack_groups(groups)
     parts = {
         shards.members[index].bucket.group_index
@@ -86,13 +92,38 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, num_shards: int
     return {"state": state, "param_groups": packed}
 
 
-def _shown(member: Member, slice_: Tensor, num_shards: int) -> Tensor:
-    if isinstance(member, Resident):
-        return member.shown(slice_)
-    shape, strides = member.param.shape, member.strides
-    if num_shards == 1 or member.param.numel() == 0:
-        return slice_.as_strided(shape, strides)
-    return ShardTensor(slice_, shape, strides, first_element(member))
+class _View:
+    """What stands for a slice: a part under the true shape, and beside DTensors the part of a DTensor.
+
+    Of those torch's helpers make full state dicts, by the group that the ranks are in: not in hybrid sharding, where
+    the ranks of a replica have none that all know of.
+    """
+
+    def __init__(self, members: Sequence[Member], communicators: Communicators) -> None:
+        self._communicators = communicators
+        mixed = any(isinstance(member, Placed) for member in members)
+        self._group = communicators.group if mixed and communicators.num_replicas == 1 else None
+        self._meshes: dict[str, DeviceMesh] = {}
+
+    def of(self, member: Member, slice_: Tensor) -> Tensor:
+        """``slice_`` is this rank's of ``member``; shares memory."""
+        if isinstance(member, Resident):
+            return member.shown(slice_)
+        communicators, shape, strides = self._communicators, member.param.shape, member.strides
+        if communicators.num_shards == 1 or member.param.numel() == 0:
+            return slice_.as_strided(shape, strides)
+        part = ShardTensor(slice_, shape, strides, first_element(member))
+        if self._group is None:
+            return part
+        from torch.distributed.device_mesh import DeviceMesh
+
+        from ..portions import portion_on
+
+        device_type = part.device.type
+        if device_type not in self._meshes:
+            self._meshes[device_type] = DeviceMesh.from_group(self._group, device_type)
+        replicas = Replicas(tuple(communicators.ranks), communicators.rank, communicators)
+        return portion_on(self._meshes[device_type], part, Share(replicas, member.bucket.layout, member.slot))
 
 
 def first_element(member: Member) -> int:

@@ -200,6 +200,12 @@ class Communicators:
         return Named(group, averages=backend == "nccl")
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of all ranks and no others, in their order; None where there is none."""
+        exact = self._group is not None and dist.get_process_group_ranks(self._group) == self.ranks
+        return self._group if exact else None
+
+    @property
     def ranks(self) -> list[int]:
         """All ranks, as numbers in the default group."""
         return list(self._axes.everyone)

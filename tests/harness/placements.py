@@ -69,14 +69,13 @@ def placed_like(param: Tensor, part: Tensor) -> Tensor:
 
 
 def loads_in_full(params: Sequence[Tensor]) -> bool:
-    """Whether torch's helpers take whole state for these parameters.
+    """Whether torch's helpers take whole state for these parameters, some of which are DTensors.
 
-    They refuse shards of plain ones, take the device from state that has dimensions, and scatter rows of rows only
-    where these are even.
+    They take the device from state that has dimensions, and scatter rows of rows only where these are even.
     """
     dtensors = [p for p in params if isinstance(p, DTensor)]
     strided = any(isinstance(placement, _StridedShard) for p in dtensors for placement in p.placements)
-    return len(dtensors) == len(params) and not strided and any(p.dim() and p.requires_grad for p in params)
+    return bool(dtensors) and not strided and any(p.dim() and p.requires_grad for p in params)
 
 
 def _layouts(kind: str, world_size: int, seed: int) -> list[_Layout]:

@@ -227,7 +227,7 @@ class Subject:
 
     def _reload_by_name(self, full: bool) -> None:
         """Collective: through torch's helpers, in their full form where that can be."""
-        options = StateDictOptions(full_state_dict=full and loads_in_full(self.params))
+        options = StateDictOptions(full_state_dict=full and self.mesh is None and loads_in_full(self.params))
         saved = get_optimizer_state_dict(self._module(), self.optimizer, options=options)
         self.params = [like(p) for p in self.params]
         self.optimizer = self._make_optimizer()
