@@ -1,13 +1,17 @@
 """Memory: what a step allocates, and what consolidating holds on the ranks that get nothing."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import profile
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from dist_asgd.checkpoint.assembly import MAX_BYTES
 from dist_asgd.comm.gloo import SUM_NUMEL
 from tests.harness.models import mlp
 from tests.harness.ranks import run
@@ -85,3 +89,46 @@ def test_consolidating_holds_at_most_a_bucket_beside_the_result() -> None:
     """On the other ranks nothing larger than a bucket either."""
     for found, bucket in run("gloo", 4, consolidating_allocates):
         assert found <= bucket + 64 * 64
+
+
+def consolidating_dtensors_allocates(_rank: int, world_size: int) -> int:
+    """Job: the largest allocation while rank 0 gets the state of rows and columns, 1 MB each."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = torch.zeros(512, 512)
+    params = [
+        torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None)) for dim in (0, 1) * 8
+    ]
+    optimizer = ShardedASGD(params, t0=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return largest_allocation(lambda: optimizer.consolidated_state_dict(to=0))
+
+
+def test_consolidating_dtensors_gives_the_whole_to_the_target_only() -> None:
+    """The others hold what they send: a quarter of what is brought in one go."""
+    target, *others = run("gloo", 4, consolidating_dtensors_allocates)
+    assert target <= MAX_BYTES
+    assert max(others) <= MAX_BYTES // 4
+
+
+def loading_reads(_rank: int, _world_size: int, stage: int, path: str) -> tuple[int, int]:
+    """Job: the bytes that this rank reads to load, and those of the parameters."""
+    model, optimizer = make(stage, "fused")
+    save_checkpoint(path, model, optimizer, step=0)
+    before = bytes_read()
+    load_checkpoint(path, model, optimizer)
+    return bytes_read() - before, sum(p.nbytes for p in model.parameters())
+
+
+def bytes_read() -> int:
+    """By this process so far, as the system counts."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rank_reads_what_it_updates(stage: int, tmp_path: Path) -> None:
+    """Of parameters and averages alike: 2 / 4 of the parameters' bytes, messages, and whatever chunks end elsewhere."""
+    for found, whole in run("gloo", 4, loading_reads, stage, str(tmp_path / "saved")):
+        assert found < 0.8 * whole
