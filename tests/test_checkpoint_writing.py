@@ -141,7 +141,7 @@ LAYOUTS = {
 def test_a_frame_around_elements_is_an_archive(layout: str, dtype: torch.dtype) -> None:
     """Byte for byte what ``torch.save`` writes, for the first of a shape and for those that reuse its frame."""
     stream = io.BytesIO()
-    archives = Archives(stream)
+    archives = Archives(stream, {})
     for _ in range(3):
         tensor: Tensor = LAYOUTS[layout](dtype)
         start = stream.tell()
@@ -166,7 +166,7 @@ def test_frames_are_told_apart() -> None:
         torch.randn(4, 3, 1),
     ]
     stream = io.BytesIO()
-    archives = Archives(stream)
+    archives = Archives(stream, {})
     for tensor in tensors * 2:
         start = stream.tell()
         archives.write(tensor)
@@ -178,7 +178,7 @@ def test_frames_are_told_apart() -> None:
 def test_elements_that_look_like_the_frame_are_found() -> None:
     """A tensor whose bytes also stand elsewhere in its archive has no frame, and is right all the same."""
     stream = io.BytesIO()
-    archives = Archives(stream)
+    archives = Archives(stream, {})
     for text in (b"3\n", b"ab", b"3\n"):
         start = stream.tell()
         archives.write(torch.tensor(list(text), dtype=torch.uint8))

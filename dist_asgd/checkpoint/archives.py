@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.serialization import config
 
 Frame = tuple[bytes, bytes]
+Frames = dict[tuple[torch.dtype, torch.Size, tuple[int, ...]], Frame | None]
 # What is looked at to recognise the elements of a tensor among what is written.
 _ENDS = slice(0, 64), slice(-64, None)
 
@@ -25,11 +26,11 @@ class Sink(Protocol):
 
 
 class Archives:
-    """Writes tensors to ``sink``; frames are kept."""
+    """Writes tensors to ``sink``; ``frames`` are kept, for others too."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, frames: Frames) -> None:
         self._sink = sink
-        self._frames: dict[tuple[torch.dtype, torch.Size, tuple[int, ...]], Frame | None] = {}
+        self._frames = frames
 
     def write(self, tensor: Tensor) -> None:
         """The archive of a tensor on the CPU; no copy where it is dense in memory."""

@@ -22,7 +22,7 @@ from .pickles import check_cost
 MAX_DEPTH = 64
 
 
-class Frames:
+class KnownFrames:
     """What stands around the elements in archives that were loaded and found sound, by dtype, shape and length.
 
     Whatever has the same around its elements is the like archive of these: it need not be unpickled again.
@@ -50,7 +50,9 @@ class Frames:
         self._known[tensor.dtype, tensor.shape, len(data)] = around
 
 
-def load_tensor(data: bytearray, shape: torch.Size, properties: TensorProperties, what: str, frames: Frames) -> Tensor:
+def load_tensor(
+    data: bytearray, shape: torch.Size, properties: TensorProperties, what: str, frames: KnownFrames
+) -> Tensor:
     """The tensor in ``data``, on the CPU: of this shape and dtype, or CheckpointError, which ``what`` begins."""
     known = frames.tensor_in(data, properties.dtype, shape)
     if known is not None:

@@ -22,7 +22,7 @@ from .extents import check_extents
 from .files import CheckpointError, check_name, names_in, open_confined, read_range, read_whole
 from .manifest import MANIFEST_NAME, Manifest, check_files, hash_of, read_manifest
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
-from .objects import Frames, dump_object, load_object, load_tensor
+from .objects import KnownFrames, dump_object, load_object, load_tensor
 
 
 class Opened:
@@ -44,7 +44,7 @@ class Opened:
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
-        self._frames = Frames()
+        self._frames = KnownFrames()
 
     def _checked_manifest(self) -> Manifest:
         manifest = read_manifest(self.path)

@@ -16,6 +16,7 @@ from ..agreement import NO_CLAIM, Agreement, Claim, Kind
 from ..comm import Communicators, PeerError
 from ..gradients import Gradients
 from . import directory
+from .archives import Frames
 from .contents import Stage, describe
 from .pieces import Holding, holding_of, without_copies
 from .writer import PartFile, finish, metadata_of
@@ -70,6 +71,7 @@ class Saver:
         self._gradients = gradients if isinstance(gradients, Gradients) else None
         self._agreement: Agreement | None = None
         self._stage = Stage()
+        self._frames: Frames = {}
         self._pending: PendingSave | None = None
 
     @classmethod
@@ -213,7 +215,7 @@ class Saver:
         except Exception as error:
             problem = _shown(path, error)
         pieces = without_copies(held.pieces, background)
-        with PartFile(temporary, self.rank) as file:
+        with PartFile(temporary, self.rank, self._frames) as file:
             try:
                 part = None if problem else file.write(pieces, held.paths)
             except Exception as error:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .archives import Archives, elements_of
+from .archives import Archives, Frames, elements_of
 from .manifest import Chunk, FileEntry, Manifest, write_manifest
 from .metadata import METADATA_NAME
 from .pieces import KeyPath, Piece
@@ -156,10 +156,14 @@ class Part:
 
 
 class PartFile:
-    """This rank's file, as a context: first ``write``, then ``sync``. Not collective."""
+    """This rank's file, as a context: first ``write``, then ``sync``. ``frames`` are those of earlier ones.
 
-    def __init__(self, directory: Path, rank: int) -> None:
+    Not collective.
+    """
+
+    def __init__(self, directory: Path, rank: int, frames: Frames) -> None:
         self._directory = directory
+        self._frames = frames
         self._name = f"__{rank}_0{DEFAULT_SUFFIX}"
         self._file: HashedFile | None = None
 
@@ -175,7 +179,7 @@ class PartFile:
         if not pieces:
             return Part(paths, self._name)
         self._file = file = HashedFile(self._directory / self._name)
-        contents = _Contents(file)
+        contents = _Contents(file, self._frames)
         try:
             rows = [contents.add(piece) for piece in pieces]
             return Part(paths, self._name, file.end(), contents.chunks, rows)
@@ -191,9 +195,9 @@ class PartFile:
 class _Contents:
     """What is in one file."""
 
-    def __init__(self, file: HashedFile) -> None:
+    def __init__(self, file: HashedFile, frames: Frames) -> None:
         self._file = file
-        self._archives = Archives(file)
+        self._archives = Archives(file, frames)
         self._known: dict[Any, int] = {}
         # Found by what they are before they are serialized; the state holds on to the lists meanwhile.
         self._objects: dict[tuple[type, object], int] = {}
