@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zipfile
 from typing import Any
 
@@ -39,14 +40,17 @@ class KnownFrames:
         return torch.frombuffer(data, dtype=dtype, offset=len(before), count=shape.numel()).as_strided(shape, strides)
 
     def learn(self, data: bytearray, tensor: Tensor) -> None:
-        """``tensor`` was in ``data``: dense, and the only one, or it is not remembered."""
-        dense = memory_strides(tensor) == tensor.stride() and not (tensor.is_conj() or tensor.is_neg())
+        """``tensor`` was in ``data``: the only one, dense, and as it lies there, or it is not remembered."""
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            stored = [record for record in archive.infolist() if "/data/" in record.filename]
-        if not dense or len(stored) != 1 or not 0 < tensor.nbytes == stored[0].file_size:
+            records = {record.filename.partition("/")[2]: _place(data, record) for record in archive.infolist()}
+        stored = [place for name, place in records.items() if name.startswith("data/")]
+        dense = memory_strides(tensor) == tensor.stride() and not (tensor.is_conj() or tensor.is_neg())
+        if not dense or len(stored) != 1 or not 0 < tensor.nbytes == stored[0].stop - stored[0].start:
             return
-        place = _place(data, stored[0])
-        around = bytes(data[: place.start]), bytes(data[place.stop :]), tensor.stride()
+        # Others are turned around by torch.
+        if data[records.get("byteorder", slice(0))] != sys.byteorder.encode():
+            return
+        around = bytes(data[: stored[0].start]), bytes(data[stored[0].stop :]), tensor.stride()
         self._known[tensor.dtype, tensor.shape, len(data)] = around
 
 
