@@ -29,7 +29,8 @@ def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytearray:
             first = start + 4 + sum(lengths)
             content = stream.getvalue()[first : first + record.file_size]
             target.writestr(record.filename, byteorder if record.filename.endswith("byteorder") else content)
-    return bytearray(said.getvalue())
+        checksums = [record.CRC.to_bytes(4, "little") for record in target.infolist() if "/data/" in record.filename]
+    return bytearray(said.getvalue().replace(checksums[0], bytes(4)))
 
 
 def loaded(data: bytearray, like: Tensor, frames: KnownFrames) -> Tensor:
