@@ -1,4 +1,4 @@
-"""Process groups other than the default: sharding within part of the ranks."""
+"""Process groups other than the default: sharding within part of the ranks; and pieces brought from rank to rank."""
 
 import copy
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from dist_asgd.comm import Communicators
 from tests.harness.bits import assert_same_bits
 from tests.harness.meshes import Net, assert_same_params, set_gradients
 from tests.harness.models import mlp, mlp_loss
@@ -174,3 +175,23 @@ def uneven(_rank: int, _world_size: int, path: str) -> None:
 def test_ranks_may_be_in_different_numbers_of_groups(tmp_path: Path) -> None:
     """torch names a group by that number where only its ranks make it."""
     run("gloo", 3, uneven, str(tmp_path / "checkpoint"))
+
+
+def brings(rank: int, world_size: int, to: int | None) -> None:
+    """Job: pieces of 0, 3, 6, ... elements."""
+    communicator = Communicators(None).on(torch.device("cpu"))
+    numels = [3 * r for r in range(world_size)]
+    here = to is None or to == rank
+    places = [torch.full((numel,), -1.0) for numel in numels] if here else None
+    for round_ in range(2):
+        piece = torch.arange(numels[rank], dtype=torch.float32) + 100 * rank + round_
+        communicator.bring(piece, places, numels, to)
+        for r, place in enumerate(places or ()):
+            assert torch.equal(place, torch.arange(numels[r], dtype=torch.float32) + 100 * r + round_)
+
+
+@pytest.mark.parametrize("to", [None, 0, 2])
+@pytest.mark.parametrize("backend", ["threads", "gloo"])
+def test_pieces_of_any_size_are_brought_to_one_rank_or_to_all(backend: str, to: int | None) -> None:
+    """By broadcasts and by messages."""
+    run(backend, 3, brings, to)
