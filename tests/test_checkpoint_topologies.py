@@ -20,17 +20,28 @@ from tests.harness.ranks import run, run_errors
 from tests.harness.topologies import OPTIONS, Run, assert_same_state, build, whole_state
 
 Place = tuple[str, int]
-PLACES: list[Place] = [
-    ("single", 1),
-    *(("stage1", n) for n in (1, 2, 3, 4)),
-    *(("stage2", n) for n in (2, 3, 4)),
-    *(("fsdp2", n) for n in (1, 2, 3, 4)),
-    *(("fsdp2-sharded", n) for n in (2, 3)),
-    *(("hybrid", n) for n in (2, 3, 4)),
-    ("hsdp", 4),
-    *(("hsdp-sharded", n) for n in (2, 4)),
+WORLD_SIZES: dict[str, tuple[int, ...]] = {
+    "single": (1,),
+    "stage1": (1, 2, 3, 4),
+    "stage2": (2, 3, 4),
+    "fsdp2": (1, 2, 3, 4),
+    "fsdp2-sharded": (2, 3),
+    "hybrid": (2, 3, 4),
+    "hsdp": (4,),
+    "hsdp-sharded": (2, 4),
+    "tp": (2, 3, 4),
+    "tp-torch": (2, 3),
+    "fsdp2-tp1": (2,),
+    "fsdp2-tp2": (2, 4),
+}
+# Every topology into every one. World sizes take turns, so that each is a source and a target.
+PAIRS: list[tuple[Place, Place]] = [
+    ((source, sizes[j % len(sizes)]), (target, target_sizes[(i + 1) % len(target_sizes)]))
+    for i, (source, sizes) in enumerate(WORLD_SIZES.items())
+    for j, (target, target_sizes) in enumerate(WORLD_SIZES.items())
 ]
-OURS = [place for place in PLACES if not place[0].startswith(("fsdp2", "hsdp"))]
+# Those that take any parameter.
+OURS = [(name, n) for name in ("single", "stage1", "stage2", "hybrid") for n in WORLD_SIZES[name]]
 
 
 def at(place: Place, fn: Any, *args: Any) -> list[Any]:
@@ -65,20 +76,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
-# Of all pairs those at five distances: every place is a source and a target five times, beside every other topology.
-PAIRS = [
-    (source, target)
-    for i, source in enumerate(PLACES)
-    for j, target in enumerate(PLACES)
-    if (j - i) % len(PLACES) in (0, 1, 3, 6, 8)
-]
-
-
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda place: f"{place[0]}-{place[1]}")
 def test_any_topology_loads_any_other(saved: Any, source: Place, target: Place) -> None:
     """Parameters, buffers and state, to the bit, three steps after loading."""
     path, expected = saved(source, "mlp")
     at(target, load, "mlp", path, expected, source[1])
+
+
+UNEVEN: list[Place] = [("tp", 4), ("fsdp2-tp2", 4), ("stage2", 3), ("tp-torch", 3), ("fsdp2-tp2", 2), ("single", 1)]
+
+
+@pytest.mark.parametrize("step", range(len(UNEVEN)))
+def test_ranks_may_hold_none_of_a_layer(saved: Any, step: int) -> None:
+    """Widths that ranks of tensor parallelism do not divide, or that are fewer than these."""
+    source, target = UNEVEN[step - 1], UNEVEN[step]
+    path, expected = saved(source, "narrow")
+    at(target, load, "narrow", path, expected, source[1])
 
 
 @pytest.mark.parametrize("kind", ["odd", "complex", "bfloat16"])
@@ -114,7 +127,7 @@ def torch_loads(_rank: int, _world_size: int, topology: str, path: str, expected
 
 
 def torch_saves(_rank: int, _world_size: int, topology: str, path: str, flatten: bool) -> dict[str, Tensor]:
-    """Job: ``dcp.save`` of ``get_state_dict`` on FSDP2 and ``torch.optim.ASGD``."""
+    """Job: ``dcp.save`` of ``get_state_dict`` on ``torch.optim.ASGD``."""
     import torch.distributed.checkpoint as dcp
 
     live = build(topology, "mlp").train(4)
@@ -124,13 +137,12 @@ def torch_saves(_rank: int, _world_size: int, topology: str, path: str, flatten:
     return whole_state(live.train(3))
 
 
-@pytest.mark.parametrize("source", [("single", 1), ("stage1", 3), ("stage2", 2)], ids=str)
-def test_torch_and_fsdp2_load_ours(saved: Any, source: Place) -> None:
+@pytest.mark.parametrize("source", [("single", 1), ("stage1", 3), ("stage2", 2), ("tp", 3), ("fsdp2-tp2", 4)], ids=str)
+def test_torchs_tools_load_ours(saved: Any, source: Place) -> None:
     """One format."""
     path, expected = saved(source, "mlp")
-    at(("fsdp2", 2), torch_loads, path, expected)
-    at(("fsdp2-sharded", 2), torch_loads, path, expected)
-    at(("stage1", 2), torch_loads, path, expected)
+    for target in (("fsdp2", 2), ("fsdp2-sharded", 2), ("stage1", 2), ("tp-torch", 2), ("tp", 3), ("fsdp2-tp2", 4)):
+        at(target, torch_loads, path, expected)
 
 
 def load_foreign(_rank: int, _world_size: int, topology: str, path: str, expected: Any) -> None:
@@ -143,10 +155,11 @@ def load_foreign(_rank: int, _world_size: int, topology: str, path: str, expecte
 
 
 @pytest.mark.parametrize("flatten", [True, False], ids=["flattened", "nested"])
-def test_ours_load_what_fsdp2_and_torch_wrote(flatten: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [("fsdp2", 2), ("tp-torch", 3)], ids=str)
+def test_ours_load_what_torchs_tools_wrote(source: Place, flatten: bool, tmp_path: Path) -> None:
     """With ``verify=False``, as they write no manifest; of both layouts of the optimizer."""
-    expected = at(("fsdp2", 2), torch_saves, str(tmp_path / "theirs"), flatten)[0]
-    for target in (("single", 1), ("stage1", 3), ("stage2", 2), ("fsdp2", 3)):
+    expected = at(source, torch_saves, str(tmp_path / "theirs"), flatten)[0]
+    for target in (("single", 1), ("stage1", 3), ("stage2", 2), ("fsdp2", 3), ("tp", 2), ("fsdp2-tp2", 4)):
         at(target, load_foreign, str(tmp_path / "theirs"), expected)
 
 

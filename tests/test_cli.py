@@ -1,4 +1,4 @@
-"""The command line, on checkpoints of one process, of sharded optimizers and of FSDP2."""
+"""The command line, on checkpoints of one process, of sharded optimizers, of FSDP2 and of tensor parallelism."""
 
 import json
 import os
@@ -80,6 +80,12 @@ def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return written(tmp_path_factory.mktemp("fsdp2"), "gloo", 2, "fsdp2")
 
 
+@pytest.fixture(scope="module")
+def tp(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Of tensor parallelism on three ranks, of which one has nothing of a layer; norms are plain parameters."""
+    return written(tmp_path_factory.mktemp("tp"), "gloo", 3, "tp")
+
+
 def cli(*args: object, status: int = 0) -> Result:
     """Run a command in this process."""
     result = CliRunner().invoke(app, [str(arg) for arg in args])
@@ -106,11 +112,12 @@ def one_line(result: Result) -> str:
 # --- inspect -----------------------------------------------------------------------------------------------
 
 
-def test_inspect_says_what_is_there(two: Saved) -> None:
+@pytest.mark.parametrize(("source", "num_ranks"), [("two", 2), ("tp", 3)])
+def test_inspect_says_what_is_there(source: str, num_ranks: int, request: pytest.FixtureRequest) -> None:
     """Names, shapes, dtypes, scalars, step, ranks; as text and as JSON."""
-    path, state = two
+    path, state = request.getfixturevalue(source)
     found = from_json("inspect", path)
-    assert (found["step"], found["num_ranks"], found["verified"]) == (5, 2, True)
+    assert (found["step"], found["num_ranks"], found["verified"]) == (5, num_ranks, True)
     model = mlp(width=8, depth=1)
     assert [p["name"] for p in found["parameters"]] == [name for name, _ in model.named_parameters()]
     for entry, (name, param) in zip(found["parameters"], model.named_parameters(), strict=True):
@@ -121,10 +128,10 @@ def test_inspect_says_what_is_there(two: Saved) -> None:
         assert entry["averaging"]
     assert found["num_elements"] == sum(p.numel() for p in model.parameters())
     assert [e["name"] for e in found["others"]] == ["seen"]
-    assert [e["name"] for e in found["extra"]] == ["0", "1"]
+    assert [e["name"] for e in found["extra"]] == [str(rank) for rank in range(num_ranks)]
     text = cli("inspect", path).stdout
     for part in (
-        "step 5, written by 2 ranks",
+        f"step 5, written by {num_ranks} ranks",
         "1.up.weight",
         "16×8",
         "0.333333",
@@ -193,13 +200,15 @@ def test_names_cannot_paint_the_terminal(one: Saved, tmp_path: Path) -> None:
 # --- verify ------------------------------------------------------------------------------------------------
 
 
-def test_verify_says_good(two: Saved) -> None:
+@pytest.mark.parametrize(("source", "num_files"), [("two", 3), ("tp", 4)])
+def test_verify_says_good(source: str, num_files: int, request: pytest.FixtureRequest) -> None:
     """With exit status 0."""
-    assert "good" in cli("verify", two[0]).stdout
-    found = from_json("verify", two[0])
+    path, _ = request.getfixturevalue(source)
+    assert "good" in cli("verify", path).stdout
+    found = from_json("verify", path)
     assert found["ok"]
-    assert found["files"] == 3
-    assert found["bytes"] == sum(p.stat().st_size for p in two[0].iterdir() if p.name != "manifest.json")
+    assert found["files"] == num_files
+    assert found["bytes"] == sum(p.stat().st_size for p in path.iterdir() if p.name != "manifest.json")
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
@@ -257,7 +266,7 @@ def consolidated(path: Path, out: Path, *options: str) -> dict[str, Any]:
     return torch.load(out)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("source", ["one", "two", "fsdp2"])
+@pytest.mark.parametrize("source", ["one", "two", "fsdp2", "tp"])
 def test_consolidated_state_goes_on_in_torch(source: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The very next steps of ``torch.optim.ASGD`` are those of the job that was saved."""
     path, state = request.getfixturevalue(source)
@@ -341,7 +350,7 @@ def test_consolidate_wants_an_optimizer(tmp_path: Path) -> None:
 # --- export ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["one", "two", "odd"])
+@pytest.mark.parametrize("source", ["one", "two", "odd", "tp"])
 def test_export_is_what_the_job_would_export(source: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The same tensors to the bit as ``export_averaged`` of the running job, tied parameters too."""
     path, state = request.getfixturevalue(source)

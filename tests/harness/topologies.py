@@ -2,7 +2,9 @@
 
 A topology is ``single`` (one process), ``stage1``, ``stage2``, ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``),
 ``fsdp2-sharded`` (the same and ``ShardedASGD``), ``hsdp`` and ``hsdp-sharded`` (the like on 2 replicas), ``hybrid``
-(stage 2 on a mesh: 1 or 2 shards, the rest replicas) or ``torch`` (``torch.optim.ASGD`` alone).
+(stage 2 on a mesh: 1 or 2 shards, the rest replicas), ``torch`` (``torch.optim.ASGD`` alone), ``tp`` (tensor
+parallelism over all ranks and ``ShardedASGD``), ``tp-torch`` (the same and ``torch.optim.ASGD``), or ``fsdp2-tp1`` and
+``fsdp2-tp2`` (``fully_shard`` on tensor parallelism over 1 or 2 ranks, and ``ShardedASGD``).
 Gradients are set by hand: small multiples of a power of two, so that means over ranks are exact.
 """
 
@@ -20,6 +22,9 @@ from tests.harness.meshes import hybrid_mesh
 from tests.harness.models import mlp, odd_net
 
 OPTIONS: dict[str, Any] = {"lr": 0.0625, "t0": 2, "weight_decay": 0.01, "lambd": 1e-3, "foreach": False}
+
+
+WITH_TORCHS_OPTIMIZER = ("torch", "fsdp2", "hsdp", "tp-torch")
 
 
 @dataclass
@@ -51,23 +56,16 @@ def gradient(name: str, step: int, param: Tensor) -> Tensor:
 
 
 def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
-    """A fresh model of ``kind`` (mlp, odd, complex or bfloat16) and its optimizer. Collective."""
-    model: nn.Module = odd_net(seed) if kind == "odd" else mlp(width=8, depth=1, seed=seed)
+    """A fresh model of ``kind`` (mlp, narrow, odd, complex or bfloat16) and its optimizer. Collective."""
+    model: nn.Module = odd_net(seed) if kind == "odd" else mlp(width=3 if kind == "narrow" else 8, depth=1, seed=seed)
     if kind == "complex":
         model.register_parameter("wave", nn.Parameter(torch.full((3, 5), 1 + 2j)))
     if kind == "bfloat16":
         model.to(torch.bfloat16)
     model.register_buffer("seen", torch.full((2,), float(seed)))
-    if topology.startswith(("fsdp2", "hsdp")):
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        shape = (dist.get_world_size(),) if topology.startswith("fsdp2") else (2, dist.get_world_size() // 2)
-        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
-        if topology in ("fsdp2", "hsdp"):
-            return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
-    if topology == "torch":
+    if topology.startswith(("fsdp2", "hsdp", "tp")):
+        _shard(model, topology)
+    if topology in WITH_TORCHS_OPTIMIZER:
         return Run(topology, model, torch.optim.ASGD(model.parameters(), **OPTIONS))
     mesh = None
     if topology == "hybrid":
@@ -80,12 +78,33 @@ def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
     return Run(topology, model, optimizer)
 
 
+def _shard(model: nn.Module, topology: str) -> None:
+    """Collective: its parameters become DTensors; under tensor parallelism alone the norms stay plain."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    world_size = dist.get_world_size()
+    replicas = 2 if topology.startswith("hsdp") else 1
+    tensor = world_size if topology.startswith("tp") else 2 if topology == "fsdp2-tp2" else 1
+    axes = ("replicate", "shard", "tensor")
+    mesh = init_device_mesh("cpu", (replicas, world_size // replicas // tensor, tensor), mesh_dim_names=axes)
+    if "tp" in topology:
+        # On 3 ranks one has no row of the last layer; of narrow models no column of any, on 4 ranks.
+        plan = {"0": ColwiseParallel(), "1.up": ColwiseParallel(), "1.down": RowwiseParallel(), "2": ColwiseParallel()}
+        parallelize_module(model, mesh["tensor"], plan)
+    if not topology.startswith("tp"):
+        fully_shard(model, mesh=mesh["replicate", "shard"] if replicas > 1 else mesh["shard"])
+
+
 def _like(whole: Tensor, param: Tensor) -> Tensor:
+    """Without communication, which torch has not for uneven shards of FSDP2 on tensor parallelism."""
     if not hasattr(param, "device_mesh"):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, param.device_mesh, param.placements)
+    return distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def whole_state(run: Run) -> dict[str, Tensor]:
