@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 NUM_BYTE_VALUES = 256
 
@@ -20,14 +21,35 @@ class ModelShape:
     tie_embedding: bool = False
 
 
+class QueryKeyValue(nn.Module):
+    """Three linear layers of one input in one product: queries, keys and values side by side in the output.
+
+    Parameters are stacked, so that ranks that split dimension 1 by heads (tensor parallelism) have the same heads of
+    all three; the output is of these.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        joint = nn.Linear(d_model, 3 * d_model)
+        self.weight = nn.Parameter(joint.weight.detach().view(3, d_model, d_model))
+        self.bias = nn.Parameter(joint.bias.detach().view(3, d_model))
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, time, d_model) to (batch, time, 3 * d_model)
+        return F.linear(x, _local(self.weight).flatten(0, 1), _local(self.bias).flatten())
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 class Block(nn.Module):
     """Causal self-attention and a feed-forward layer, each behind a norm and inside a residual."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.heads = shape.heads
+        self.head_width = shape.d_model // shape.heads
         self.attention_norm = nn.LayerNorm(shape.d_model)
-        self.query_key_value = nn.Linear(shape.d_model, 3 * shape.d_model)
+        self.query_key_value = QueryKeyValue(shape.d_model)
         self.attention_out = nn.Linear(shape.d_model, shape.d_model)
         self.feed_norm = nn.LayerNorm(shape.d_model)
         self.feed_in = nn.Linear(shape.d_model, 4 * shape.d_model)
@@ -38,11 +60,11 @@ class Block(nn.Module):
         return x + self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)), approximate="tanh"))
 
     def _attend(self, x: Tensor) -> Tensor:
-        batch, time, d_model = x.shape
-        heads = self.query_key_value(x).view(batch, time, 3, self.heads, d_model // self.heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, d_model / heads)
+        batch, time, _ = x.shape
+        heads = self.query_key_value(x).view(batch, time, 3, -1, self.head_width)  # as many as this rank has
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, head_width)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return mixed.transpose(1, 2).reshape(batch, time, d_model)
+        return mixed.transpose(1, 2).reshape(batch, time, -1)
 
 
 class ByteTransformer(nn.Module):
@@ -62,9 +84,9 @@ class ByteTransformer(nn.Module):
     def _initialise(self, shape: ModelShape) -> None:
         residual_scale = (2 * shape.layers) ** -0.5  # keeps the residual stream's size independent of depth
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
+            if parameter.dim() < 2 or name.endswith("bias"):
                 continue  # norms and biases keep PyTorch's values
-            std = 0.1 if "embedding" in name else parameter.shape[1] ** -0.5
+            std = 0.1 if "embedding" in name else parameter.shape[-1] ** -0.5
             if name.endswith(("attention_out.weight", "feed_out.weight")):
                 std *= residual_scale
             nn.init.normal_(parameter, std=std)

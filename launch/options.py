@@ -85,7 +85,8 @@ class TrainOptions:
         _option("Ranks", "hybrid, hsdp: number of replicas. Default: of nodes; on a single node 2.", minimum=1),
     ] = None
     tensor_parallel: Annotated[
-        int, _option("Ranks", "fsdp2, hsdp: ranks that share each feed-forward layer and see the same data.", minimum=1)
+        int,
+        _option("Ranks", "fsdp2, hsdp: ranks that share each layer, attention by heads, on the same data.", minimum=1),
     ] = 1
     lr: Annotated[float, _option("Optimizer", "Learning rate.", minimum=0)] = 0.3
     lambd: Annotated[float, _option("Optimizer", "ASGD's decay term.", minimum=0)] = 1e-4
@@ -137,10 +138,11 @@ class TrainOptions:
             raise typer.BadParameter(
                 f"--tensor-parallel is for --parallel {' and '.join(WITH_FULLY_SHARD)}, not {self.mode}"
             )
-        if 4 * self.d_model % self.tensor_parallel:
+        # What divides the heads divides every width too.
+        if self.heads % self.tensor_parallel:
             raise typer.BadParameter(
-                f"--tensor-parallel {self.tensor_parallel} does not divide the {4 * self.d_model} columns of a "
-                "feed-forward layer, 4 times --d-model"
+                f"--tensor-parallel {self.tensor_parallel} does not divide --heads {self.heads}, by which attention is "
+                "split: give a divisor, or a new model other --heads"
             )
         if self.t0 is not None and self.t0_share is not None:
             raise typer.BadParameter("--t0 and --t0-share are two ways to say one thing: give one of them")

@@ -1,17 +1,19 @@
 """How the model, its gradients and its optimizer's state are spread over the ranks: one plan for each `--parallel`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from model import ByteTransformer
+from model import Block, ByteTransformer
 from processes import Processes, TrainingError
+from tensor_parallel import split_layers
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_asgd import ShardedASGD
@@ -124,9 +126,8 @@ def _counted(replicas: int) -> str:
 def _fully_shard(
     model: ByteTransformer, mode: Mode, replicas: int, tensor_parallel: int, processes: Processes
 ) -> Spread:
-    """FSDP2 over blocks and the rest, on `replicas` replicas, over feed-forward layers that are split already."""
+    """FSDP2 over blocks and the rest, on `replicas` replicas, over layers of blocks that are split already."""
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     if processes.world_size % tensor_parallel:
         raise TrainingError(f"--tensor-parallel {tensor_parallel} does not divide the {processes.world_size} ranks")
@@ -136,12 +137,21 @@ def _fully_shard(
     data_mesh = mesh[(*axes, "shard")] if axes else mesh["shard"]
     for block in model.blocks:
         if tensor_parallel > 1:
-            layers = {"feed_in": ColwiseParallel(), "feed_out": RowwiseParallel()}
-            parallelize_module(block, mesh["tensor"], layers)
-        fully_shard(block, mesh=data_mesh)
+            split_layers(block, mesh["tensor"])
+        fully_shard(block, mesh=data_mesh, shard_placement_fn=_placement(block, shards * tensor_parallel))
     fully_shard(model, mesh=data_mesh)
     text = str(mode)
     text += f" ({_counted(replicas)})" if mode is Mode.HSDP else ""
-    text += f" on feed-forward layers split in {tensor_parallel}" if tensor_parallel > 1 else ""
+    text += f" on layers split in {tensor_parallel}" if tensor_parallel > 1 else ""
     data_rank = processes.rank // tensor_parallel
     return Spread(mode, model, {}, data_rank, replicas * shards, text)
+
+
+def _placement(block: Block, num_shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Rows of each of the stacked matrices where ranks divide them, as FSDP2 wants it there; else by dimension 0."""
+    stacked = set(block.query_key_value.parameters())
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter in stacked and parameter.shape[1] % num_shards == 0 else None
+
+    return placement

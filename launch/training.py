@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_asgd import CheckpointManager, PeerError, ShardedASGD, load_checkpoint, read_extra
 
-_FORMAT = "byte-transformer training checkpoint 2"
+_FORMAT = "byte-transformer training checkpoint 3"
 _OF_THE_START = ("resume", "resume_from", "overwrite")
 _NUM_ASGD_SCALARS = 3  # step, eta and mu, which torch.optim.ASGD keeps for each parameter as float32 tensors
 

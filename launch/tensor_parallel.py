@@ -1,0 +1,38 @@
+"""Tensor parallelism: ranks share the layers of a block, attention by heads, and see the same data."""
+
+from typing import Any
+
+from model import Block
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+
+def split_layers(block: Block, mesh: DeviceMesh) -> None:
+    """Collective: attention and feed-forward layer, each column-wise and then row-wise, with one sum over `mesh`."""
+    layers = {
+        "query_key_value": _ByHeads(),
+        "attention_out": RowwiseParallel(),
+        "feed_in": ColwiseParallel(),
+        "feed_out": RowwiseParallel(),
+    }
+    parallelize_module(block, mesh, layers)
+
+
+class _ByHeads(ParallelStyle):
+    """ColwiseParallel for the three stacked layers of QueryKeyValue."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, _shard_heads, _whole_input)
+
+
+def _shard_heads(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for name, parameter in module.named_parameters():
+        module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(1)])))
+
+
+def _whole_input(_module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> Any:
+    """The input as it is; its gradient is the sum of what the heads of each rank make of it."""
+    whole = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+    return (whole.to_local(grad_placements=[Partial()]),)
