@@ -20,10 +20,11 @@ find_python() {
 # prepare_venv FILE...: installs these pinned requirements and the package itself into .venv. Returns at once
 # where that was done before and neither the pins nor the package's metadata or C source have changed since.
 prepare_venv() {
-    local python stamp wanted file
-    wanted="$(cat "$REPOSITORY/pyproject.toml" "$REPOSITORY"/dist_asgd/update/kernel.c "$REPOSITORY"/dist_asgd/facts.c "$@"; echo "$REPOSITORY")"
+    local python stamp wanted package file
+    package="$(cd "$REPOSITORY" && cat pyproject.toml dist_asgd/update/kernel.c dist_asgd/facts.c; echo "$REPOSITORY")"
+    wanted="$package$(cat "$@")"
     stamp="$VENV/installed-$(basename "${!#}")"
-    if [ -x "$VENV/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    if [ -x "$VENV/bin/python" ] && is_text_of "$stamp" "$wanted"; then
         return
     fi
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one that was not finished
@@ -36,7 +37,15 @@ prepare_venv() {
     done
     echo "Installing pinned packages into $VENV (torch is 200 MB; a minute or more)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar on "$@"
-    # The build tools are among the pins, so the build takes those instead of fetching others.
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$REPOSITORY"
+    if ! is_text_of "$VENV/built" "$package"; then # compiling takes half a minute
+        # The build tools are among the pins, so the build takes those instead of fetching others.
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$REPOSITORY"
+        echo "$package" >"$VENV/built"
+    fi
     echo "$wanted" >"$stamp"
+}
+
+# is_text_of FILE TEXT: whether FILE is there and holds TEXT.
+is_text_of() {
+    [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]
 }

@@ -14,13 +14,13 @@ from dist_asgd.checkpoint.objects import KnownFrames, load_tensor
 from tests.harness.bits import assert_same_bits
 
 
-def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytearray:
+def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytes:
     """As this package writes it, without checksums; said to be in ``byteorder``, whatever it is in."""
     stream = io.BytesIO()
     with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(tensor, stream)
     if byteorder == sys.byteorder:
-        return bytearray(stream.getvalue())
+        return stream.getvalue()
     said = io.BytesIO()
     with zipfile.ZipFile(stream) as source, zipfile.ZipFile(said, "w", zipfile.ZIP_STORED) as target:
         for record in source.infolist():
@@ -30,10 +30,10 @@ def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytearray:
             content = stream.getvalue()[first : first + record.file_size]
             target.writestr(record.filename, byteorder if record.filename.endswith("byteorder") else content)
         checksums = [record.CRC.to_bytes(4, "little") for record in target.infolist() if "/data/" in record.filename]
-    return bytearray(said.getvalue().replace(checksums[0], bytes(4)))
+    return said.getvalue().replace(checksums[0], bytes(4))
 
 
-def loaded(data: bytearray, like: Tensor, frames: KnownFrames) -> Tensor:
+def loaded(data: bytes, like: Tensor, frames: KnownFrames) -> Tensor:
     """``data`` as the reader has it."""
     return load_tensor(data, like.shape, TensorProperties(dtype=like.dtype), "a chunk", frames)
 
@@ -95,8 +95,8 @@ def test_an_archive_that_differs_around_its_elements_is_unpickled() -> None:
     good = archive_of(tensor)
     loaded(good, tensor, frames)
     assert frames.tensor_in(good, tensor.dtype, tensor.shape) is not None
-    start = bytes(good).index(tensor.numpy().tobytes())
+    start = good.index(tensor.numpy().tobytes())
     for at in (*range(start), *range(start + tensor.nbytes, len(good))):
         data = bytearray(good)
         data[at] ^= 1
-        assert frames.tensor_in(data, tensor.dtype, tensor.shape) is None
+        assert frames.tensor_in(bytes(data), tensor.dtype, tensor.shape) is None

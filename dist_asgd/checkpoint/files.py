@@ -52,16 +52,15 @@ def open_confined(directory: Path, name: str) -> tuple[BinaryIO, int]:
     return os.fdopen(descriptor, "rb"), status.st_size
 
 
-def read_range(file: BinaryIO, path: Path, offset: int, length: int) -> bytearray:
+def read_range(file: BinaryIO, path: Path, offset: int, length: int) -> bytes:
     """Exactly ``length`` bytes from ``offset`` on; the caller knows that the file is at least that long."""
-    data = bytearray(length)
     try:
         file.seek(offset)
-        count = file.readinto(data)  # type: ignore[attr-defined]
+        data = file.read(length)
     except OSError as error:
         raise CheckpointError(f"dist_asgd: cannot read {path}: {error.strerror}.") from error
-    if count != length:
-        raise CheckpointError(f"dist_asgd: {path} ends {length - count} bytes early: it is truncated.")
+    if len(data) != length:
+        raise CheckpointError(f"dist_asgd: {path} ends {length - len(data)} bytes early: it is truncated.")
     return data
 
 
@@ -73,7 +72,7 @@ def read_whole(directory: Path, name: str, max_bytes: int) -> bytes:
             raise CheckpointError(
                 f"dist_asgd: {directory / name} has {size} bytes, more than the {max_bytes} that such a file may have."
             )
-        return bytes(read_range(file, directory / name, 0, size))
+        return read_range(file, directory / name, 0, size)
 
 
 def names_in(directory: Path) -> list[str]:

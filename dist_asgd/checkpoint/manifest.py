@@ -55,7 +55,7 @@ class Manifest:
     version: str = __version__
 
 
-def hash_of(data: bytes | bytearray | memoryview) -> str:
+def hash_of(data: bytes | memoryview) -> str:
     """xxh3_128 of ``data``, as 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(data)
 

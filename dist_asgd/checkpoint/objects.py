@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from ..buffers import memory_strides
+from .archives import elements_of
 from .files import CheckpointError
 from .pickles import check_cost
 
@@ -32,14 +33,16 @@ class KnownFrames:
     def __init__(self) -> None:
         self._known: dict[tuple[torch.dtype, torch.Size, int], tuple[bytes, bytes, tuple[int, ...]]] = {}
 
-    def tensor_in(self, data: bytearray, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
-        """The tensor in ``data``, whose memory it shares; None where nothing like it was loaded."""
+    def tensor_in(self, data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
+        """The tensor in ``data``, in memory of its own; None where nothing like it was loaded."""
         before, after, strides = self._known.get((dtype, shape, len(data)), (b"", b"", ()))
         if not before or not (data.startswith(before) and data.endswith(after)):
             return None
-        return torch.frombuffer(data, dtype=dtype, offset=len(before), count=shape.numel()).as_strided(shape, strides)
+        tensor = torch.empty_strided(shape, strides, dtype=dtype)
+        elements_of(tensor)[:] = memoryview(data)[len(before) : len(data) - len(after)]
+        return tensor
 
-    def learn(self, data: bytearray, tensor: Tensor) -> None:
+    def learn(self, data: bytes, tensor: Tensor) -> None:
         """``tensor`` was in ``data``: the only one, dense, and as it lies there, or it is not remembered."""
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = {record.filename.partition("/")[2]: _place(data, record) for record in archive.infolist()}
@@ -50,13 +53,11 @@ class KnownFrames:
         # Others are turned around by torch.
         if data[records.get("byteorder", slice(0))] != sys.byteorder.encode():
             return
-        around = bytes(data[: stored[0].start]), bytes(data[stored[0].stop :]), tensor.stride()
+        around = data[: stored[0].start], data[stored[0].stop :], tensor.stride()
         self._known[tensor.dtype, tensor.shape, len(data)] = around
 
 
-def load_tensor(
-    data: bytearray, shape: torch.Size, properties: TensorProperties, what: str, frames: KnownFrames
-) -> Tensor:
+def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str, frames: KnownFrames) -> Tensor:
     """The tensor in ``data``, on the CPU: of this shape and dtype, or CheckpointError, which ``what`` begins."""
     known = frames.tensor_in(data, properties.dtype, shape)
     if known is not None:
@@ -73,7 +74,7 @@ def load_tensor(
     return tensor
 
 
-def load_object(data: bytes | bytearray, what: str) -> Any:
+def load_object(data: bytes, what: str) -> Any:
     """The object in ``data``: plain values and tensors, or CheckpointError, which ``what`` begins."""
     value = _load(data, what)
     if _depth(value) > MAX_DEPTH:
@@ -103,7 +104,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _load(data: bytes | bytearray, what: str) -> Any:
+def _load(data: bytes, what: str) -> Any:
     try:
         _check_archive(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -116,7 +117,7 @@ def _load(data: bytes | bytearray, what: str) -> Any:
         ) from error
 
 
-def _check_archive(data: bytes | bytearray) -> None:
+def _check_archive(data: bytes) -> None:
     """ValueError unless every record is stored as it is and has room in ``data``: no zip bombs, no legacy formats.
 
     Nor is there a pickle in it that would take longer, or more memory, than its length allows.
@@ -131,14 +132,14 @@ def _check_archive(data: bytes | bytearray) -> None:
             total += record.file_size
             if record.filename.endswith("data.pkl") and total <= len(data):
                 pickles += 1
-                check_cost(bytes(data[_place(data, record)]))
+                check_cost(data[_place(data, record)])
     if total > len(data):
         raise ValueError(f"its records claim {total} bytes, it has {len(data)}")
     if pickles != 1:
         raise ValueError(f"it has {pickles} records data.pkl, wanted one")
 
 
-def _place(data: bytes | bytearray, record: zipfile.ZipInfo) -> slice:
+def _place(data: bytes, record: zipfile.ZipInfo) -> slice:
     """Where an uncompressed record lies, as it is: torch need not have given it a checksum."""
     lengths = record.header_offset + 26
     if lengths + 4 > len(data):

@@ -83,7 +83,7 @@ class Opened:
                 )
         return hashes
 
-    def chunks(self, wanted: list[MetadataIndex]) -> Iterator[tuple[MetadataIndex, bytearray]]:
+    def chunks(self, wanted: list[MetadataIndex]) -> Iterator[tuple[MetadataIndex, bytes]]:
         """The bytes of these chunks, each read once, file by file in order of offset."""
         places = sorted(((self.place(index), index) for index in wanted), key=lambda pair: _order(pair[0]))
         at = 0
@@ -112,7 +112,7 @@ class Opened:
             raise CheckpointError(f"dist_asgd: {self.path} has no chunk of {index.fqn} at {index.offset}.")
         return found  # type: ignore[no-any-return]
 
-    def tensor(self, index: MetadataIndex, data: bytearray) -> Tensor:
+    def tensor(self, index: MetadataIndex, data: bytes) -> Tensor:
         """The piece of a tensor in the bytes of a chunk."""
         shape = next(box.sizes for box in self.boxes(index.fqn) if box.offsets == index.offset)
         return load_tensor(data, shape, self._entry(index.fqn).properties, self._what(index), self._frames)
@@ -127,7 +127,7 @@ class Opened:
             raise CheckpointError(f"dist_asgd: {key} is no tensor in {self.path}.")
         return entry
 
-    def value(self, index: MetadataIndex, data: bytearray) -> Any:
+    def value(self, index: MetadataIndex, data: bytes) -> Any:
         """The object in the bytes of a chunk."""
         return load_object(data, self._what(index))
 
