@@ -26,7 +26,7 @@ from tests.harness.ranks import run
 from tests.harness.strategies import histories
 from tests.harness.subject import Saved, Setting, check_history
 
-EXAMPLES = int(os.environ.get("PARITY_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("PARITY_EXAMPLES", "3"))
 TINY_BUCKETS_MB = 0.001
 WORLDS = [("none", 1), ("threads", 1), ("threads", 2), ("threads", 3), ("threads", 4), ("gloo", 2), ("gloo", 3)]
 DTYPES = [("float32",), ("float64",), ("bfloat16",), ("float16",), ("complex64",), ("float32", "bfloat16")]
