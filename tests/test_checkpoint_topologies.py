@@ -34,8 +34,7 @@ WORLD_SIZES: dict[str, tuple[int, ...]] = {
     "fsdp2-tp1": (2,),
     "fsdp2-tp2": (2, 4),
 }
-# Every topology meets half of the others, itself and one format. World sizes take turns, so that each is a source and
-# a target.
+# Every topology is loaded by itself and three others. World sizes take turns, so that each is a source and a target.
 PAIRS: list[tuple[Place, Place]] = [
     ((source, sizes[j % len(sizes)]), (target, target_sizes[(i + 1) % len(target_sizes)]))
     for i, (source, sizes) in enumerate(WORLD_SIZES.items())
