@@ -89,6 +89,18 @@ def test_the_other_byte_order_is_turned_around_each_time() -> None:
         assert_same_bits(loaded(data, tensor, frames), torch.load(io.BytesIO(data), weights_only=True), "turned around")
 
 
+def test_elements_that_are_there_twice_are_not_known() -> None:
+    """Of two records with one name a reader takes either."""
+    frames, tensor = KnownFrames(), torch.arange(6.0)
+    stream = io.BytesIO(archive_of(tensor))
+    with zipfile.ZipFile(stream, "a", zipfile.ZIP_STORED) as archive:
+        name = next(name for name in archive.namelist() if "/data/" in name)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(name, (-tensor).numpy().tobytes())
+    loaded(stream.getvalue(), tensor, frames)
+    assert frames.tensor_in(stream.getvalue(), tensor.dtype, tensor.shape) is None
+
+
 def test_an_archive_that_differs_around_its_elements_is_unpickled() -> None:
     """One bit in the pickle or in the directory at the end, and it is loaded as if nothing were known."""
     frames, tensor = KnownFrames(), torch.arange(6.0)

@@ -45,8 +45,8 @@ class KnownFrames:
     def learn(self, data: bytes, tensor: Tensor) -> None:
         """``tensor`` was in ``data``: the only one, dense, and as it lies there, or it is not remembered."""
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            records = {record.filename.partition("/")[2]: _place(data, record) for record in archive.infolist()}
-        stored = [place for name, place in records.items() if name.startswith("data/")]
+            found = [(record.filename.partition("/")[2], _place(data, record)) for record in archive.infolist()]
+        stored, records = [place for name, place in found if name.startswith("data/")], dict(found)
         dense = memory_strides(tensor) == tensor.stride() and not (tensor.is_conj() or tensor.is_neg())
         if not dense or len(stored) != 1 or not 0 < tensor.nbytes == stored[0].stop - stored[0].start:
             return
