@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 _FILE_NAME = "metrics.jsonl"
 
 
@@ -24,6 +22,8 @@ class MetricsLog:
     """Written by rank 0 alone; a resumed run goes on where its checkpoint was, later lines are dropped."""
 
     def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # by the one rank that writes
+
         folder.mkdir(parents=True, exist_ok=True)
         kept = []
         if resumed_step is not None and metrics_file(folder).exists():

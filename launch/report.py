@@ -6,13 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from metrics import read_metrics
 from rich.console import Console
 from rich.table import Table
-
-matplotlib.use("Agg")  # no display on a training machine
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,13 @@ def write_summary(folder: Path, summary: Summary) -> Path:
 
 def draw_losses(folder: Path, first_average_step: int) -> Path | None:
     """Writes losses.png: the training loss and both held-out losses; None where there are none yet."""
+    import matplotlib  # by the one rank that draws
+    from matplotlib.figure import Figure
+
     lines = read_metrics(folder)
     if not lines:
         return None
+    matplotlib.use("Agg")  # no display on a training machine
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(*_curve(lines, "train_loss"), color="0.75", linewidth=0.8, label="training batch")

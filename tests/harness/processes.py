@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ JOB_TIMEOUT_S = 60.0
 # the pool starts afresh.
 MAX_GROUPS = 16
 _STOP, _REGROUP, _JOB = "stop", "regroup", "job"
+# What jobs would load in every rank. The compiler: torch's optimizers load it in their first step.
+_PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis"]
 
 _pools: dict[int, ProcessPool] = {}
 
@@ -70,11 +73,10 @@ class ProcessPool:
         self._folder = Path(tempfile.mkdtemp(prefix="dist_asgd_ranks_"))
         self._num_groups = 0
         self._open_groups = 0
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "pytest", "hypothesis"])
+        context = loaded_context()
         self._connections: list[Connection] = []
         self._processes = []
-        with _no_main_module():
+        with no_main_module():
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -158,8 +160,15 @@ class ProcessPool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def loaded_context() -> ForkServerContext:
+    """Starts processes that have all of torch loaded that jobs use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
 @contextlib.contextmanager
-def _no_main_module() -> Iterator[None]:
+def no_main_module() -> Iterator[None]:
     """Keep ``multiprocessing`` from importing pytest's command line again in every rank."""
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}

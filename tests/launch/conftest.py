@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.ranks import run_ranks
 from tests.launch.runs import TINY, TORCHRUN, started
 
 
@@ -25,11 +26,21 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def train(text: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def train(text: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the trainer to its end, on two ranks if nothing else is said, and returns its status and output."""
 
     def run(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-        command = [str(TORCHRUN), "--nproc", str(ranks), "--", *TINY, "--data", str(text), *arguments]
+        return run_ranks(ranks, [*TINY, "--data", str(text), *arguments])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torchrun(text: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same on two ranks as a user does it, through launch/torchrun.sh; most of that time is loading torch."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(TORCHRUN), "--nproc", "2", "--", *TINY, "--data", str(text), *arguments]
         with started(command, environment) as process:
             output, _ = process.communicate(timeout=120)
         return subprocess.CompletedProcess(command, process.returncode, output)

@@ -26,12 +26,12 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def finished(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, FinishedRun]:
+def finished(torchrun: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, FinishedRun]:
     """One run of each stage."""
     runs = {}
     for stage in (1, 2):
         out = tmp_path_factory.mktemp(f"stage-{stage}")
-        run = train("--stage", str(stage), "--steps", "12", "--checkpoint-every", "8", "--out", str(out))
+        run = torchrun("--stage", str(stage), "--steps", "12", "--checkpoint-every", "8", "--out", str(out))
         assert run.returncode == 0, run.stdout
         runs[stage] = FinishedRun(out, run.stdout)
     return runs

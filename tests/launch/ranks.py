@@ -1,0 +1,61 @@
+"""Runs of the trainer without torchrun: its ranks are started as torchrun does, but have torch loaded already."""
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.context import ForkServerProcess
+
+from tests.harness.processes import loaded_context, no_main_module
+from tests.launch.runs import REPOSITORY
+
+TRAIN = REPOSITORY / "launch" / "train.py"
+TIMEOUT_S = 120.0
+
+
+def run_ranks(world_size: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The trainer's command line on ``world_size`` ranks, to its end: the worst status, and what all ranks wrote."""
+    context = loaded_context()
+    with socket.socket() as free, tempfile.NamedTemporaryFile("r") as output:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        ranks = []
+        with no_main_module():
+            for rank in range(world_size):
+                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+                environment = {**address, **{name: str(value) for name, value in places.items()}}
+                process = context.Process(target=_rank, args=(arguments, environment, output.name))
+                process.start()
+                ranks.append(process)
+        _join(ranks)
+        status = max((process.exitcode or 0 for process in ranks), key=abs)
+        return subprocess.CompletedProcess([str(TRAIN), *arguments], status, output.read())
+
+
+def _join(ranks: list[ForkServerProcess]) -> None:
+    """Wait for all of them; none is left behind."""
+    deadline = time.monotonic() + TIMEOUT_S
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+        process.join()
+    if hung:
+        raise TimeoutError(f"ranks {hung} of the trainer were still running after {TIMEOUT_S} s")
+
+
+def _rank(arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """``python launch/train.py`` in this process."""
+    with open(output, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ |= environment
+    sys.argv = [str(TRAIN), *arguments]
+    # As for a script: it imports what lies beside it.
+    sys.path.insert(0, str(TRAIN.parent))
+    runpy.run_path(str(TRAIN), run_name="__main__")
