@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dist_asgd.parts import ShardTensor, row_major_boxes
+from tests.harness.cases import every_value
 from tests.harness.ranks import run
 from tests.harness.topologies import Run, assert_same_state, build, whole_state
 
@@ -62,8 +63,7 @@ def load(_rank: int, _world_size: int, topology: str, kind: str, folder: str, ho
     assert_same_state(Run(topology, live.model, live.optimizer, 4).train(3), expected)
 
 
-@pytest.mark.parametrize("how", ["flattened", "nested", "async"])
-@pytest.mark.parametrize("step", range(len(PLACES)))
+@every_value(step=range(len(PLACES)), how=["flattened", "nested", "async", "flattened", "nested"])
 def test_torchs_recipe_moves_between_topologies(step: int, how: str, tmp_path: Path) -> None:
     """Saved in one, loaded in the next, bit for bit."""
     source, target = PLACES[step - 1], PLACES[step]

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel,
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import assert_same_bits
+from tests.harness.cases import every_pair
 from tests.harness.meshes import (
     KINDS,
     Net,
@@ -37,35 +38,33 @@ FORMS: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, Any] = {"lr": 0.1, "lambd": 0.01, "t0": 3, "weight_decay": 0.02}
 
 
-def _lives_as_torch(_: int, world_size: int, kind: str, forms: tuple[str, ...] = tuple(FORMS)) -> int:
-    for form in forms:
-        options = FORMS[form]
-        model, plain = sharded(kind, world_size), Net()
-        optimizer = ShardedASGD(model.named_parameters(), **OPTIONS, **options)
-        oracle = torch.optim.ASGD(plain.parameters(), **OPTIONS, foreach=form == "foreach")
-        for step in range(7):
-            skipped = ("unused", "blocks.0.up.weight") if step % 3 == 1 else ("unused",)
-            set_gradients(model, step, skipped)
-            set_gradients(plain, step, skipped)
-            if step == 4:
-                optimizer.param_groups[0]["lr"] = oracle.param_groups[0]["lr"] = 0.03
-            optimizer.step()
-            oracle.step()
-            if step == 5:
-                saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = ShardedASGD(model.named_parameters(), **{**OPTIONS, "lr": 7.0}, **options)
-                optimizer.load_state_dict(saved)
-            if step in (2, 6):
-                assert_same_params(model, plain, f"after step {step} of {form}")
-                assert_same_state(optimizer, oracle, model, plain, f"after step {step} of {form}")
+def _lives_as_torch(_: int, world_size: int, kind: str, form: str) -> int:
+    options = FORMS[form]
+    model, plain = sharded(kind, world_size), Net()
+    optimizer = ShardedASGD(model.named_parameters(), **OPTIONS, **options)
+    oracle = torch.optim.ASGD(plain.parameters(), **OPTIONS, foreach=form == "foreach")
+    for step in range(7):
+        skipped = ("unused", "blocks.0.up.weight") if step % 3 == 1 else ("unused",)
+        set_gradients(model, step, skipped)
+        set_gradients(plain, step, skipped)
+        if step == 4:
+            optimizer.param_groups[0]["lr"] = oracle.param_groups[0]["lr"] = 0.03
+        optimizer.step()
+        oracle.step()
+        if step == 5:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = ShardedASGD(model.named_parameters(), **{**OPTIONS, "lr": 7.0}, **options)
+            optimizer.load_state_dict(saved)
+        if step in (2, 6):
+            assert_same_params(model, plain, f"after step {step} of {form}")
+            assert_same_state(optimizer, oracle, model, plain, f"after step {step} of {form}")
     return sum(1 for _ in dtensors(model))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_lives_as_torch_on_the_whole_model(world_size: int, kind: str) -> None:
+@every_pair(kind=KINDS, world_size=(2, 3, 4), form=FORMS)
+def test_lives_as_torch_on_the_whole_model(kind: str, world_size: int, form: str) -> None:
     """Skipped gradients, a changed lr, averaging from the middle on, a reload; in every form of the update."""
-    assert min(run("gloo", world_size, _lives_as_torch, kind)) >= 8
+    assert min(run("gloo", world_size, _lives_as_torch, kind, form)) >= 8
 
 
 # --- dtypes and precision, on a list of parameters ------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_asgd import GradScaler, ShardedASGD, export_averaged
 from tests.harness.bits import assert_same_bits, same_bits
+from tests.harness.cases import every_pair, every_value
 from tests.harness.meshes import (
     KINDS,
     Net,
@@ -120,10 +121,12 @@ def _clips(_: int, world_size: int, kind: str, stage: int) -> None:
             torch.testing.assert_close(whole(param), other, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(("kind", "world_size"), [("fsdp2", 3), ("tp", 2), ("fsdp2_tp", 4), ("hsdp", 4)])
-def test_one_norm_over_plain_and_sharded_parameters(kind: str, world_size: int, stage: int) -> None:
+@every_value(
+    place=[("fsdp2", 3), ("fsdp2", 2), ("tp", 3), ("tp", 2), ("hsdp", 2), ("hsdp", 4), ("fsdp2_tp", 4)], stage=(1, 2)
+)
+def test_one_norm_over_plain_and_sharded_parameters(place: tuple[str, int], stage: int) -> None:
     """Every norm type that torch takes, twice in a row; replicas count once."""
+    kind, world_size = place
     run("gloo", world_size, _clips, kind, stage)
 
 
@@ -275,21 +278,22 @@ def same_keys(a: Any, b: Any) -> bool:
     return {k: set(v) for k, v in a["state"].items()} == {k: set(v) for k, v in b["state"].items()}
 
 
-forms = pytest.mark.parametrize(("full", "offload"), [(False, False), (True, False), (True, True)])
+# full_state_dict, cpu_offload
+HELPER_FORMS = [(False, False), (True, False), (True, True)]
 
 
-@forms
-@pytest.mark.parametrize(("kind", "world_size"), [*((kind, 2) for kind in EXACT), ("fsdp2_tp", 4), ("fsdp2", 3)])
-def test_torchs_state_dict_helpers(kind: str, world_size: int, full: bool, offload: bool) -> None:
+@every_value(place=[*((kind, 2) for kind in EXACT), ("fsdp2_tp", 4), ("fsdp2", 3)], form=HELPER_FORMS)
+def test_torchs_state_dict_helpers(place: tuple[str, int], form: tuple[bool, bool]) -> None:
     """Sharded and full, on a fresh optimizer, which they leave alone, and on a used one."""
-    run("gloo", world_size, _as_torch_helpers_do, kind, full, offload, False)
+    kind, world_size = place
+    run("gloo", world_size, _as_torch_helpers_do, kind, *form, False)
 
 
-@forms
-@pytest.mark.parametrize(("kind", "world_size"), [("tp", 2), ("fsdp2", 3)])
-def test_torchs_state_dict_helpers_with_plain_parameters(kind: str, world_size: int, full: bool, offload: bool) -> None:
+@every_pair(place=[("tp", 2), ("fsdp2", 3)], form=HELPER_FORMS)
+def test_torchs_state_dict_helpers_with_plain_parameters(place: tuple[str, int], form: tuple[bool, bool]) -> None:
     """The like, of a model that has both."""
-    run("gloo", world_size, _as_torch_helpers_do, kind, full, offload, True)
+    kind, world_size = place
+    run("gloo", world_size, _as_torch_helpers_do, kind, *form, True)
 
 
 def _loads(rank: int, world_size: int, kind: str) -> None:

@@ -1,5 +1,6 @@
 """Memory: what a step allocates, and what consolidating holds on the ranks that get nothing."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.profiler import profile
 from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
 from dist_asgd.checkpoint.assembly import MAX_BYTES
 from dist_asgd.comm.gloo import SUM_NUMEL
+from tests.harness.cases import every_pair
 from tests.harness.models import mlp
 from tests.harness.ranks import run
 
@@ -61,15 +63,17 @@ def steps_allocate(_rank: int, _world_size: int, stage: int, form: str, dtype: t
     return largest_allocation(step)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2), ("gloo", 4)])
-def test_a_step_allocates_no_buffers(backend: str, world_size: int, stage: int, form: str, dtype: torch.dtype) -> None:
+@every_pair(
+    world=[("none", 1), ("gloo", 2), ("gloo", 4)],
+    form=["forloop", "foreach", "fused"],
+    kind=itertools.product((1, 2), (torch.float32, torch.bfloat16)),
+)
+def test_a_step_allocates_no_buffers(world: tuple[str, int], form: str, kind: tuple[int, torch.dtype]) -> None:
     """Control words and scalars only: buckets, shards and scratch are kept."""
-    for found in run(backend, world_size, steps_allocate, stage, form, dtype):
+    stage, dtype = kind
+    for found in run(*world, steps_allocate, stage, form, dtype):
         # Gloo's sum of 16-bit gradients: torch widens a stretch of each.
-        summing = stage == 2 and world_size > 1 and dtype.itemsize == 2
+        summing = stage == 2 and world[1] > 1 and dtype.itemsize == 2
         assert found < (4 * SUM_NUMEL + 4096 if summing else 4096)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from dist_asgd import ShardedASGD, async_save_checkpoint, load_checkpoint
 from dist_asgd.parts import part_of
 from tests.harness.bits import assert_same_bits, same_bits
+from tests.harness.cases import every_value
 from tests.harness.meshes import REPLICATED, dtensors, gradient, local, placed, sharded, whole
 from tests.harness.ranks import run, run_errors
 
@@ -149,36 +150,42 @@ def test_stores_are_sent_one_after_the_other(backend: str) -> None:
 # --- precision --------------------------------------------------------------------------------------------------
 
 
-def _precision(_: int, __: int, dtype: torch.dtype, options: dict[str, Any], placements: tuple[Placement, ...]) -> None:
+def _precision(
+    _: int,
+    __: int,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    placements: tuple[Placement, ...],
+    form: dict[str, bool],
+) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     # Random numbers go by place, so parameters that lie transposed in memory are refused.
     values = [value.contiguous() if options.get("stochastic_rounding") else value for value in _values(dtype)]
-    for form in FORMS[:2]:
-        params, apart = (_placed([v.clone() for v in values], mesh, placements) for _ in range(2))
-        optimizer = ShardedASGD(params, **OPTIONS, **form, **options)
-        unshared = ShardedASGD(apart, **OPTIONS, **form, **options, shard_replicated=False)
-        for step in range(6):
-            for of, its in ((params, optimizer), (apart, unshared)):
-                _set(of, step, {1} if step == 2 else set())
-                its.step()
-        _assert_same(params, optimizer, apart, unshared, f"{dtype} {options}")
-        mine, theirs = (its.consolidated_state_dict(to=None)["state"] for its in (optimizer, unshared))
-        for index, entry in theirs.items():
-            assert mine[index].keys() == entry.keys()
-            for key, value in entry.items():
-                assert_same_bits(mine[index][key], value, f"{key} of {index}")
-        again = ShardedASGD(params, **OPTIONS, **form, **options)
-        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        _assert_same(params, again, params, optimizer, "loaded again")
-        again = ShardedASGD(params, **OPTIONS, **form, **options)
-        with torch.no_grad():
-            for param in params:
-                param.zero_()
-        again.load_state_dict(theirs_with_groups(unshared, theirs))
-        if options.get("master_weights"):
-            # Masters set the parameters, of which each replica has only its part.
-            for param, other in zip(params, apart, strict=True):
-                assert_same_bits(local(param), local(other), "after loading masters")
+    params, apart = (_placed([v.clone() for v in values], mesh, placements) for _ in range(2))
+    optimizer = ShardedASGD(params, **OPTIONS, **form, **options)
+    unshared = ShardedASGD(apart, **OPTIONS, **form, **options, shard_replicated=False)
+    for step in range(6):
+        for of, its in ((params, optimizer), (apart, unshared)):
+            _set(of, step, {1} if step == 2 else set())
+            its.step()
+    _assert_same(params, optimizer, apart, unshared, f"{dtype} {options}")
+    mine, theirs = (its.consolidated_state_dict(to=None)["state"] for its in (optimizer, unshared))
+    for index, entry in theirs.items():
+        assert mine[index].keys() == entry.keys()
+        for key, value in entry.items():
+            assert_same_bits(mine[index][key], value, f"{key} of {index}")
+    again = ShardedASGD(params, **OPTIONS, **form, **options)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    _assert_same(params, again, params, optimizer, "loaded again")
+    again = ShardedASGD(params, **OPTIONS, **form, **options)
+    with torch.no_grad():
+        for param in params:
+            param.zero_()
+    again.load_state_dict(theirs_with_groups(unshared, theirs))
+    if options.get("master_weights"):
+        # Masters set the parameters, of which each replica has only its part.
+        for param, other in zip(params, apart, strict=True):
+            assert_same_bits(local(param), local(other), "after loading masters")
 
 
 def theirs_with_groups(optimizer: Any, state: Any) -> dict[str, Any]:
@@ -186,10 +193,8 @@ def theirs_with_groups(optimizer: Any, state: Any) -> dict[str, Any]:
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-@pytest.mark.parametrize("placements", [(R, S), (R, R)], ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [
+@every_value(
+    kind=[
         (torch.bfloat16, {}),
         (torch.bfloat16, {"average_dtype": torch.bfloat16}),
         (torch.bfloat16, {"master_weights": True}),
@@ -199,13 +204,14 @@ def theirs_with_groups(optimizer: Any, state: Any) -> dict[str, Any]:
         (torch.complex64, {}),
         (torch.float32, {"average_dtype": torch.float64}),
     ],
-    ids=str,
+    placements=[(R, S), (R, R), (R, S)],
+    form=FORMS[:2],
 )
 def test_precision_does_not_depend_on_who_updates(
-    dtype: torch.dtype, options: dict[str, Any], placements: tuple[Placement, ...]
+    kind: tuple[torch.dtype, dict[str, Any]], placements: tuple[Placement, ...], form: dict[str, bool]
 ) -> None:
     """Masters, random numbers, wider averages, 16-bit lanes, complex."""
-    run("gloo", 4, _precision, dtype, options, placements)
+    run("gloo", 4, _precision, *kind, placements, form)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------
@@ -478,8 +484,7 @@ def _averages(_: int, world_size: int, kind: str, dtype: torch.dtype) -> None:
         assert_same_bits(local(param), own, "parameter afterwards")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", REPLICATED)
+@every_value(kind=REPLICATED, dtype=(torch.float32, torch.bfloat16))
 def test_averages_reach_every_replica(kind: str, dtype: torch.dtype) -> None:
     """In place, and where they are wider than the parameters."""
     run("gloo", 4, _averages, kind, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dist_asgd import GradScaler, ShardedASGD
 from tests.harness.bits import assert_same_bits, same_bits, same_tree
+from tests.harness.cases import every_pair
 from tests.harness.ranks import run, run_errors
 
 F16, F32 = torch.float16, torch.float32
@@ -18,7 +19,8 @@ STEPS = 8
 
 forms = pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
 stages = pytest.mark.parametrize("stage", [1, 2], ids=["stage1", "stage2"])
-worlds = pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("threads", 2), ("gloo", 3), ("gloo", 4)])
+WORLDS = [("none", 1), ("threads", 2), ("gloo", 3), ("gloo", 4)]
+worlds = pytest.mark.parametrize(("backend", "world_size"), WORLDS)
 
 
 def make(dtype: torch.dtype = F32) -> list[torch.nn.Parameter]:
@@ -87,20 +89,23 @@ def scaled(rank: int, _world_size: int, stage: int, form: str, way: str, stock: 
     return {"params": [p.detach().clone() for p in params], "state": state, "scales": scales}
 
 
-@forms
-@pytest.mark.parametrize("way", ["step", "unscale", "clip"])
-@pytest.mark.parametrize(("stage", "stock"), [(1, True), (1, False), (2, False)])
-@worlds
+@every_pair(
+    world=WORLDS,
+    scaler=[(1, True), (1, False), (2, False)],
+    way=["step", "unscale", "clip"],
+    form=["forloop", "foreach", "fused"],
+)
 def test_scaled_training_is_torch_to_the_bit(
-    backend: str, world_size: int, stage: int, stock: bool, way: str, form: str
+    world: tuple[str, int], scaler: tuple[int, bool], way: str, form: str
 ) -> None:
     """Skipped steps included: neither parameters nor state nor step counts move, on any rank."""
+    stage, stock = scaler
     theirs = make()
     oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=form == "foreach")
     scales = train(theirs, oracle, scaler_of(False), 0, way)
     expected = oracle.state_dict()["state"]
     assert expected[0]["step"].item() == STEPS - 2
-    for found in run(backend, world_size, scaled, stage, form, way, stock):
+    for found in run(*world, scaled, stage, form, way, stock):
         assert found["scales"] == scales
         for index, (p, q) in enumerate(zip(found["params"], theirs, strict=True)):
             if way == "clip" and stage == 2:
