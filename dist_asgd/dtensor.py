@@ -45,10 +45,12 @@ def alike(tensor: DTensor, other: DTensor) -> bool:
 def placed_as(param: DTensor, local: Tensor) -> DTensor:
     """``local`` as a DTensor of the shape, mesh and placements of ``param``; shares memory, no communication."""
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    # Not from_local(), which copies to the mesh's device: offloaded parameters, and staged ones, are on the host.
+    meta = TensorMeta(param.shape, param.stride(), local.dtype)
+    spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)
+    return DTensor(local.detach(), spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def part_of(whole: Tensor, param: DTensor) -> Tensor:

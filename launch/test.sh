@@ -8,4 +8,4 @@ prepare_venv "$REPOSITORY/launch/requirements.txt" "$REPOSITORY/launch/requireme
 cd "$REPOSITORY"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m mypy
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

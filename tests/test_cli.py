@@ -476,18 +476,26 @@ def test_where_nothing_can_be_written(two: Saved, tmp_path: Path, command: str, 
     assert re.search(r"there is no directory|is a directory|must end in", line)
 
 
-@pytest.mark.parametrize("out", ["out.pt", "out.safetensors"])
-def test_a_full_disk_leaves_nothing(two: Saved, tmp_path: Path, out: str) -> None:
-    """Said in one line, by a process of its own."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); from dist_asgd.cli import app;"
-        f"app(['consolidate', {str(two[0])!r}, {str(tmp_path / out)!r}])"
-    )
-    done = python("-c", code)
-    assert done.returncode == 1
-    assert "File too large" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+FILL = """
+import resource, signal, sys
+from dist_asgd.cli import app
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+saved, *outs = sys.argv[1:]
+for out in outs:
+    try:
+        app(["consolidate", saved, out])
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_a_full_disk_leaves_nothing(two: Saved, tmp_path: Path) -> None:
+    """Said in one line for each, by a process of its own."""
+    done = python("-c", FILL, str(two[0]), *(str(tmp_path / out) for out in ("out.pt", "out.safetensors")))
+    assert done.stdout.split() == ["1", "1"]
+    assert all("File too large" in line for line in done.stderr.splitlines())
+    assert len(done.stderr.splitlines()) == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -571,19 +579,21 @@ def test_the_console_script_is_the_same() -> None:
 MEASURE = """
 import json, resource, sys
 from dist_asgd.cli import app
-command, large, out = sys.argv[1:]
+large, out = sys.argv[1:]
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
-app([command, sys.argv[2] + "-small", out], standalone_mode=False)
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-app([command, large, out, "--force"], standalone_mode=False)
-print(json.dumps(peak() - before))
+found = []
+for command in ("export", "consolidate"):
+    app([command, large + "-small", out, "--force"], standalone_mode=False)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    app([command, large, out, "--force"], standalone_mode=False)
+    found.append(peak() - before)
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("command", ["export", "consolidate"])
-def test_memory_is_bounded_by_one_tensor(command: str, tmp_path: Path) -> None:
+def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
     """24 tensors of 4 MB in the model and as many averages: one is in memory, and the bytes it comes from."""
     for name, count, size in (("large", 24, 1024), ("large-small", 1, 8)):
         model = nn.ParameterList(nn.Parameter(torch.randn(size, 1024)) for _ in range(count))
@@ -593,8 +603,7 @@ def test_memory_is_bounded_by_one_tensor(command: str, tmp_path: Path) -> None:
                 p.grad = torch.ones_like(p)
             optimizer.step()
         save_checkpoint(tmp_path / name, model, optimizer, step=2)
-    done = python(
-        "-c", MEASURE, command, str(tmp_path / "large"), str(tmp_path / "o.safetensors"), MALLOC_MMAP_THRESHOLD_="65536"
-    )
+    files = str(tmp_path / "large"), str(tmp_path / "o.safetensors")
+    done = python("-c", MEASURE, *files, MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) < 2.5 * 4 * 1024 * 1024
+    assert max(json.loads(done.stdout.splitlines()[-1])) < 2.5 * 4 * 1024 * 1024

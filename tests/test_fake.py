@@ -1,14 +1,20 @@
 """Thousands of ranks in one process: torch's ``fake`` group moves nothing, so only layouts and keys are looked at."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_asgd import ShardedASGD
+from dist_asgd.checkpoint.contents import Stage
+from tests.harness.bits import assert_same_bits
 
 SHAPES = [(700, 300), (300,), (1,), (64, 64, 3), (), (129,)] * 3
 
@@ -76,3 +82,35 @@ def test_the_slices_of_all_ranks_are_the_parameters() -> None:
             counts[index] += optimizer.state[p]["ax"].numel()
         dist.destroy_process_group()
     assert counts == [p.numel() for p in params()]
+
+
+@pytest.mark.usefixtures("fake_group")
+@pytest.mark.parametrize("fake_group", [(0, 2)], indirect=True, ids=str)
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+def test_what_is_offloaded_stays_on_the_host(placement: Placement) -> None:
+    """DTensors on a mesh of GPUs with their elements on the host, as FSDP2's CPUOffloadPolicy leaves them."""
+    mesh = DeviceMesh("cuda", torch.arange(2), _init_backend=False, _rank=0)
+
+    def offloaded(local: Tensor) -> DTensor:
+        shape = torch.Size((4, 3)) if placement.is_shard() else local.shape
+        return DTensor(
+            local, DTensorSpec(mesh, (placement,), TensorMeta(shape, (3, 1), local.dtype)), requires_grad=False
+        )
+
+    param, plain = nn.Parameter(offloaded(torch.ones(2, 3))), nn.Parameter(torch.ones(2, 3))
+    options = {"lr": 0.1, "t0": 0, "foreach": False}
+    optimizer, oracle = ShardedASGD([param], **options), torch.optim.ASGD([plain], **options)
+    for step in range(4):
+        plain.grad = torch.full((2, 3), 1.0 + step)
+        param.grad = offloaded(plain.grad.clone())
+        optimizer.step()
+        oracle.step()
+        if step == 1:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    average = oracle.state[plain]["ax"]
+    assert_same_bits(param.to_local(), plain, "parameter")
+    for shown in (optimizer.state[param]["ax"], optimizer.state_dict()["state"][0]["ax"]):
+        # A replica has its part, the fake group brings no other.
+        assert_same_bits(shown.to_local().flatten(), average.flatten()[: shown.to_local().numel()], "average")
+    saved = Stage().copy({"model": {"param": param}})["model"]["param"]
+    assert_same_bits(saved.to_local(), plain, "staged parameter")

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 
 from dist_asgd import ShardedASGD, export_averaged, save_checkpoint
 from tests.harness.bits import assert_same_bits, same_tree
+from tests.harness.cases import every_pair
 from tests.harness.meshes import Net, batch
 from tests.harness.ranks import run, run_errors
 
@@ -77,16 +78,17 @@ def beside_torch(rank: int, _world_size: int, orig: bool, options: dict[str, Any
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("orig", [True, False], ids=["use_orig_params", "flat"])
-@pytest.mark.parametrize(
-    "options",
-    [{"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}, {"fused": True, "stage": 2}],
-    ids=["forloop", "foreach", "fused", "stage2"],
+@every_pair(
+    options=[{"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}, {"fused": True, "stage": 2}],
+    use_orig_params=[True, False],
+    world=[(2, "FULL_SHARD"), (3, "SHARD_GRAD_OP")],
 )
-def test_trains_saves_and_loads_as_torch(orig: bool, options: dict[str, Any]) -> None:
+def test_trains_saves_and_loads_as_torch(
+    options: dict[str, Any], use_orig_params: bool, world: tuple[int, str]
+) -> None:
     """Skipped modules, clipping by the module, a changed lr, a reload."""
-    for world_size, strategy in ((2, "FULL_SHARD"), (3, "SHARD_GRAD_OP")):
-        run("gloo", world_size, beside_torch, orig, options, strategy)
+    world_size, strategy = world
+    run("gloo", world_size, beside_torch, use_orig_params, options, strategy)
 
 
 def narrow(rank: int, _world_size: int) -> None:

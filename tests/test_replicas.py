@@ -80,48 +80,48 @@ def _assert_same(params: list[Any], optimizer: Any, others: list[Any], oracle: A
             assert_same_bits(found, whole(value) if key == "ax" else value, f"{key} of {index} {what}")
 
 
-def _lives(_: int, __: int, shape: tuple[int, ...], placements: tuple[Placement, ...], copies: int) -> None:
-    mesh = init_device_mesh("cpu", shape)
-    for seed, form in enumerate(FORMS):
-        params, apart = (_placed(_values(), mesh, placements) for _ in range(2))
-        plain = [nn.Parameter(value) for value in _values()]
-        options = {**OPTIONS, **form, "bucket_cap_mb": 0.7}
-        optimizer = ShardedASGD(params, **options)
-        unshared = ShardedASGD(apart, **options, shard_replicated=False)
-        oracle = torch.optim.ASGD(plain, **OPTIONS, foreach=form.get("foreach", False))
-        for step, (skipped, lr) in enumerate(_history(seed, len(plain))):
-            for of, its in ((params, optimizer), (apart, unshared), (plain, oracle)):
-                its.param_groups[0]["lr"] = lr
-                _set(of, step, skipped)
-                its.step()
-            for param, other in zip(params, apart, strict=True):
-                # Also what this rank has not updated itself.
-                assert_same_bits(local(param), local(other), f"local tensor after {step}")
-        _assert_same(params, optimizer, plain, oracle, f"with {form}")
-        _assert_same(apart, unshared, plain, oracle, f"with {form}, unshared")
-        all_bytes = sum(local(param).nbytes for param in params)
-        # 64 bytes a parameter, and a rank in every store.
-        padding = 64 * (len(params) + copies * len(optimizer._shards.residents))
-        assert optimizer.memory_report().state_bytes <= all_bytes / copies + padding
-        assert unshared.memory_report().state_bytes >= all_bytes
-        report = optimizer.memory_report()
-        assert report.parameter_bytes == all_bytes
-        largest = max(store.layout.numel * store.dtype.itemsize for store in optimizer._shards.residents)
-        assert optimizer._gatherer.scratch_bytes <= 2 * largest
-
-
-@pytest.mark.parametrize(("world_size", "shape", "placements", "copies"), MESHES, ids=str)
-def test_lives_as_torch_in_a_part_of_the_memory(
-    world_size: int, shape: tuple[int, ...], placements: tuple[Placement, ...], copies: int
+def _lives(
+    _: int, __: int, shape: tuple[int, ...], placements: tuple[Placement, ...], copies: int, form: dict[str, bool]
 ) -> None:
+    mesh = init_device_mesh("cpu", shape)
+    params, apart = (_placed(_values(), mesh, placements) for _ in range(2))
+    plain = [nn.Parameter(value) for value in _values()]
+    options = {**OPTIONS, **form, "bucket_cap_mb": 0.7}
+    optimizer = ShardedASGD(params, **options)
+    unshared = ShardedASGD(apart, **options, shard_replicated=False)
+    oracle = torch.optim.ASGD(plain, **OPTIONS, foreach=form.get("foreach", False))
+    for step, (skipped, lr) in enumerate(_history(sum(shape), len(plain))):
+        for of, its in ((params, optimizer), (apart, unshared), (plain, oracle)):
+            its.param_groups[0]["lr"] = lr
+            _set(of, step, skipped)
+            its.step()
+        for param, other in zip(params, apart, strict=True):
+            # Also what this rank has not updated itself.
+            assert_same_bits(local(param), local(other), f"local tensor after {step}")
+    _assert_same(params, optimizer, plain, oracle, f"with {form}")
+    _assert_same(apart, unshared, plain, oracle, f"with {form}, unshared")
+    all_bytes = sum(local(param).nbytes for param in params)
+    # 64 bytes a parameter, and a rank in every store.
+    padding = 64 * (len(params) + copies * len(optimizer._shards.residents))
+    assert optimizer.memory_report().state_bytes <= all_bytes / copies + padding
+    assert unshared.memory_report().state_bytes >= all_bytes
+    report = optimizer.memory_report()
+    assert report.parameter_bytes == all_bytes
+    largest = max(store.layout.numel * store.dtype.itemsize for store in optimizer._shards.residents)
+    assert optimizer._gatherer.scratch_bytes <= 2 * largest
+
+
+@every_value(world=MESHES, form=FORMS)
+def test_lives_as_torch_in_a_part_of_the_memory(world: tuple[int, Any, Any, int], form: dict[str, bool]) -> None:
     """Random histories in every form, also against replicas that share nothing."""
-    run("gloo", world_size, _lives, shape, placements, copies)
+    world_size, *mesh = world
+    run("gloo", world_size, _lives, *mesh, form)
 
 
 def test_other_backends_gather_one_flat_buffer() -> None:
     """As NCCL does; here the threads' own."""
-    run("threads", 4, _lives, (2, 2), (R, S), 2)
-    run("threads", 4, _lives, (2, 1, 2), (R, Shard(1), R), 4)
+    run("threads", 4, _lives, (2, 2), (R, S), 2, FORMS[0])
+    run("threads", 4, _lives, (2, 1, 2), (R, Shard(1), R), 4, FORMS[1])
 
 
 def _several_stores(_: int, __: int) -> None:

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .. import fsdp1
-from ..dtensor import is_dtensor
+from ..dtensor import is_dtensor, local_of, placed_as
 from ..parts import ShardTensor, part_of
 from .objects import load_object
 from .sharded import PartMark
@@ -200,10 +199,12 @@ class Stage:
         if part is not None:
             return self._copied_part(key, value, part)
         if is_dtensor(value):
-            staged: Tensor = BlockingAsyncStager().stage({"": value})[""]
-            return staged
+            return placed_as(value, self._copied_plain(key, local_of(value)))
         if value.dim() == 0:
             return value.detach().cpu().clone()
+        return self._copied_plain(key, value)
+
+    def _copied_plain(self, key: tuple[str, str], value: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         fits = buffer is not None and (buffer.shape, buffer.dtype, buffer.stride()) == (
             value.shape,

@@ -88,7 +88,7 @@ def lives_sharded_as_device(rank: int, world_size: int) -> None:
 
     round_as_hardware()
     with mock.patch.object(backend, "of", return_value=backend.TRITON):
-        _lives_as_torch(rank, world_size, "fsdp2", ("fused",))
+        _lives_as_torch(rank, world_size, "fsdp2", "fused")
 
 
 def lives_sharded(_device: torch.device) -> None:

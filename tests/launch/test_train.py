@@ -26,12 +26,12 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def finished(torchrun: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, FinishedRun]:
-    """One run of each stage."""
+def finished(train: Train, torchrun: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, FinishedRun]:
+    """One run of each stage; that of stage 2 through torchrun."""
     runs = {}
-    for stage in (1, 2):
+    for stage, start in ((1, train), (2, torchrun)):
         out = tmp_path_factory.mktemp(f"stage-{stage}")
-        run = torchrun("--stage", str(stage), "--steps", "12", "--checkpoint-every", "8", "--out", str(out))
+        run = start("--stage", str(stage), "--steps", "12", "--checkpoint-every", "8", "--out", str(out))
         assert run.returncode == 0, run.stdout
         runs[stage] = FinishedRun(out, run.stdout)
     return runs
