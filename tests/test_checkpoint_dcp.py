@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
@@ -71,8 +70,7 @@ def test_torchs_recipe_moves_between_topologies(step: int, how: str, tmp_path: P
     run(backend(target[0]), target[1], load, target[0], "mlp", str(tmp_path), how, expected)
 
 
-@pytest.mark.parametrize("kind", ["odd", "complex", "bfloat16"])
-@pytest.mark.parametrize("ranks", [(1, 3), (3, 2), (4, 1)], ids=str)
+@every_value(kind=["odd", "complex", "bfloat16"], ranks=[(1, 3), (3, 2), (4, 1), (2, 4)])
 def test_odd_parameters_move_too(kind: str, ranks: tuple[int, int], tmp_path: Path) -> None:
     """Tied, frozen, transposed, channels_last, 0-dim, empty, unused; complex; with a wider average."""
     source, target = (("single" if n == 1 else "stage1", n) for n in ranks)

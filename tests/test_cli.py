@@ -553,18 +553,13 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_python_m_dist_asgd(two: Saved, tmp_path: Path) -> None:
-    """A real process: the same commands, a bar on a terminal, and plain errors."""
+    """A real process: the same commands, and a bar on a terminal."""
     out = str(tmp_path / "model.safetensors")
     done = python("-m", "dist_asgd", "export", str(two[0]), out, FORCE_COLOR="1")
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stdout
     assert "exporting" in done.stderr
     assert same_tree(load_file(out), load_file(two[0].parent / "live.safetensors"))
-    done = python("-m", "dist_asgd", "verify", str(tmp_path))
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
 
 
 def test_the_console_script_is_the_same() -> None:

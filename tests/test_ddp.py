@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR,
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import same_bits
+from tests.harness.cases import every_pair
 from tests.harness.models import mlp, mlp_loss
 from tests.harness.ranks import run
 
@@ -75,12 +76,10 @@ def compare_scripts(
     assert not torch.equal(expected[0][0], expected[0][-1])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("views", [False, True], ids=["copies", "views"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"lr": 0.1, "t0": 3, "weight_decay": 0.01}, {"lr": 0.1, "t0": 0, "foreach": True}],
-    ids=["defaults", "averaging", "foreach"],
+@every_pair(
+    options=[{}, {"lr": 0.1, "t0": 3, "weight_decay": 0.01}, {"lr": 0.1, "t0": 0, "foreach": True}],
+    world_size=[2, 3],
+    views=[False, True],
 )
 def test_only_the_class_name_changes(world_size: int, views: bool, options: dict[str, Any]) -> None:
     """Also with gradients that are views of DDP's buckets."""

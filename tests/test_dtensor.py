@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel,
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import assert_same_bits
-from tests.harness.cases import every_pair
+from tests.harness.cases import every_value
 from tests.harness.meshes import (
     KINDS,
     Net,
@@ -61,7 +61,7 @@ def _lives_as_torch(_: int, world_size: int, kind: str, form: str) -> int:
     return sum(1 for _ in dtensors(model))
 
 
-@every_pair(kind=KINDS, world_size=(2, 3, 4), form=FORMS)
+@every_value(kind=KINDS, world_size=(4, 2, 3, 4), form=FORMS)
 def test_lives_as_torch_on_the_whole_model(kind: str, world_size: int, form: str) -> None:
     """Skipped gradients, a changed lr, averaging from the middle on, a reload; in every form of the update."""
     assert min(run("gloo", world_size, _lives_as_torch, kind, form)) >= 8

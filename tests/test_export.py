@@ -131,7 +131,7 @@ def other_kinds(_rank: int, _world_size: int, folder: str) -> None:
         export_averaged(f"{folder}/b.safetensors", model, optimizer, torch.float32)
 
 
-@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2), ("gloo", 3)])
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
 def test_other_dtypes_and_wrapped_models(backend: str, world_size: int, tmp_path: Path) -> None:
     """The average of a bf16 parameter is float32 and is rounded once; wrappers leave no trace in names."""
     run(backend, world_size, other_kinds, str(tmp_path))

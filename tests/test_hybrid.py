@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import dist_asgd
 from dist_asgd import ShardedASGD, export_averaged
 from tests.harness.bits import assert_same_bits, same_bits
-from tests.harness.cases import every_pair
+from tests.harness.cases import every_value
 from tests.harness.history import History
 from tests.harness.meshes import hybrid_mesh
 from tests.harness.models import mlp, mlp_loss
@@ -68,7 +68,11 @@ def train_on_own_data(
     return [p.detach().clone() for p in model.parameters()], optimizer.consolidated_state_dict(to=None), held
 
 
-@every_pair(mesh=[(2, 2), (3, 1), (1, 3)], options=[{}, {"reduce_dtype": torch.bfloat16}], num_backwards=[1, 2])
+@every_value(
+    mesh=[(2, 2), (2, 2), (3, 1), (1, 3)],
+    options=[{}, {"reduce_dtype": torch.bfloat16}],
+    num_backwards=[1, 2, 2, 1],
+)
 def test_replicas_are_equal_and_near_flat_sharding(mesh: Any, options: dict[str, Any], num_backwards: int) -> None:
     """Every rank has the same bits; against flat sharding sums differ in their order only."""
     world_size = mesh[0] * mesh[1]

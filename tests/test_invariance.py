@@ -9,7 +9,7 @@ import torch
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import assert_same_bits, same_bits, same_tree
-from tests.harness.cases import every_pair
+from tests.harness.cases import every_pair, every_value
 from tests.harness.history import DTYPES, GroupSpec, History, ParamSpec, SetLr, Step
 from tests.harness.models import mlp, odd_loss, odd_net
 from tests.harness.ranks import run
@@ -118,8 +118,7 @@ def train_on_own_data(rank: int, _world_size: int, bucket_cap_mb: float, dtype: 
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@every_value(world_size=[2, 3, 4], dtype=[torch.float32, torch.float64, torch.bfloat16])
 def test_bucket_size_does_not_change_a_bit_of_the_reduction_either(world_size: int, dtype: torch.dtype) -> None:
     """The mean over ranks is summed and divided in one way, whatever shares a bucket with it."""
     expected = run("gloo", world_size, train_on_own_data, 25.0, dtype)[0]
