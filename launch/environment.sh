@@ -36,8 +36,7 @@ prepare_venv() {
         shift
     done
     echo "Installing pinned packages into $VENV (torch is 200 MB; a minute or more)"
-    # Modules are compiled by whoever imports them: most never are, and all of them take half a minute.
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --progress-bar on "$@"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar on "$@"
     if ! is_text_of "$VENV/built" "$package"; then # compiling takes half a minute
         # The build tools are among the pins, so the build takes those instead of fetching others.
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$REPOSITORY"
