@@ -201,7 +201,7 @@ class Stage:
         if is_dtensor(value):
             return placed_as(value, self._copied_plain(key, local_of(value)))
         if value.dim() == 0:
-            return value.detach().cpu().clone()
+            return value.clone() if value.device.type == "cpu" else value.cpu()
         return self._copied_plain(key, value)
 
     def _copied_plain(self, key: tuple[str, str], value: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class Stage:
     def _copied_part(self, key: tuple[str, str], value: Any, part: ShardTensor) -> Tensor:
         local = part.to_local()
         kept = part_of(self._buffers.get(key))
-        if kept is None or kept.place != part.place or kept.dtype != part.dtype:
+        if kept is None or kept.place != part.place or kept.to_local().dtype != local.dtype:
             self._buffers[key] = value.like(_room_for(local))
             kept = part_of(self._buffers[key])
         assert kept is not None

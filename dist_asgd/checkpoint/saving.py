@@ -34,12 +34,16 @@ class PendingSave:
         self.step = step
         self._work = work
         self._failure: BaseException | None = None
+        self._may_begin = threading.Event()
         # Not a daemon: the interpreter does not end before the checkpoint is whole.
         self._thread = threading.Thread(target=self._run, name=f"dist_asgd save of {path.name}")
         atexit.register(self._surface)
         self._thread.start()
+        self._may_begin.set()
 
     def _run(self) -> None:
+        # A new thread keeps the interpreter for 5 ms; this one lets the training loop have it.
+        self._may_begin.wait()
         try:
             self._work()
         except BaseException as error:
