@@ -38,8 +38,11 @@ class PendingSave:
         # Not a daemon: the interpreter does not end before the checkpoint is whole.
         self._thread = threading.Thread(target=self._run, name=f"dist_asgd save of {path.name}")
         atexit.register(self._surface)
-        self._thread.start()
-        self._may_begin.set()
+        try:
+            self._thread.start()
+        finally:
+            # Also where a signal ends the start: the interpreter waits for this thread.
+            self._may_begin.set()
 
     def _run(self) -> None:
         # A new thread keeps the interpreter for 5 ms; this one lets the training loop have it.

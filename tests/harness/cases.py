@@ -21,10 +21,14 @@ def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
 
 
 def every_value(**axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """The same with as few cases as the longest axis has values; each value occurs."""
+    """The same with as few cases as the longest axis has values; each occurs, as often as its axis repeats it."""
     values = [list(axis) for axis in axes.values()]
     rows = ([axis[row % len(axis)] for axis in values] for row in range(max(map(len, values))))
-    return _parametrize(axes, product(*values) if ALL_CASES else rows)
+    return _parametrize(axes, product(*map(_distinct, values)) if ALL_CASES else rows)
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    return [value for index, value in enumerate(values) if value not in values[:index]]
 
 
 def _parametrize(names: Iterable[str], rows: Iterable[Iterable[Any]]) -> pytest.MarkDecorator:

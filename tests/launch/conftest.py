@@ -26,11 +26,11 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def train(text: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def train(text: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the trainer to its end, on two ranks if nothing else is said, and returns its status and output."""
 
     def run(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-        return run_ranks(ranks, [*TINY, "--data", str(text), *arguments])
+        return run_ranks(ranks, [*TINY, "--data", str(text), *arguments], environment)
 
     return run
 

@@ -2,12 +2,13 @@
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from multiprocessing.context import ForkServerProcess
+
+import torch.distributed as dist
 
 from tests.harness.processes import loaded_context, no_main_module
 from tests.launch.runs import REPOSITORY
@@ -16,18 +17,22 @@ TRAIN = REPOSITORY / "launch" / "train.py"
 TIMEOUT_S = 120.0
 
 
-def run_ranks(world_size: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The trainer's command line on ``world_size`` ranks, to its end: the worst status, and what all ranks wrote."""
+def run_ranks(world_size: int, arguments: list[str], common: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The trainer's command line on ``world_size`` ranks, to its end: the worst status, and what all ranks wrote.
+
+    ``common``: what the environment of each has besides its rank.
+    """
     context = loaded_context()
-    with socket.socket() as free, tempfile.NamedTemporaryFile("r") as output:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
+    # Ranks meet at the launcher's store, as under torchrun: no port is looked for that another may take meanwhile.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with tempfile.NamedTemporaryFile("r") as output:
         ranks = []
         with no_main_module():
             for rank in range(world_size):
                 places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-                environment = {**address, **{name: str(value) for name, value in places.items()}}
+                environment = {**common, **meeting, **{name: str(value) for name, value in places.items()}}
                 process = context.Process(target=_rank, args=(arguments, environment, output.name))
                 process.start()
                 ranks.append(process)

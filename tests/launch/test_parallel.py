@@ -45,6 +45,7 @@ def test_losses_are_those_of_zero1_to_the_bit(zero1: Path, train: Train, tmp_pat
     ("ranks", "options", "tolerance"),
     [
         (2, ("--parallel", "fsdp2"), 0.0),
+        (4, ("--parallel", "fsdp2", "--tensor-parallel", "2"), 1e-5),
         (4, ("--parallel", "hsdp", "--tensor-parallel", "2", "--replicas", "2"), 1e-5),
         (4, ("--parallel", "hybrid"), 0.1),
     ],
