@@ -112,5 +112,11 @@ def test_what_is_offloaded_stays_on_the_host(placement: Placement) -> None:
     for shown in (optimizer.state[param]["ax"], optimizer.state_dict()["state"][0]["ax"]):
         # A replica has its part, the fake group brings no other.
         assert_same_bits(shown.to_local().flatten(), average.flatten()[: shown.to_local().numel()], "average")
-    saved = Stage().copy({"model": {"param": param}})["model"]["param"]
-    assert_same_bits(saved.to_local(), plain, "staged parameter")
+    stage = Stage()
+    saved = stage.copy({"model": {"param": param}})["model"]["param"].to_local()
+    with torch.no_grad():
+        param.to_local().zero_()
+    assert_same_bits(saved, plain, "staged parameter, while training goes on")
+    again = stage.copy({"model": {"param": param}})["model"]["param"].to_local()
+    assert again.data_ptr() == saved.data_ptr()
+    assert not again.any()
