@@ -105,6 +105,22 @@ class ShardTensor(torch.Tensor):
         """The same part of another tensor of this shape, held in ``local`` ``(numel,)``."""
         return ShardTensor(local, self._shape, self._strides, self._start, self._within)
 
+    def is_of(self, slice_: Tensor) -> bool:
+        """Whether this is the part that ``slice_`` ``(numel,)`` is: the same memory."""
+        local = self._local
+        return (local.data_ptr(), local.numel(), local.dtype) == (slice_.data_ptr(), slice_.numel(), slice_.dtype)
+
+    def is_like(self, other: ShardTensor, whole: Tensor) -> bool:
+        """Whether this is ``other.like(other.slice_of(whole))``: the same memory."""
+        local = self._local
+        return (
+            (self._start, local.numel(), self._strides) == (other._start, other._local.numel(), other._strides)
+            and local.dtype == whole.dtype
+            and local.data_ptr() in (0, whole.data_ptr() + self._start * local.element_size())
+            and whole.shape == self._shape
+            and _lies_as(whole, self._strides)
+        )
+
     def slice_of(self, whole: Tensor) -> Tensor | None:
         """The same part of ``whole``, which has this shape, as a 1-D view; None where it lies otherwise in memory."""
         if whole.shape != self._shape or not _lies_as(whole, self._strides):

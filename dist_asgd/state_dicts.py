@@ -28,6 +28,7 @@ class StateDicts:
         self._shards = shards
         self._communicators = communicators
         self._gatherer = gatherer
+        self._known: sharded.KnownParts = {}
 
     def part(self) -> dict[str, Any]:
         """This rank's part; no communication."""
@@ -36,7 +37,7 @@ class StateDicts:
         if self._shards is None:
             packed = differentiable.pack(optimizer.param_groups, optimizer.state)
         else:
-            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators)
+            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._known)
         return after_state_dict(optimizer, packed)
 
     @torch.no_grad()
@@ -77,6 +78,8 @@ class StateDicts:
     def apply(self, loaded: loading.Loaded) -> None:
         """Collective: take over what all ranks have read."""
         groups = self._optimizer.param_groups
+        # Averages may move to wider storage.
+        self._known.clear()
         for group, values in zip(groups, loaded.groups, strict=True):
             params = group["params"]
             group.clear()

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,10 +24,12 @@ from torch.utils.serialization import config
 from dist_asgd import ShardedASGD, save_checkpoint
 from dist_asgd.checkpoint import writer
 from dist_asgd.checkpoint.archives import Archives
-from dist_asgd.checkpoint.contents import Stage, describe
+from dist_asgd.checkpoint.contents import KnownParts, describe
 from dist_asgd.checkpoint.manifest import Chunk, read_manifest
 from dist_asgd.checkpoint.reader import Opened
+from dist_asgd.checkpoint.staging import Stage
 from dist_asgd.parts import ShardTensor
+from tests.harness.bits import assert_same_bits
 from tests.harness.meshes import Net, set_gradients, sharded
 from tests.harness.ranks import run
 from tests.harness.topologies import build
@@ -185,6 +188,50 @@ def test_elements_that_look_like_the_frame_are_found() -> None:
         assert bytes(torch.load(io.BytesIO(stream.getvalue()[start:])).tolist()) == text
 
 
+def describes_what_is_live(rank: int, _world_size: int) -> int:
+    """Job: described again and again, as saves do, while averages move to wider memory and parameters to other."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = ShardedASGD(model.parameters(), lr=0.1)
+    set_gradients(model, 0)
+    optimizer.step()
+    shapes = {param: param.shape for param in model.parameters()}
+    known: KnownParts = {}
+    num_parts = 0
+    for change in ("nothing", "averages", "parameters", "strides", "parameters", "shape"):
+        if change == "averages":
+            wider = optimizer.state_dict()
+            for entry in wider["state"].values():
+                entry["ax"] = entry["ax"].like(entry["ax"].to_local().double())
+            optimizer.load_state_dict(wider)
+        for param in model.parameters():
+            if change == "parameters":
+                param.data = torch.empty(shapes[param]).normal_()
+            elif change == "strides" and param.dim() == 2:
+                param.data = param.data.as_strided(param.shape, (1, param.shape[0]))
+            elif change == "shape":
+                param.data = param.data[:-1]
+        state = describe(model, optimizer, None, rank, 0, known)
+        for name, param in model.named_parameters():
+            average = state["optim"][f"state.{name}.ax"]
+            assert average.is_of(optimizer.state[param]["ax"]), (change, name)
+            own = state["model"].get(name)
+            if isinstance(own, ShardTensor):
+                num_parts += 1
+                assert own.place == average.place
+                assert own.is_of(average.slice_of(param)), (change, name)
+            else:
+                # Whole, and rank 0's to write, where it does not lie as its average does.
+                assert change in ("strides", "shape")
+                assert (own is None) == (rank > 0)
+    return num_parts
+
+
+def test_what_is_known_from_the_last_save_is_not_taken_where_it_has_moved() -> None:
+    """Averages by a load, parameters by whoever; on two ranks."""
+    assert all(num_parts > 10 for num_parts in run("gloo", 2, describes_what_is_live))
+
+
 # --- staging ----------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +253,85 @@ def test_a_stage_takes_whatever_comes() -> None:
         assert torch.equal(staged.to_local(), part.to_local())
         kept.append(staged.to_local().data_ptr())
     assert kept[0] == kept[1]
+
+
+def neighbours(shift: int) -> dict[str, Tensor]:
+    """Tensors of several dtypes side by side, far apart, on each other, with nothing in them, and by themselves."""
+    storage = (torch.arange(40_000) + shift).to(torch.uint8)
+
+    def at(first: int, numel: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        return storage[first : first + numel * dtype.itemsize].view(dtype).view(shape or (numel,))
+
+    return {
+        "first": at(16, 6, torch.float32, 2, 3),
+        "long": at(16, 2000, torch.float32),
+        "in its end": at(8000, 4, torch.uint8),
+        "beside it": at(40, 5, torch.float16),
+        "on both": at(32, 12, torch.int8),
+        "far": at(20_000, 3, torch.complex128, 3, 1),
+        "last": at(39_998, 2, torch.uint8),
+        "none": at(100, 0, torch.float32),
+        "across": at(64, 12, torch.float32, 3, 4).t(),
+        "conjugate": at(160, 4, torch.complex64).conj(),
+        "own": torch.arange(5.0) + shift,
+        "own empty": torch.empty(0, 3),
+        "scalar": torch.tensor(1.5) + shift,
+        "counter": torch.tensor(7) + shift,
+    }
+
+
+def test_what_shares_memory_is_staged_at_once_and_lies_as_it_did() -> None:
+    """Round after round into the same memory, wherever the tensors are by then; in inference mode too."""
+    stage = Stage()
+    addresses = set()
+    for shift in range(2):
+        live = neighbours(shift)
+        # Where nothing moves, and where all does.
+        for step in range(2):
+            wanted = {key: value.clone() for key, value in live.items()}
+            with torch.inference_mode(step == 0):
+                copied = stage.copy({"model": {**live, "name": "a"}, "optim": {"again": live["first"]}})
+            assert copied["model"].pop("name") == "a"
+            assert torch.equal(copied["optim"]["again"], wanted["first"])
+            for key, value in live.items():
+                value.zero_()
+                assert_same_bits(copied["model"][key].resolve_conj(), wanted[key], key)
+                assert copied["model"][key].stride() == value.stride()
+            if step:
+                assert addresses == {value.data_ptr() for value in copied["model"].values() if value.dim()}
+            addresses = {value.data_ptr() for value in copied["model"].values() if value.dim()}
+    # Not the 40,000 bytes that all of it is in.
+    assert sum(stretch.room.numel() for stretch in stage._stretches) < 8300
+
+
+def test_a_stage_notices_that_a_tensor_has_moved() -> None:
+    """One of two neighbours, whose place another tensor may have by now."""
+    stage = Stage()
+    both = torch.arange(8.0)
+    live = {"a": both[:4], "b": both[4:]}
+    stage.copy({"model": live})
+    live["b"] = torch.arange(20.0)[10:14]
+    both.fill_(-1)
+    copied = stage.copy({"model": live})["model"]
+    assert copied["a"].tolist() == [-1] * 4
+    assert copied["b"].tolist() == [10, 11, 12, 13]
+    alone = torch.full((4,), 3.0)
+    copied = stage.copy({"model": {"a": alone, "b": live["b"]}})["model"]
+    assert copied["a"].tolist() == [3] * 4
+
+
+def test_a_stage_notices_that_storage_is_another() -> None:
+    """At the same address, but smaller, so that the tensor beside it is in none of its."""
+    stage = Stage()
+    memory = np.arange(8, dtype=np.float32)
+    whole, cut = torch.from_numpy(memory), torch.from_numpy(memory[:4])
+    live = {"a": whole[:4], "b": whole[4:]}
+    stage.copy({"model": live})
+    live["a"] = cut
+    memory += 1
+    copied = stage.copy({"model": live})["model"]
+    assert torch.cat((copied["a"], copied["b"])).tolist() == memory.tolist()
+    assert len(cut.untyped_storage()) == 16
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -222,6 +222,28 @@ assert torch.equal(ours, theirs), "other bits"
 """
 
 
+@needs_kernel
+def test_bytes_are_copied_past_the_caches() -> None:
+    """At any alignment and size, on several threads; nothing beside them is written."""
+    threads = torch.get_num_threads()
+    source = torch.randint(0, 256, (9_000_001,), dtype=torch.uint8)
+    try:
+        for num_threads, start, numel in itertools.product(
+            (1, 3), (0, 1, 63), (0, 5, 1 << 20, (1 << 20) + 7, 8_999_900)
+        ):
+            torch.set_num_threads(num_threads)
+            to = torch.zeros_like(source)
+            cpu.copy_bytes(to[start + 7 :][:numel], source[start:][:numel])
+            assert torch.equal(to[start + 7 :][:numel], source[start:][:numel])
+            assert not to[: start + 7].any()
+            assert not to[start + 7 + numel :].any()
+    finally:
+        torch.set_num_threads(threads)
+    for wrong in (torch.zeros(1 << 20), torch.zeros(1 << 21, dtype=torch.uint8)[::2]):
+        with pytest.raises(ValueError, match="contiguous"):
+            cpu.copy_bytes(wrong, source[: 1 << 20])
+
+
 def test_without_the_kernel_the_bits_are_the_same_and_the_log_says_so_once() -> None:
     """torch itself drops fused multiply-adds under this setting, so the kernel would differ."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}

@@ -13,7 +13,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_asgd import ShardedASGD
-from dist_asgd.checkpoint.contents import Stage
+from dist_asgd.checkpoint.staging import Stage
 from tests.harness.bits import assert_same_bits
 
 SHAPES = [(700, 300), (300,), (1,), (64, 64, 3), (), (129,)] * 3

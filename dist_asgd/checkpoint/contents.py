@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .. import fsdp1
-from ..dtensor import is_dtensor, local_of, placed_as
+from ..dtensor import is_dtensor
 from ..parts import ShardTensor, part_of
 from .objects import load_object
 from .sharded import PartMark
@@ -102,17 +102,26 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     return Names(of_model, of_params)
 
 
+# What this rank updates of the parameter with this index.
+KnownParts = dict[int, ShardTensor]
+
+
 def describe(
-    model: nn.Module, optimizer: Optimizer, extra: Any, rank: int, replica: int = 0
+    model: nn.Module,
+    optimizer: Optimizer,
+    extra: Any,
+    rank: int,
+    replica: int = 0,
+    known: KnownParts | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What this rank has to save of ``model`` and ``optimizer``, and its ``extra``; tensors are the live ones.
 
-    ``replica``: which copy of the shards it holds, in hybrid sharding; the first is saved.
+    ``replica``: which copy of the shards it holds, in hybrid sharding; the first is saved. ``known``: of the last save.
     """
     live = model.state_dict(keep_vars=True)
     names = names_of(model, optimizer, live)
     saved = optimizer.state_dict()
-    parts = param_parts(optimizer, saved)
+    parts = param_parts(optimizer, saved, {} if known is None else known)
     model_state: dict[str, Any] = {}
     for key, value in live.items():
         # Every rank has the whole parameter and writes the part that it updates.
@@ -138,18 +147,25 @@ def describe(
     return state
 
 
-def param_parts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int, ShardTensor]:
+def param_parts(optimizer: Optimizer, state_dict: dict[str, Any], known: KnownParts) -> dict[int, ShardTensor]:
     """What this rank updates of each parameter that is whole on every rank, by its ``id``; shares memory with it.
 
-    ``state_dict``: the optimizer's.
+    ``state_dict``: the optimizer's. ``known``: those found before, which are taken where they are still right.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     found = {}
     for index, entry in state_dict["state"].items():
-        part = None if is_dtensor(params[index]) else part_of(entry.get(AVERAGE))
-        slice_ = None if part is None else part.slice_of(params[index])
-        if part is not None and slice_ is not None:
-            found[id(params[index])] = part.like(slice_)
+        param = params[index]
+        part = None if is_dtensor(param) else part_of(entry.get(AVERAGE))
+        if part is None:
+            continue
+        own = known.get(index)
+        if own is None or not own.is_like(part, param):
+            slice_ = part.slice_of(param)
+            if slice_ is None:
+                continue
+            own = known[index] = part.like(slice_)
+        found[id(param)] = own
     return found
 
 
@@ -175,59 +191,6 @@ def serialize(extra: Any) -> Serialized:
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     return Serialized(stream.getvalue())
-
-
-class Stage:
-    """Host memory to which states are copied, so that training can go on; kept for the next one."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], Tensor] = {}
-
-    def copy(self, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """``state`` with every tensor copied; overwrites what the last call returned."""
-        with torch.no_grad():
-            return {
-                part: {
-                    key: self._copied((part, key), value) if isinstance(value, Tensor) else value
-                    for key, value in entries.items()
-                }
-                for part, entries in state.items()
-            }
-
-    def _copied(self, key: tuple[str, str], value: Tensor) -> Tensor:
-        part = part_of(value)
-        if part is not None:
-            return self._copied_part(key, value, part)
-        if is_dtensor(value):
-            return placed_as(value, self._copied_plain(key, local_of(value)))
-        if value.dim() == 0:
-            return value.clone() if value.device.type == "cpu" else value.cpu()
-        return self._copied_plain(key, value)
-
-    def _copied_plain(self, key: tuple[str, str], value: Tensor) -> Tensor:
-        buffer = self._buffers.get(key)
-        fits = buffer is not None and (buffer.shape, buffer.dtype, buffer.stride()) == (
-            value.shape,
-            value.dtype,
-            value.stride(),
-        )
-        if buffer is None or not fits:
-            buffer = self._buffers[key] = _room_for(value)
-        return buffer.copy_(value)
-
-    def _copied_part(self, key: tuple[str, str], value: Any, part: ShardTensor) -> Tensor:
-        local = part.to_local()
-        kept = part_of(self._buffers.get(key))
-        if kept is None or kept.place != part.place or kept.to_local().dtype != local.dtype:
-            self._buffers[key] = value.like(_room_for(local))
-            kept = part_of(self._buffers[key])
-        assert kept is not None
-        kept.to_local().copy_(local)
-        return self._buffers[key]
-
-
-def _room_for(value: Tensor) -> Tensor:
-    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
 
 
 def by_parent(keys: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -137,7 +137,7 @@ def _stage(path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, ver
     live = optimizer.state_dict()
     optimizer_state = _stage_optimizer(found, names, optimizer, live, difference)
     mastered = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
-    model_state, parts = _stage_model(found, names, model, mastered, param_parts(optimizer, live), difference)
+    model_state, parts = _stage_model(found, names, model, mastered, param_parts(optimizer, live, {}), difference)
     difference.check(path, strict)
     found.read()
     manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta

@@ -17,8 +17,9 @@ from ..comm import Communicators, PeerError
 from ..gradients import Gradients
 from . import directory
 from .archives import Frames
-from .contents import Stage, describe
+from .contents import KnownParts, describe
 from .pieces import Holding, holding_of, without_copies
+from .staging import Stage
 from .writer import PartFile, finish, metadata_of
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class Saver:
         self._agreement: Agreement | None = None
         self._stage = Stage()
         self._frames: Frames = {}
+        self._known: KnownParts = {}
         self._pending: PendingSave | None = None
 
     @classmethod
@@ -161,7 +163,7 @@ class Saver:
                     "dist_asgd: the last checkpoint is still being written. Save less often, or pass when_busy='wait'."
                 )
             self.settle_pending()
-            state = describe(model, optimizer, extra, self.rank, self._communicators.replica)
+            state = describe(model, optimizer, extra, self.rank, self._communicators.replica, self._known)
             if kind is Kind.ASYNC_SAVE_CHECKPOINT:
                 state = self._stage.copy(state)
             entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]

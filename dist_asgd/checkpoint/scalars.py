@@ -15,9 +15,13 @@ def snapshots_of(members: Sequence[Member], cohort_of: dict[int, Cohort]) -> dic
 
     Parameters share none: whoever loads into them must not write one through another.
     """
-    cohorts = {id(cohort_of[member.index]): cohort_of[member.index] for member in members}
-    snapshots = {key: cohort.snapshot() for key, cohort in cohorts.items()}
-    return {
-        member.index: {key: scalar.clone() for key, scalar in snapshots[id(cohort_of[member.index])].items()}
-        for member in members
-    }
+    together: dict[int, list[Member]] = {}
+    for member in members:
+        together.setdefault(id(cohort_of[member.index]), []).append(member)
+    snapshots: dict[int, dict[str, Tensor]] = {member.index: {} for member in members}
+    for alike in together.values():
+        for key, scalar in cohort_of[alike[0].index].snapshot().items():
+            # A tensor each, made at once.
+            for member, copied in zip(alike, scalar.expand(len(alike)).clone().unbind(), strict=True):
+                snapshots[member.index][key] = copied
+    return snapshots

@@ -60,7 +60,14 @@ class PartMark(metaclass=_Explained):
 torch.serialization.add_safe_globals([bool])
 
 
-def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, communicators: Communicators) -> dict[str, Any]:
+# The average of the parameter with this index, as it was handed out: the same again while it is where it was.
+KnownParts = dict[int, ShardTensor]
+_AVERAGE = "ax"
+
+
+def pack(
+    groups: Sequence[dict[str, Any]], shards: ShardedState, communicators: Communicators, known: KnownParts
+) -> dict[str, Any]:
     """torch's layout with this rank's part of each sharded tensor; the sharded ones are the live ones.
 
     Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either. Nor have
@@ -70,14 +77,14 @@ def pack(groups: Sequence[dict[str, Any]], shards: ShardedState, communicators: 
     members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
     members = [m for m in members if m.param.numel() or not fsdp1.is_part(m.param)]
     state = snapshots_of(members, cohort_of)
-    view = _View(shards.members, communicators)
+    view = _View(shards.members, communicators, known)
     for member in members:
         entry = state[member.index]
         if cohort_of[member.index].fresh:
             # Before the first step eta follows the lr.
             lr = groups[member.bucket.group_index]["lr"]
             entry["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
-        entry.update((key, view.of(member, slice_)) for key, slice_ in member.slices().items())
+        entry.update((key, view.of(member, key, slice_)) for key, slice_ in member.slices().items())
     packed = pack_groups(groups)
     parts = {
         shards.members[index].bucket.group_index
@@ -99,14 +106,24 @@ class _View:
     the ranks of a replica have none that all know of.
     """
 
-    def __init__(self, members: Sequence[Member], communicators: Communicators) -> None:
+    def __init__(self, members: Sequence[Member], communicators: Communicators, known: KnownParts) -> None:
         self._communicators = communicators
+        self._known = known
         mixed = any(isinstance(member, Placed) for member in members)
         self._group = communicators.group if mixed and communicators.num_replicas == 1 else None
         self._meshes: dict[str, DeviceMesh] = {}
 
-    def of(self, member: Member, slice_: Tensor) -> Tensor:
+    def of(self, member: Member, key: str, slice_: Tensor) -> Tensor:
         """``slice_`` is this rank's of ``member``; shares memory."""
+        known = self._known.get(member.index) if key == _AVERAGE else None
+        if known is not None and known.is_of(slice_):
+            return known
+        shown = self._new(member, slice_)
+        if key == _AVERAGE and isinstance(shown, ShardTensor) and not shown.is_inference():
+            self._known[member.index] = shown
+        return shown
+
+    def _new(self, member: Member, slice_: Tensor) -> Tensor:
         if isinstance(member, Resident):
             return member.shown(slice_)
         communicators, shape, strides = self._communicators, member.param.shape, member.strides

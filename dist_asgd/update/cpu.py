@@ -20,13 +20,15 @@ from torch import Tensor
 
 from .segments import Kind, Segment
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Starting a thread costs about as much as updating this many elements.
 NUMEL_PER_THREAD = 1 << 17
 # While mu is 1 an average is written and not read. Where the averages of a step are larger than this it goes past the
 # caches: it pays as soon as they outgrow what is a core's own.
 STREAMED_BYTES = 1 << 23
+# Copies of fewer bytes go through the caches, which have room for them; and so much for each thread.
+COPIED_BYTES = 1 << 20
 INCOMPLETE = "dist_asgd: a CPU kernel needs a gradient for every segment and scalars for every row."
 
 
@@ -55,6 +57,8 @@ def _load() -> ctypes.CDLL | str:
         library.dist_asgd_abi.restype = ctypes.c_int64
         library.dist_asgd_update.argtypes = [ctypes.POINTER(_Call)]
         library.dist_asgd_update.restype = ctypes.c_int64
+        library.dist_asgd_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        library.dist_asgd_copy.restype = None
         abi = library.dist_asgd_abi()
     except (OSError, AttributeError) as error:
         return f"{found.name} does not load ({error})"
@@ -170,3 +174,17 @@ class Launch:
 def lanes(numel: int, start: int, stop: int) -> int:
     """How many of elements ``start`` to ``stop`` of a 16-bit parameter torch rounds as full vector lanes."""
     return max(0, min(stop, numel // 32 * 32) - start)
+
+
+def copy_bytes(to: Tensor, source: Tensor) -> None:
+    """``to.copy_(source)`` of bytes ``(num_bytes,)`` on the CPU which nobody reads soon, past the caches.
+
+    With fewer bytes, or no compiled kernel, it is that.
+    """
+    library = _load()
+    num_bytes = to.numel()
+    if isinstance(library, str) or num_bytes < COPIED_BYTES:
+        to.copy_(source)
+        return
+    pointers = [_check(tensor, torch.uint8, num_bytes, "bytes") for tensor in (to, source)]
+    library.dist_asgd_copy(*pointers, num_bytes, min(torch.get_num_threads(), num_bytes // COPIED_BYTES))

@@ -24,7 +24,7 @@
 #include <immintrin.h>
 #endif
 
-#define ABI 2
+#define ABI 3
 #define INLINE static inline __attribute__((always_inline))
 
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
@@ -442,4 +442,37 @@ int64_t dist_asgd_update(const call *k) {
         else run(&parts[t]);
     }
     return 0;
+}
+
+/* Bytes to copy past the caches. */
+typedef struct {
+    char *to;
+    const char *from;
+    int64_t bytes;
+} stretch;
+
+static void *copy_stretch(void *at) {
+    const stretch *s = at;
+    stream(s->to, s->from, s->bytes, write_lines);
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+    return 0;
+}
+
+/* For what is read much later, and not by this core. The two ranges must not overlap. */
+void dist_asgd_copy(char *to, const char *from, int64_t bytes, int64_t num_threads) {
+    pthread_t threads[MAX_THREADS];
+    stretch stretches[MAX_THREADS];
+    int started[MAX_THREADS] = {0};
+    int64_t count = num_threads < 1 ? 1 : num_threads > MAX_THREADS ? MAX_THREADS : num_threads;
+    int64_t each = bytes / count / LINE * LINE;
+    for (int64_t t = 0; t < count; t++)
+        stretches[t] = (stretch){to + each * t, from + each * t, t == count - 1 ? bytes - each * t : each};
+    for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, copy_stretch, &stretches[t]);
+    copy_stretch(&stretches[0]);
+    for (int64_t t = 1; t < count; t++) {
+        if (started[t]) pthread_join(threads[t], 0);
+        else copy_stretch(&stretches[t]);
+    }
 }
