@@ -66,6 +66,7 @@ class ShardTensor(torch.Tensor):
     _strides: tuple[int, ...]
     _start: int
     _within: Box | None
+    _boxes: list[tuple[Box, Tensor]] | None
 
     @staticmethod
     def __new__(
@@ -80,6 +81,7 @@ class ShardTensor(torch.Tensor):
         whole._strides = tuple(strides)
         whole._start = start
         whole._within = within
+        whole._boxes = None
         return whole
 
     def to_local(self) -> Tensor:
@@ -132,6 +134,11 @@ class ShardTensor(torch.Tensor):
 
     def boxes(self) -> list[tuple[Box, Tensor]]:
         """The part as boxes of the true, largest shape: (offsets, sizes) and a view of the part in that shape."""
+        if self._boxes is None:
+            self._boxes = self._cut()
+        return self._boxes
+
+    def _cut(self) -> list[tuple[Box, Tensor]]:
         order = memory_order(self._shape, self._strides)
         back = [order.index(dim) for dim in range(len(order))]
         corner, found, first = self.corner, [], 0

@@ -126,22 +126,26 @@ def describe(
     for key, value in live.items():
         # Every rank has the whole parameter and writes the part that it updates.
         part = parts.get(id(value))
-        if part is None and isinstance(value, Tensor):
+        if part is not None:
+            value = part
+        elif isinstance(value, Tensor):
             value = value.detach()
-        model_state[names.of_model[key]] = value if part is None else part
+        # What all ranks have alike is rank 0's to write.
+        if not rank or _is_own(value, replica):
+            model_state[names.of_model[key]] = value
     optim: dict[str, Any] = {}
     for index, entry in saved["state"].items():
+        stem = f"{STATE}.{names.of_params[index][0]}."
         for key, value in entry.items():
-            optim[f"{STATE}.{names.of_params[index][0]}.{key}"] = value
-    for group in saved["param_groups"]:
+            if not rank or _is_own(value, replica):
+                optim[stem + key] = value
+    for group in () if rank else saved["param_groups"]:
         values = {key: _plain(value) for key, value in group.items() if key not in NOT_SAVED}
         for index in group["params"]:
+            stem = f"{GROUPS}.{names.of_params[index][0]}."
             for key, value in values.items():
-                optim[f"{GROUPS}.{names.of_params[index][0]}.{key}"] = value
+                optim[stem + key] = value
     state: dict[str, dict[str, Any]] = {MODEL: model_state, OPTIM: optim}
-    if rank:
-        # What all ranks have alike is rank 0's to write.
-        state = {part: {k: v for k, v in entries.items() if _is_own(v, replica)} for part, entries in state.items()}
     if extra is not None:
         state[EXTRA] = {str(rank): serialize(extra)}
     return state

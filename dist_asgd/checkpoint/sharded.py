@@ -86,11 +86,8 @@ def pack(
             entry["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
         entry.update((key, view.of(member, key, slice_)) for key, slice_ in member.slices().items())
     packed = pack_groups(groups)
-    parts = {
-        shards.members[index].bucket.group_index
-        for index, entries in state.items()
-        if any(isinstance(value, ShardTensor) for value in entries.values())
-    }
+    # Whatever else is sharded lies as the average does.
+    parts = {m.bucket.group_index for m in members if isinstance(state[m.index][_AVERAGE], ShardTensor)}
     for index, group in enumerate(packed):
         # Live groups have this key and torch.optim.ASGD's have not: DCP neither writes nor asks for an empty mapping.
         group["fused"] = {}

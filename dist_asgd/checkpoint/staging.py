@@ -130,12 +130,15 @@ class Stage:
 
 def _source_of(value: Any) -> _Source | None:
     """None for a plain scalar."""
-    part = part_of(value)
+    plain = type(value) is Tensor
+    if plain and not value.dim():
+        return None
+    part = None if plain else part_of(value)
     if part is not None:
         mesh = value.device_mesh if is_dtensor(value) else None
         local = part.to_local()
         return _Source(local, (part.place, part.whole, part.corner, local.dtype, mesh), value.like)
-    if is_dtensor(value):
+    if not plain and is_dtensor(value):
         local = local_of(value)
         of_whole = (value.shape, value.stride(), value.device_mesh, value.placements)
         return _Source(local, (*_lies(local), *of_whole), lambda room: placed_as(value, room))
