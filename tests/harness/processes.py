@@ -39,7 +39,7 @@ JOB_TIMEOUT_S = 60.0
 MAX_GROUPS = 16
 _STOP, _REGROUP, _JOB = "stop", "regroup", "job"
 # What jobs would load in every rank. The compiler: torch's optimizers load it in their first step.
-_PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis"]
+_PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis", "dist_asgd.checkpoint.saving"]
 
 _pools: dict[int, ProcessPool] = {}
 
