@@ -60,8 +60,8 @@ def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
             raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
         if offset + length > sizes[name]:
             raise CheckpointError(
-                f"dist_asgd: {name} has {sizes[name]} bytes, but {fqn} lies at {offset} to {offset + length} in it: "
-                f"the file is truncated, or belongs to another checkpoint."
+                f"dist_asgd: {name} has {sizes[name]} bytes, but by {where} {fqn} lies at {offset} to "
+                f"{offset + length} in it: a file is truncated or damaged, or belongs to another checkpoint."
             )
         last[name] = (offset + length, fqn)
 

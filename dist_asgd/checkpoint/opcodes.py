@@ -59,6 +59,18 @@ class _Global:
 _MARK = object()
 
 
+def _finished(value: Any) -> Any:
+    """What the pickle may use as a value, of what is on its stack."""
+    kind = type(value)
+    if kind is _Made:
+        if value.make is not None:
+            raise Refused("an object that is used before it is made")
+        return value.value
+    if value is _MARK or kind is _Global:
+        raise Refused("a mark or a name where a value should be")
+    return value
+
+
 class Machine:
     """The stack machine of ``pickle``, with the opcodes that plain values and records need."""
 
@@ -71,43 +83,57 @@ class Machine:
 
     def run(self) -> Any:
         """The one object that the pickle makes; Refused where it wants anything else than the vocabulary has."""
-        data, opcodes = self._data, self._OPCODES
-        while True:
-            want(self._at < len(data), "an end before the end")
+        data, opcodes, stack, memo = self._data, self._OPCODES, self._stack, self._memo
+        length = len(data)
+        while self._at < length:
             code = data[self._at]
             self._at += 1
-            if code == 0x2E:  # STOP
-                break
-            handler = opcodes.get(code)
-            if handler is None:
-                raise Refused(f"opcode 0x{code:02x}")
-            handler(self)
-        want(self._at == len(data) and len(self._stack) == 1, "something after the end")
-        return self._pop()
+            # Two thirds of all opcodes are these, so they are here; no function is called for them.
+            if code == 0x94:  # MEMOIZE
+                if not stack or stack[-1] is _MARK:
+                    raise Refused("nothing to remember")
+                memo.append(stack[-1])
+            elif code == 0x68 or code == 0x6A:  # BINGET, LONG_BINGET
+                first = self._at
+                self._at += 1 if code == 0x68 else 4
+                place = int.from_bytes(data[first : self._at], "little")
+                if self._at > length or place >= len(memo):
+                    raise Refused("a reference to nothing")
+                stack.append(memo[place])
+            elif code == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif code == 0x28:  # MARK
+                stack.append(_MARK)
+            elif code == 0x2E:  # STOP
+                want(self._at == length and len(stack) == 1, "something after the end")
+                return self._pop()
+            else:
+                handler = opcodes.get(code)
+                if handler is None:
+                    raise Refused(f"opcode 0x{code:02x}")
+                handler(self)
+        raise Refused("an end before the end")
 
     def _take(self, count: int) -> bytes:
         start, self._at = self._at, self._at + count
-        want(self._at <= len(self._data), "an end before the end")
+        if self._at > len(self._data):
+            raise Refused("an end before the end")
         return self._data[start : self._at]
 
     def _pop(self) -> Any:
         """The top of the stack as a finished value."""
-        want(bool(self._stack), "a missing operand")
-        value = self._stack.pop()
-        if type(value) is _Made:
-            want(value.make is None, "an object that is used before it is made")
-            value = value.value
-        want(value is not _MARK and type(value) is not _Global, "a mark or a name where a value should be")
-        return value
+        if not self._stack:
+            raise Refused("a missing operand")
+        return _finished(self._stack.pop())
 
     def _pop_to_mark(self) -> list[Any]:
-        values = []
-        while self._stack and self._stack[-1] is not _MARK:
-            values.append(self._pop())
-        want(bool(self._stack), "a missing mark")
-        self._stack.pop()
-        values.reverse()
-        return values
+        stack = self._stack
+        for at in range(len(stack) - 1, -1, -1):
+            if stack[at] is _MARK:
+                values = [_finished(value) for value in stack[at + 1 :]]
+                del stack[at:]
+                return values
+        raise Refused("a missing mark")
 
     def _protocol(self) -> None:
         want(self._take(1)[0] in (4, 5), "a pickle protocol other than 4 and 5")
@@ -115,15 +141,13 @@ class Machine:
     def _frame(self) -> None:
         self._take(8)
 
-    def _mark(self) -> None:
-        self._stack.append(_MARK)
-
     def _tuple(self) -> None:
         self._stack.append(tuple(self._pop_to_mark()))
 
     def _tuple_of(self, count: int) -> None:
-        values = [self._pop() for _ in range(count)]
-        self._stack.append(tuple(reversed(values)))
+        if len(self._stack) < count:
+            raise Refused("a missing operand")
+        self._stack[-count:] = [tuple(map(_finished, self._stack[-count:]))]
 
     def _string(self, count: int) -> None:
         length = int.from_bytes(self._take(count), "little")
@@ -143,24 +167,17 @@ class Machine:
 
     def _set(self, values: list[Any]) -> None:
         want(bool(self._stack) and type(self._stack[-1]) is dict and len(values) % 2 == 0, "items of no dict")
-        target = self._stack[-1]
+        target, key_types = self._stack[-1], self._vocabulary.key_types
+        num_keys = len(target) + len(values) // 2
         for key, value in zip(values[::2], values[1::2], strict=True):
-            want(type(key) in self._vocabulary.key_types, "a key that is no name")
-            want(key not in target, "a key that occurs twice")
+            if type(key) not in key_types:
+                raise Refused("a key that is no name")
             target[key] = value
+        want(len(target) == num_keys, "a key that occurs twice")
 
     def _set_one(self) -> None:
         value = self._pop()
         self._set([self._pop(), value])
-
-    def _remember(self) -> None:
-        want(bool(self._stack) and self._stack[-1] is not _MARK, "nothing to remember")
-        self._memo.append(self._stack[-1])
-
-    def _recall(self, count: int) -> None:
-        place = int.from_bytes(self._take(count), "little")
-        want(place < len(self._memo), "a reference to nothing")
-        self._stack.append(self._memo[place])
 
     def _find(self) -> None:
         name, module = self._pop(), self._pop()
@@ -183,11 +200,12 @@ class Machine:
     def _create(self) -> None:
         args, name = self._pop(), self._name()
         want(args == (), "an object with arguments")
-        if name in self._vocabulary.stateless:
+        if name in self._vocabulary.records:
+            self._stack.append(_Made(self._vocabulary.records[name]))
+        elif name in self._vocabulary.stateless:
             self._stack.append(self._vocabulary.stateless[name]())
         else:
-            want(name in self._vocabulary.records, f"an object of {'.'.join(name)}")
-            self._stack.append(_Made(self._vocabulary.records[name]))
+            raise Refused(f"an object of {'.'.join(name)}")
 
     def _call(self) -> None:
         args, name = self._pop(), self._name()
@@ -208,11 +226,9 @@ class Machine:
         0x95: _frame,
         ord("}"): lambda self: self._stack.append({}),
         ord("]"): lambda self: self._stack.append([]),
-        ord(")"): lambda self: self._stack.append(()),
         ord("N"): lambda self: self._stack.append(None),
         0x88: lambda self: self._stack.append(True),
         0x89: lambda self: self._stack.append(False),
-        ord("("): _mark,
         ord("t"): _tuple,
         0x85: lambda self: self._tuple_of(1),
         0x86: lambda self: self._tuple_of(2),
@@ -227,9 +243,6 @@ class Machine:
         ord("e"): lambda self: self._append(self._pop_to_mark()),
         ord("s"): _set_one,
         ord("u"): lambda self: self._set(self._pop_to_mark()),
-        0x94: _remember,
-        ord("h"): lambda self: self._recall(1),
-        ord("j"): lambda self: self._recall(4),
         0x93: _find,
         0x81: _create,
         ord("R"): _call,

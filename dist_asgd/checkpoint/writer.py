@@ -13,6 +13,7 @@ import pickle
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -287,6 +288,7 @@ def _metadata_of(parts: Sequence[Part]) -> Metadata:
     storage: dict[MetadataIndex, _StorageInfo] = {}
     an_object = BytesStorageMetadata()
     properties: dict[torch.dtype, TensorProperties] = {}
+    size_of = cache(torch.Size)
     for part in parts:
         paths.update(part.paths)
         places = [_StorageInfo(part.name, chunk.offset, chunk.length) for chunk in part.chunks]
@@ -298,10 +300,10 @@ def _metadata_of(parts: Sequence[Part]) -> Metadata:
             entry = entries.get(key)
             if entry is None:
                 known = properties.setdefault(dtype, TensorProperties(dtype))
-                entry = entries[key] = TensorStorageMetadata(known, torch.Size(shape), [])
-            index = MetadataIndex(key, torch.Size(offsets), len(entry.chunks))
+                entry = entries[key] = TensorStorageMetadata(known, size_of(shape), [])
+            index = MetadataIndex(key, size_of(offsets), len(entry.chunks))
             # Ranks that have nothing of a tensor all have the same nothing.
             if index not in storage:
-                entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                entry.chunks.append(ChunkStorageMetadata(size_of(offsets), size_of(sizes)))
                 storage[index] = places[chunk]
     return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)
