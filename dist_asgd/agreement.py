@@ -163,7 +163,7 @@ class Agreement:
             words += [(mask >> (MASK_BITS * i)) & low for i in range(self._mask_words)]
         if self._comm.world_size == 1:
             return lambda: Answer([words], self._mask_words)
-        wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64))
+        wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
         return lambda: Answer(wait().tolist(), self._mask_words)
 
     def confer(

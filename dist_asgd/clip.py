@@ -37,7 +37,7 @@ def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -
     """
     members = [m for m in (*gradients.members, *gradients.residents) if m.index in active]
     if not members:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     members.sort(key=lambda m: m.index)
     device = members[0].bucket.device
     row = torch.zeros(2 * len(members), dtype=torch.float64, device=device)
@@ -51,7 +51,7 @@ def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -
             ]
         owned = torch.tensor([bool(m.counted_as) for m in members], device=device)
         row[: len(members)][owned] = torch.stack([norm.to(device) for norm in norms])
-    row[len(members) :] = torch.tensor([float(m.counted_as) for m in members], device=device)
+    row[len(members) :] = torch.tensor([m.counted_as for m in members], dtype=torch.float64, device=device)
     communicators = gradients.communicators
     communicator = communicators.host if device.type == "cpu" else communicators.on(device)
     norms_by_rank, numbers = communicator.gather_rows(row).chunk(2, 1)

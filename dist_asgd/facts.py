@@ -33,7 +33,7 @@ def _compiled() -> ModuleType | None:
     if _facts.VERSION != VERSION:
         return None
     try:
-        _facts.describe([torch.empty(1)], Tensor.__dlpack_c_exchange_api__)
+        _facts.describe([torch.empty(1, device="cpu")], Tensor.__dlpack_c_exchange_api__)
     except (AttributeError, ValueError, RuntimeError):
         return None
     return _facts

@@ -135,7 +135,7 @@ class Gradients(ABC):
         """Whether anything in this rank's gradients is not finite: ``(1,)`` int64 on the host."""
         found = [gradient for gradient in self._all() if gradient.numel()]
         finite = [torch.linalg.vector_norm(gradient, torch.inf).isfinite().cpu() for gradient in found]
-        return torch.tensor([not all(finite)], dtype=torch.int64)
+        return torch.tensor([not all(finite)], dtype=torch.int64, device="cpu")
 
     @abstractmethod
     def settle(self, kind: Kind, claim: Claim = NO_CLAIM, problem: Exception | None = None) -> Answer:
@@ -280,9 +280,9 @@ def _compare_replicas(gradients: Gradients, communicators: Communicators) -> Non
         return
     # Replicas name the first of them: other ranks may know nothing of their mesh, and are told all the same.
     rows = [
-        torch.stack((torch.tensor(m.bucket.replicas.ranks[0]), checksum(m.flat).cpu()))
+        torch.stack((torch.tensor(m.bucket.replicas.ranks[0], device="cpu"), checksum(m.flat).cpu()))
         if m.bucket.replicas is not None
-        else torch.tensor([-1, 0])
+        else torch.tensor([-1, 0], device="cpu")
         for m in gradients.residents
     ]
     table = communicators.host.exchange(torch.cat(rows))().view(communicators.world_size, -1, 2).tolist()
@@ -306,7 +306,7 @@ def _compare_housed(gradients: Gradients, communicators: Communicators) -> None:
     if not members:
         return
     sums = torch.stack([checksum(m.bucket.flat[m.slot.offset : m.slot.stop]) for m in members]).cpu()
-    table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())]))()
+    table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())], device="cpu"))()
     if len(set(table[:, 0].tolist())) == 1:
         return
     columns = communicators.host.exchange(sums)()

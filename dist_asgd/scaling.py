@@ -62,7 +62,7 @@ class Told:
 
     def overflowed(self, communicators: Communicators) -> bool:
         """Collective: whether any rank has a gradient that is not finite. Waits for the device."""
-        found = torch.as_tensor(self.found_inf).ne(0).any().long().reshape(1).cpu()
+        found = torch.as_tensor(self.found_inf, device="cpu").ne(0).any().long().reshape(1)
         return bool(communicators.host.exchange(found)().any())
 
     def factors(self, pending: Scaling) -> Scaling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -11,17 +12,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dist_asgd import CheckpointManager, PeerError, async_save_checkpoint, load_checkpoint, save_checkpoint
 from dist_asgd.checkpoint import directory, reader, writer
+from dist_asgd.checkpoint.saving import PendingSave, Saver
 from tests.harness.ranks import run, run_errors
 from tests.harness.topologies import Run, assert_same_state, build, whole_state
 
@@ -298,6 +304,45 @@ def goes_on(_rank: int, _world_size: int, folder: str) -> None:
 def test_training_goes_on_while_a_checkpoint_is_written(backend: str, world_size: int, tmp_path: Path) -> None:
     """On what was staged."""
     run(backend, world_size, goes_on, str(tmp_path))
+
+
+def saved_in_the_background() -> tuple[PendingSave, weakref.ref[Tensor]]:
+    """A finished save of one process, and something that it wrote from."""
+    live = build("single").train(1)
+    with tempfile.TemporaryDirectory() as folder:
+        pending = async_save_checkpoint(f"{folder}/1", live.model, live.optimizer, step=1)
+        staged = next(iter(Saver.of(live.optimizer)._stage._staged.values())).local
+        pending.wait()
+        return pending, weakref.ref(staged)
+
+
+def test_a_finished_save_holds_on_to_nothing() -> None:
+    """Its handle lives until the next, which may need the memory."""
+    pending, staged = saved_in_the_background()
+    gc.collect()
+    assert staged() is None
+    assert pending.done()
+
+
+def saves_in_inference_mode(_rank: int, _world_size: int, folder: str, topology: str) -> None:
+    """Job: as an evaluation may, in the background and not, and then outside of it."""
+    live = build(topology, "mlp").train(2)
+    with torch.inference_mode():
+        save_checkpoint(f"{folder}/1", live.model, live.optimizer, step=2)
+        async_save_checkpoint(f"{folder}/2", live.model, live.optimizer, step=2).wait()
+    async_save_checkpoint(f"{folder}/3", live.model, live.optimizer, step=2).wait()
+    expected = whole_state(live)
+    for number in (1, 2, 3):
+        other = build(topology, "mlp", seed=7)
+        load_checkpoint(f"{folder}/{number}", other.model, other.optimizer)
+        assert_same_state(other, expected)
+    live.train(1)
+
+
+@pytest.mark.parametrize("topology", ["stage2", "fsdp2"])
+def test_saving_works_in_inference_mode(tmp_path: Path, topology: str) -> None:
+    """DTensors cannot be detached in it, and what is made in it cannot be written to outside."""
+    run("gloo", 2, saves_in_inference_mode, str(tmp_path), topology)
 
 
 def fails_later(rank: int, _world_size: int, folder: str, next_call: str) -> None:

@@ -320,6 +320,38 @@ def test_a_stage_notices_that_a_tensor_has_moved() -> None:
     assert copied["a"].tolist() == [3] * 4
 
 
+def test_a_stage_notices_that_a_tensor_reads_otherwise() -> None:
+    """The same bytes, but conjugated or negated when they are read."""
+    stage = Stage()
+    base = torch.randn(10, dtype=torch.complex64)
+    live = {"a": base[:4], "b": base[4:8], "real": torch.view_as_real(base)[:, 1]}
+    stage.copy({"model": live})
+    live |= {"a": live["a"].conj(), "real": live["a"].conj().imag}
+    copied = stage.copy({"model": live})["model"]
+    for key, value in live.items():
+        assert torch.equal(copied[key], value), key
+
+
+def test_what_stays_keeps_its_room_when_another_tensor_moves() -> None:
+    """Touching memory for the first time takes longer than copying to it."""
+    stage = Stage()
+    base, ring = torch.arange(100.0), torch.arange(12.0)
+    live = {"a": base[:40], "b": base[40:], "own": torch.ones(5), "moving": ring[:3]}
+    first = stage.copy({"model": live})["model"]
+    for step in range(1, 4):
+        live["moving"] = ring[3 * step :][:3]
+        live["new"] = torch.full((step,), float(step))
+        copied = stage.copy({"model": live})["model"]
+        assert all(torch.equal(copied[key], live[key]) for key in live)
+        assert all(copied[key].data_ptr() == first[key].data_ptr() for key in ("a", "b", "own"))
+    del live["b"], live["new"]
+    copied = stage.copy({"model": live})["model"]
+    assert copied.keys() == live.keys()
+    assert all(torch.equal(copied[key], live[key]) for key in live)
+    # The room of what is gone is gone.
+    assert sum(stretch.room.numel() for stretch in stage._stretches) < 300
+
+
 def test_a_stage_notices_that_storage_is_another() -> None:
     """At the same address, but smaller, so that the tensor beside it is in none of its."""
     stage = Stage()

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from dist_asgd import ShardedASGD
 from tests.harness.bits import same_bits, same_tree
@@ -88,6 +90,37 @@ def test_full_state_of_parts_is_refused(world_size: int, form: str, steps: int, 
     """On every rank, with the name of what does it right; a part is never handed out as the whole."""
     for message in run("gloo", world_size, gather_full, form, steps, both):
         assert "consolidated_state_dict" in message
+
+
+def gather_full_of_both(_rank: int, world_size: int, seen_before: bool) -> list[torch.Size]:
+    """Job: DTensors join plain parameters whose state was handed out before, or not; shapes of full averages."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    torch.manual_seed(0)
+    model = nn.ParameterDict({"plain": torch.randn(6, 4)})
+    model["sharded"] = nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
+    optimizer = ShardedASGD([model["plain"]])
+    if seen_before:
+        optimizer.state_dict()
+    optimizer.add_param_group({"params": [model["sharded"]]})
+    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    return [entry["ax"].shape for entry in full["state"].values()]
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_full_state_of_dtensors_that_join_later_is_whole(seen_before: bool) -> None:
+    """What stands for a plain parameter's part is another thing beside DTensors."""
+    assert run("gloo", 2, gather_full_of_both, seen_before) == [[torch.Size((6, 4))] * 2] * 2
+
+
+def test_scalars_can_be_changed_as_torchs() -> None:
+    """Each by itself, in place too, as any tensor."""
+    _, optimizer = trained(3)
+    state = optimizer.state_dict()["state"]
+    kept = copy.deepcopy(state)
+    for key in ("step", "eta", "mu"):
+        state[0][key].detach_().fill_(7.0)
+    assert same_tree(state[1], kept[1])
+    assert optimizer.state_dict()["state"][0]["step"].item() == 3
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,14 +2,18 @@
 
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, async_save_checkpoint, export_averaged, load_checkpoint, save_checkpoint
+from tests.harness.bits import assert_same_bits
+from tests.harness.meshes import Net
 from tests.harness.ranks import run, run_errors
 
 RULE = {"lr": 1.0, "lambd": 0.0}
@@ -250,3 +254,86 @@ def step_empty(_rank: int, _world_size: int) -> float:
 def test_a_group_without_parameters_steps() -> None:
     """As in torch, it does nothing."""
     assert run("gloo", 2, step_empty) == [-1.0, -1.0]
+
+
+# --- torch's defaults -------------------------------------------------------------------------------------------
+
+
+def lives_under(_rank: int, world_size: int, options: dict[str, Any], device: str, folder: str) -> list[Tensor]:
+    """Job: all that an optimizer does, with this default device; parameters, and averages that were loaded again."""
+    folder = f"{folder}/{device}"
+    model = Net().to(torch.bfloat16 if options.get("master_weights") else torch.float32)
+    if options.get("mesh"):
+        options = {**options, "mesh": init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("replicate", "shard"))}
+    x = torch.ones(4, 5, dtype=next(model.parameters()).dtype)
+    first, second = list(model.parameters())[:-1], list(model.parameters())[-1:]
+    torch.set_default_device(device)
+    try:
+        optimizer = ShardedASGD(first, lr=0.1, t0=1, **options)
+        optimizer.add_param_group({"params": second, "lr": 0.2})
+        pending = None
+        for step in range(4):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            if step == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.load_state_dict(optimizer.consolidated_state_dict(to=None))
+            elif step == 2:
+                pending = async_save_checkpoint(f"{folder}-2", model, optimizer, step=2, extra={"seen": [1, "a"]})
+                save_checkpoint(f"{folder}-3", model, optimizer, step=3)
+        assert pending is not None
+        with optimizer.averaged_parameters():
+            found = [param.detach().clone() for param in model.parameters()]
+        export_averaged(f"{folder}.safetensors", model, optimizer)
+        found += [param.detach().clone() for param in model.parameters()]
+        assert load_checkpoint(f"{folder}-2", model, optimizer) == {"seen": [1, "a"]}
+        state = optimizer.consolidated_state_dict(to=None)["state"]
+        return found + [value for entry in state.values() for value in entry.values()]
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stage": 1},
+        {"stage": 2, "foreach": True},
+        {"stage": 2, "master_weights": True},
+        {"stage": 2, "mesh": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tensors_of_its_own_are_where_they_belong(tmp_path: Path, options: dict[str, Any], world_size: int) -> None:
+    """Whatever torch's default device: that has no memory here, so that nothing could be computed on it."""
+    backend = "gloo" if world_size > 1 or "mesh" in options else "none"
+    wanted, found = (run(backend, world_size, lives_under, options, d, str(tmp_path)) for d in ("cpu", "meta"))
+    for ours, theirs in zip(found, wanted, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_bits(one, other, "parameter or state")
+
+
+def reduces_under(rank: int, _world_size: int, dtype: torch.dtype) -> Tensor:
+    """Job: 16-bit gradients of three ranks, with this default dtype."""
+    param = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = ShardedASGD([param], stage=2, master_weights=True, lambd=0.0, lr=0.3)
+        assert optimizer.state_dict()["state"][0]["eta"] == torch.tensor(0.3, dtype=torch.float32)
+        # Later ones torch rounds to the default dtype.
+        optimizer.param_groups[0]["lr"] = 1.0
+        for _ in range(2):
+            (param * values).sum().backward()
+            optimizer.step()
+        return optimizer.consolidated_state_dict(to=None)["state"][0]["master"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_sums_of_gradients_are_float32_whatever_the_default() -> None:
+    """Rounded once."""
+    wanted, found = (run("gloo", 3, reduces_under, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    assert_same_bits(found, wanted, "masters")

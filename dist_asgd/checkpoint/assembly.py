@@ -72,7 +72,7 @@ class Assembly:
         self._communicators = communicators
         self._shapes = [tuple(tensor.shape) for tensor in tensors]
         own = [Spot.of(held_of(tensor), tensor.dim()) for tensor in tensors]
-        words = torch.tensor([word for spot in own for word in spot.words], dtype=torch.int64)
+        words = torch.tensor([word for spot in own for word in spot.words], dtype=torch.int64, device="cpu")
         rows = communicators.host.exchange(words)().tolist()
         self._spots: list[list[Spot]] = []
         first = 0
@@ -95,7 +95,7 @@ class Assembly:
         width = 2 if like.is_complex() else 1
         numels = [width * sum(self._spots[i][r].numel for i in chosen) for r in range(self._communicators.world_size)]
         here = to is None or to == rank
-        wholes = [torch.empty(self._shapes[i], dtype=like.dtype) for i in chosen if here]
+        wholes = [torch.empty(self._shapes[i], dtype=like.dtype, device="cpu") for i in chosen if here]
         in_place = self._stretches(chosen, wholes) if here and like.device.type == "cpu" else None
         places = list(torch.split(self._room(like, sum(numels)), numels)) if here and in_place is None else in_place
         mine = sent[0] if len(sent) == 1 else torch.cat([self._room(like, 0), *sent])

@@ -106,6 +106,9 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
 KnownParts = dict[int, ShardTensor]
 
 
+# Also in inference mode, where a DTensor cannot be detached.
+@torch.inference_mode(False)
+@torch.no_grad()
 def describe(
     model: nn.Module,
     optimizer: Optimizer,
@@ -167,6 +170,7 @@ def param_parts(optimizer: Optimizer, state_dict: dict[str, Any], known: KnownPa
         if own is None or not own.is_like(part, param):
             slice_ = part.slice_of(param)
             if slice_ is None:
+                known.pop(index, None)
                 continue
             own = known[index] = part.like(slice_)
         found[id(param)] = own

@@ -233,7 +233,7 @@ def _scalar(value: Tensor | float) -> Tensor:
     if isinstance(value, Tensor):
         dtype = torch.promote_types(value.dtype, scalar_dtype())
         return value.detach().reshape(()).to(device="cpu", dtype=dtype).clone()
-    return torch.tensor(float(value), dtype=scalar_dtype())
+    return torch.tensor(float(value), dtype=scalar_dtype(), device="cpu")
 
 
 def _plain_name(name: str) -> str:

@@ -38,7 +38,7 @@ class KnownFrames:
         before, after, strides = self._known.get((dtype, shape, len(data)), (b"", b"", ()))
         if not before or not (data.startswith(before) and data.endswith(after)):
             return None
-        tensor = torch.empty_strided(shape, strides, dtype=dtype)
+        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
         elements_of(tensor)[:] = memoryview(data)[len(before) : len(data) - len(after)]
         return tensor
 

@@ -84,7 +84,7 @@ def _pieces_of_dtensor(key: str, value: Any, elsewhere: bool) -> list[Piece]:
 def without_copies(pieces: list[Piece], communicator: Communicator) -> list[Piece]:
     """Collective: ``pieces`` without those that a lower rank has on another mesh."""
     mine = [(piece.key, piece.offsets) for piece in pieces if piece.elsewhere]
-    if not communicator.exchange(torch.tensor([len(mine)]))().any():
+    if not communicator.exchange(torch.tensor([len(mine)], device="cpu"))().any():
         return pieces
     copies: list[set[tuple[str, Any]]] = []
     taken: set[tuple[str, Any]] = set()

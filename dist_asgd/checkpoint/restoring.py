@@ -252,7 +252,7 @@ def _stage_entry(
 
 def _never_stepped(entry: dict[str, Any], lr: Any) -> bool:
     eta = entry["eta"]
-    return bool(entry["step"] == 0 and eta == torch.as_tensor(lr, dtype=eta.dtype).reshape(()))
+    return bool(entry["step"] == 0 and eta == torch.as_tensor(lr, dtype=eta.dtype, device=eta.device).reshape(()))
 
 
 class _Groups:

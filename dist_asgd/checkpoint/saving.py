@@ -33,7 +33,7 @@ class PendingSave:
     def __init__(self, path: Path, step: int, work: Callable[[], None]) -> None:
         self.path = path
         self.step = step
-        self._work = work
+        self._work: Callable[[], None] | None = work
         self._failure: BaseException | None = None
         self._may_begin = threading.Event()
         # Not a daemon: the interpreter does not end before the checkpoint is whole.
@@ -48,8 +48,11 @@ class PendingSave:
     def _run(self) -> None:
         # A new thread keeps the interpreter for 5 ms; this one lets the training loop have it.
         self._may_begin.wait()
+        # What it holds on to is free for the next save when it is done, and not when this is dropped.
+        work, self._work = self._work, None
+        assert work is not None
         try:
-            self._work()
+            work()
         except BaseException as error:
             self._failure = error
 

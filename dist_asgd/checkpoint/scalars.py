@@ -23,5 +23,6 @@ def snapshots_of(members: Sequence[Member], cohort_of: dict[int, Cohort]) -> dic
         for key, scalar in cohort_of[alike[0].index].snapshot().items():
             # A tensor each, made at once.
             for member, copied in zip(alike, scalar.expand(len(alike)).clone().unbind(), strict=True):
-                snapshots[member.index][key] = copied
+                # As any other tensor, and no view to autograd.
+                snapshots[member.index][key] = copied.data
     return snapshots

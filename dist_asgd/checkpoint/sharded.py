@@ -83,7 +83,7 @@ def pack(
         if cohort_of[member.index].fresh:
             # Before the first step eta follows the lr.
             lr = groups[member.bucket.group_index]["lr"]
-            entry["eta"].copy_(torch.as_tensor(lr).detach().reshape(()))
+            entry["eta"].copy_(torch.as_tensor(lr, dtype=entry["eta"].dtype, device="cpu").detach().reshape(()))
         entry.update((key, view.of(member, key, slice_)) for key, slice_ in member.slices().items())
     packed = pack_groups(groups)
     # Whatever else is sharded lies as the average does.
@@ -112,7 +112,7 @@ class _View:
 
     def of(self, member: Member, key: str, slice_: Tensor) -> Tensor:
         """``slice_`` is this rank's of ``member``; shares memory."""
-        known = self._known.get(member.index) if key == _AVERAGE else None
+        known = self._known.get(member.index) if key == _AVERAGE and self._group is None else None
         if known is not None and known.is_of(slice_):
             return known
         shown = self._new(member, slice_)

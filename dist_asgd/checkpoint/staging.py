@@ -44,9 +44,9 @@ class _Staged:
 
 
 class _Stretch(NamedTuple):
-    """Bytes from ``start`` on of the storage (address, size) that ``key`` lies in, and room for them."""
+    """Bytes from ``start`` on of the storage (address, size) that all of ``keys`` lie in, and room for them."""
 
-    key: Key
+    keys: list[Key]
     storage: tuple[int, int]
     start: int
     room: Tensor
@@ -75,8 +75,9 @@ class Stage:
                         scalars.setdefault((value.dtype, value.device), {})[part, key] = value
                     else:
                         sources[part, key] = source
-        if not self._has_room_for(sources):
-            self._make_room_for(sources)
+        misfits = self._misfits(sources)
+        if misfits:
+            self._make_room_for(sources, misfits)
         self._fill(sources)
         for (part, key), staged in self._staged.items():
             copied[part][key] = staged.whole
@@ -85,21 +86,34 @@ class Stage:
                 copied[part][key] = scalar
         return copied
 
-    def _has_room_for(self, sources: Mapping[Key, _Source]) -> bool:
-        if sources.keys() != self._staged.keys():
-            return False
-        for key, source in sources.items():
-            staged = self._staged[key]
-            if staged.lies != source.lies or staged.pointer not in (None, source.local.data_ptr()):
-                return False
-        # With it all others of a stretch are where they were: what is at their addresses is in this storage.
-        return all(_extent(sources[stretch.key].local) == stretch.storage for stretch in self._stretches)
+    def _misfits(self, sources: Mapping[Key, _Source]) -> set[Key]:
+        """For which there is no room, or which are gone; with one of a stretch all that are copied with it."""
+        misfits = {key for key, source in sources.items() if not self._fits(key, source)}
+        misfits.update(self._staged.keys() - sources.keys())
+        for stretch in self._stretches:
+            # With the first all others are in this storage: it is what is at their addresses.
+            fits = misfits.isdisjoint(stretch.keys) and _extent(sources[stretch.keys[0]].local) == stretch.storage
+            if not fits:
+                misfits.update(stretch.keys)
+        return misfits
 
-    def _make_room_for(self, sources: Mapping[Key, _Source]) -> None:
+    def _fits(self, key: Key, source: _Source) -> bool:
+        staged = self._staged.get(key)
+        return (
+            staged is not None
+            and staged.lies == source.lies
+            and (staged.pointer is None or staged.pointer == source.local.data_ptr())
+        )
+
+    def _make_room_for(self, sources: Mapping[Key, _Source], misfits: set[Key]) -> None:
         # What was there goes first.
-        self._staged, self._stretches = {}, []
+        self._stretches = [stretch for stretch in self._stretches if misfits.isdisjoint(stretch.keys)]
+        for key in misfits:
+            self._staged.pop(key, None)
         shared: dict[tuple[int, int], dict[Key, Tensor]] = {}
         for key, source in sources.items():
+            if key in self._staged:
+                continue
             if _is_among_others(source.local):
                 shared.setdefault(_extent(source.local), {})[key] = source.local
             else:
@@ -107,8 +121,9 @@ class Stage:
                 self._staged[key] = _Staged(source.lies, None, room, source.around(room))
         for storage, neighbours in shared.items():
             for start, stop, keys in _stretches_of(neighbours):
-                stretch = torch.empty(stop - start, dtype=torch.uint8, pin_memory=neighbours[keys[0]].is_cuda)
-                self._stretches.append(_Stretch(keys[0], storage, start, stretch))
+                pinned = neighbours[keys[0]].is_cuda
+                stretch = torch.empty(stop - start, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+                self._stretches.append(_Stretch(keys, storage, start, stretch))
                 for key in keys:
                     local, lies = neighbours[key], sources[key].lies
                     first = _first_byte(local) - start
@@ -116,8 +131,8 @@ class Stage:
                     self._staged[key] = _Staged(lies, local.data_ptr(), room, sources[key].around(room))
 
     def _fill(self, sources: Mapping[Key, _Source]) -> None:
-        for key, _, start, room in self._stretches:
-            storage = sources[key].local.untyped_storage()
+        for keys, _, start, room in self._stretches:
+            storage = sources[keys[0]].local.untyped_storage()
             stretch = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, start, room.shape, (1,))
             if stretch.is_cpu:
                 copy_bytes(room, stretch)
@@ -148,7 +163,7 @@ def _source_of(value: Any) -> _Source | None:
 
 
 def _lies(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _is_among_others(local: Tensor) -> bool:

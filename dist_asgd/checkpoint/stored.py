@@ -108,12 +108,12 @@ class Contents:
             if tuple(piece.shape) == stored.shape:
                 return piece
             if whole is None:
-                whole = torch.empty(stored.shape, dtype=stored.dtype)
+                whole = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
             place = whole
             for dim, (offset, size) in enumerate(zip(index.offset or (), sizes[index], strict=True)):
                 place = place.narrow(dim, offset, size)
             place.copy_(piece)
-        return torch.empty(stored.shape, dtype=stored.dtype) if whole is None else whole
+        return torch.empty(stored.shape, dtype=stored.dtype, device="cpu") if whole is None else whole
 
     def value(self, key: str) -> Any:
         """One plain value."""

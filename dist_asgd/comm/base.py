@@ -118,8 +118,8 @@ class Communicator(Shards):
         """All ranks' picklable values on rank ``to``, in rank order, its own as it is; None on the other ranks."""
         here = self.rank == to
         data = torch.frombuffer(bytearray(b"" if here else pickle.dumps(value)) or bytearray(1), dtype=torch.uint8)
-        numels = self.exchange(torch.tensor([data.numel()]))().flatten().tolist()
-        places = [torch.empty(numel, dtype=torch.uint8) for numel in numels] if here else None
+        numels = self.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
+        places = [torch.empty(numel, dtype=torch.uint8, device="cpu") for numel in numels] if here else None
         self.bring(data, places, numels, to)
         if places is None:
             return None

@@ -60,7 +60,7 @@ class Gloo(Grouped):
             best = min(fitting, key=Tensor.numel)
             self._inboxes[dtype] = [inbox for inbox in free if inbox is not best]
             return best
-        inbox = torch.empty(numel, dtype=dtype)
+        inbox = torch.empty(numel, dtype=dtype, device="cpu")
         self._bytes += inbox.nbytes
         return inbox
 
@@ -105,7 +105,7 @@ class Gloo(Grouped):
         narrow = parts[0].dtype in SIXTEEN_BIT
         in_place = not accumulate and parts[0].dtype == shard.dtype
         if narrow and self._sums is None:
-            self._sums = torch.empty(SUM_NUMEL)
+            self._sums = torch.empty(SUM_NUMEL, dtype=torch.float32, device="cpu")
         for first in range(0, shard.numel(), SUM_NUMEL):
             stretch = slice(first, first + SUM_NUMEL)
             place = shard[stretch]
@@ -217,8 +217,8 @@ class Gloo(Grouped):
 
     def exchange_objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self.exchange(torch.tensor([data.numel()]))().flatten().tolist()
-        row = torch.zeros(max(sizes), dtype=torch.uint8)
+        sizes = self.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
+        row = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         row[: data.numel()] = data
         table = self._table(row, EXCHANGE)()
         return [pickle.loads(table[rank, :size].numpy().tobytes()) for rank, size in enumerate(sizes)]

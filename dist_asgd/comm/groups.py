@@ -64,7 +64,7 @@ def _even_out(ranks: Sequence[int], like: dist.ProcessGroup, host: Gloo | None) 
     """
     mine = len(dist.distributed_c10d._world.pg_names)
     if host is not None:
-        most = int(host.among(ranks).exchange(torch.tensor([mine]))().max())
+        most = int(host.among(ranks).exchange(torch.tensor([mine], device="cpu"))().max())
     elif list(ranks) == dist.get_process_group_ranks(like):
         numbers: list[int] = [mine] * len(ranks)
         dist.all_gather_object(numbers, mine, group=like)
@@ -91,7 +91,7 @@ def _with_own_tags(group: dist.ProcessGroup, ranks: Sequence[int]) -> Gloo:
     """
     # The first range is for finding one.
     meeting = Gloo(group, FIRST_TAG, ranks)
-    _Tags.taken = int(meeting.exchange(torch.tensor([_Tags.taken]))().max()) + 1
+    _Tags.taken = int(meeting.exchange(torch.tensor([_Tags.taken], device="cpu"))().max()) + 1
     return Gloo(group, FIRST_TAG + (1 + _Tags.taken % (TAG_RANGES - 1) << 16), ranks)
 
 

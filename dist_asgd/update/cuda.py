@@ -289,7 +289,7 @@ class _Column:
 
     def _make_spare(self) -> tuple[Tensor, Tensor]:
         # Pinned memory cannot be allocated while a graph is captured.
-        staging = torch.zeros(len(self._chosen), dtype=torch.int64, pin_memory=self._pinned)
+        staging = torch.zeros(len(self._chosen), dtype=torch.int64, device="cpu", pin_memory=self._pinned)
         return staging, torch.zeros_like(staging, device=self._device)
 
     def of(self, addresses: list[int]) -> tuple[Tensor, bool]:
@@ -307,7 +307,7 @@ class _Column:
         aligned = not any(address % ACCESS_BYTES for address in rows)
         if capturing:
             return self._of_graph(addresses, rows), aligned
-        host = torch.tensor(rows, dtype=torch.int64, pin_memory=self._pinned)
+        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=self._pinned)
         self._latest = (addresses, (host.to(self._device, non_blocking=True), aligned))
         return self._latest[1]
 
@@ -323,7 +323,7 @@ class _Column:
             )
         (staging, column), self._spare = self._spare, None
         self._captured.append((addresses, staging, column))
-        return column.copy_(staging.copy_(torch.tensor(rows, dtype=torch.int64)), non_blocking=True)
+        return column.copy_(staging.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu")), non_blocking=True)
 
 
 class Launch:
@@ -365,15 +365,15 @@ class Launch:
             "num_warps": NUM_WARPS,
             "enable_fp_fusion": False,
         }
-        decay_bits = torch.tensor(weight_decay, dtype=torch.float64).view(torch.int64).item()
+        decay_bits = torch.tensor(weight_decay, dtype=torch.float64, device="cpu").view(torch.int64).item()
         table = []
         for s in self._segments:
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (s.param, s.average, s.master)]
             table.append([*addresses, s.numel, s.row, s.first, s.key, decay_bits])
-        self._table = torch.tensor(table, dtype=torch.int64).to(device)
-        counts = torch.tensor([-(-s.numel // block_numel) for s in self._segments], dtype=torch.int64)
-        of_block = torch.arange(len(counts)).repeat_interleave(counts)
-        place = torch.arange(len(of_block)) - (counts.cumsum(0) - counts)[of_block]
+        self._table = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
+        counts = torch.tensor([-(-s.numel // block_numel) for s in self._segments], dtype=torch.int64, device="cpu")
+        of_block = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+        place = torch.arange(len(of_block), device="cpu") - (counts.cumsum(0) - counts)[of_block]
         self._blocks = torch.stack([of_block, place], dim=1).to(device, torch.int32)
 
     def run(

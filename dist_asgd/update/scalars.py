@@ -67,6 +67,6 @@ class ScalarTable:
                 "cannot be uploaded while a CUDA graph is captured. Take one step as it will be captured before the "
                 "capture; an lr that is to change between replays must be a CUDA tensor."
             )
-        host = torch.tensor(rows, dtype=torch.float64, pin_memory=pinned)
+        host = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=pinned)
         self._hyper[: len(rows)].copy_(host, non_blocking=True)
         self._uploaded = [list(row) for row in rows]

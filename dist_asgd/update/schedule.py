@@ -120,8 +120,9 @@ class Cohort:
     def new(cls, lr: float | Tensor, indices: Iterable[int]) -> Cohort:
         """A cohort that has not stepped: step 0, eta = lr, mu = 1."""
         dtype = scalar_dtype()
-        eta = torch.empty((), dtype=dtype)
-        cohort = cls(torch.zeros((), dtype=dtype), eta, torch.ones((), dtype=dtype), indices, fresh=True)
+        # On the host, whatever torch's default device is.
+        step, eta, mu = (torch.tensor(value, dtype=dtype, device="cpu") for value in (0.0, 0.0, 1.0))
+        cohort = cls(step, eta, mu, indices, fresh=True)
         cohort._set_first_eta(lr)
         return cohort
 
@@ -184,5 +185,5 @@ class Cohort:
         self.step += 1
         step = self.step.item()
         count: float | Tensor = self.step if rule.form is Form.FOREACH else step
-        self.eta.copy_(torch.as_tensor(rule.lr / ((1 + rule.lambd * rule.lr * count) ** rule.alpha)))
-        self.mu.copy_(torch.as_tensor(1 / max(1, step - rule.t0)))
+        self.eta.copy_(torch.as_tensor(rule.lr / ((1 + rule.lambd * rule.lr * count) ** rule.alpha), device="cpu"))
+        self.mu.copy_(torch.as_tensor(1 / max(1, step - rule.t0), device="cpu"))
