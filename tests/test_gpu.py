@@ -1,13 +1,14 @@
 """The CUDA and NCCL paths; skipped where there is no GPU."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, async_save_checkpoint, load_checkpoint
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -92,6 +93,41 @@ def test_host_scalars_are_not_captured() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
+
+
+def saves_beside_training(device: torch.device, form: str, folder: Path) -> None:
+    """Twice in the background, while parameters change; the second loads into a model on the CPU, to the bit."""
+    options = {**HYPERPARAMETERS, "foreach": form == "foreach", "fused": form == "fused"}
+    model = torch.nn.Sequential(torch.nn.Linear(33, 7), torch.nn.BatchNorm1d(7)).to(device)
+    optimizer = ShardedASGD(model.parameters(), **options)
+    torch.set_default_device(device)
+    try:
+        for number in (1, 2):
+            model(torch.randn(4, 33)).square().sum().backward()
+            optimizer.step()
+            wanted = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+            state = optimizer.consolidated_state_dict()["state"]
+            pending = async_save_checkpoint(folder / str(number), model, optimizer, step=number)
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.zero_()
+            pending.wait()
+    finally:
+        torch.set_default_device(None)
+    other = torch.nn.Sequential(torch.nn.Linear(33, 7), torch.nn.BatchNorm1d(7))
+    loaded = ShardedASGD(other.parameters(), **HYPERPARAMETERS)
+    load_checkpoint(folder / "2", other, loaded)
+    assert all(torch.equal(value, wanted[key]) for key, value in other.state_dict().items())
+    for index, entry in loaded.consolidated_state_dict()["state"].items():
+        assert all(torch.equal(value, state[index][key]) for key, value in entry.items())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("form", ["foreach", "fused"])
+def test_a_gpu_saves_while_it_trains(form: str, tmp_path: Path) -> None:
+    """Through pinned memory, with the GPU as torch's default device."""
+    saves_beside_training(torch.device("cuda"), form, tmp_path)
 
 
 def _rank(rank: int, world_size: int, store: str) -> None:
