@@ -24,9 +24,10 @@ from torch.utils.serialization import config
 from dist_asgd import ShardedASGD, save_checkpoint
 from dist_asgd.checkpoint import writer
 from dist_asgd.checkpoint.archives import Archives
-from dist_asgd.checkpoint.contents import KnownParts, describe
+from dist_asgd.checkpoint.contents import describe
 from dist_asgd.checkpoint.manifest import Chunk, read_manifest
 from dist_asgd.checkpoint.reader import Opened
+from dist_asgd.checkpoint.sharded import KnownParts
 from dist_asgd.checkpoint.staging import Stage
 from dist_asgd.parts import ShardTensor
 from tests.harness.bits import assert_same_bits

@@ -24,12 +24,12 @@ from .. import fsdp1
 from ..dtensor import is_dtensor
 from ..parts import ShardTensor, part_of
 from .objects import load_object
-from .sharded import PartMark
+from .sharded import AVERAGE, KnownParts, PartMark
 from .writer import Serialized
 
 MODEL, OPTIM, EXTRA = "model", "optim", "extra"
 STATE, GROUPS = "state", "param_groups"
-SCALARS, AVERAGE = ("step", "eta", "mu"), "ax"
+SCALARS = ("step", "eta", "mu")
 # Keys of groups that say how a process runs, or which parameters there are.
 NOT_SAVED = ("params", "fused")
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
@@ -102,10 +102,6 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     return Names(of_model, of_params)
 
 
-# What this rank updates of the parameter with this index.
-KnownParts = dict[int, ShardTensor]
-
-
 # Also in inference mode, where a DTensor cannot be detached.
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -119,7 +115,7 @@ def describe(
 ) -> dict[str, dict[str, Any]]:
     """What this rank has to save of ``model`` and ``optimizer``, and its ``extra``; tensors are the live ones.
 
-    ``replica``: which copy of the shards it holds, in hybrid sharding; the first is saved. ``known``: of the last save.
+    ``replica``: which copy of the shards it holds, in hybrid sharding; the first is saved. ``known``: of parameters.
     """
     live = model.state_dict(keep_vars=True)
     names = names_of(model, optimizer, live)
@@ -157,7 +153,7 @@ def describe(
 def param_parts(optimizer: Optimizer, state_dict: dict[str, Any], known: KnownParts) -> dict[int, ShardTensor]:
     """What this rank updates of each parameter that is whole on every rank, by its ``id``; shares memory with it.
 
-    ``state_dict``: the optimizer's. ``known``: those found before, which are taken where they are still right.
+    ``state_dict``: the optimizer's.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     found = {}

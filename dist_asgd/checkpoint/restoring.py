@@ -17,11 +17,12 @@ from ..agreement import NO_CLAIM, Claim, Kind
 from ..gather import Gatherer
 from ..parts import ShardTensor
 from ..state import ShardedState
-from .contents import AVERAGE, EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_parts
+from .contents import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_parts
 from .files import CheckpointError
 from .matching import Difference, Found
 from .reader import CheckedReader
 from .saving import Saver
+from .sharded import AVERAGE
 
 MASTER = "master"
 NOT_LOADED = (*NOT_SAVED, "param_names")

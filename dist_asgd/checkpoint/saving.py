@@ -17,8 +17,9 @@ from ..comm import Communicators, PeerError
 from ..gradients import Gradients
 from . import directory
 from .archives import Frames
-from .contents import KnownParts, describe
+from .contents import describe
 from .pieces import Holding, holding_of, without_copies
+from .sharded import KnownParts
 from .staging import Stage
 from .writer import PartFile, finish, metadata_of
 

@@ -60,9 +60,9 @@ class PartMark(metaclass=_Explained):
 torch.serialization.add_safe_globals([bool])
 
 
-# The average of the parameter with this index, as it was handed out: the same again while it is where it was.
+AVERAGE = "ax"
+# Parts as they were made before, by the index of their parameter: taken again where they are still right.
 KnownParts = dict[int, ShardTensor]
-_AVERAGE = "ax"
 
 
 def pack(
@@ -71,7 +71,7 @@ def pack(
     """torch's layout with this rank's part of each sharded tensor; the sharded ones are the live ones.
 
     Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either. Nor have
-    those of FSDP1 of which this rank holds nothing.
+    those of FSDP1 of which this rank holds nothing. ``known``: of averages.
     """
     cohort_of = shards.cohort_of
     members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
@@ -87,7 +87,7 @@ def pack(
         entry.update((key, view.of(member, key, slice_)) for key, slice_ in member.slices().items())
     packed = pack_groups(groups)
     # Whatever else is sharded lies as the average does.
-    parts = {m.bucket.group_index for m in members if isinstance(state[m.index][_AVERAGE], ShardTensor)}
+    parts = {m.bucket.group_index for m in members if isinstance(state[m.index][AVERAGE], ShardTensor)}
     for index, group in enumerate(packed):
         # Live groups have this key and torch.optim.ASGD's have not: DCP neither writes nor asks for an empty mapping.
         group["fused"] = {}
@@ -112,11 +112,11 @@ class _View:
 
     def of(self, member: Member, key: str, slice_: Tensor) -> Tensor:
         """``slice_`` is this rank's of ``member``; shares memory."""
-        known = self._known.get(member.index) if key == _AVERAGE and self._group is None else None
+        known = self._known.get(member.index) if key == AVERAGE and self._group is None else None
         if known is not None and known.is_of(slice_):
             return known
         shown = self._new(member, slice_)
-        if key == _AVERAGE and isinstance(shown, ShardTensor) and not shown.is_inference():
+        if key == AVERAGE and isinstance(shown, ShardTensor) and not shown.is_inference():
             self._known[member.index] = shown
         return shown
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..dtensor import is_dtensor, local_of, placed_as
 from ..parts import part_of
 from ..update.cpu import copy_bytes
+from .pieces import State
 
-State = dict[str, dict[str, Any]]
 Key = tuple[str, str]
 # So many bytes between two tensors are copied with them.
 _GAP_BYTES = 1 << 12

@@ -421,26 +421,32 @@ static void *(*fastest_part(void))(void *) {
 
 int64_t dist_asgd_abi(void) { return ABI; }
 
-/* Update every segment; returns 0 when it is done, and -1, with nothing changed, where a segment has no gradient.
- * Threads live for this call only, so a fork at any other time is safe. */
-int64_t dist_asgd_update(const call *k) {
+static int64_t threads_of(int64_t wanted) { return wanted < 1 ? 1 : wanted > MAX_THREADS ? MAX_THREADS : wanted; }
+
+/* Run `count` parts of `size` bytes each, the first in this thread. The other threads live for this call only, so a
+ * fork at any other time is safe. */
+static void run_all(void *(*run)(void *), void *parts, size_t size, int64_t count) {
     pthread_t threads[MAX_THREADS];
-    part parts[MAX_THREADS];
     int started[MAX_THREADS] = {0};
-    void *(*run)(void *) = fastest_part();
-    int64_t total = 0, count = k->num_threads < 1 ? 1 : k->num_threads > MAX_THREADS ? MAX_THREADS : k->num_threads;
+    for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, run, (char *)parts + size * t);
+    run(parts);
+    for (int64_t t = 1; t < count; t++) {
+        if (started[t]) pthread_join(threads[t], 0);
+        else run((char *)parts + size * t);
+    }
+}
+
+/* Update every segment; returns 0 when it is done, and -1, with nothing changed, where a segment has no gradient. */
+int64_t dist_asgd_update(const call *k) {
+    part parts[MAX_THREADS];
+    int64_t total = 0, count = threads_of(k->num_threads);
     for (int64_t i = 0; i < k->num_segments; i++) {
         if (!k->gradients[i]) return -1;
         total += k->segments[i].numel;
     }
     for (int64_t t = 0; t < count; t++)
         parts[t] = (part){k, total / count * t, t == count - 1 ? total : total / count * (t + 1)};
-    for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, run, &parts[t]);
-    run(&parts[0]);
-    for (int64_t t = 1; t < count; t++) {
-        if (started[t]) pthread_join(threads[t], 0);
-        else run(&parts[t]);
-    }
+    run_all(fastest_part(), parts, sizeof(part), count);
     return 0;
 }
 
@@ -462,17 +468,9 @@ static void *copy_stretch(void *at) {
 
 /* For what is read much later, and not by this core. The two ranges must not overlap. */
 void dist_asgd_copy(char *to, const char *from, int64_t bytes, int64_t num_threads) {
-    pthread_t threads[MAX_THREADS];
     stretch stretches[MAX_THREADS];
-    int started[MAX_THREADS] = {0};
-    int64_t count = num_threads < 1 ? 1 : num_threads > MAX_THREADS ? MAX_THREADS : num_threads;
-    int64_t each = bytes / count / LINE * LINE;
+    int64_t count = threads_of(num_threads), each = bytes / count / LINE * LINE;
     for (int64_t t = 0; t < count; t++)
         stretches[t] = (stretch){to + each * t, from + each * t, t == count - 1 ? bytes - each * t : each};
-    for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, copy_stretch, &stretches[t]);
-    copy_stretch(&stretches[0]);
-    for (int64_t t = 1; t < count; t++) {
-        if (started[t]) pthread_join(threads[t], 0);
-        else copy_stretch(&stretches[t]);
-    }
+    run_all(copy_stretch, stretches, sizeof(stretch), count);
 }
