@@ -11,10 +11,10 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.export import export_averaged
-    from .checkpoint.files import CheckpointError
+    from .checkpoint.format.files import CheckpointError
+    from .checkpoint.load import load_checkpoint, read_extra
     from .checkpoint.manager import CheckpointManager, Restored
-    from .checkpoint.restoring import load_checkpoint, read_extra
-    from .checkpoint.saving import PendingSave, async_save_checkpoint, save_checkpoint
+    from .checkpoint.save import PendingSave, async_save_checkpoint, save_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -35,15 +35,15 @@ __all__ = [
 
 # Loaded when first asked for: torch.distributed.checkpoint takes as long to import as half of torch.
 _ON_DEMAND = {
-    "CheckpointError": "files",
+    "CheckpointError": "format.files",
     "CheckpointManager": "manager",
-    "PendingSave": "saving",
+    "PendingSave": "save",
     "Restored": "manager",
-    "async_save_checkpoint": "saving",
+    "async_save_checkpoint": "save",
     "export_averaged": "export",
-    "load_checkpoint": "restoring",
-    "read_extra": "restoring",
-    "save_checkpoint": "saving",
+    "load_checkpoint": "load",
+    "read_extra": "load",
+    "save_checkpoint": "save",
 }
 
 

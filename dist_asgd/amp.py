@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dtensor import is_dtensor
 from .optimizer import ShardedASGD
+from .placements.dtensor import is_dtensor
 
 
 class GradScaler(torch.amp.GradScaler):

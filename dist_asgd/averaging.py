@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .agreement import CallsDiffer
-from .buffers import Member, Store
 from .comm import PeerError
+from .comm.agreement import CallsDiffer
 from .gather import Gatherer
+from .storage.buffers import ShardedParam, StateBuffer
 from .update.plan import Updater
 from .update.schedule import Cohort
 
@@ -22,7 +22,7 @@ class Averages:
     def __init__(self, updater: Updater, gatherer: Gatherer) -> None:
         self._updater = updater
         self._gatherer = gatherer
-        self._swapped: list[tuple[Store, list[Member]]] = []
+        self._swapped: list[tuple[StateBuffer, list[ShardedParam]]] = []
         self._kept: dict[int, Tensor] = {}
         self._inside = False
 
@@ -36,7 +36,7 @@ class Averages:
 
     @contextmanager
     def in_place(
-        self, stores: Sequence[Store], cohort_of: dict[int, Cohort], leave: Callable[[], object]
+        self, stores: Sequence[StateBuffer], cohort_of: dict[int, Cohort], leave: Callable[[], object]
     ) -> Iterator[None]:
         """Inside, ``ax`` is the parameters. ``leave`` is what ranks agree by on the way out; it may raise on all."""
         try:
@@ -54,17 +54,17 @@ class Averages:
             self._swap_back()
 
     @torch.no_grad()
-    def _swap_in(self, stores: Sequence[Store], cohort_of: dict[int, Cohort]) -> None:
+    def _swap_in(self, stores: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
         """Collective: ``ax`` becomes the parameters on every rank, and the parameters wait where ``ax`` was."""
         self._inside = True
         for store in stores:
             begun = [member for member in store.members if cohort_of[member.index].begun]
             if begun:
-                self._swapped.append((store, [member for member in begun if member.piece.numel]))
+                self._swapped.append((store, [member for member in begun if member.fragment.numel]))
                 for member in self._swapped[-1][1]:
                     self._put_average(member)
                 self._gatherer.launch(store)
-                store.changed()
+                store.on_params_written()
         self._gatherer.wait()
 
     @torch.no_grad()
@@ -77,29 +77,29 @@ class Averages:
                 if kept is None:
                     self._exchange(member)
                 else:
-                    member.part(member.piece.start, member.piece.stop).copy_(kept)
+                    member.param_range(member.fragment.start, member.fragment.stop).copy_(kept)
             self._gatherer.launch(store)
-            store.changed()
+            store.on_params_written()
         self._gatherer.wait()
         self._inside = False
 
-    def _put_average(self, member: Member) -> None:
+    def _put_average(self, member: ShardedParam) -> None:
         average = member.bucket.average
         if average.dtype == member.bucket.dtype:
             self._exchange(member)
             return
         # A wider average cannot hold the parameters and come back: keep this rank's part of them beside it.
-        start, stop = member.piece.start, member.piece.stop
-        param = member.part(start, stop)
+        start, stop = member.fragment.start, member.fragment.stop
+        param = member.param_range(start, stop)
         self._kept[member.index] = param.clone()
         param.copy_(average[start:stop])
 
-    def _exchange(self, member: Member) -> None:
-        first, last = member.piece.start, member.piece.stop
+    def _exchange(self, member: ShardedParam) -> None:
+        first, last = member.fragment.start, member.fragment.stop
         step = self._updater.scratch_numel(member.bucket)
         for start in range(first, last, step):
             stop = min(start + step, last)
-            param, average = member.part(start, stop), member.bucket.average[start:stop]
+            param, average = member.param_range(start, stop), member.bucket.average[start:stop]
             scratch = self._updater.scratch(param)
             scratch.copy_(param)
             param.copy_(average)

@@ -24,9 +24,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from .checkpoint import comparison, conversion, summary, verification
-from .checkpoint.stored import Contents, Progress
-from .checkpoint.tensor_files import DEFAULT_MAX_BYTES
+from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
+from .checkpoint.offline import convert
+from .checkpoint.offline.contents import CheckpointContents, Progress
+from .checkpoint.offline.diff import compare
+from .checkpoint.offline.inspect import Summary, finite, summarize
+from .checkpoint.offline.verify import total_bytes
+from .checkpoint.offline.verify import verify as verify_bytes
 from .version import __version__
 
 app = typer.Typer(
@@ -147,14 +151,14 @@ def inspect(directory: Directory, verify: Verify = True, as_json: AsJson = False
     is not 1.
     """
     with _reported():
-        found = summary.summarize(Contents(directory, verify=verify))
+        found = summarize(CheckpointContents(directory, verify=verify))
     if as_json:
         _print_json(found.as_dict())
     else:
         _show(found)
 
 
-def _show(found: summary.Summary) -> None:
+def _show(found: Summary) -> None:
     console = _console()
     console.print(Text(_plain(found.path), style="bold"), soft_wrap=True)
     step = "step unknown (no manifest)" if found.step is None else f"step {found.step}"
@@ -198,8 +202,8 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
     Reads every byte of every file once and compares with the hashes in `manifest.json`; checks that nothing is missing
     or too many, and that the metadata and the data fit each other. Says all that is wrong, not only the first.
     """
-    with _reported(), _progress("verifying", verification.total_bytes(directory)) as progress:
-        verdict = verification.verify(directory, progress)
+    with _reported(), _progress("verifying", total_bytes(directory)) as progress:
+        verdict = verify_bytes(directory, progress)
     if as_json:
         _print_json(
             {
@@ -239,9 +243,9 @@ def consolidate(
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
     """
     with _reported():
-        contents = Contents(directory, verify=verify)
+        contents = CheckpointContents(directory, verify=verify)
         with _progress("consolidating", sum(stored.bytes for stored in contents.tensors.values())) as progress:
-            paths = conversion.consolidate(contents, out, overwrite=force, progress=progress)
+            paths = convert.consolidate(contents, out, overwrite=force, progress=progress)
     _wrote(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
 
@@ -270,12 +274,12 @@ def export(
     Large models become `OUT-00001-of-0000N.safetensors` with `OUT.safetensors.index.json`, as transformers loads them.
     """
     with _reported():
-        contents = Contents(directory, verify=verify)
-        plan = conversion.plan_export(contents, last, None if dtype is None else getattr(torch, dtype.value))
+        contents = CheckpointContents(directory, verify=verify)
+        plan = convert.plan_export(contents, last, None if dtype is None else getattr(torch, dtype.value))
         total = sum(weight.spec.bytes for weight in plan.values())
         with _progress("exporting", total) as progress:
             max_bytes = int(max_shard_gb * _GIGABYTE)
-            paths = conversion.export(contents, out, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
+            paths = convert.export(contents, out, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
     averaged = sum(weight.averaged for weight in plan.values())
     _wrote(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
@@ -305,12 +309,12 @@ def diff(
     Compares names, shapes, dtypes and every value to the bit, whatever the numbers of ranks that wrote them.
     """
     with _reported(2):
-        a, b = Contents(first, verify=verify), Contents(second, verify=verify)
+        a, b = CheckpointContents(first, verify=verify), CheckpointContents(second, verify=verify)
         with _progress("comparing", sum(stored.bytes for stored in a.tensors.values())) as progress:
-            found = list(comparison.compare(a, b, progress))
+            found = list(compare(a, b, progress))
     if as_json:
         entries = [
-            {"key": d.key, "what": d.what, "num_different": d.num_different, "max_abs": summary.finite(d.max_abs)}
+            {"key": d.key, "what": d.what, "num_different": d.num_different, "max_abs": finite(d.max_abs)}
             for d in found
         ]
         _print_json({"same": not found, "differences": entries})

@@ -7,11 +7,11 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from .buffers import Store
 from .comm import Communicators, Wait
-from .layout import DIRECT_BYTES, SendLayout, Stretch, send_layout, whole_layout
-from .replicas import Replicas
-from .residents import Residents
+from .placements.presharded import PreshardedState
+from .placements.replicas import ReplicaGroup
+from .storage.buffers import StateBuffer
+from .storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
 
 # Buffers for what is packed of the stores on their way: one arrives while the next is packed.
 MAX_PACKED = 2
@@ -32,14 +32,14 @@ class Gatherer:
         """Bytes of the buffers for packed parameters, kept between steps."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def launch(self, store: Store) -> None:
+    def launch(self, store: StateBuffer) -> None:
         """Collective: start to bring every rank's part of the parameters to all; nothing where nobody lacks any."""
         if store.flat is not None:
             self._in_flight.append(self._communicators.on(store.device).all_gather(store.flat))
-        elif isinstance(store, Residents) and store.replicas is not None:
+        elif isinstance(store, PreshardedState) and store.replicas is not None:
             self._launch_among(store, store.replicas)
 
-    def _launch_among(self, store: Residents, replicas: Replicas) -> None:
+    def _launch_among(self, store: PreshardedState, replicas: ReplicaGroup) -> None:
         """Collective on the replicas: large local tensors are filled where they lie, small ones share messages."""
         communicator = replicas.on(store.device)
         if id(store) not in self._layouts:
@@ -49,11 +49,11 @@ class Gatherer:
         layout = self._layouts[id(store)]
         packed = self._buffer(store, layout.packed_numel)
         small = [(store.members[position], at) for position, at in layout.packed]
-        own = [(member, at + member.piece.param_start) for member, at in small if member.piece.numel]
+        own = [(member, at + member.fragment.param_start) for member, at in small if member.fragment.numel]
         if own:
             torch._foreach_copy_(
-                [packed[at : at + member.piece.numel] for member, at in own],
-                [member.part(member.piece.start, member.piece.stop) for member, _ in own],
+                [packed[at : at + member.fragment.numel] for member, at in own],
+                [member.param_range(member.fragment.start, member.fragment.stop) for member, _ in own],
             )
         parts = [[_place(store, packed, stretch) for stretch in stretches] for stretches in layout.stretches]
         arrived = communicator.all_gather_parts(parts)
@@ -68,7 +68,7 @@ class Gatherer:
 
         self._in_flight.append(unpack)
 
-    def _buffer(self, store: Store, numel: int) -> Tensor:
+    def _buffer(self, store: StateBuffer, numel: int) -> Tensor:
         """Room for what is packed, of which ``MAX_PACKED`` are in use at a time."""
         if not numel:
             return torch.empty(0, dtype=store.dtype, device=store.device)
@@ -86,7 +86,7 @@ class Gatherer:
             self._in_flight.popleft()()
 
 
-def _place(store: Residents, packed: Tensor, stretch: Stretch) -> Tensor:
+def _place(store: PreshardedState, packed: Tensor, stretch: SendRange) -> Tensor:
     """Where the elements of ``stretch`` lie, 1-D: in the packed buffer, or in a local tensor."""
     within = packed if stretch.slot is None else store.members[stretch.slot].flat
     return within[stretch.source : stretch.source + stretch.stop - stretch.start]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .buffers import Member, Store
+from .storage.buffers import ShardedParam, StateBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class MemoryReport:
     full_gradient_bytes: int
 
 
-def report(buckets: Sequence[Store], in_flight_bytes: int) -> MemoryReport:
+def report(buckets: Sequence[StateBuffer], in_flight_bytes: int) -> MemoryReport:
     """The accounting of these buckets, and of parameters that are in none."""
-    members: list[Member] = [member for bucket in buckets for member in bucket.members]
+    members: list[ShardedParam] = [member for bucket in buckets for member in bucket.members]
     own = sum(member.param.nbytes for member in members)
     standing = sum(member.gradient.nbytes for member in members if member.gradient is not None)
-    shards = sum(gradient.nbytes for bucket in buckets if (gradient := bucket.reduced()) is not None)
+    shards = sum(gradient.nbytes for bucket in buckets if (gradient := bucket.reduced_gradient()) is not None)
     whole = [bucket for bucket in buckets if bucket.flat is not None]
     elsewhere = sum(m.slot.numel * b.dtype.itemsize for b in buckets if b.flat is None for m in b.members)
     return MemoryReport(

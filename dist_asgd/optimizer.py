@@ -12,23 +12,28 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import clip, differentiable, fsdp1, memory
-from .agreement import NO_CLAIM, Agreement, Kind
+from . import memory
 from .averaging import Averages
-from .buffers import Precision
-from .checkpoint import consolidated
-from .claims import Hyperparameters, groups_claim
-from .comm import Communicators, description
+from .comm import Communicators, describe_mesh
+from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall
+from .fingerprints import Hyperparameters, groups_fingerprint
 from .gather import Gatherer
-from .gradients import Arrived, Gradients, compare_values
-from .layout import MIN_BUCKETS
-from .reduce import Reducer
-from .residents import is_resident
-from .scaling import Told, unscale
-from .state import ShardedState
-from .state_dicts import StateDicts
-from .update.plan import Step, Updater
-from .update.schedule import rules_of
+from .gradients import clip
+from .gradients.averaged import AveragedGradients
+from .gradients.base import Gradients
+from .gradients.checksums import compare_values
+from .gradients.reducer import Reducer
+from .gradients.scaling import ScalerInfo, unscale
+from .placements import fsdp1
+from .placements.presharded import is_presharded
+from .state import ParamShards
+from .state_dict import full
+from .state_dict.state_dicts import StateDicts
+from .storage.buffers import Precision
+from .storage.layout import MIN_BUCKETS
+from .update import differentiable
+from .update.plan import StepContext, Updater
+from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
 from .validation import (
     check_group,
@@ -116,19 +121,19 @@ class ShardedASGD(torch.optim.Optimizer):
         reduce_dtype: torch.dtype | None = None,
         shard_replicated: bool = True,
     ) -> None:
-        self._communicators = Communicators(process_group, mesh)
-        self._agreement = Agreement(self._communicators.host)
+        self.communicators = Communicators(process_group, mesh)
+        self._agreement = Agreement(self.communicators.host)
         self._updater = Updater()
-        self._gatherer = Gatherer(self._communicators)
-        self._averages = Averages(self._updater, self._gatherer)
-        self._differentiable = differentiable is True
+        self.gatherer = Gatherer(self.communicators)
+        self.averages = Averages(self._updater, self.gatherer)
+        self.is_differentiable = differentiable is True
         self._stage = stage
         self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
-        self._options = {"stage": stage, "mesh": description(mesh), "bucket_cap_mb": bucket_cap_mb}
+        self._options = {"stage": stage, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb}
         self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
-        self._gradients: Gradients = (Reducer if stage == 2 else Arrived)(self._agreement, self._communicators)
+        self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
-        self._values_checked = self._communicators.world_size == 1
+        self._values_checked = self.communicators.world_size == 1
         defaults = {
             "lr": lr,
             "lambd": lambd,
@@ -142,22 +147,22 @@ class ShardedASGD(torch.optim.Optimizer):
             "fused": fused,
         }
         self._constructed = False
-        problem = self._communicators.problem
+        problem = self.communicators.problem
         try:
-            check_options(stage, bucket_cap_mb, shard_replicated, self._precision, self._differentiable)
+            check_options(stage, bucket_cap_mb, shard_replicated, self._precision, self.is_differentiable)
             super().__init__(params, defaults)
             check_precision_fits(self._precision, self.param_groups)
         except Exception as error:
             problem = problem or error
         groups = [] if problem else self.param_groups
-        self._agree_on_groups(Kind.CONSTRUCT, 0, groups, problem)
+        self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, groups, problem)
         self._constructed = True
-        self._shards = ShardedState(
-            self._communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
+        self.shards = ParamShards(
+            self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
-        self._house(0)
-        shards = None if self._differentiable else self._shards
-        self._state_dicts = StateDicts(self, shards, self._communicators, self._gatherer)
+        self._add_storage(0)
+        shards = None if self.is_differentiable else self.shards
+        self._state_dicts = StateDicts(self, shards, self.communicators, self.gatherer)
 
     # --- construction --------------------------------------------------------------------------------------
 
@@ -170,7 +175,7 @@ class ShardedASGD(torch.optim.Optimizer):
             # The base constructor adds the first groups one by one; ranks compare them all at once, later.
             self._add_checked(param_group)
             return
-        self._averages.refuse("add_param_group()")
+        self.averages.refuse("add_param_group()")
         first = len(self.param_groups)
         problem: Exception | None = None
         try:
@@ -178,11 +183,11 @@ class ShardedASGD(torch.optim.Optimizer):
         except Exception as error:
             problem = error
         try:
-            self._agree_on_groups(Kind.ADD_PARAM_GROUP, first, self.param_groups[first:], problem)
+            self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, self.param_groups[first:], problem)
         except Exception:
             del self.param_groups[first:]
             raise
-        self._house(first)
+        self._add_storage(first)
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
         _base("add_param_group")(self, param_group)
@@ -191,12 +196,12 @@ class ShardedASGD(torch.optim.Optimizer):
         where = f"param_groups[{index}]"
         try:
             check_hyperparameters(group, where)
-            check_mode(group, where, self._communicators.world_size, self._differentiable, self._stage)
-            if not self._differentiable:
-                check_group(self.param_groups, index, self._communicators.ranks, self._precision)
+            check_mode(group, where, self.communicators.world_size, self.is_differentiable, self._stage)
+            if not self.is_differentiable:
+                check_group(self.param_groups, index, self.communicators.ranks, self._precision)
                 for param in group["params"]:
-                    if not is_resident(param):
-                        self._communicators.on(param.device)
+                    if not is_presharded(param):
+                        self.communicators.on(param.device)
         except Exception:
             del self.param_groups[index]
             raise
@@ -208,23 +213,25 @@ class ShardedASGD(torch.optim.Optimizer):
     def _named(self, index: int) -> list[tuple[str, Tensor]]:
         return named_params(self.param_groups, index)
 
-    def _agree_on_groups(self, kind: Kind, first: int, groups: list[dict[str, Any]], problem: Exception | None) -> None:
+    def _agree_on_groups(
+        self, kind: CollectiveCall, first: int, groups: list[dict[str, Any]], problem: Exception | None
+    ) -> None:
         described = [(i, group, self._named(i)) for i, group in enumerate(groups, start=first)]
-        self._gradients.settle(kind, groups_claim(self._options, described), problem)
+        self.gradients.agree(kind, groups_fingerprint(self._options, described), problem)
 
-    def _house(self, first_group: int) -> None:
+    def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
         new = [(self._named(i), self.param_groups[i]["lr"]) for i in range(first_group, len(self.param_groups))]
-        if self._differentiable:
+        if self.is_differentiable:
             for named, lr in new:
                 for _, param in named:
                     self.state[param] = differentiable.init_state(param, lr)
             return
-        self._shards.house(new)
-        self._gradients.extend(self._shards.buckets, self._shards.residents)
-        self._agreement.resize(len(self._shards.members))
-        self._updater.reserve(self._shards.stores)
-        self._values_checked = self._communicators.world_size == 1
+        self.shards.add_groups(new)
+        self.gradients.extend(self.shards.buckets, self.shards.presharded)
+        self._agreement.resize(len(self.shards.members))
+        self._updater.reserve(self.shards.state_buffers)
+        self._values_checked = self.communicators.world_size == 1
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -238,56 +245,58 @@ class ShardedASGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._differentiable:
+        if self.is_differentiable:
             differentiable.step(self.param_groups, self.state)
             return loss
-        self._averages.refuse("step()")
-        self._shards.check_capture(self.param_groups)
-        told = Told.of(self)
+        self.averages.refuse("step()")
+        self.shards.check_capture(self.param_groups)
+        told = ScalerInfo.of(self)
         with torch.no_grad():
             active = self._reduce(told)
-            rules = rules_of(self.param_groups)
-            if told.waits_for(rules) and told.overflowed(self._communicators):
-                self._gradients.ready(None)
+            hypers = step_hyperparameters(self.param_groups)
+            if told.waits_for(hypers) and told.overflowed(self.communicators):
+                self.gradients.wait_for(None)
                 return loss
-            found_inf = told.found_on_device(rules, self._communicators)
-            self._shards.begin_update(active, rules)
-            step = Step(
+            found_inf = told.found_on_device(hypers, self.communicators)
+            self.shards.begin_update(active, hypers)
+            step = StepContext(
                 self._updater,
-                rules,
-                self._shards.rows(rules),
-                self._shards.advance_on_devices(active, rules, found_inf),
+                hypers,
+                self.shards.rows(hypers),
+                self.shards.advance_on_devices(active, hypers, found_inf),
                 # What is pending is so for gradients that are reduced here, and not for those of DTensors.
-                told.factors(self._gradients.scaling),
+                told.factors(self.gradients.scaling),
                 told.factors(UNSCALED),
-                self._gradients.take(),
+                self.gradients.take_table(),
                 found_inf,
             )
-            for bucket, batches in self._shards.planned(active, rules):
-                self._gradients.ready(bucket)
+            for bucket, batches in self.shards.planned(active, hypers):
+                self.gradients.wait_for(bucket)
                 for batch in batches:
                     batch.run(step)
-                self._gatherer.launch(bucket)
-            self._gradients.ready(None)
-            self._shards.end_update(active, rules)
-            self._gatherer.wait()
+                self.gatherer.launch(bucket)
+            self.gradients.wait_for(None)
+            self.shards.end_update(active, hypers)
+            self.gatherer.wait()
         return loss
 
-    def _reduce(self, told: Told) -> frozenset[int]:
+    def _reduce(self, told: ScalerInfo) -> frozenset[int]:
         """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
         problem = self._problem() or told.problem(self._stage)
-        claim = NO_CLAIM if problem else self._hyperparameters.claim(self.param_groups, told.by_scaler)
-        answer = self._gradients.settle(Kind.STEP, claim, problem)
+        fingerprint = (
+            NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, told.by_scaler)
+        )
+        reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
         if not self._values_checked:
-            compare_values(self._gradients, self._communicators)
+            compare_values(self.gradients, self.communicators)
             self._values_checked = True
-        return self._gradients.active(answer)
+        return self.gradients.active(reports)
 
     def _problem(self) -> Exception | None:
         """What is wrong on this rank, to be raised on all of them."""
         try:
-            self._shards.check_unchanged()
-            self._hyperparameters.check(self.param_groups, self._shards.devices_of)
+            self.shards.check_unchanged()
+            self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error
         return None
@@ -298,7 +307,7 @@ class ShardedASGD(torch.optim.Optimizer):
         In stage 2 ``model.zero_grad()`` does not see the gradients: call this one. Collective there where a backward
         has run since the last step (a step that is skipped must be skipped on every rank).
         """
-        self._gradients.forget(set_to_none)
+        self.gradients.clear(set_to_none)
         _base("zero_grad")(self, set_to_none)
 
     @contextmanager
@@ -307,12 +316,12 @@ class ShardedASGD(torch.optim.Optimizer):
 
         The next backward outside, or ``step()``, reduces the sum. Costs the memory of unsharded gradients meanwhile.
         """
-        if not isinstance(self._gradients, Reducer):
+        if not isinstance(self.gradients, Reducer):
             raise RuntimeError(
                 "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
                 "of the DistributedDataParallel module."
             )
-        with self._gradients.no_sync():
+        with self.gradients.no_sync():
             yield
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -322,29 +331,29 @@ class ShardedASGD(torch.optim.Optimizer):
         In stage 1 without DTensors it is torch's function, bit for bit. In stage 2 it reads the gradients once: the
         update scales them.
         """
-        if self._differentiable or not (self.reduces_gradients or self._gradients.residents):
+        if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(self._params, max_norm, norm_type, error_if_nonfinite)
-        self._averages.refuse("clip_grad_norm_()")
-        claim, problem = clip.claim_of(max_norm, norm_type)
+        self.averages.refuse("clip_grad_norm_()")
+        fingerprint, problem = clip.fingerprint_of(max_norm, norm_type)
         with torch.no_grad():
-            answer = self._gradients.settle(Kind.CLIP_GRAD_NORM, claim, problem)
-            active = self._gradients.present(answer)
-            return clip.clip(self._gradients, active, max_norm, norm_type, error_if_nonfinite)
+            reports = self.gradients.agree(CollectiveCall.CLIP_GRAD_NORM, fingerprint, problem)
+            active = self.gradients.present(reports)
+            return clip.clip(self.gradients, active, max_norm, norm_type, error_if_nonfinite)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Read by ``torch.amp.GradScaler``: ``step()`` unscales, and skips on overflow, by itself."""
-        return not self._differentiable
+        return not self.is_differentiable
 
     @property
     def reduces_gradients(self) -> bool:
         """Whether gradients are reduced here and leave ``p.grad`` (stage 2)."""
-        return isinstance(self._gradients, Reducer)
+        return isinstance(self.gradients, Reducer)
 
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
         """For ``dist_asgd.GradScaler``; see ``scaling.unscale``. Collective."""
-        return unscale(self._gradients, inv_scale, explicitly)
+        return unscale(self.gradients, inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------
 
@@ -358,16 +367,16 @@ class ShardedASGD(torch.optim.Optimizer):
         Parameters whose averaging has not begun (step <= t0) stay as they are. Buffers of modules (BatchNorm's
         statistics) are not averaged. ``step()``, ``state_dict()`` and whatever else reads the state are refused inside.
         """
-        if self._differentiable:
+        if self.is_differentiable:
             raise RuntimeError(
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        self._averages.refuse("averaged_parameters()")
+        self.averages.refuse("averaged_parameters()")
         fsdp1.refuse("averaged_parameters()", self._params, "Load ax of FSDP.optim_state_dict() into a model")
-        self._gradients.settle(Kind.AVERAGED_PARAMETERS, problem=self._problem())
-        leave = partial(self._gradients.settle, Kind.END_OF_AVERAGED_PARAMETERS)
-        with self._averages.in_place(self._shards.stores, self._shards.cohort_of, leave):
+        self.gradients.agree(CollectiveCall.AVERAGED_PARAMETERS, problem=self._problem())
+        leave = partial(self.gradients.agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
+        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, leave):
             yield
 
     def start_averaging(self) -> None:
@@ -376,7 +385,7 @@ class ShardedASGD(torch.optim.Optimizer):
         No communication; call it at the same step on every rank. As mu is stored, the next step still copies
         the parameters and ``ax`` is the mean of the iterates from the step after it on.
         """
-        self._averages.refuse("start_averaging()")
+        self.averages.refuse("start_averaging()")
         for group in self.param_groups:
             steps = [self.state[param]["step"].item() for param in group["params"]]
             group["t0"] = max(steps, default=0.0)
@@ -392,7 +401,7 @@ class ShardedASGD(torch.optim.Optimizer):
         that is what ``consolidated_state_dict`` is for. On one rank it is a plain tensor. Of a DTensor it is a DTensor
         placed alike; where replicas share it ``to_local()`` is the part of one, 1-D, and ``full_tensor()`` all of it.
         """
-        self._averages.refuse("state_dict()")
+        self.averages.refuse("state_dict()")
         return self._state_dicts.part()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
@@ -402,11 +411,11 @@ class ShardedASGD(torch.optim.Optimizer):
         at a time: rank ``to`` holds the result and one bucket, the others what they already had. State-dict hooks
         run where the result is.
         """
-        self._averages.refuse("consolidated_state_dict()")
+        self.averages.refuse("consolidated_state_dict()")
         fsdp1.refuse("consolidated_state_dict()", self._params, "Call FSDP.optim_state_dict(model, optimizer)")
-        if not self._differentiable:
-            claim, problem = consolidated.claim_of(to, self._communicators.world_size)
-            self._gradients.settle(Kind.CONSOLIDATED_STATE_DICT, claim, problem)
+        if not self.is_differentiable:
+            fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
+            self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
         return self._state_dicts.whole(to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -416,10 +425,10 @@ class ShardedASGD(torch.optim.Optimizer):
         narrower dtype, and ``state_dict`` is not changed. Nothing changes where any rank raises. Hyperparameters
         come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
-        self._averages.refuse("load_state_dict()")
+        self.averages.refuse("load_state_dict()")
         problem = self._problem()
-        loaded, claim, unreadable = self._state_dicts.read(state_dict)
-        self._gradients.settle(Kind.LOAD_STATE_DICT, claim, problem or unreadable)
+        loaded, fingerprint, unreadable = self._state_dicts.read(state_dict)
+        self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
         if loaded is not None:
             self._state_dicts.apply(loaded)
 
@@ -427,10 +436,10 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def memory_report(self) -> memory.MemoryReport:
         """What the optimizer holds on this rank, in bytes, beside what ``torch.optim.ASGD`` would; no communication."""
-        in_flight = self._updater.scratch_bytes + self._communicators.scratch_bytes() + self._gatherer.scratch_bytes
-        if isinstance(self._gradients, Reducer):
-            in_flight += self._gradients.in_flight_bytes
-        return memory.report(self._shards.stores, in_flight)
+        in_flight = self._updater.scratch_bytes + self.communicators.scratch_bytes() + self.gatherer.scratch_bytes
+        if isinstance(self.gradients, Reducer):
+            in_flight += self.gradients.in_flight_bytes
+        return memory.report(self.shards.state_buffers, in_flight)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(

@@ -9,27 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import Bucket, Member, Precision, Store, build_buckets, reduce_order
 from .comm import Communicators
-from .facts import Facts, Shown
-from .layout import bucket_cap_bytes
-from .residents import Residents, is_resident, settle_residents
+from .placements.presharded import PreshardedState, build_presharded, is_presharded
+from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
+from .storage.layout import bucket_cap_bytes
+from .storage.snapshots import PublishedState, TensorSnapshot
 from .update import cpu
 from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
 from .update.scalars import ScalarTable
-from .update.schedule import Cohort, Form, Rule
+from .update.schedule import Cohort, Implementation, StepHyperparameters
 
 KEYS = ("step", "eta", "mu", "ax")
 
-Named = Sequence[tuple[str, Tensor]]
+NamedParams = Sequence[tuple[str, Tensor]]
 Batches = list[Batch | KernelBatch | DeviceBatch]
-Plan = list[tuple[Store, Batches]]
+Plan = list[tuple[StateBuffer, Batches]]
 
 
-class ShardedState:
+class ParamShards:
     """Houses plain parameters in buckets, leaves DTensors where they are, and keeps ``optimizer.state`` up to date.
 
-    ``buckets`` are in reduce order, ``residents`` keep the state of what is sharded already, ``members`` are all
+    ``buckets`` are in reduce order, ``presharded`` keep the state of what is sharded already, ``members`` are all
     parameters in registration order, so that ``members[i].index == i``.
     ``shown`` is the optimizer's ``state``: a view for users, and checked for replaced entries at each step.
     """
@@ -51,38 +51,38 @@ class ShardedState:
         self._shard_replicated = shard_replicated
         self._group_sizes: list[int] = []
         self.buckets: list[Bucket] = []
-        self.residents: list[Residents] = []
-        self.members: list[Member] = []
+        self.presharded: list[PreshardedState] = []
+        self.members: list[ShardedParam] = []
         self.cohorts: list[list[Cohort]] = []
         self.cohort_of: dict[int, Cohort] = {}
         self._plan: tuple[object, Plan] | None = None
         # What parameters in buckets are there: those that came together.
-        self._homes: list[Facts] = []
+        self._snapshots: list[TensorSnapshot] = []
         # What ``shown`` has of each member's average, in registration order; and all of it, once looked up.
         self._averages: list[Tensor] = []
-        self._published: Shown | None = None
+        self._published: PublishedState | None = None
         # What the last step updated, if cohorts are still the same since.
         self._settled: frozenset[int] | None = None
         self._tables: dict[int, ScalarTable] = {}
         self._on_cuda = False
 
-    def house(self, groups: Sequence[tuple[Named, float | Tensor]]) -> None:
+    def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
-        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_resident(p))
+        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_presharded(p))
         total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
         known = len(self.buckets)
         for named, lr in groups:
             first_index = sum(self._group_sizes)
             placed = [(first_index + i, name, param) for i, (name, param) in enumerate(named)]
-            residents = settle_residents(
-                [(i, name, param) for i, name, param in placed if is_resident(param)],
+            presharded = build_presharded(
+                [(i, name, param) for i, name, param in placed if is_presharded(param)],
                 len(self._group_sizes),
                 self._precision,
                 self._bucket_cap_mb,
                 self._communicators if self._shard_replicated else None,
             )
             buckets = build_buckets(
-                [entry for entry in placed if not is_resident(entry[2])],
+                [entry for entry in placed if not is_presharded(entry[2])],
                 group_index=len(self._group_sizes),
                 rank=self._communicators.shard_rank,
                 world_size=self._communicators.num_shards,
@@ -91,26 +91,28 @@ class ShardedState:
                 precision=self._precision,
             )
             self.buckets += buckets
-            self.residents += residents
-            self.members += [member for store in (*buckets, *residents) for member in store.members]
+            self.presharded += presharded
+            self.members += [member for store in (*buckets, *presharded) for member in store.members]
             self._group_sizes.append(len(named))
             self.cohorts.append([])
             if named:
                 self._add_cohort(Cohort.new(lr, range(first_index, first_index + len(named))), len(self.cohorts) - 1)
-        self._homes.append(Facts.of([member.param for bucket in self.buckets[known:] for member in bucket.members]))
+        self._snapshots.append(
+            TensorSnapshot.of([member.param for bucket in self.buckets[known:] for member in bucket.members])
+        )
         self.members.sort(key=lambda member: member.index)
         first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
         self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
         self._publish()
 
     @property
-    def stores(self) -> list[Store]:
-        """All that parameters have their state in: buckets in reduce order, then the residents'."""
-        return [*self.buckets, *self.residents]
+    def state_buffers(self) -> list[StateBuffer]:
+        """All that parameters have their state in: buckets in reduce order, then the presharded'."""
+        return [*self.buckets, *self.presharded]
 
     def devices_of(self, group_index: int) -> set[torch.device]:
         """Where the parameters of a group are."""
-        return {store.device for store in self.stores if store.group_index == group_index}
+        return {store.device for store in self.state_buffers if store.group_index == group_index}
 
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
         """Take the scalars of a loaded state dict, and show averages that may have moved to wider storage."""
@@ -128,12 +130,12 @@ class ShardedState:
 
     def _publish(self) -> None:
         self._plan = self._published = None
-        self._on_cuda = any(store.device.type == "cuda" for store in self.stores)
-        self._averages = [member.shown(member.average) for member in self.members]
+        self._on_cuda = any(store.device.type == "cuda" for store in self.state_buffers)
+        self._averages = [member.state_entry(member.average) for member in self.members]
         for member in self.members:
             self._shown[member.param] = self._entries(member)
 
-    def _entries(self, member: Member) -> dict[str, Tensor]:
+    def _entries(self, member: ShardedParam) -> dict[str, Tensor]:
         cohort = self.cohort_of[member.index]
         return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._averages[member.index]}
 
@@ -142,17 +144,17 @@ class ShardedState:
 
         A parameter that was only cut short may be found by the gradients that it gets then.
         """
-        if not all(homes.hold() for homes in self._homes):
+        if not all(homes.is_current() for homes in self._snapshots):
             for member in self.members:
-                member.check_at_home()
-        for store in self.residents:
+                member.check_unmoved()
+        for store in self.presharded:
             if store.follow():
                 self._plan = None
-            for resident in store.members:
-                resident.check_at_home()
+            for presharded_param in store.members:
+                presharded_param.check_unmoved()
         if self._published is None:
-            self._published = Shown(KEYS, {member.param: self._entries(member) for member in self.members})
-        if not self._published.stand_in(self._shown):
+            self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
+        if not self._published.matches(self._shown):
             self._raise_replaced()
 
     def _raise_replaced(self) -> None:
@@ -175,12 +177,12 @@ class ShardedState:
                     f"capturable=True and fused=True to the constructor."
                 )
 
-    def begin_update(self, active: frozenset[int], rules: Sequence[Rule]) -> None:
+    def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
         """Split cohorts of which only a part steps; a first step takes its eta from the lr of now.
 
-        Scalars move to the device or back where the group's form has changed.
+        Scalars move to the device or back where the group's implementation has changed.
         """
-        for group_index, rule in enumerate(rules):
+        for group_index, hyper in enumerate(hypers):
             for cohort in list(self.cohorts[group_index]) if active is not self._settled else ():
                 stepping = cohort.indices & active
                 if stepping and stepping != cohort.indices:
@@ -188,18 +190,18 @@ class ShardedState:
                     self._show(stepping)
             for cohort in self.cohorts[group_index]:
                 if not cohort.indices.isdisjoint(active):
-                    self._place(cohort, group_index, rule)
-                    cohort.prepare(rule.lr)
+                    self._place(cohort, group_index, hyper)
+                    cohort.prepare(hyper.lr)
         self._settled = active
 
-    def _place(self, cohort: Cohort, group_index: int, rule: Rule) -> None:
-        if (rule.device is not None) == (cohort.row is not None):
+    def _place(self, cohort: Cohort, group_index: int, hyper: StepHyperparameters) -> None:
+        if (hyper.device is not None) == (cohort.row is not None):
             return
-        if rule.device is None:
+        if hyper.device is None:
             cohort.come_home()
         else:
             if group_index not in self._tables:
-                self._tables[group_index] = ScalarTable(self._group_sizes[group_index], rule.device)
+                self._tables[group_index] = ScalarTable(self._group_sizes[group_index], hyper.device)
             self._tables[group_index].adopt(cohort)
         self._show(cohort.indices)
 
@@ -210,54 +212,56 @@ class ShardedState:
             member = self.members[index]
             self._shown[member.param].update(self._entries(member))
 
-    def end_update(self, active: frozenset[int], rules: Sequence[Rule]) -> None:
+    def end_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
         """Advance the scalars of everything that stepped."""
-        for cohorts, rule in zip(self.cohorts, rules, strict=True):
+        for cohorts, hyper in zip(self.cohorts, hypers, strict=True):
             for cohort in cohorts:
                 if cohort.row is None and not cohort.indices.isdisjoint(active):
-                    cohort.advance(rule)
+                    cohort.advance(hyper)
 
-    def planned(self, active: frozenset[int], rules: Sequence[Rule]) -> Plan:
+    def planned(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """Stores that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
-        key = (active, [(rule.form, rule.device, rule.maximize, rule.weight_decay) for rule in rules])
+        key = (active, [(hyper.implementation, hyper.device, hyper.maximize, hyper.weight_decay) for hyper in hypers])
         if self._plan is None or self._plan[0] != key:
             plan = [
-                (bucket, self._batches(bucket, active, rules[bucket.group_index]))
-                for bucket in self.stores
+                (bucket, self._batches(bucket, active, hypers[bucket.group_index]))
+                for bucket in self.state_buffers
                 if any(member.index in active for member in bucket.members)
             ]
             self._plan = (key, plan)
         return self._plan[1]
 
-    def _batches(self, bucket: Store, active: frozenset[int], rule: Rule) -> Batches:
-        unavailable = cpu.why_unavailable() if rule.form is Form.FUSED and rule.device is None else None
+    def _batches(self, bucket: StateBuffer, active: frozenset[int], hyper: StepHyperparameters) -> Batches:
+        unavailable = (
+            cpu.why_unavailable() if hyper.implementation is Implementation.FUSED and hyper.device is None else None
+        )
         if unavailable is not None:
             cpu.log_fallback(unavailable)
-        if rule.device is not None:
+        if hyper.device is not None:
             lines = {id(cohort): cohort.row for cohort in self._all_cohorts() if cohort.row is not None}
-            return [plan_kernel(bucket, self.cohort_of, active, rule, lines, False)]
-        if rule.form is not Form.FUSED or not has_kernel(bucket):
+            return [plan_kernel(bucket, self.cohort_of, active, hyper, lines, False)]
+        if hyper.implementation is not Implementation.FUSED or not has_kernel(bucket):
             return list(plan_bucket(bucket, self.cohort_of, active))
         rows = {id(cohort): row for row, cohort in enumerate(self._all_cohorts())}
-        streamed = sum(b.average.nbytes for b in self.stores) > cpu.STREAMED_BYTES
-        return [plan_kernel(bucket, self.cohort_of, active, rule, rows, streamed)]
+        streamed = sum(b.average.nbytes for b in self.state_buffers) > cpu.STREAMED_BYTES
+        return [plan_kernel(bucket, self.cohort_of, active, hyper, rows, streamed)]
 
     def _all_cohorts(self) -> list[Cohort]:
         return [cohort for cohorts in self.cohorts for cohort in cohorts]
 
-    def rows(self, rules: Sequence[Rule]) -> array[float]:
+    def rows(self, hypers: Sequence[StepHyperparameters]) -> array[float]:
         """The scalars of every cohort for this step, in the order of the plan's rows; those on the device left out."""
         rows = array("d")
-        for cohorts, rule in zip(self.cohorts, rules, strict=True):
+        for cohorts, hyper in zip(self.cohorts, hypers, strict=True):
             for cohort in cohorts:
-                rows.extend(cohort.factors(rule) if cohort.row is None else (0.0,) * 4)
+                rows.extend(cohort.factors(hyper) if cohort.row is None else (0.0,) * 4)
         return rows
 
     def advance_on_devices(
-        self, active: frozenset[int], rules: Sequence[Rule], found_inf: Tensor | None
+        self, active: frozenset[int], hypers: Sequence[StepHyperparameters], found_inf: Tensor | None
     ) -> dict[int, Tensor]:
         """Advance scalars that are on a device; this step's factors by group, see ``ScalarTable``."""
-        tables = {group: table for group, table in self._tables.items() if rules[group].device is not None}
+        tables = {group: table for group, table in self._tables.items() if hypers[group].device is not None}
         for group, table in tables.items():
-            table.advance(rules[group], active, found_inf)
+            table.advance(hypers[group], active, found_inf)
         return {group: table.factors for group, table in tables.items()}

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtensor, fsdp1
-from .buffers import Member, Precision, memory_strides, same_strides
+from .placements import dtensor, fsdp1
+from .storage.buffers import Precision
+from .storage.memory_order import memory_strides, same_strides
 from .update import backend
 
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
@@ -299,7 +300,7 @@ def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], pr
     for name, param in named:
         if not dtensor.is_dtensor(param):
             continue
-        problem = dtensor.problem_with(name, param, ranks, precision.stochastic_rounding is not None)
+        problem = dtensor.placement_problem(name, param, ranks, precision.stochastic_rounding is not None)
         local = dtensor.local_of(param)
         if problem is None and not same_strides(local, memory_strides(local)):
             problem = (
@@ -316,30 +317,6 @@ def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
         return []
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
     return [(param.data_ptr(), param.data_ptr() + extent * param.element_size(), name)]
-
-
-def check_gradient(member: Member, gradient: Tensor) -> None:
-    """RuntimeError unless the parameter is at home and ``gradient`` is dense and has its shape, dtype and device."""
-    member.check_at_home()
-    name, param = member.name, member.param
-    if gradient.layout != torch.strided:
-        raise RuntimeError(
-            f"dist_asgd: parameter {name} has a sparse gradient ({gradient.layout}), which ASGD does not support. "
-            f"Use sparse=False in the layer that makes it."
-        )
-    misplaced = dtensor.problem_with_gradient(name, param, gradient)
-    if misplaced is not None:
-        raise RuntimeError(f"dist_asgd: {misplaced}")
-    for what, wanted, got in (
-        ("shape", tuple(param.shape), tuple(gradient.shape)),
-        ("dtype", param.dtype, gradient.dtype),
-        ("device", param.device, gradient.device),
-    ):
-        if wanted != got:
-            raise RuntimeError(
-                f"dist_asgd: the gradient of parameter {name} has {what} {got}, the parameter has {wanted}. "
-                f"Give the gradient the parameter's {what}."
-            )
 
 
 def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:

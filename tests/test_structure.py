@@ -8,35 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import dist_asgd
+from tests.rooms import LEVELS, PACKAGE, room_of
 
-PACKAGE = Path(dist_asgd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 450
 
-# From the top: a module imports only from those on lines above its own, or beside it in its own folder.
-LAYERS = [
-    {"version", "layout", "masters", "facts", "dtensor", "fsdp1"},
-    {"buffers", "comm"},
-    {"agreement", "parts", "replicas"},
-    {"portions"},
-    {"residents"},
-    {"update"},
-    {"validation"},
-    {"gradients", "memory", "gather", "state", "claims"},
-    {"reduce"},
-    {"clip", "scaling"},
-    {"averaging", "checkpoint"},
-    {"differentiable"},
-    {"state_dicts"},
-    {"optimizer"},
-    {"amp"},
-    {"__init__"},
-    {"cli"},
-    {"__main__"},
-]
-# The command line is no room but a way into one.
-ROOMS = {"averaging", "checkpoint", "plan"}
 COLLECTIVES = {
     "all_gather",
     "all_gather_into_tensor",
@@ -65,14 +41,10 @@ COLLECTIVES = {
 }
 
 
-def part_of(path: Path) -> str:
-    """The module, or the folder, that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def level(part: str) -> int:
-    """The part's line in ``LAYERS``."""
-    return next(i for i, layer in enumerate(LAYERS) if part in layer)
+# What this package reads of torch's internals, because torch has no public name for it.
+PRIVATE_TO_TORCH = {
+    "_C",
+}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -87,31 +59,67 @@ def imports(path: Path) -> Iterator[str]:
             yield from (".".join([*prefix, alias.name]) for alias in node.names)
 
 
-def test_every_module_has_its_place() -> None:
-    """A new module is put into ``LAYERS`` (and into the design's table) on purpose."""
-    known = set().union(*LAYERS)
-    assert {part_of(path) for path in FILES} == known
+def test_every_room_is_in_the_table() -> None:
+    """A new room is put into ``tests/rooms.py`` on purpose."""
+    assert {room_of(path) for path in FILES} == LEVELS.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_modules_import_only_from_those_above_them(path: Path) -> None:
-    """And rooms never import each other."""
-    part = part_of(path)
+def test_rooms_import_only_from_rooms_below(path: Path) -> None:
+    """Rooms on one line of the table never import each other."""
+    room = room_of(path)
     for name in imports(path):
         pieces = name.split(".")
-        if pieces[0] != "dist_asgd" or len(pieces) < 2:
-            continue
-        other = pieces[1]
-        if other == part or other not in set().union(*LAYERS):
-            continue
-        assert level(other) < level(part), f"{part} imports {name}"
-        assert not {part, other} <= ROOMS, f"room {part} imports room {other}"
+        other = pieces[1] if len(pieces) > 1 else ""
+        if pieces[0] == "dist_asgd" and other in LEVELS and other != room:
+            assert LEVELS[other] < LEVELS[room], f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nobody_reads_private_attributes_of_others(path: Path) -> None:
+    """An underscore attribute is read where it is defined: in its own file. Those of torch are listed."""
+    tree = ast.parse(path.read_text())
+    own = _defined_private_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own | PRIVATE_TO_TORCH:
+            assert ast.unparse(node.value) in ("self", "cls"), f"{path.name}:{node.lineno} reads {ast.unparse(node)}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+            "attrgetter",
+        ):
+            for name in (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)):
+                if _is_private(name):
+                    assert name in own | PRIVATE_TO_TORCH, f"{path.name}:{node.lineno} reads {name!r} by name"
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _defined_private_names(tree: ast.Module) -> set[str]:
+    """Private names that a file defines: functions, classes, annotated names and attributes that it assigns to self."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__":
+            names |= {e.value for e in ast.walk(node.value) if isinstance(e, ast.Constant) and isinstance(e.value, str)}
+    return {name for name in names if _is_private(name)}
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if part_of(p) in ("layout", "update")], ids=lambda p: str(p.relative_to(PACKAGE))
+    "path", [p for p in FILES if room_of(p) in ("storage", "update")], ids=lambda p: str(p.relative_to(PACKAGE))
 )
-def test_layout_and_update_know_nothing_of_torch_distributed(path: Path) -> None:
+def test_storage_and_update_know_nothing_of_torch_distributed(path: Path) -> None:
     """Neither themselves nor through what they import."""
     seen: set[Path] = set()
     waiting = [path]
@@ -129,10 +137,10 @@ def test_layout_and_update_know_nothing_of_torch_distributed(path: Path) -> None
 
 def test_layout_is_pure_integers() -> None:
     """No torch at all."""
-    assert not [name for name in imports(PACKAGE / "layout.py") if name.startswith("torch")]
+    assert not [name for name in imports(PACKAGE / "storage" / "layout.py") if name.startswith("torch")]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if part_of(p) != "comm"], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) != "comm"], ids=lambda p: p.name)
 def test_only_comm_calls_collectives(path: Path) -> None:
     """No other module calls ``torch.distributed``'s functions that talk."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,1 +1,1 @@
-"""State dicts: what one rank hands out, the consolidated form, and loading either."""
+"""Checkpoints of a model and its optimizer: save, load, manage and export, on all ranks. Above the optimizer."""

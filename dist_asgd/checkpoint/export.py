@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import fsdp1
-from ..agreement import NO_CLAIM, Claim, Kind
-from ..buffers import Member
 from ..comm import Communicators
-from ..dtensor import is_dtensor
-from ..residents import Placed
-from ..state import ShardedState
-from .contents import names_of
-from .saving import Saver
-from .tensor_files import DEFAULT_MAX_BYTES, Spec, TensorFiles
+from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
+from ..optimizer import ShardedASGD
+from ..placements import fsdp1
+from ..placements.dtensor import is_dtensor
+from ..placements.presharded import DTensorParam
+from ..storage.buffers import ShardedParam
+from .entries import names_of
+from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
+from .save import Saver
 
 WRITER = 0
 
@@ -31,8 +31,8 @@ class _Weight:
 
     name: str
     value: Tensor
-    spec: Spec
-    member: Member | None
+    spec: TensorSpec
+    member: ShardedParam | None
 
 
 def export_averaged(
@@ -69,10 +69,10 @@ def export_averaged(
     saver = Saver.of(optimizer)
     files: TensorFiles | None = None
     weights: list[_Weight] = []
-    claim, problem = NO_CLAIM, None
+    fingerprint, problem = NO_FINGERPRINT, None
     try:
         weights = _plan(model, optimizer, dtype)
-        claim = _claim(path, weights, max_bytes, overwrite)
+        fingerprint = _fingerprint(path, weights, max_bytes, overwrite)
         if saver.rank == WRITER:
             specs = {weight.name: weight.spec for weight in weights}
             files = TensorFiles(Path(path), specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
@@ -80,17 +80,13 @@ def export_averaged(
     except Exception as error:
         problem = _said(error, path)
     try:
-        saver.meet(Kind.EXPORT_AVERAGED, claim, problem)
-        problem = _stream(weights, _communicators(optimizer), files)
+        saver.meet(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
+        problem = _stream(weights, saver.communicators, files)
         problem = problem and _said(problem, path)
-        saver.meet(Kind.END_OF_EXPORT_AVERAGED, problem=problem)
+        saver.meet(CollectiveCall.END_OF_EXPORT_AVERAGED, problem=problem)
     finally:
         if files is not None:
             files.discard()
-
-
-def _communicators(optimizer: Optimizer) -> Communicators:
-    return optimizer._communicators  # type: ignore[attr-defined, no-any-return]
 
 
 def _said(error: Exception, path: str | os.PathLike[str]) -> Exception:
@@ -101,13 +97,13 @@ def _said(error: Exception, path: str | os.PathLike[str]) -> Exception:
 
 def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> list[_Weight]:
     """What goes out, in the model's order; the same on every rank."""
-    shards = getattr(optimizer, "_shards", None)
-    if not isinstance(shards, ShardedState) or optimizer._differentiable:  # type: ignore[attr-defined]
+    if not isinstance(optimizer, ShardedASGD) or optimizer.is_differentiable:
         raise TypeError(
             f"dist_asgd: export_averaged() is for ShardedASGD (and not with differentiable=True), got "
             f"{type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
         )
-    optimizer._averages.refuse("export_averaged()")  # type: ignore[attr-defined]
+    optimizer.averages.refuse("export_averaged()")
+    shards = optimizer.shards
     params = [member.param for member in shards.members]
     fsdp1.refuse("export_averaged()", params, "Save ax of FSDP.optim_state_dict(model, optimizer)")
     shards.check_unchanged()
@@ -129,17 +125,19 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
                 raise ValueError(f"dist_asgd: parameter {name} is {value.dtype} and cannot be exported as {dtype}.")
             wanted = dtype
         begun = member is not None and shards.cohort_of[member.index].begun
-        weights.append(_Weight(name, value.detach(), Spec(wanted, tuple(value.shape)), member if begun else None))
+        weights.append(_Weight(name, value.detach(), TensorSpec(wanted, tuple(value.shape)), member if begun else None))
     return weights
 
 
-def _claim(path: str | os.PathLike[str], weights: Sequence[_Weight], max_bytes: int, overwrite: bool) -> Claim:
+def _fingerprint(
+    path: str | os.PathLike[str], weights: Sequence[_Weight], max_bytes: int, overwrite: bool
+) -> Fingerprint:
     entries: list[tuple[str, object]] = [("path", str(path)), ("max_bytes", max_bytes), ("overwrite", overwrite)]
     entries += [
         (f"tensor {place}", (w.name, str(w.spec.dtype), w.spec.shape, w.member is not None))
         for place, w in enumerate(weights)
     ]
-    return Claim("arguments of export_averaged()", entries, "Pass the same on every rank.")
+    return Fingerprint("arguments of export_averaged()", entries, "Pass the same on every rank.")
 
 
 @torch.no_grad()
@@ -150,13 +148,13 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
     """
     problem: Exception | None = None
     staging: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, Placed)]
+    brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, DTensorParam)]
     spread = {w.name: tensor for w in weights if is_dtensor(tensor := _live(w))}
     numbers = {name: number for number, name in enumerate(spread)}
     assembly: Assembly | None = None
     if spread:
         # Where there are DTensors, their modules are loaded.
-        from .assembly import Assembly
+        from ..state_dict.assembly import Assembly
 
         assembly = Assembly(list(spread.values()), communicators)
     for weight in weights:
@@ -185,14 +183,14 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
 def _live(weight: _Weight) -> Tensor:
     """What this rank holds of what goes out."""
     member = weight.member
-    return member.shown(member.average) if isinstance(member, Placed) else weight.value
+    return member.state_entry(member.average) if isinstance(member, DTensorParam) else weight.value
 
 
 def _bring(
-    member: Member,
+    member: ShardedParam,
     communicators: Communicators,
     staging: dict[tuple[torch.device, torch.dtype], Tensor],
-    brought: Sequence[Member],
+    brought: Sequence[ShardedParam],
 ) -> Tensor | None:
     """Collective: one parameter's whole ``ax`` on the writer, in memory that the next one will use; None elsewhere."""
     bucket, slot = member.bucket, member.slot
@@ -200,8 +198,8 @@ def _bring(
     if target is None:
         # The writer's replica has all of it.
         return None
-    pieces = [bucket.layout.piece(slot, rank) for rank in range(communicators.num_shards)]
-    mine = bucket.average[member.piece.start : member.piece.stop]
+    fragments = [bucket.layout.fragment(slot, rank) for rank in range(communicators.num_shards)]
+    mine = bucket.average[member.fragment.start : member.fragment.stop]
     places: list[Tensor] | None = None
     flat = mine
     if communicators.rank == WRITER:
@@ -210,8 +208,8 @@ def _bring(
             alike = (m.slot.numel for m in brought if (m.bucket.device, m.bucket.average.dtype) == key)
             staging[key] = bucket.average.new_empty(max(alike))
         flat = staging[key][: slot.numel]
-        places = [flat[piece.param_start : piece.param_start + piece.numel] for piece in pieces]
-    communicators.on(bucket.device).bring(mine, places, [piece.numel for piece in pieces], target)
+        places = [flat[fragment.param_start : fragment.param_start + fragment.numel] for fragment in fragments]
+    communicators.on(bucket.device).bring(mine, places, [fragment.numel for fragment in fragments], target)
     if places is None:
         return None
     whole = torch.view_as_complex(flat.view(-1, 2)) if member.dtype.is_complex else flat

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..agreement import Claim, Kind
-from . import directory
-from .directory import leftover_of, leftovers, step_name, steps_in
-from .restoring import restore
-from .saving import PendingSave, Saver, WhenBusy
+from ..comm.agreement import CollectiveCall, Fingerprint
+from .format import directory
+from .format.directory import leftover_of, leftovers, step_name, steps_in
+from .load import restore
+from .save import PendingSave, Saver, WhenBusy
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ class CheckpointManager:
 
     def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> Path:
         """Save, as ``save_checkpoint`` does, and remove what is superseded. Collective. Returns the directory."""
-        self._save(Kind.SAVE_CHECKPOINT, model, optimizer, step, extra)
+        self._save(CollectiveCall.SAVE_CHECKPOINT, model, optimizer, step, extra)
         return self.path_of(step)
 
     def async_save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> PendingSave:
         """The same in the background, as ``async_save_checkpoint`` does. Collective."""
-        pending = self._save(Kind.ASYNC_SAVE_CHECKPOINT, model, optimizer, step, extra)
+        pending = self._save(CollectiveCall.ASYNC_SAVE_CHECKPOINT, model, optimizer, step, extra)
         assert pending is not None
         return pending
 
@@ -94,12 +94,17 @@ class CheckpointManager:
         None, on every rank and with nothing changed, where there is none.
         """
         saver = Saver.of(optimizer)
-        saver.meet(Kind.RESTORE_CHECKPOINT, Claim("checkpoints to restore", [("step", step)], "Pass the same step."))
+        saver.meet(
+            CollectiveCall.RESTORE_CHECKPOINT,
+            Fingerprint("checkpoints to restore", [("step", step)], "Pass the same step."),
+        )
         saver.settle_pending()
-        path = saver.on_first(Kind.RESTORE_CHECKPOINT, self.latest if step is None else lambda: self.path_of(step))
+        path = saver.on_first(
+            CollectiveCall.RESTORE_CHECKPOINT, self.latest if step is None else lambda: self.path_of(step)
+        )
         if path is None:
             return None
-        staged = restore(saver, Kind.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
+        staged = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
         found = int(path.name.removeprefix("step-")) if staged.step is None else staged.step
         return Restored(found, path, staged.extra)
 
@@ -112,10 +117,12 @@ class CheckpointManager:
         if error is None:
             self.wait()
 
-    def _save(self, kind: Kind, model: nn.Module, optimizer: Optimizer, step: int, extra: Any) -> PendingSave | None:
+    def _save(
+        self, call: CollectiveCall, model: nn.Module, optimizer: Optimizer, step: int, extra: Any
+    ) -> PendingSave | None:
         self._saver = Saver.of(optimizer)
         path = self.path_of(step) if isinstance(step, int) and step >= 0 else self.folder
-        return self._saver.save(kind, path, model, optimizer, step, extra, self._when_busy, self._begin, self._commit)
+        return self._saver.save(call, path, model, optimizer, step, extra, self._when_busy, self._begin, self._commit)
 
     def _begin(self, path: Path) -> Path:
         """On rank 0, before anything is written."""

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from ..parts import part_of
-from .contents import by_parent
-from .files import CheckpointError
-from .reader import CheckedReader
+from ..placements.shard_tensor import shard_tensor_of
+from .entries import by_parent
+from .format.files import CheckpointError
+from .format.reader import CheckedReader
 
 _MAX_LISTED = 20
 
 
 @dataclass
-class Difference:
+class KeyMismatch:
     """Names that the checkpoint lacks, names that it has beyond what is wanted, and shapes that differ."""
 
     missing: list[str] = field(default_factory=list)
@@ -51,10 +51,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_LISTED]) + more
 
 
-class Found:
+class CheckpointKeys:
     """The keys of an open checkpoint; tensors are read all at once, by ``read``, into memory of their own."""
 
-    def __init__(self, reader: CheckedReader, difference: Difference) -> None:
+    def __init__(self, reader: CheckedReader, difference: KeyMismatch) -> None:
         self._reader = reader
         self._opened = reader.opened
         self._difference = difference
@@ -80,7 +80,7 @@ class Found:
             )
             return like
         dtype = torch.promote_types(saved, like.dtype) if widen else like.dtype
-        part = part_of(like)
+        part = shard_tensor_of(like)
         if part is not None:
             target: Tensor = cast(Any, like).like(torch.empty_like(part.to_local(), dtype=dtype))
         else:

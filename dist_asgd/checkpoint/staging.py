@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtensor import is_dtensor, local_of, placed_as
-from ..parts import part_of
+from ..placements.dtensor import dtensor_like, is_dtensor, local_of
+from ..placements.shard_tensor import shard_tensor_of
 from ..update.cpu import copy_bytes
-from .pieces import State
+from .chunks import State
 
 Key = tuple[str, str]
 # So many bytes between two tensors are copied with them.
@@ -43,7 +43,7 @@ class _Staged:
     whole: Tensor
 
 
-class _Stretch(NamedTuple):
+class CopyRange(NamedTuple):
     """Bytes from ``start`` on of the storage (address, size) that all of ``keys`` lie in, and room for them."""
 
     keys: list[Key]
@@ -52,12 +52,12 @@ class _Stretch(NamedTuple):
     room: Tensor
 
 
-class Stage:
+class StagingArea:
     """Copies of states; memory is kept from one to the next."""
 
     def __init__(self) -> None:
         self._staged: dict[Key, _Staged] = {}
-        self._stretches: list[_Stretch] = []
+        self._stretches: list[CopyRange] = []
 
     # Tensors made in inference mode could not be written to outside of it.
     @torch.inference_mode(False)
@@ -123,7 +123,7 @@ class Stage:
             for start, stop, keys in _stretches_of(neighbours):
                 pinned = neighbours[keys[0]].is_cuda
                 stretch = torch.empty(stop - start, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-                self._stretches.append(_Stretch(keys, storage, start, stretch))
+                self._stretches.append(CopyRange(keys, storage, start, stretch))
                 for key in keys:
                     local, lies = neighbours[key], sources[key].lies
                     first = _first_byte(local) - start
@@ -148,15 +148,15 @@ def _source_of(value: Any) -> _Source | None:
     plain = type(value) is Tensor
     if plain and not value.dim():
         return None
-    part = None if plain else part_of(value)
+    part = None if plain else shard_tensor_of(value)
     if part is not None:
         mesh = value.device_mesh if is_dtensor(value) else None
         local = part.to_local()
-        return _Source(local, (part.place, part.whole, part.corner, local.dtype, mesh), value.like)
+        return _Source(local, (part.extent, part.global_shape, part.global_offset, local.dtype, mesh), value.like)
     if not plain and is_dtensor(value):
         local = local_of(value)
         of_whole = (value.shape, value.stride(), value.device_mesh, value.placements)
-        return _Source(local, (*_lies(local), *of_whole), lambda room: placed_as(value, room))
+        return _Source(local, (*_lies(local), *of_whole), lambda room: dtensor_like(value, room))
     if value.dim() == 0:
         return None
     return _Source(value, _lies(value), lambda room: room)

@@ -1,7 +1,7 @@
 """The only package that calls collectives: one strategy per kind of backend."""
 
-from .axes import description
-from .base import Communicator, Parts, PeerError, Wait
-from .groups import Communicators
+from .axes import describe_mesh
+from .base import Communicator, PeerError, SendList, Wait
+from .communicators import Communicators
 
-__all__ = ["Communicator", "Communicators", "Parts", "PeerError", "Wait", "description"]
+__all__ = ["Communicator", "Communicators", "PeerError", "SendList", "Wait", "describe_mesh"]

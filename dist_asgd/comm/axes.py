@@ -124,7 +124,7 @@ def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     return None
 
 
-def description(mesh: DeviceMesh | None) -> str:
+def describe_mesh(mesh: DeviceMesh | None) -> str:
     """The mesh as it must be on all ranks."""
     ranks, names = getattr(mesh, "mesh", None), getattr(mesh, "mesh_dim_names", None)
     return "None" if ranks is None else f"{names or ''} {ranks.tolist()}".strip()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Wait = Callable[[], None]
-Parts = Sequence[Sequence[tuple[int, Tensor]]]
+SendList = Sequence[Sequence[tuple[int, Tensor]]]
 
 
 def _done() -> None:
@@ -42,7 +42,7 @@ def _peers(action: str, rank: int, world_size: int) -> Iterator[None]:
         ) from error
 
 
-class Shards(ABC):
+class ShardCollectives(ABC):
     """What is asked of ranks that hold different shards, for tensors of one kind of device.
 
     ``rank`` of ``world_size`` is the shard that this one holds. Buffers are the caller's, and stay alive until the
@@ -58,11 +58,11 @@ class Shards(ABC):
         return False
 
     @abstractmethod
-    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         """Start ``shard (+)= mean over ranks of what they send for it``.
 
         ``parts[r]`` lists what goes into the shard of rank r, as (start in that shard, 1-D tensor), with the same
-        places on every rank; elements that no part covers are left alone. Parts are only read, and must stay as
+        places on every rank; elements that no part covers are left alone. SendList are only read, and must stay as
         they are until the wait. ``shard`` is ``(shard_numel,)`` and complete after the wait. ``tag`` tells apart
         transfers that are in flight together.
         """
@@ -92,7 +92,7 @@ class Shards(ABC):
         return 0
 
 
-class Communicator(Shards):
+class Communicator(ShardCollectives):
     """The collectives of one group of ranks."""
 
     @abstractmethod
@@ -126,13 +126,13 @@ class Communicator(Shards):
         return [value if r == to else pickle.loads(place.numpy().tobytes()) for r, place in enumerate(places)]
 
 
-class Local(Communicator):
+class SingleProcess(Communicator):
     """One process: nothing to send."""
 
     rank = 0
     world_size = 1
 
-    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         for start, part in parts[0]:
             place = shard[start : start + part.numel()]
             if accumulate:
@@ -168,7 +168,7 @@ class Local(Communicator):
         return [value]
 
 
-class Grouped(Communicator):
+class GroupCommunicator(Communicator):
     """What the strategies that really communicate share."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:

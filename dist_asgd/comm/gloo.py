@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import Grouped, Parts, Wait
+from .base import GroupCommunicator, SendList, Wait
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 # Elements that are summed and divided at a time: they stay in a core's cache in between.
@@ -28,7 +28,7 @@ BUCKET_TAGS = (1 << 16) - 4
 GATHER, COLLECT, GATHER_ROWS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
 
 
-class Gloo(Grouped):
+class Gloo(GroupCommunicator):
     """Gloo on the host: both collectives from peer-to-peer messages, the sums local and in rank order."""
 
     def __init__(self, group: dist.ProcessGroup, first_tag: int, ranks: Sequence[int] | None = None) -> None:
@@ -64,7 +64,7 @@ class Gloo(Grouped):
         self._bytes += inbox.nbytes
         return inbox
 
-    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         tag %= BUCKET_TAGS
         mine = parts[self.rank]
         numel = sum(part.numel() for _, part in mine)

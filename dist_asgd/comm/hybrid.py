@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .base import Communicator, Parts, Shards, Wait
+from .base import Communicator, SendList, ShardCollectives, Wait
 
 
 class _Passage:
@@ -32,7 +32,7 @@ class _Passage:
         self._steps.pop()()
 
 
-class Hybrid(Shards):
+class Hybrid(ShardCollectives):
     """Reduce-scatters inside, all-reduces the shard across, gathers inside.
 
     ``rank`` and ``world_size`` are those of the shards inside; tables have a row for every rank of the mesh, replica by
@@ -52,7 +52,7 @@ class Hybrid(Shards):
     def contiguous(self) -> bool:
         return self._inside.contiguous
 
-    def reduce_scatter(self, parts: Parts, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         """As the mean of the replicas' means."""
         # What was launched last has had the time of a bucket to arrive. The order is the same on all ranks.
         if self._last is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .segments import Kind, Segment
+from .segments import KernelDtypes, Segment
 
 ABI = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -85,7 +85,7 @@ def log_fallback(reason: str) -> None:
     )
 
 
-def supports(kind: Kind) -> bool:
+def supports(kind: KernelDtypes) -> bool:
     """Whether the kernel knows these dtypes."""
     narrow = kind.param.itemsize == 2
     averages = (kind.param, torch.float32) if narrow else (kind.param,)
@@ -113,7 +113,7 @@ class Launch:
     """
 
     def __init__(
-        self, segments: Sequence[Segment], kind: Kind, maximize: bool, weight_decay: float, streamed: bool
+        self, segments: Sequence[Segment], kind: KernelDtypes, maximize: bool, weight_decay: float, streamed: bool
     ) -> None:
         library = _load()
         assert not isinstance(library, str), library

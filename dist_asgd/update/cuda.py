@@ -32,10 +32,10 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ..masters import NAN_BITS
+from ..storage.masters import NAN_BITS
 from . import rounding
 from .schedule import scalar_dtype
-from .segments import Kind, Segment
+from .segments import KernelDtypes, Segment
 
 BLOCK_NUMEL = 4096
 NUM_WARPS = 8
@@ -249,7 +249,7 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _check(segment: Segment, position: int, kind: Kind) -> None:
+def _check(segment: Segment, position: int, kind: KernelDtypes) -> None:
     """Kernels see addresses only: what a segment holds is compared with what the kind says."""
     master = (torch.int16 if kind.param == torch.bfloat16 else torch.float32) if kind.master else None
     gradient = None if segment.gradient is None else kind.gradient
@@ -268,7 +268,7 @@ def _check(segment: Segment, position: int, kind: Kind) -> None:
             )
 
 
-def default_block_numel(kind: Kind) -> int:
+def default_block_numel(kind: KernelDtypes) -> int:
     """Elements of a block: in double precision half as many, or registers leave room for one block only."""
     return BLOCK_NUMEL // 2 if kind.average == torch.float64 else BLOCK_NUMEL
 
@@ -335,7 +335,7 @@ class Launch:
     def __init__(
         self,
         segments: Sequence[Segment],
-        kind: Kind,
+        kind: KernelDtypes,
         maximize: bool,
         weight_decay: float,
         device: torch.device,

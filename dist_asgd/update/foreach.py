@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from .reference import subtract
-from .schedule import Rule
+from .schedule import StepHyperparameters
 
 
-def descend(param: Tensor, gradient: Tensor, eta: Tensor, rule: Rule, scratch: Tensor | None) -> None:
+def descend(param: Tensor, gradient: Tensor, eta: Tensor, hyper: StepHyperparameters, scratch: Tensor | None) -> None:
     """The lines that update ``param``; as in ``reference``, but ``eta`` is on the parameters' device."""
-    if rule.maximize:
+    if hyper.maximize:
         gradient = torch.neg(gradient, out=scratch)
-    if rule.weight_decay != 0:
-        gradient = torch.add(gradient, param, alpha=rule.weight_decay, out=scratch)
-    gradient = torch.add(gradient, param, alpha=rule.lambd, out=scratch)
+    if hyper.weight_decay != 0:
+        gradient = torch.add(gradient, param, alpha=hyper.weight_decay, out=scratch)
+    gradient = torch.add(gradient, param, alpha=hyper.lambd, out=scratch)
     param.addcmul_(gradient, eta, value=-1)
 
 

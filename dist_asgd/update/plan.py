@@ -1,8 +1,8 @@
 """Which runs of which shards one step updates, and with whose gradients: planned once, executed every step.
 
 batch   what one bucket updates with one set of operators, or in one call of the compiled kernel
-run     a stretch of a shard whose parameters all step together: cut into chunks that stay in cache
-source  the part of one member's gradient that fills a part of a chunk (stage 1: gradients lie with the parameters)
+run     a stretch of a shard whose parameters all step together: cut into tiles that stay in cache
+source  the part of one member's gradient that fills a part of a tile (stage 1: gradients lie with the parameters)
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from .. import masters
-from ..buffers import Member, Store, flattened
-from ..facts import Picks, Seen
+from ..storage import masters
+from ..storage.buffers import ShardedParam, StateBuffer
+from ..storage.memory_order import flattened
+from ..storage.snapshots import AddressTable, GradientTable
 from . import backend, cpu, foreach, reference, rounding
-from .schedule import Cohort, Form, Rule
-from .segments import Kind, Scaling, Segment
+from .schedule import Cohort, Implementation, StepHyperparameters
+from .segments import KernelDtypes, Scaling, Segment
 
 if TYPE_CHECKING:
     from . import cuda
 
-CHUNK_NUMEL = {"cpu": 1 << 19}
-ACCELERATOR_CHUNK_NUMEL = 1 << 24
-# Below this a copy into the chunk's scratch is cheaper than a set of operators of its own.
+TILE_NUMEL = {"cpu": 1 << 19}
+ACCELERATOR_TILE_NUMEL = 1 << 24
+# Below this a copy into the tile's scratch is cheaper than a set of operators of its own.
 DIRECT_NUMEL = 1 << 15
 
 Rows = dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class GradientRange:
     """``scratch[at:at + numel]`` is the member's flat gradient from ``start``."""
 
-    member: Member
+    member: ShardedParam
     start: int
     at: int
     numel: int
@@ -49,7 +50,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Tile:
     """One call of the rule: views of parameters, their average, their masters and, in stage 2, their gradient.
 
     ``rounds_by`` is (key, place in the parameter) where the update is rounded stochastically.
@@ -58,7 +59,7 @@ class Chunk:
     param: Tensor
     average: Tensor
     gradient: Tensor | None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[GradientRange, ...] = ()
     gaps: tuple[tuple[int, int], ...] = ()
     master: Tensor | None = None
     rounds_by: tuple[int, int] | None = None
@@ -67,7 +68,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepContext:
     """What batches need to know of one step.
 
     rows       (c, -eta, mu, t) of every cohort whose scalars are on the host
@@ -78,47 +79,47 @@ class Step:
     """
 
     updater: Updater
-    rules: Sequence[Rule]
+    hypers: Sequence[StepHyperparameters]
     rows: array[float]
     factors: dict[int, Tensor]
     pending: Scaling
     scaling: Scaling
-    seen: Seen
+    seen: GradientTable
     found_inf: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All chunks of one cohort in one bucket."""
+    """All tiles of one cohort in one bucket."""
 
     cohort: Cohort
     group_index: int
-    chunks: tuple[Chunk, ...]
+    tiles: tuple[Tile, ...]
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepContext) -> None:
         """Update them in torch operators."""
-        reduced = self.chunks[0].gradient is not None
-        step.updater.run(self, step.rules[self.group_index], step.pending if reduced else step.scaling)
+        reduced = self.tiles[0].gradient is not None
+        step.updater.run(self, step.hypers[self.group_index], step.pending if reduced else step.scaling)
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class SegmentGradients:
     """The members whose gradients the segments of a launch take, and where in them, in bytes."""
 
-    members: list[Member]
+    members: list[ShardedParam]
     starts_bytes: list[int]
-    picks: Picks
+    picks: AddressTable
 
     @classmethod
-    def of(cls, members: list[Member], starts_bytes: list[int]) -> Sources:
+    def of(cls, members: list[ShardedParam], starts_bytes: list[int]) -> SegmentGradients:
         """One for each segment."""
         indices = [member.index for member in members]
-        return cls(members, starts_bytes, Picks(list(zip(indices, starts_bytes, strict=True))))
+        return cls(members, starts_bytes, AddressTable(list(zip(indices, starts_bytes, strict=True))))
 
     def pointers(self, addresses: array[int] | None) -> tuple[array[int], list[Tensor]]:
         """Where each segment's gradient begins in this step, and the tensors that keep those alive that are copies."""
         store = self.members[0].bucket
-        if addresses is not None and not store.scattered and not store.param_dtype.is_complex:
+        if addresses is not None and not store.separate_params and not store.param_dtype.is_complex:
             return self.picks.of(addresses), []
         flats = [_memory_of_gradient(member) for member in self.members]
         starts = zip(flats, self.starts_bytes, strict=True)
@@ -133,9 +134,9 @@ class KernelBatch:
     """
 
     launch: cpu.Launch
-    sources: Sources | None
+    sources: SegmentGradients | None
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepContext) -> None:
         """Update the bucket's segments."""
         pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.seen.addresses)
         scaling = step.pending if pointers is None else step.scaling
@@ -147,10 +148,10 @@ class DeviceBatch:
     """One launch of the Triton kernel: everything that steps in one bucket."""
 
     launch: cuda.Launch
-    sources: Sources | None
+    sources: SegmentGradients | None
     group_index: int
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepContext) -> None:
         """Update the bucket's segments; does not wait for the device."""
         pointers, _flats = (None, None) if self.sources is None else self.sources.pointers(step.seen.addresses)
         scaling = step.pending if pointers is None else step.scaling
@@ -161,7 +162,7 @@ class DeviceBatch:
         self.launch.run(pointers, step.factors[self.group_index], unscale, clip, step.found_inf)
 
 
-def _memory_of_gradient(member: Member) -> Tensor:
+def _memory_of_gradient(member: ShardedParam) -> Tensor:
     """A tensor whose memory is the member's gradient, as 1-D reals in memory order: itself where it already lies so."""
     gradient = cast(Tensor, member.gradient)
     if gradient.stride() == member.strides and not gradient.is_complex() and not gradient.is_neg():
@@ -169,55 +170,66 @@ def _memory_of_gradient(member: Member) -> Tensor:
     return flattened(gradient, member.strides)
 
 
-def kind_of(bucket: Store) -> Kind:
+def kernel_dtypes(bucket: StateBuffer) -> KernelDtypes:
     """The dtypes of the bucket's arrays."""
     master = bucket.master is not None
-    return Kind(bucket.dtype, bucket.gradient_dtype, bucket.average.dtype, master, bucket.seed is not None)
+    return KernelDtypes(bucket.dtype, bucket.gradient_dtype, bucket.average.dtype, master, bucket.seed is not None)
 
 
-def has_kernel(bucket: Store) -> bool:
+def has_kernel(bucket: StateBuffer) -> bool:
     """Whether the compiled kernel can update this bucket with torch's bits."""
-    return backend.of(bucket.device) is backend.C and cpu.why_unavailable() is None and cpu.supports(kind_of(bucket))
+    return (
+        backend.of(bucket.device) is backend.C and cpu.why_unavailable() is None and cpu.supports(kernel_dtypes(bucket))
+    )
 
 
 def plan_kernel(
-    bucket: Store, cohort_of: dict[int, Cohort], active: frozenset[int], rule: Rule, rows: Rows, streamed: bool
+    bucket: StateBuffer,
+    cohort_of: dict[int, Cohort],
+    active: frozenset[int],
+    hyper: StepHyperparameters,
+    rows: Rows,
+    streamed: bool,
 ) -> KernelBatch | DeviceBatch:
     """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
-    reduced = bucket.reduced()
+    reduced = bucket.reduced_gradient()
     apart = _needs_members_apart(bucket)
     segments: list[Segment] = []
-    sources: list[Member] = []
+    sources: list[ShardedParam] = []
     starts_bytes: list[int] = []
     for run in _runs(bucket, cohort_of, active, merge=True):
         row = rows[id(cohort_of[run[0].index])]
         # In one piece where that is one gradient.
         for members in [run] if reduced is not None and not apart else [[member] for member in run]:
-            start, stop = members[0].piece.start, members[-1].piece.stop
-            first, piece = members[0], members[0].piece
+            start, stop = members[0].fragment.start, members[-1].fragment.stop
+            first, fragment = members[0], members[0].fragment
             gradient = None if reduced is None else reduced[start:stop]
             master = None if bucket.master is None else bucket.master[start:stop]
-            lanes = cpu.lanes(first.slot.numel, piece.param_start, piece.param_start + piece.numel) if apart else 0
+            lanes = (
+                cpu.lanes(first.slot.numel, fragment.param_start, fragment.param_start + fragment.numel) if apart else 0
+            )
             key = 0 if bucket.seed is None else rounding.parameter_key(bucket.seed, first.index)
-            param, average = first.part(start, stop), bucket.average[start:stop]
-            segments.append(Segment(param, average, master, gradient, row, first.place, key, lanes))
+            param, average = first.param_range(start, stop), bucket.average[start:stop]
+            segments.append(Segment(param, average, master, gradient, row, first.rng_offset, key, lanes))
             sources.append(first)
-            starts_bytes.append(piece.param_start * bucket.dtype.itemsize)
-    taken = Sources.of(sources, starts_bytes) if reduced is None and segments else None
-    if rule.device is None:
-        return KernelBatch(cpu.Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, streamed), taken)
+            starts_bytes.append(fragment.param_start * bucket.dtype.itemsize)
+    taken = SegmentGradients.of(sources, starts_bytes) if reduced is None and segments else None
+    if hyper.device is None:
+        return KernelBatch(
+            cpu.Launch(segments, kernel_dtypes(bucket), hyper.maximize, hyper.weight_decay, streamed), taken
+        )
     from .cuda import Launch  # triton is needed by who launches kernels, and only there
 
-    launch = Launch(segments, kind_of(bucket), rule.maximize, rule.weight_decay, bucket.device)
+    launch = Launch(segments, kernel_dtypes(bucket), hyper.maximize, hyper.weight_decay, bucket.device)
     return DeviceBatch(launch, taken, bucket.group_index)
 
 
-def chunk_numel(device: torch.device) -> int:
-    """Elements a chunk may have on ``device``: a few arrays of them fit a CPU core's cache."""
-    return CHUNK_NUMEL.get(device.type, ACCELERATOR_CHUNK_NUMEL)
+def tile_numel(device: torch.device) -> int:
+    """Elements a tile may have on ``device``: a few arrays of them fit a CPU core's cache."""
+    return TILE_NUMEL.get(device.type, ACCELERATOR_TILE_NUMEL)
 
 
-def _needs_members_apart(bucket: Store) -> bool:
+def _needs_members_apart(bucket: StateBuffer) -> bool:
     # On CPUs torch rounds a 16-bit add(alpha=) otherwise in vector lanes than in the last odd elements of a
     # tensor. Its bits come back only where each parameter is a call of its own. And each has random numbers of its own.
     return bucket.seed is not None or (
@@ -225,22 +237,24 @@ def _needs_members_apart(bucket: Store) -> bool:
     )
 
 
-def _is_narrow_scalar(member: Member) -> bool:
+def _is_narrow_scalar(member: ShardedParam) -> bool:
     # With a 0-dim eta torch promotes a 0-dim 16-bit parameter to float32, and no other shape.
     return member.param.dim() == 0 and member.dtype.itemsize == 2 and not member.bucket.updates_in_float32
 
 
-def _runs(bucket: Store, cohort_of: dict[int, Cohort], active: frozenset[int], merge: bool) -> Iterator[list[Member]]:
+def _runs(
+    bucket: StateBuffer, cohort_of: dict[int, Cohort], active: frozenset[int], merge: bool
+) -> Iterator[list[ShardedParam]]:
     """Neighbouring members that step together; a large one alone where its gradient is used in place."""
-    run: list[Member] = []
+    run: list[ShardedParam] = []
     for member in bucket.members:
-        if not member.piece.numel:
+        if not member.fragment.numel:
             continue
         steps = member.index in active
         alone = (
-            bucket.scattered
+            bucket.separate_params
             or _is_narrow_scalar(member)
-            or (not merge and (_needs_members_apart(bucket) or member.piece.numel >= DIRECT_NUMEL))
+            or (not merge and (_needs_members_apart(bucket) or member.fragment.numel >= DIRECT_NUMEL))
         )
         if run and (not steps or alone or cohort_of[member.index] is not cohort_of[run[-1].index]):
             yield run
@@ -254,57 +268,57 @@ def _runs(bucket: Store, cohort_of: dict[int, Cohort], active: frozenset[int], m
         yield run
 
 
-def plan_bucket(bucket: Store, cohort_of: dict[int, Cohort], active: frozenset[int]) -> list[Batch]:
+def plan_bucket(bucket: StateBuffer, cohort_of: dict[int, Cohort], active: frozenset[int]) -> list[Batch]:
     """The batches of one bucket."""
-    chunks: dict[int, list[Chunk]] = {}
+    tiles: dict[int, list[Tile]] = {}
     cohorts: dict[int, Cohort] = {}
-    reduced = bucket.reduced()
+    reduced = bucket.reduced_gradient()
     merge = reduced is not None and not _needs_members_apart(bucket)
     for run in _runs(bucket, cohort_of, active, merge):
         cohort = cohort_of[run[0].index]
         cohorts[id(cohort)] = cohort
-        into = chunks.setdefault(id(cohort), [])
-        first, last = run[0].piece.start, run[-1].piece.stop
-        step = chunk_numel(bucket.device)
+        into = tiles.setdefault(id(cohort), [])
+        first, last = run[0].fragment.start, run[-1].fragment.stop
+        step = tile_numel(bucket.device)
         for start in range(first, last, step):
-            into.append(_chunk(bucket, run, start, min(start + step, last), reduced))
-    return [Batch(cohorts[key], bucket.group_index, tuple(into)) for key, into in chunks.items()]
+            into.append(_tile(bucket, run, start, min(start + step, last), reduced))
+    return [Batch(cohorts[key], bucket.group_index, tuple(into)) for key, into in tiles.items()]
 
 
-def _chunk(bucket: Store, run: list[Member], start: int, stop: int, reduced: Tensor | None) -> Chunk:
+def _tile(bucket: StateBuffer, run: list[ShardedParam], start: int, stop: int, reduced: Tensor | None) -> Tile:
     shape = () if _is_narrow_scalar(run[0]) else (stop - start,)
-    param, average = run[0].part(start, stop).view(shape), bucket.average[start:stop].view(shape)
+    param, average = run[0].param_range(start, stop).view(shape), bucket.average[start:stop].view(shape)
     master = None if bucket.master is None else bucket.master[start:stop]
     rounds_by = None
     if bucket.seed is not None:
-        place = run[0].place + start - run[0].piece.start
+        place = run[0].rng_offset + start - run[0].fragment.start
         rounds_by = (rounding.parameter_key(bucket.seed, run[0].index), place)
     if reduced is not None:
-        return Chunk(param, average, reduced[start:stop].view(shape), master=master, rounds_by=rounds_by)
-    sources: list[Source] = []
+        return Tile(param, average, reduced[start:stop].view(shape), master=master, rounds_by=rounds_by)
+    sources: list[GradientRange] = []
     gaps: list[tuple[int, int]] = []
     filled = start
     for member in run:
-        piece = member.piece
-        low, high = max(piece.start, start), min(piece.stop, stop)
+        fragment = member.fragment
+        low, high = max(fragment.start, start), min(fragment.stop, stop)
         if low >= high:
             continue
         if low > filled:
             gaps.append((filled - start, low - start))
-        sources.append(Source(member, piece.param_start + low - piece.start, low - start, high - low))
+        sources.append(GradientRange(member, fragment.param_start + low - fragment.start, low - start, high - low))
         filled = high
     if filled < stop:
         gaps.append((filled - start, stop - start))
-    return Chunk(param, average, None, tuple(sources), tuple(gaps), master, rounds_by)
+    return Tile(param, average, None, tuple(sources), tuple(gaps), master, rounds_by)
 
 
 class Updater:
-    """Runs the rule over batches; keeps one scratch chunk per device and dtype, and one more for widened parameters."""
+    """Runs the rule over batches; keeps one scratch tile per device and dtype, and one more for widened parameters."""
 
     def __init__(self) -> None:
         self._scratch: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}
 
-    def reserve(self, buckets: Sequence[Store]) -> None:
+    def reserve(self, buckets: Sequence[StateBuffer]) -> None:
         """Make scratch for these buckets, once: nothing is allocated per step.
 
         Where a group may be updated by the Triton kernel, which needs none, it is made when it is first used.
@@ -332,50 +346,50 @@ class Updater:
         """Bytes of scratch kept between steps."""
         return sum(scratch.nbytes for scratch in self._scratch.values())
 
-    def scratch_numel(self, bucket: Store) -> int:
-        """The longest chunk of ``bucket`` that there is scratch for."""
-        return min(chunk_numel(bucket.device), bucket.layout.shard_numel)
+    def scratch_numel(self, bucket: StateBuffer) -> int:
+        """The longest tile of ``bucket`` that there is scratch for."""
+        return min(tile_numel(bucket.device), bucket.layout.shard_numel)
 
     def scratch(self, like: Tensor, dtype: torch.dtype | None = None, widened: bool = False) -> Tensor:
-        """Scratch for a chunk of ``like``'s device, shape and dtype, or another dtype."""
+        """Scratch for a tile of ``like``'s device, shape and dtype, or another dtype."""
         key = (like.device, dtype or like.dtype, widened)
         return self._reserve(key, like.numel())[: like.numel()].view(like.shape)
 
-    def run(self, batch: Batch, rule: Rule, scaling: Scaling) -> None:
-        """Update every chunk of ``batch``, with gradients multiplied by ``scaling``."""
-        if not batch.chunks:
+    def run(self, batch: Batch, hyper: StepHyperparameters, scaling: Scaling) -> None:
+        """Update every tile of ``batch``, with gradients multiplied by ``scaling``."""
+        if not batch.tiles:
             return
-        form = foreach if rule.form is Form.FOREACH else reference
+        implementation = foreach if hyper.implementation is Implementation.FOREACH else reference
         eta, mu = batch.cohort.eta, batch.cohort.mu
-        device = batch.chunks[0].param.device
-        if rule.form is Form.FOREACH and device.type != "cpu":
+        device = batch.tiles[0].param.device
+        if hyper.implementation is Implementation.FOREACH and device.type != "cpu":
             # Filled on the device from host values: a launch, not a synchronisation.
             eta = torch.full((), eta.item(), dtype=eta.dtype, device=device)
             mu = torch.full((), mu.item(), dtype=mu.dtype, device=device)
         factors = [factor.to(device) for factor in scaling]
-        for chunk in batch.chunks:
-            narrow = chunk.master is None and chunk.rounds_by is None
-            param = chunk.param if narrow else self._widened(chunk)
-            scratch, difference = self.scratch(param), self.scratch(chunk.average)
-            form.descend(param, self._gradient(chunk, scratch, factors), eta, rule, scratch)
-            if chunk.rounds_by is not None:
-                key, first = chunk.rounds_by
+        for tile in batch.tiles:
+            narrow = tile.master is None and tile.rounds_by is None
+            param = tile.param if narrow else self._widened(tile)
+            scratch, difference = self.scratch(param), self.scratch(tile.average)
+            implementation.descend(param, self._gradient(tile, scratch, factors), eta, hyper, scratch)
+            if tile.rounds_by is not None:
+                key, first = tile.rounds_by
                 step = int(batch.cohort.step.item()) + 1
                 random = rounding.random_16(key, step, first, param.numel(), device)
-                rounding.round_stochastically(param, chunk.param, random)
-                param.copy_(chunk.param)
-            form.take_average(param, chunk.average, mu, difference)
-            if chunk.master is not None:
-                masters.write(param, chunk.param, chunk.master)
+                rounding.round_stochastically(param, tile.param, random)
+                param.copy_(tile.param)
+            implementation.take_average(param, tile.average, mu, difference)
+            if tile.master is not None:
+                masters.write(param, tile.param, tile.master)
 
-    def _widened(self, chunk: Chunk) -> Tensor:
-        """The chunk's parameters, or their masters, in float32 scratch."""
-        out = self.scratch(chunk.param, torch.float32, widened=True)
-        return out.copy_(chunk.param) if chunk.master is None else masters.read(chunk.param, chunk.master, out)
+    def _widened(self, tile: Tile) -> Tensor:
+        """The tile's parameters, or their masters, in float32 scratch."""
+        out = self.scratch(tile.param, torch.float32, widened=True)
+        return out.copy_(tile.param) if tile.master is None else masters.read(tile.param, tile.master, out)
 
-    def _gradient(self, chunk: Chunk, scratch: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """The chunk's gradient in the dtype of ``scratch``, scaled; in ``scratch``, or a view where it lies so."""
-        gradient = chunk.gradient if chunk.gradient is not None else _collected(chunk, self.scratch(chunk.param))
+    def _gradient(self, tile: Tile, scratch: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """The tile's gradient in the dtype of ``scratch``, scaled; in ``scratch``, or a view where it lies so."""
+        gradient = tile.gradient if tile.gradient is not None else _collected(tile, self.scratch(tile.param))
         if gradient.dtype.itemsize < scratch.dtype.itemsize:
             gradient = scratch.copy_(gradient)
         for factor in factors:
@@ -383,12 +397,12 @@ class Updater:
         return gradient if gradient.dtype == scratch.dtype else scratch.copy_(gradient)
 
 
-def _flat_gradient(source: Source) -> Tensor:
+def _flat_gradient(source: GradientRange) -> Tensor:
     flat = flattened(cast(Tensor, source.member.gradient), source.member.strides)
     return flat[source.start : source.start + source.numel]
 
 
-def _target(source: Source, scratch: Tensor) -> Tensor:
+def _target(source: GradientRange, scratch: Tensor) -> Tensor:
     """Where a source goes: shaped as its parameter if it is all of it, so that the gradient is copied as it is."""
     target = scratch[source.at : source.at + source.numel]
     if not source.is_whole:
@@ -399,14 +413,14 @@ def _target(source: Source, scratch: Tensor) -> Tensor:
     return target.as_strided(member.param.shape, member.strides)
 
 
-def _collected(chunk: Chunk, scratch: Tensor) -> Tensor:
-    """The chunk's gradient: a view where it lies in one piece, else gathered in ``scratch``."""
-    if len(chunk.sources) == 1 and not chunk.gaps:
-        return _flat_gradient(chunk.sources[0]).view(scratch.shape)
-    if not chunk.targets or chunk.targets[0][0] is not scratch._base:
-        chunk.targets[:] = [(scratch._base, [_target(source, scratch) for source in chunk.sources])]
-    sources = [cast(Tensor, s.member.gradient) if s.is_whole else _flat_gradient(s) for s in chunk.sources]
-    torch._foreach_copy_(chunk.targets[0][1], sources)
-    if chunk.gaps:
-        torch._foreach_zero_([scratch[low:high] for low, high in chunk.gaps])
+def _collected(tile: Tile, scratch: Tensor) -> Tensor:
+    """The tile's gradient: a view where it lies in one piece, else gathered in ``scratch``."""
+    if len(tile.sources) == 1 and not tile.gaps:
+        return _flat_gradient(tile.sources[0]).view(scratch.shape)
+    if not tile.targets or tile.targets[0][0] is not scratch._base:
+        tile.targets[:] = [(scratch._base, [_target(source, scratch) for source in tile.sources])]
+    sources = [cast(Tensor, s.member.gradient) if s.is_whole else _flat_gradient(s) for s in tile.sources]
+    torch._foreach_copy_(tile.targets[0][1], sources)
+    if tile.gaps:
+        torch._foreach_zero_([scratch[low:high] for low, high in tile.gaps])
     return scratch

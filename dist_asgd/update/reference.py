@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schedule import Rule
+from .schedule import StepHyperparameters
 
 
 def subtract(param: Tensor, average: Tensor, out: Tensor | None) -> Tensor:
@@ -32,7 +32,7 @@ def update(
     average: Tensor,
     eta: Tensor,
     mu: Tensor,
-    rule: Rule,
+    hyper: StepHyperparameters,
     scratch: Tensor | None = None,
     difference: Tensor | None = None,
 ) -> None:
@@ -43,18 +43,18 @@ def update(
     every intermediate for autograd (``differentiable``). ``average`` may be wider than ``param``;
     ``difference`` is the like of ``scratch`` in its dtype, and may be ``scratch`` where the dtypes are the same.
     """
-    descend(param, gradient, eta, rule, scratch)
+    descend(param, gradient, eta, hyper, scratch)
     take_average(param, average, mu, difference)
 
 
-def descend(param: Tensor, gradient: Tensor, eta: Tensor, rule: Rule, scratch: Tensor | None) -> None:
+def descend(param: Tensor, gradient: Tensor, eta: Tensor, hyper: StepHyperparameters, scratch: Tensor | None) -> None:
     """The lines that update ``param``."""
     eta_value = eta.item()
-    if rule.maximize:
+    if hyper.maximize:
         gradient = torch.neg(gradient, out=scratch)
-    if rule.weight_decay != 0:
-        gradient = torch.add(gradient, param, alpha=rule.weight_decay, out=scratch)
-    param.mul_(1 - rule.lambd * eta_value)
+    if hyper.weight_decay != 0:
+        gradient = torch.add(gradient, param, alpha=hyper.weight_decay, out=scratch)
+    param.mul_(1 - hyper.lambd * eta_value)
     param.add_(gradient, alpha=-eta_value)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..masters import NAN_BITS
+from ..storage.masters import NAN_BITS
 
 MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .schedule import Cohort, Rule
+from .schedule import Cohort, StepHyperparameters
 
 
 class ScalarTable:
@@ -38,18 +38,18 @@ class ScalarTable:
         cohort.row = row
         cohort.fresh = False
 
-    def advance(self, rule: Rule, active: frozenset[int], found_inf: Tensor | None) -> None:
+    def advance(self, hyper: StepHyperparameters, active: frozenset[int], found_inf: Tensor | None) -> None:
         """Write ``factors`` for this step, and the scalars of the next; one launch, no synchronisation.
 
         ``active``: the parameters that step. ``found_inf`` ``(1,)`` float32 on the device, nonzero: nothing changes.
         """
         from .cuda import advance  # triton is needed by who launches kernels, and only there
 
-        lr = rule.lr
+        lr = hyper.lr
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         value = 0.0 if on_device else float(lr)
         rows = [
-            [value, rule.lambd, rule.alpha, rule.t0, bool(cohort.indices & active), cohort.initial]
+            [value, hyper.lambd, hyper.alpha, hyper.t0, bool(cohort.indices & active), cohort.initial]
             for cohort in self._cohorts
         ]
         if rows != self._uploaded:

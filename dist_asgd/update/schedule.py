@@ -26,12 +26,12 @@ def scalar_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-class Form(Enum):
+class Implementation(Enum):
     """Which of torch's forms the arithmetic follows, and what computes it.
 
-    FORLOOP  torch's for-loop form, in chunks of torch operators
-    FOREACH  torch's foreach form, in chunks of torch operators
-    FUSED    the for-loop form in one pass of a compiled kernel
+    FORLOOP  torch's for-loop implementation, in chunks of torch operators
+    FOREACH  torch's foreach implementation, in chunks of torch operators
+    FUSED    the for-loop implementation in one pass of a compiled kernel
     """
 
     FORLOOP = 1
@@ -39,7 +39,7 @@ class Form(Enum):
     FUSED = 3
 
     @classmethod
-    def of(cls, group: dict[str, Any], device_type: str | None) -> Form:
+    def of(cls, group: dict[str, Any], device_type: str | None) -> Implementation:
         """What a group asks for by ``foreach`` and ``fused``; left open, the fastest that ``device_type`` has."""
         if group["foreach"]:
             return cls.FOREACH
@@ -53,7 +53,7 @@ class Form(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class StepHyperparameters:
     """The hyperparameters of one step of one group, read from the group when the step begins."""
 
     lr: float | Tensor
@@ -62,11 +62,13 @@ class Rule:
     t0: float
     weight_decay: float
     maximize: bool
-    form: Form
+    implementation: Implementation
     device: torch.device | None = None
 
     @classmethod
-    def of(cls, group: dict[str, Any], form: Form, device: torch.device | None = None) -> Rule:
+    def of(
+        cls, group: dict[str, Any], implementation: Implementation, device: torch.device | None = None
+    ) -> StepHyperparameters:
         """The rule that ``group`` gives; a Tensor lr keeps its dtype, and becomes 0-dim as in torch.
 
         ``device``: where the group's scalars are kept and advanced; None is the host.
@@ -81,20 +83,24 @@ class Rule:
             group["t0"],
             group["weight_decay"],
             group["maximize"],
-            form,
+            implementation,
             device,
         )
 
 
-def rules_of(groups: Sequence[dict[str, Any]]) -> list[Rule]:
+def step_hyperparameters(groups: Sequence[dict[str, Any]]) -> list[StepHyperparameters]:
     """The rule of each group, as its hyperparameters are now."""
-    rules = []
+    hypers = []
     for group in groups:
         first = next(iter(group["params"]), None)
-        form = Form.of(group, None if first is None else first.device.type)
-        on_device = form is Form.FUSED and first is not None and backend.of(first.device) is backend.TRITON
-        rules.append(Rule.of(group, form, first.device if first is not None and on_device else None))
-    return rules
+        implementation = Implementation.of(group, None if first is None else first.device.type)
+        on_device = (
+            implementation is Implementation.FUSED and first is not None and backend.of(first.device) is backend.TRITON
+        )
+        hypers.append(
+            StepHyperparameters.of(group, implementation, first.device if first is not None and on_device else None)
+        )
+    return hypers
 
 
 class Cohort:
@@ -149,7 +155,7 @@ class Cohort:
         return {key: v.to(scalar_dtype()) if key != "step" or counted else v for key, v in on_host.items()}
 
     def come_home(self) -> None:
-        """Bring scalars back from the device, for a step by another form."""
+        """Bring scalars back from the device, for a step by another implementation."""
         scalars = self.snapshot()
         self.step, self.eta, self.mu, self.row = scalars["step"], scalars["eta"], scalars["mu"], None
         self.fresh = self.initial and self.step.item() == 0
@@ -168,15 +174,15 @@ class Cohort:
             self._set_first_eta(lr)
             self.fresh = False
 
-    def factors(self, rule: Rule) -> tuple[float, float, float, float]:
+    def factors(self, hyper: StepHyperparameters) -> tuple[float, float, float, float]:
         """What the kernel updates with: (1 - lambd·eta, -eta, mu, t), in double precision."""
         eta = self.eta.item()
-        return 1 - rule.lambd * eta, -eta, self.mu.item(), self.step.item() + 1
+        return 1 - hyper.lambd * eta, -eta, self.mu.item(), self.step.item() + 1
 
-    def advance(self, rule: Rule) -> None:
+    def advance(self, hyper: StepHyperparameters) -> None:
         """After an update: ``step <- t``, ``eta <- lr / (1 + lambd·lr·t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
 
-        The for-loop form computes eta in double precision, the foreach form on 0-dim tensors: torch's two
+        The for-loop implementation computes eta in double precision, the foreach implementation on 0-dim tensors: torch's two
         schedules differ in about half of the steps by one unit in the last place.
         """
         if self.step.dtype == torch.float32 and self.step.item() >= COUNTED:
@@ -184,6 +190,6 @@ class Cohort:
             self.step.data = self.step.double()
         self.step += 1
         step = self.step.item()
-        count: float | Tensor = self.step if rule.form is Form.FOREACH else step
-        self.eta.copy_(torch.as_tensor(rule.lr / ((1 + rule.lambd * rule.lr * count) ** rule.alpha), device="cpu"))
-        self.mu.copy_(torch.as_tensor(1 / max(1, step - rule.t0), device="cpu"))
+        count: float | Tensor = self.step if hyper.implementation is Implementation.FOREACH else step
+        self.eta.copy_(torch.as_tensor(hyper.lr / ((1 + hyper.lambd * hyper.lr * count) ** hyper.alpha), device="cpu"))
+        self.mu.copy_(torch.as_tensor(1 / max(1, step - hyper.t0), device="cpu"))

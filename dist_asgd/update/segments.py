@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class KernelDtypes:
     """The dtypes of one kernel call.
 
     param       float32, float64, bfloat16 or float16

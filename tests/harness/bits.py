@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_asgd.parts import ShardTensor
+from dist_asgd.placements.shard_tensor import ShardTensor
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from dist_asgd.checkpoint.manifest import (
+from dist_asgd.checkpoint.format.manifest import (
     MANIFEST_NAME,
     Chunk,
     Manifest,
@@ -29,8 +29,8 @@ from dist_asgd.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from dist_asgd.checkpoint.metadata import METADATA_NAME
-from dist_asgd.checkpoint.reader import CheckedReader, Opened
+from dist_asgd.checkpoint.format.metadata import METADATA_NAME
+from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
 
 
 def sample_state(seed: int = 0) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def load(directory: Path, **options: Any) -> dict[str, Any]:
 
 def read_all(directory: Path, *, verify: bool = True) -> None:
     """Every chunk, without process groups."""
-    opened = Opened(directory, verify=verify)
+    opened = OpenCheckpoint(directory, verify=verify)
     for index, data in opened.chunks(list(opened.metadata.storage_data)):
         if isinstance(opened.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
             opened.tensor(index, data)

@@ -23,10 +23,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_asgd import masters
+from dist_asgd.storage import masters
 from dist_asgd.update import rounding
-from dist_asgd.update.schedule import Cohort, Rule
-from dist_asgd.update.segments import Kind, Segment
+from dist_asgd.update.schedule import Cohort, StepHyperparameters
+from dist_asgd.update.segments import KernelDtypes, Segment
 
 from .bits import assert_same_bits
 
@@ -34,19 +34,19 @@ Case = Callable[[torch.device], None]
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 KINDS = {
-    "fp32": Kind(F32, F32, F32),
-    "fp64": Kind(F64, F64, F64),
-    "fp32-average64": Kind(F32, F32, F64),
-    "bf16": Kind(BF16, BF16, F32),
-    "bf16-average16": Kind(BF16, BF16, BF16),
-    "bf16-gradient32": Kind(BF16, F32, F32),
-    "fp16": Kind(F16, F16, F32),
-    "fp16-average16": Kind(F16, F32, F16),
-    "bf16-master": Kind(BF16, BF16, F32, master=True),
-    "bf16-master-gradient32": Kind(BF16, F32, BF16, master=True),
-    "fp16-master": Kind(F16, F16, F32, master=True),
-    "bf16-stochastic": Kind(BF16, BF16, F32, stochastic=True),
-    "bf16-stochastic-gradient32": Kind(BF16, F32, F32, stochastic=True),
+    "fp32": KernelDtypes(F32, F32, F32),
+    "fp64": KernelDtypes(F64, F64, F64),
+    "fp32-average64": KernelDtypes(F32, F32, F64),
+    "bf16": KernelDtypes(BF16, BF16, F32),
+    "bf16-average16": KernelDtypes(BF16, BF16, BF16),
+    "bf16-gradient32": KernelDtypes(BF16, F32, F32),
+    "fp16": KernelDtypes(F16, F16, F32),
+    "fp16-average16": KernelDtypes(F16, F32, F16),
+    "bf16-master": KernelDtypes(BF16, BF16, F32, master=True),
+    "bf16-master-gradient32": KernelDtypes(BF16, F32, BF16, master=True),
+    "fp16-master": KernelDtypes(F16, F16, F32, master=True),
+    "bf16-stochastic": KernelDtypes(BF16, BF16, F32, stochastic=True),
+    "bf16-stochastic-gradient32": KernelDtypes(BF16, F32, F32, stochastic=True),
 }
 
 
@@ -107,7 +107,7 @@ class Arrays:
     key: int
 
     @classmethod
-    def random(cls, numel: int, kind: Kind, index: int, aligned: bool, generator: torch.Generator) -> "Arrays":
+    def random(cls, numel: int, kind: KernelDtypes, index: int, aligned: bool, generator: torch.Generator) -> "Arrays":
         """Arrays of a kind, with masters that belong to their parameters (and float16 ones that do not)."""
         gradient = values(numel + 1, kind.gradient, generator)
         param, master = values(numel, kind.param, generator), None
@@ -132,7 +132,7 @@ class Arrays:
         return Segment(param, self.average.to(device, copy=True), master, gradient, self.row, self.first, self.key)
 
 
-def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+def expected(arrays: Arrays, kind: KernelDtypes, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
     """Parameter, average and master after one step, in torch operators on the CPU.
 
     ``add`` with ``alpha`` is fused there in float32 and float64 (not under ``ATEN_CPU_CAPABILITY=default``).
@@ -184,7 +184,7 @@ def expected(arrays: Arrays, kind: Kind, options: Options) -> tuple[Tensor, Tens
     return param, (x if mu == 1 else ax + moved).to(kind.average), master
 
 
-def check(found: Segment, arrays: Arrays, kind: Kind, options: Options) -> None:
+def check(found: Segment, arrays: Arrays, kind: KernelDtypes, options: Options) -> None:
     """Compare a segment with the oracle, to the bit; a NaN equals any other, but where the kernel chooses it."""
     chosen = kind.param == BF16 and (kind.master or kind.stochastic)
     wanted = expected(arrays, kind, options)
@@ -198,7 +198,7 @@ def check(found: Segment, arrays: Arrays, kind: Kind, options: Options) -> None:
         assert_same_bits(*pair, f"{name}, {len(oracle)}, row {arrays.row}")
 
 
-def compare_with_operators(kind: Kind, options: Options, given: bool, device: torch.device) -> None:
+def compare_with_operators(kind: KernelDtypes, options: Options, given: bool, device: torch.device) -> None:
     """One launch over segments of many sizes and three rows."""
     from dist_asgd.update.cuda import Launch
 
@@ -225,7 +225,7 @@ def shifted(x: Tensor, device: torch.device) -> Tensor:
     return copy.copy_(x)
 
 
-def table_of(rules: Sequence[Rule], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
+def table_of(rules: Sequence[StepHyperparameters], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
     """``hyper`` of ``advance``."""
     return torch.tensor(
         [[r.lr, r.lambd, r.alpha, r.t0, a, i] for r, a, i in zip(rules, active, initial, strict=True)], dtype=F64
@@ -237,7 +237,7 @@ def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
     from dist_asgd.update.cuda import Launch, advance
 
     generator = torch.Generator().manual_seed(3)
-    kind = Kind(dtype, dtype, dtype)
+    kind = KernelDtypes(dtype, dtype, dtype)
     params = [torch.nn.Parameter(values(n, dtype, generator, special=False)) for n in (70001, 5, 4096)]
     options = [{"lr": 0.1, "t0": 2, "lambd": 1e-2}, {"lr": 0.05, "t0": float("inf"), "alpha": 0.5}]
     groups = [{"params": params[:2], **options[0]}, {"params": params[2:], **options[1]}]
@@ -255,7 +255,7 @@ def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
         infinite = step == 2
         gradients = [values(p.numel(), dtype, generator, special=False) for p in params]
         found_inf = torch.tensor([float(infinite)], device=device)
-        rules = [Rule.of({**group, "maximize": False}, False) for group in oracle.param_groups]
+        rules = [StepHyperparameters.of({**group, "maximize": False}, False) for group in oracle.param_groups]
         advance(scalars, table_of(rules, active, [True, True]).to(device), factors, found_inf)
         on_device = [gradient.to(device) for gradient in gradients]
         count = 3 if active[1] else 2
@@ -284,7 +284,7 @@ def compare_schedules(double: bool, device: torch.device) -> None:
     torch.set_default_dtype(F64 if double else F32)
     try:
         rules = [
-            Rule(lr, lambd, alpha, t0, 0.0, False, False)
+            StepHyperparameters(lr, lambd, alpha, t0, 0.0, False, False)
             for lr in (0.1, 3.0, 0.0, 1e-5)
             for lambd in (1e-4, 0.3)
             for alpha in (0.75, 0.0, 1.0)
@@ -323,7 +323,7 @@ def skip_inactive_rows(device: torch.device) -> None:
     """Neither a row that is not active nor any row after an overflow changes, and factors stay."""
     from dist_asgd.update.cuda import advance
 
-    rule = Rule(0.1, 1e-4, 0.75, 1e6, 0.0, False, False)
+    rule = StepHyperparameters(0.1, 1e-4, 0.75, 1e6, 0.0, False, False)
     start = torch.tensor([[3.0, 0.5, 0.25]] * 2, dtype=F64)
     scalars, factors = start.to(device, copy=True), torch.full((2, 4), 7.0, dtype=F64, device=device)
     hyper = table_of([rule, rule], [False, True], [True, True]).to(device)
@@ -496,7 +496,7 @@ def round_as_hardware() -> None:
         builder.create_fma = create_fma
 
 
-def compiled(kind: Kind, aligned: bool = True, options: bool = False) -> Any:
+def compiled(kind: KernelDtypes, aligned: bool = True, options: bool = False) -> Any:
     """``update_kernel`` for an H100."""
     import triton.language as tl
 

@@ -84,7 +84,7 @@ def lives_on_ranks(stage: int, _device: torch.device) -> None:
 
 def lives_sharded_as_device(rank: int, world_size: int) -> None:
     """Job: FSDP2's local tensors, at addresses of their own."""
-    from tests.test_dtensor import _lives_as_torch
+    from tests.placements.test_dtensor import _lives_as_torch
 
     round_as_hardware()
     with mock.patch.object(backend, "of", return_value=backend.TRITON):
@@ -133,7 +133,7 @@ def skips_on_the_device(device: torch.device) -> None:
     optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
     oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
     scalers = [GradScaler(device.type, init_scale=2.0**8, growth_interval=2) for _ in range(2)]
-    with mock.patch("dist_asgd.scaling.Told.overflowed", side_effect=AssertionError("the host waited")):
+    with mock.patch("dist_asgd.scaling.ScalerInfo.overflowed", side_effect=AssertionError("the host waited")):
         for step in range(7):
             optimizer.param_groups[0]["lr"] = oracle.param_groups[0]["lr"] = 0.3 if step == 0 else 0.1
             for params, opt, scaler in ((ours, optimizer, scalers[0]), (theirs, oracle, scalers[1])):

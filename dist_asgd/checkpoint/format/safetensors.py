@@ -1,0 +1,271 @@
+"""Safetensors files that are written a tensor at a time; the library's own writer wants all tensors at once.
+
+The format: 8 bytes, the length of a JSON header; the header, which gives each tensor's dtype, shape and place; the
+tensors' bytes, little-endian and row-major. As every place follows from shapes, tensors may come in any order.
+Large results are several files with an index beside them, as ``transformers`` and others load them::
+
+    model-00001-of-00002.safetensors  model-00002-of-00002.safetensors  model.safetensors.index.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .directory import sync_directory
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+DEFAULT_MAX_BYTES = 5_000_000_000
+_ALIGNMENT = 8
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Dtype and shape of one tensor that will be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor goes: the file's number, and the first of its bytes in it."""
+
+    file: int
+    offset: int
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """ValueError unless ``out`` is a name for a safetensors file in a directory that exists, and is free."""
+    if out.suffix != SUFFIX:
+        raise ValueError(f"dist_asgd: {out} must end in {SUFFIX}.")
+    check_free(out, outputs_at(out), overwrite)
+
+
+def check_free(out: Path, taken: Sequence[Path], overwrite: bool) -> None:
+    """ValueError where ``out`` has no directory, is one, or something is in its place that must not be replaced."""
+    if not out.parent.is_dir():
+        raise ValueError(f"dist_asgd: there is no directory {out.parent} to write {out.name} into.")
+    if out.is_dir():
+        raise ValueError(f"dist_asgd: {out} is a directory: name a file.")
+    if taken and not overwrite:
+        raise ValueError(f"dist_asgd: {taken[0]} exists. Choose another name, or overwrite it (--force).")
+
+
+def outputs_at(out: Path) -> list[Path]:
+    """What an export to ``out`` may have left: the file, or the index and the files that go with it."""
+    stem = re.escape(out.name.removesuffix(SUFFIX))
+    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|{stem}\.safetensors\.index\.json")
+    if not out.parent.is_dir():
+        return []
+    return sorted(path for path in out.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+class TensorFiles:
+    """``with TensorFiles(out, specs) as files: files.write(name, tensor)`` for each of ``specs``, in any order.
+
+    One file, or several with an index where the tensors have more than ``max_bytes``. They are written beside, and
+    take their names when the block ends, whole; where it ends by an exception nothing is left. OSError where the disk
+    is full or not writable; ValueError for tensors that the format does not hold.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        metadata: Mapping[str, str],
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        overwrite: bool = False,
+    ) -> None:
+        check_out(out, overwrite)
+        for name, spec in specs.items():
+            if spec.dtype not in _DTYPE_NAMES:
+                raise ValueError(
+                    f"dist_asgd: {name} has dtype {spec.dtype}, which safetensors files do not hold. Choose another "
+                    f"dtype for the export, or consolidate to a .pt file."
+                )
+        self._out = out
+        self._specs = specs
+        self._metadata = {"format": "pt", **metadata}
+        self._places: dict[str, _Place] = {}
+        self._waiting = set(specs)
+        self._names = self._lay_out(max_bytes)
+        self._files: list[BinaryIO] = []
+
+    def _lay_out(self, max_bytes: int) -> list[list[str]]:
+        """Which tensors go into which file, in the order in which they lie there."""
+        groups: list[list[str]] = [[]]
+        filled = 0
+        for name, spec in self._specs.items():
+            if groups[-1] and filled + spec.bytes > max_bytes:
+                groups.append([])
+                filled = 0
+            groups[-1].append(name)
+            filled += spec.bytes
+        # Large elements first: then all are aligned to their size.
+        return [sorted(names, key=lambda name: -self._specs[name].dtype.itemsize) for names in groups]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold tensors."""
+        count = len(self._names)
+        if count == 1:
+            return [self._out]
+        stem = self._out.name.removesuffix(SUFFIX)
+        return [self._out.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}{SUFFIX}") for i in range(count)]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.bytes for spec in self._specs.values())
+
+    def __enter__(self) -> TensorFiles:
+        self.open()
+        return self
+
+    def open(self) -> None:
+        """Make the files, beside where they will be, and write their headers."""
+        try:
+            for number, (names, path) in enumerate(zip(self._names, self.paths, strict=True)):
+                self._files.append(_partial(path).open("wb"))
+                self._begin(number, names)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _begin(self, number: int, names: Sequence[str]) -> None:
+        entries: dict[str, object] = {"__metadata__": self._metadata}
+        start = 0
+        for name in names:
+            spec = self._specs[name]
+            stop = start + spec.bytes
+            entries[name] = {
+                "dtype": _DTYPE_NAMES[spec.dtype],
+                "shape": spec.shape,
+                "data_offsets": [start, stop],
+            }
+            self._places[name] = _Place(number, start)
+            start = stop
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % _ALIGNMENT)
+        for name in names:
+            place = self._places[name]
+            self._places[name] = _Place(place.file, 8 + len(header) + place.offset)
+        file = self._files[number]
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + start)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, on any device and with any strides; ValueError unless it is as its spec says."""
+        spec = self._specs[name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype or name not in self._waiting:
+            raise ValueError(
+                f"dist_asgd: {name} is {list(tensor.shape)} {tensor.dtype}, wanted {list(spec.shape)} {spec.dtype}, "
+                f"once."
+            )
+        place = self._places[name]
+        file = self._files[place.file]
+        file.seek(place.offset)
+        write_bytes(file, tensor)
+        self._waiting.discard(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._files:
+                self.commit()
+        finally:
+            self.discard()
+
+    def commit(self) -> None:
+        """Give the files their names, all tensors written; the end of the block does it where nobody has."""
+        if self._waiting:
+            raise ValueError(f"dist_asgd: {sorted(self._waiting)[0]} was not written, so neither is {self._out}.")
+        paths = self.paths
+        for file, path, names in zip(self._files, paths, self._names, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            with safetensors.safe_open(_partial(path), "pt") as written:
+                if set(written.keys()) != set(names):
+                    raise RuntimeError(f"dist_asgd: {path} did not come out as it should.")
+        stale = set(outputs_at(self._out)) - set(paths)
+        index = self._out.with_name(self._out.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
+        for path in paths:
+            _partial(path).replace(path)
+        # A loader takes the single file before the index: what an earlier export left must not be found.
+        for path in stale:
+            path.unlink()
+        if len(paths) > 1:
+            weight_map = {name: paths[place.file].name for name, place in self._places.items()}
+            body = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            with _partial(index).open("w") as file_:
+                file_.write(json.dumps(body, indent=2) + "\n")
+                file_.flush()
+                os.fsync(file_.fileno())
+            _partial(index).replace(index)
+        sync_directory(self._out.parent)
+        self._files.clear()
+
+    def discard(self) -> None:
+        """Remove what has no name yet; nothing where all have theirs."""
+        for file, path in zip(self._files, self.paths, strict=False):
+            # Closing writes what is left, and fails again where writing has failed.
+            with contextlib.suppress(OSError):
+                file.close()
+            with contextlib.suppress(FileNotFoundError):
+                _partial(path).unlink()
+        self._files.clear()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+    """The elements of ``tensor``, row-major and little-endian."""
+    if sys.byteorder != "little":
+        raise RuntimeError("dist_asgd: safetensors files are little-endian, this machine is not.")
+    plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    if plain.nbytes:
+        file.write(memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())))

@@ -1,0 +1,1 @@
+"""What the command line does with a checkpoint: inspect, verify, diff and convert, in one process."""

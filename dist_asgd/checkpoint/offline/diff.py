@@ -1,0 +1,79 @@
+"""What differs between two checkpoints, key by key, one tensor of each in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from reprlib import repr as repr_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contents import CheckpointContents, Progress, StoredTensor, no_progress, same_bits
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One key that is not the same in both; the numbers only where shapes and dtypes are."""
+
+    key: str
+    what: str
+    num_different: int | None = None
+    max_abs: float | None = None
+
+
+def compare(a: CheckpointContents, b: CheckpointContents, progress: Progress = no_progress) -> Iterator[Difference]:
+    """Every key that differs, tensors to the bit; ``progress`` counts the bytes of ``a``'s tensors."""
+    keys = [*a.tensors, *a.objects]
+    known = set(keys)
+    for key in keys:
+        if key not in b.tensors and key not in b.objects:
+            yield Difference(key, "only in the first")
+        elif key in a.tensors and key in b.tensors:
+            yield from _compare_tensors(a, b, a.tensors[key], b.tensors[key])
+        elif key in a.tensors or key in b.tensors:
+            yield Difference(key, "a tensor in one, a plain value in the other")
+        elif not same_values(one := a.value(key), other := b.value(key)):
+            yield Difference(key, f"{repr_(one)} and {repr_(other)}")
+        progress(a.tensors[key].bytes if key in a.tensors else 0)
+    for key in (*b.tensors, *b.objects):
+        if key not in known:
+            yield Difference(key, "only in the second")
+
+
+def _compare_tensors(
+    a: CheckpointContents, b: CheckpointContents, one: StoredTensor, other: StoredTensor
+) -> Iterator[Difference]:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        yield Difference(one.key, f"{list(one.shape)} {_dtype(one)} and {list(other.shape)} {_dtype(other)}")
+        return
+    first, second = a.tensor(one.key), b.tensor(other.key)
+    if same_bits(first, second):
+        return
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    gap = (first.to(wide) - second.to(wide)).abs()
+    different = int(((first != second) & ~(first.isnan() & second.isnan())).sum())
+    largest = float(gap.nan_to_num(0.0, float("inf"), float("inf")).max())
+    what = (
+        f"{different} of {first.numel()} elements" if different else "equal but for the sign of zeros or NaN payloads"
+    )
+    yield Difference(one.key, what, different, largest)
+
+
+def _dtype(stored: StoredTensor) -> str:
+    return str(stored.dtype).removeprefix("torch.")
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Deep equality of plain values; tensors in them to the bit."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        alike = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+        return alike and same_bits(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_values(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return bool(a == b or (a != a and b != b))

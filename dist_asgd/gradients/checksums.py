@@ -1,0 +1,76 @@
+"""Checksums of bits, by which ranks compare the values that they start from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..comm import Communicators
+from ..comm.agreement import describe_ranks, digest_of, values_by_rank
+from .base import Gradients
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PRIME = 1_000_003
+
+
+def checksum(flat: Tensor) -> Tensor:
+    """A 0-dim int64 hash of a 1-D real tensor's bits, order included: a weighted sum modulo 2^64."""
+    integers = flat.view(_INTEGERS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, integers.numel(), 1 << 16):
+        part = integers[start : start + (1 << 16)].long()
+        weights = torch.arange(start + 1, start + 1 + part.numel(), device=flat.device)
+        total += (part * (weights * _PRIME + 1)).sum()
+    return total
+
+
+def compare_values(gradients: Gradients, communicators: Communicators) -> None:
+    """First step: raise on every rank where the parameters do not start from the same values."""
+    _compare_housed(gradients, communicators)
+    _compare_replicas(gradients, communicators)
+
+
+def _compare_replicas(gradients: Gradients, communicators: Communicators) -> None:
+    """ReplicaGroup that update a part each must have the same whole."""
+    if not gradients.presharded:
+        return
+    # ReplicaGroup name the first of them: other ranks may know nothing of their mesh, and are told all the same.
+    rows = [
+        torch.stack((torch.tensor(m.bucket.replicas.ranks[0], device="cpu"), checksum(m.flat).cpu()))
+        if m.bucket.replicas is not None
+        else torch.tensor([-1, 0], device="cpu")
+        for m in gradients.presharded
+    ]
+    table = communicators.host.exchange(torch.cat(rows))().view(communicators.world_size, -1, 2).tolist()
+    for position, member in enumerate(gradients.presharded):
+        sums: dict[int, dict[int, int]] = {}
+        for rank, row in enumerate(table):
+            first, value = row[position]
+            sums.setdefault(first, {})[rank] = value
+        for values in sums.values():
+            if len(set(values.values())) > 1:
+                raise RuntimeError(
+                    f"dist_asgd: parameter {member.name} does not start from the same values on "
+                    f"{describe_ranks(list(values))}, which hold the same part of it: checksums "
+                    f"{', '.join(f'{value & 0xFFFFFFFF:08x}' for value in values.values())}. Seed these ranks alike "
+                    f"before building the model, or broadcast its parameters from one of them."
+                )
+
+
+def _compare_housed(gradients: Gradients, communicators: Communicators) -> None:
+    members = sorted(gradients.members, key=lambda m: m.index)
+    if not members:
+        return
+    sums = torch.stack([checksum(m.bucket.flat[m.slot.offset : m.slot.stop]) for m in members]).cpu()
+    table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())], device="cpu"))()
+    if len(set(table[:, 0].tolist())) == 1:
+        return
+    columns = communicators.host.exchange(sums)()
+    for position, member in enumerate(members):
+        column = columns[:, position].tolist()
+        if len(set(column)) > 1:
+            raise RuntimeError(
+                f"dist_asgd: parameter {member.name} does not start from the same values on all ranks: "
+                f"{values_by_rank([f'checksum {value & 0xFFFFFFFF:08x}' for value in column])}. Seed every rank alike "
+                f"before building the model, or broadcast its parameters from one rank."
+            )

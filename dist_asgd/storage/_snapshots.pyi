@@ -1,0 +1,20 @@
+"""The compiled module snapshots.c; see there."""
+
+from array import array
+
+from torch import Tensor
+
+VERSION: int
+
+def describe(tensors: list[Tensor | None], exchange: object) -> bytes: ...
+def unchanged(tensors: list[Tensor | None], described: bytes, exchange: object) -> bool: ...
+def gradients(
+    params: list[Tensor | None],
+    described: bytes,
+    exchange: object,
+    type: type,
+    is_neg: object,
+    addresses: array[int],
+) -> tuple[list[Tensor | None], bytes, bool]: ...
+def shows(shown: dict[Tensor, dict[str, Tensor]], keys: tuple[str, ...], kept: list[object]) -> bool: ...
+def pick(addresses: array[int], picks: array[int], out: array[int]) -> None: ...

@@ -1,0 +1,43 @@
+"""The order in which elements of a tensor lie in memory, and tensors as 1-D in that order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides a parameter keeps in its bucket: its own where it is dense in memory, else contiguous ones."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return torch.empty(tensor.shape, device="meta").stride()
+            expected *= size
+    return tensor.stride()
+
+
+def same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether ``tensor`` lies in memory as ``strides`` say; those of size 1, or of an empty tensor, do not count."""
+    own = tensor.stride()
+    if own == strides or not tensor.numel():
+        return True
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True))
+
+
+def as_real(flat: Tensor) -> Tensor:
+    """A 1-D tensor as reals: itself, or the (re, im) pairs of a complex one."""
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+
+
+def in_memory_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as 1-D in the memory order of ``strides``: a view where it already lies so, else a copy."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if not same_strides(tensor, strides):
+        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def flattened(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as 1-D reals in the memory order of ``strides``: a view where it already lies so, else a copy."""
+    return as_real(in_memory_order(tensor, strides))

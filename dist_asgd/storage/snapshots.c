@@ -1,0 +1,267 @@
+/* What snapshots.py asks of many tensors, in one pass each. A Python module without torch's headers: tensors are read
+ * through the table of C functions that torch publishes for this (DLPack's exchange API, dlpack.h, major version 1).
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#define VERSION 1
+enum { DLPACK_MAJOR = 1, MAX_DIMS = 64, NO_TENSOR = -1 };
+
+typedef struct {
+    void *data;
+    struct { int32_t type, id; } device;
+    int32_t ndim;
+    struct { uint8_t code, bits; uint16_t lanes; } dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+} dl_tensor;
+
+typedef struct {
+    struct { uint32_t major, minor; } version;
+    void *previous;
+    void *allocate, *export, *import;
+    int (*read)(void *tensor, dl_tensor *out); /* borrows shape and strides; -1 with an exception set */
+} dl_exchange;
+
+/* What a tensor is; its shape and then its strides follow. */
+typedef struct {
+    uint64_t address;
+    int32_t device_type, device_id, ndim;
+    uint32_t dtype;
+} record;
+
+static const dl_exchange *exchange_of(PyObject *capsule) {
+    const dl_exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    if (exchange && (exchange->version.major != DLPACK_MAJOR || !exchange->read)) {
+        PyErr_SetString(PyExc_RuntimeError, "another major version of DLPack");
+        return NULL;
+    }
+    return exchange;
+}
+
+/* Shape and strides; -1 with an exception set where the tensor has none that DLPack can tell. */
+static int look(const dl_exchange *exchange, PyObject *tensor, dl_tensor *seen, record *what) {
+    if (exchange->read(tensor, seen)) return -1;
+    if (seen->ndim < 0 || seen->ndim > MAX_DIMS) {
+        PyErr_SetString(PyExc_RuntimeError, "too many dimensions");
+        return -1;
+    }
+    *what = (record){
+        (uint64_t)(uintptr_t)seen->data + seen->byte_offset,
+        seen->device.type,
+        seen->device.id,
+        seen->ndim,
+        (uint32_t)seen->dtype.code << 24 | (uint32_t)seen->dtype.bits << 16 | seen->dtype.lanes,
+    };
+    return 0;
+}
+
+/* Whether `seen` is of the kind that the record at `*at` describes, strides of dimensions of size 1 apart; moves on. */
+static int is_alike(const dl_tensor *seen, const record *what, const record *wanted, const int64_t *sizes) {
+    if (what->device_type != wanted->device_type || what->device_id != wanted->device_id ||
+        what->ndim != wanted->ndim || what->dtype != wanted->dtype)
+        return 0;
+    for (int32_t d = 0; d < wanted->ndim; d++)
+        if (seen->shape[d] != sizes[d] || (sizes[d] != 1 && seen->strides[d] != sizes[wanted->ndim + d])) return 0;
+    return 1;
+}
+
+/* The next record of `described`, its sizes in `sizes`; -1 with an exception set past the end. */
+static int next_record(const char **at, const char *end, record *wanted, int64_t *sizes) {
+    if (end - *at < (Py_ssize_t)sizeof(record)) goto torn;
+    memcpy(wanted, *at, sizeof(record));
+    *at += sizeof(record);
+    if (wanted->ndim > 0) {
+        Py_ssize_t bytes = 2 * wanted->ndim * (Py_ssize_t)sizeof(int64_t);
+        if (wanted->ndim > MAX_DIMS || end - *at < bytes) goto torn;
+        memcpy(sizes, *at, (size_t)bytes);
+        *at += bytes;
+    }
+    return 0;
+torn:
+    PyErr_SetString(PyExc_ValueError, "these are not the tensors that were described");
+    return -1;
+}
+
+/* describe(tensors, exchange) -> bytes: a record for each; of None, that there is no tensor. */
+static PyObject *describe(PyObject *module, PyObject *args) {
+    PyObject *tensors, *capsule;
+    if (!PyArg_ParseTuple(args, "O!O:describe", &PyList_Type, &tensors, &capsule)) return NULL;
+    const dl_exchange *exchange = exchange_of(capsule);
+    if (!exchange) return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(tensors);
+    size_t room = (size_t)count * (sizeof(record) + 2 * MAX_DIMS * sizeof(int64_t));
+    char *records = PyMem_Malloc(room ? room : 1), *at = records;
+    if (!records) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *tensor = PyList_GET_ITEM(tensors, i);
+        record what = {.ndim = NO_TENSOR};
+        dl_tensor seen;
+        if (tensor != Py_None && look(exchange, tensor, &seen, &what)) {
+            PyMem_Free(records);
+            return NULL;
+        }
+        memcpy(at, &what, sizeof what);
+        at += sizeof what;
+        if (what.ndim > 0) {
+            size_t bytes = (size_t)what.ndim * sizeof(int64_t);
+            memcpy(at, seen.shape, bytes);
+            memcpy(at + bytes, seen.strides, bytes);
+            at += 2 * bytes;
+        }
+    }
+    PyObject *described = PyBytes_FromStringAndSize(records, at - records);
+    PyMem_Free(records);
+    return described;
+}
+
+/* unchanged(tensors, described, exchange) -> bool: whether all are what and where they were. */
+static PyObject *unchanged(PyObject *module, PyObject *args) {
+    PyObject *tensors, *capsule;
+    const char *at;
+    Py_ssize_t length;
+    if (!PyArg_ParseTuple(args, "O!y#O:unchanged", &PyList_Type, &tensors, &at, &length, &capsule)) return NULL;
+    const dl_exchange *exchange = exchange_of(capsule);
+    if (!exchange) return NULL;
+    const char *end = at + length;
+    int64_t sizes[2 * MAX_DIMS];
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); i++) {
+        PyObject *tensor = PyList_GET_ITEM(tensors, i);
+        record wanted, what;
+        dl_tensor seen;
+        if (next_record(&at, end, &wanted, sizes)) return NULL;
+        if (wanted.ndim == NO_TENSOR) continue;
+        if (look(exchange, tensor, &seen, &what)) {
+            /* It had facts once. */
+            PyErr_Clear();
+            Py_RETURN_FALSE;
+        }
+        if (what.address != wanted.address || !is_alike(&seen, &what, &wanted, sizes)) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+}
+
+/* Whether `gradient` is a plain tensor that lies in memory as it reads, of the wanted kind; -1 with an exception set. */
+static int is_direct(const dl_exchange *exchange, PyObject *gradient, PyObject *type, PyObject *is_neg,
+                     const record *wanted, const int64_t *sizes, uint64_t *address) {
+    dl_tensor seen;
+    record what;
+    if ((PyObject *)Py_TYPE(gradient) != type) return 0;
+    if (look(exchange, gradient, &seen, &what)) {
+        PyErr_Clear(); /* sparse, say */
+        return 0;
+    }
+    *address = what.address;
+    if (!is_alike(&seen, &what, wanted, sizes)) return 0;
+    PyObject *negated = PyObject_CallOneArg(is_neg, gradient);
+    if (!negated) return -1;
+    Py_DECREF(negated); /* True and False live on */
+    return negated != Py_True;
+}
+
+/* gradients(params, described, exchange, type, is_neg, addresses) -> (list, bytes, bool)
+ *
+ * The gradient of each parameter, or None; a 1 for each that there is, else 0; and whether all of them are direct.
+ * Only then are `addresses`, of 8 bytes for each parameter, all set: 0 where there is none. */
+static PyObject *gradients(PyObject *module, PyObject *args) {
+    PyObject *params, *capsule, *type, *is_neg, *found = NULL, *present = NULL, *name = NULL, *result = NULL;
+    const char *at;
+    Py_ssize_t length;
+    Py_buffer addresses;
+    if (!PyArg_ParseTuple(args, "O!y#OOOw*:gradients", &PyList_Type, &params, &at, &length, &capsule, &type, &is_neg,
+                          &addresses))
+        return NULL;
+    const dl_exchange *exchange = exchange_of(capsule);
+    const char *end = at + length;
+    int64_t sizes[2 * MAX_DIMS];
+    Py_ssize_t count = PyList_GET_SIZE(params);
+    int direct = 1;
+    if (!exchange) goto done;
+    if (addresses.len != count * 8) {
+        PyErr_SetString(PyExc_ValueError, "an address of 8 bytes for each parameter");
+        goto done;
+    }
+    name = PyUnicode_InternFromString("grad");
+    found = PyList_New(count);
+    present = PyBytes_FromStringAndSize(NULL, count);
+    if (!name || !found || !present) goto done;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *param = PyList_GET_ITEM(params, i), *gradient;
+        record wanted;
+        uint64_t address = 0;
+        if (next_record(&at, end, &wanted, sizes)) goto done;
+        gradient = wanted.ndim == NO_TENSOR ? Py_NewRef(Py_None) : PyObject_GetAttr(param, name);
+        if (!gradient) goto done;
+        PyList_SET_ITEM(found, i, gradient);
+        PyBytes_AS_STRING(present)[i] = gradient != Py_None;
+        if (gradient != Py_None && direct) {
+            direct = is_direct(exchange, gradient, type, is_neg, &wanted, sizes, &address);
+            if (direct < 0) goto done;
+        }
+        memcpy((char *)addresses.buf + 8 * i, &address, 8);
+    }
+    result = Py_BuildValue("OOO", found, present, direct ? Py_True : Py_False);
+done:
+    PyBuffer_Release(&addresses);
+    Py_XDECREF(name);
+    Py_XDECREF(found);
+    Py_XDECREF(present);
+    return result;
+}
+
+/* shows(shown, keys, kept) -> bool
+ *
+ * Whether `shown` begins with the dicts, and those with the `keys` and values, that `kept` lists: key, values; key,
+ * values; all the very objects, in this order. */
+static PyObject *shows(PyObject *module, PyObject *args) {
+    PyObject *shown, *keys, *kept, *key, *entries, *entry_key, *value;
+    if (!PyArg_ParseTuple(args, "O!O!O!:shows", &PyDict_Type, &shown, &PyTuple_Type, &keys, &PyList_Type, &kept))
+        return NULL;
+    Py_ssize_t num_keys = PyTuple_GET_SIZE(keys), total = PyList_GET_SIZE(kept), at = 0;
+    for (Py_ssize_t i = 0; i + num_keys < total; i += 1 + num_keys) {
+        if (!PyDict_Next(shown, &at, &key, &entries) || key != PyList_GET_ITEM(kept, i) || !PyDict_Check(entries))
+            Py_RETURN_FALSE;
+        Py_ssize_t inside = 0;
+        for (Py_ssize_t k = 0; k < num_keys; k++)
+            if (!PyDict_Next(entries, &inside, &entry_key, &value) || entry_key != PyTuple_GET_ITEM(keys, k) ||
+                value != PyList_GET_ITEM(kept, i + 1 + k))
+                Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+}
+
+/* pick(addresses, picks, out): out[i] = addresses[index] + start of the pair picks[i] of 8-byte integers; 0 stays 0. */
+static PyObject *pick(PyObject *module, PyObject *args) {
+    Py_buffer addresses, picks, out;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*y*w*:pick", &addresses, &picks, &out)) return NULL;
+    const uint64_t *from = addresses.buf;
+    const int64_t *pairs = picks.buf;
+    uint64_t *to = out.buf;
+    Py_ssize_t count = out.len / 8;
+    int inside = picks.len == count * 16;
+    for (Py_ssize_t i = 0; inside && i < count; i++) {
+        inside = pairs[2 * i] >= 0 && pairs[2 * i] < addresses.len / 8;
+        if (inside) to[i] = from[pairs[2 * i]] ? from[pairs[2 * i]] + (uint64_t)pairs[2 * i + 1] : 0;
+    }
+    if (inside) result = Py_NewRef(Py_None);
+    else PyErr_SetString(PyExc_IndexError, "a pair of an index and a start for each address that is wanted");
+    PyBuffer_Release(&addresses);
+    PyBuffer_Release(&picks);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyMethodDef functions[] = {
+    {"describe", describe, METH_VARARGS, NULL}, {"unchanged", unchanged, METH_VARARGS, NULL},
+    {"gradients", gradients, METH_VARARGS, NULL}, {"shows", shows, METH_VARARGS, NULL},
+    {"pick", pick, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+};
+
+static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "VERSION", VERSION); }
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, set_up}, {0, NULL}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_snapshots", .m_methods = functions, .m_slots = slots};
+
+PyMODINIT_FUNC PyInit__snapshots(void) { return PyModuleDef_Init(&definition); }

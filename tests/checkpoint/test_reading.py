@@ -1,0 +1,114 @@
+"""Archives that are like one that was loaded are not unpickled again, and come to the same."""
+
+import io
+import sys
+import zipfile
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.utils.serialization import config
+
+from dist_asgd.checkpoint.format.archives import KnownFrames, load_tensor
+from tests.harness.bits import assert_same_bits
+
+
+def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytes:
+    """As this package writes it, without checksums; said to be in ``byteorder``, whatever it is in."""
+    stream = io.BytesIO()
+    with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        torch.save(tensor, stream)
+    if byteorder == sys.byteorder:
+        return stream.getvalue()
+    said = io.BytesIO()
+    with zipfile.ZipFile(stream) as source, zipfile.ZipFile(said, "w", zipfile.ZIP_STORED) as target:
+        for record in source.infolist():
+            start = record.header_offset + 26
+            lengths = [int.from_bytes(stream.getvalue()[at : at + 2], "little") for at in (start, start + 2)]
+            first = start + 4 + sum(lengths)
+            content = stream.getvalue()[first : first + record.file_size]
+            target.writestr(record.filename, byteorder if record.filename.endswith("byteorder") else content)
+        checksums = [record.CRC.to_bytes(4, "little") for record in target.infolist() if "/data/" in record.filename]
+    return said.getvalue().replace(checksums[0], bytes(4))
+
+
+def loaded(data: bytes, like: Tensor, frames: KnownFrames) -> Tensor:
+    """``data`` as the reader has it."""
+    return load_tensor(data, like.shape, TensorProperties(dtype=like.dtype), "a chunk", frames)
+
+
+def drawn(kind: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """A tensor that lies in memory as ``kind`` says."""
+    whole = torch.randn(6, 10, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
+    whole = whole if dtype.is_complex else whole.real
+    whole = whole.to(dtype)
+    views = {
+        "contiguous": whole[:, :5].clone(),
+        "transposed": whole[:, :5].t().clone(memory_format=torch.preserve_format),
+        "a view of more": whole[:, 2:7],
+        "conjugated": whole[:, :5].clone().conj(),
+        "empty": whole[:0],
+        "one number": whole[0, 0].clone(),
+    }
+    return views[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("contiguous", True),
+        ("transposed", True),
+        ("one number", True),
+        ("a view of more", False),
+        ("conjugated", None),
+        ("empty", False),
+    ],
+)
+def test_like_archives_come_to_the_same(kind: str, known: bool | None, dtype: torch.dtype) -> None:
+    """Of several shapes in turn; what is not dense, or not as it lies, is unpickled each time."""
+    frames = KnownFrames()
+    for seed in range(3):
+        for tensor in (drawn(kind, dtype, seed), drawn(kind, dtype, seed).unsqueeze(0)):
+            data = archive_of(tensor)
+            expected = torch.load(io.BytesIO(data), weights_only=True)
+            is_known = frames.tensor_in(data, dtype, tensor.shape) is not None
+            assert is_known == ((known if known is not None else not dtype.is_complex) and seed > 0)
+            found = loaded(data, tensor, frames)
+            assert_same_bits(found.resolve_conj(), expected.resolve_conj(), f"{kind} {dtype}")
+            assert found.stride() == expected.stride()
+
+
+def test_the_other_byte_order_is_turned_around_each_time() -> None:
+    """Zeros are the same both ways, so that they say nothing of the next."""
+    other = "big" if sys.byteorder == "little" else "little"
+    frames = KnownFrames()
+    for tensor in (torch.zeros(4), torch.arange(4.0)):
+        data = archive_of(tensor, other)
+        assert_same_bits(loaded(data, tensor, frames), torch.load(io.BytesIO(data), weights_only=True), "turned around")
+
+
+def test_elements_that_are_there_twice_are_not_known() -> None:
+    """Of two records with one name a reader takes either."""
+    frames, tensor = KnownFrames(), torch.arange(6.0)
+    stream = io.BytesIO(archive_of(tensor))
+    with zipfile.ZipFile(stream, "a", zipfile.ZIP_STORED) as archive:
+        name = next(name for name in archive.namelist() if "/data/" in name)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(name, (-tensor).numpy().tobytes())
+    loaded(stream.getvalue(), tensor, frames)
+    assert frames.tensor_in(stream.getvalue(), tensor.dtype, tensor.shape) is None
+
+
+def test_an_archive_that_differs_around_its_elements_is_unpickled() -> None:
+    """One bit in the pickle or in the directory at the end, and it is loaded as if nothing were known."""
+    frames, tensor = KnownFrames(), torch.arange(6.0)
+    good = archive_of(tensor)
+    loaded(good, tensor, frames)
+    assert frames.tensor_in(good, tensor.dtype, tensor.shape) is not None
+    start = good.index(tensor.numpy().tobytes())
+    for at in (*range(start), *range(start + tensor.nbytes, len(good))):
+        data = bytearray(good)
+        data[at] ^= 1
+        assert frames.tensor_in(bytes(data), tensor.dtype, tensor.shape) is None

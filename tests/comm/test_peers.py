@@ -1,0 +1,121 @@
+"""A rank that dies or never comes: the others raise in bounded time, and say which call it was."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_asgd import ShardedASGD, async_save_checkpoint, save_checkpoint
+from dist_asgd.checkpoint.format import writer
+from tests.harness.models import mlp, mlp_loss
+from tests.harness.outcome import Outcome
+from tests.harness.processes import GROUP_TIMEOUT_S
+from tests.harness.ranks import outcomes
+
+SHORT_TIMEOUT_S = 3.0
+
+
+def die(how: str) -> None:
+    """End this process at once."""
+    if how == "exit":
+        os._exit(9)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_death(rank: int, world_size: int, how: str, stage: int, where: str) -> None:
+    """Job: the last rank dies in the third step."""
+    model = mlp()
+    optimizer = ShardedASGD(model.named_parameters(), stage=stage, bucket_cap_mb=0.002)
+    for step in range(5):
+        dying = rank == world_size - 1 and step == 2
+        optimizer.zero_grad()
+        mlp_loss(model, step).backward()
+        if dying and where == "before step":
+            die(how)
+        optimizer.step()
+        if dying:
+            die(how)
+
+
+def assert_survivors_raised(found: list[Outcome], within_s: float) -> None:
+    """The last rank died; every other one raised a RuntimeError that says so, soon."""
+    *survivors, dead = found
+    assert dead.error is not None
+    assert dead.error.type_name == "RankDied"
+    for outcome in survivors:
+        assert outcome.error is not None, f"rank {outcome.rank} returned"
+        assert outcome.error.type_name in ("PeerError", "RuntimeError"), outcome.error.traceback
+        assert "peer" in outcome.error.message
+        assert outcome.seconds < within_s
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("where", ["before step", "after step"])
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_a_peer_that_dies(how: str, where: str, stage: int) -> None:
+    """Seen at the closed connection, not at the timeout."""
+    assert_survivors_raised(outcomes("gloo", 2, train_until_death, how, stage, where), within_s=10.0)
+
+
+def test_a_peer_of_three_that_dies() -> None:
+    """Also by the ranks that wait for one another."""
+    found = outcomes("gloo", 3, train_until_death, "kill", 2, "before step")
+    assert_survivors_raised(found, within_s=GROUP_TIMEOUT_S + 5.0)
+
+
+def stay_away(rank: int, _world_size: int) -> None:
+    """Job: rank 1 is too late for a step."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=SHORT_TIMEOUT_S))
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = ShardedASGD([("weight", weight)], process_group=group)
+    weight.grad = torch.ones(3)
+    if rank == 1:
+        time.sleep(SHORT_TIMEOUT_S + 2.0)
+    optimizer.step()
+
+
+def test_a_peer_that_does_not_come() -> None:
+    """The group's timeout ends the wait, on every rank."""
+    for outcome in outcomes("gloo", 2, stay_away):
+        assert outcome.error is not None
+        assert outcome.error.type_name == "PeerError"
+        assert SHORT_TIMEOUT_S <= outcome.seconds < GROUP_TIMEOUT_S
+
+
+def hangs_in_a_save(rank: int, _world_size: int, folder: str, asynchronous: bool) -> None:
+    """Job: rank 1 is stuck in a checkpoint for longer than the optimizer's group lets anybody wait."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    model = mlp()
+    optimizer = ShardedASGD(model.named_parameters(), process_group=group)
+    original = writer.HashedFile.sync
+
+    def sync(self: writer.HashedFile) -> None:
+        time.sleep(5.0)
+        original(self)
+
+    if rank == 1:
+        writer.HashedFile.sync = sync  # type: ignore[method-assign]
+    try:
+        if asynchronous:
+            async_save_checkpoint(Path(folder) / "new", model, optimizer, step=1).wait()
+        else:
+            save_checkpoint(Path(folder) / "new", model, optimizer, step=1)
+    finally:
+        writer.HashedFile.sync = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "async"])
+def test_a_peer_that_hangs_in_a_save(asynchronous: bool, tmp_path: Path) -> None:
+    """The timeout of the group that the user gave ends the wait in the background too, and nothing is committed."""
+    for outcome in outcomes("gloo", 2, hangs_in_a_save, str(tmp_path), asynchronous):
+        assert outcome.error is not None
+        assert outcome.error.type_name == "PeerError", outcome.error.traceback
+        assert "saving" in outcome.error.message
+        assert outcome.seconds < 12.0
+    assert not (tmp_path / "new").exists()

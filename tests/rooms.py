@@ -1,0 +1,46 @@
+"""The rooms of ``dist_asgd`` and the direction between them: one table, which the docs show too.
+
+``ROOMS`` runs from the bottom to the top. A room is a package of ``dist_asgd`` or a module at its root. Its files import
+only from their own room and from rooms on lines above theirs.
+"""
+
+from pathlib import Path
+
+import dist_asgd
+
+PACKAGE = Path(dist_asgd.__file__).parent
+
+# (rooms on one line, what happens to the data there)
+ROOMS: list[tuple[tuple[str, ...], str]] = [
+    (("version",), "the version"),
+    (("storage",), "the flat memory of parameters and state: layout, buckets, memory order, masters, snapshots"),
+    (("comm",), "collectives by backend, and the agreement of all ranks before a collective call"),
+    (("placements",), "presharded parameters (DTensor, FSDP1), replica groups, fragments shown as tensors"),
+    (("parts", "portions"), "the functions that files of users name; their paths never change"),
+    (("update",), "the rule on this rank's shards: plan, implementations, kernels, schedule, scalars"),
+    (("validation",), "what the constructor and add_param_group() accept"),
+    (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
+    (("fingerprints", "gather", "memory", "state"), "what a step needs beside gradients and the update"),
+    (("averaging", "state_dict"), "the averages in place of the parameters; state dicts, sharded and full"),
+    (("optimizer",), "ShardedASGD"),
+    (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
+    (("__init__",), "the public names"),
+    (("cli",), "the command line"),
+    (("__main__",), "python -m dist_asgd"),
+]
+
+LEVELS = {room: level for level, (rooms, _) in enumerate(ROOMS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    """The room that a file of the package belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def table() -> str:
+    """The rooms as a Markdown table, from the top to the bottom."""
+    lines = ["| room | what happens there |", "|---|---|"]
+    for rooms, what in reversed(ROOMS):
+        names = ", ".join(f"`{name}/`" if (PACKAGE / name).is_dir() else f"`{name}.py`" for name in rooms)
+        lines.append(f"| {names} | {what} |")
+    return "\n".join(lines)
