@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -106,7 +106,7 @@ class Checkpointer:
             save_checkpoint(path, self.model, self.optimizer, step=1)
         elif self.way == "fsdp2":
             model, optim = get_state_dict(self.model, self.optimizer, options=FLAT)
-            dcp.save({"model": model, "optim": optim}, checkpoint_id=path)
+            state_dict_saver.save({"model": model, "optim": optim}, checkpoint_id=path)
         elif self.way == "zero":
             state = consolidate(self.optimizer)
             if self.rank == 0:
@@ -115,7 +115,7 @@ class Checkpointer:
                     os.fsync(file.fileno())
             dist.barrier()
         else:
-            view, digest = memoryview(self.data.numpy()).cast("B"), xxhash.xxh3_128()
+            view, digest = self.data.numpy().data.cast("B"), xxhash.xxh3_128()
             with path.with_name(f"{path.name}-{self.rank}").open("wb", buffering=0) as raw:
                 for start in range(0, len(view), 1 << 24):
                     raw.write(view[start : start + (1 << 24)])
@@ -134,7 +134,7 @@ class Checkpointer:
             self.staged.copy_(self.data)
         else:
             model, optim = get_state_dict(self.model, self.optimizer, options=FLAT)
-            self.pending = dcp.async_save({"model": model, "optim": optim}, checkpoint_id=path)
+            self.pending = state_dict_saver.async_save({"model": model, "optim": optim}, checkpoint_id=path)
 
     def load(self, path: Path) -> None:
         """What ``save`` wrote."""
@@ -144,8 +144,8 @@ class Checkpointer:
             load_checkpoint(path, self.model, self.optimizer)
         elif self.way == "fsdp2":
             model, optim = get_state_dict(self.model, self.optimizer, options=FLAT)
-            state = {"model": model, "optim": optim}
-            dcp.load(state, checkpoint_id=path)
+            state: dict[str, Any] = {"model": model, "optim": optim}
+            state_dict_loader.load(state, checkpoint_id=path)
             set_state_dict(
                 self.model, self.optimizer, model_state_dict=model, optim_state_dict=state["optim"], options=FLAT
             )

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from benchmarks.report import markdown_table, surroundings
 from benchmarks.trainer import peak_bytes, reset_peak, settled_bytes
 from dist_asgd import ShardedASGD
 
-OPTIONS = {"lr": 0.01, "weight_decay": 0.0}
+OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.0}
 FORMS = ["torch forloop", "torch foreach", "dist_asgd forloop", "dist_asgd foreach", "dist_asgd fused"]
 # What the parameters are, and whether they have float32 masters.
 KINDS = {
@@ -44,8 +45,9 @@ def make(form: str, kind: str, numel: int, num_tensors: int, t0: float, device: 
         optimizer: torch.optim.Optimizer = torch.optim.ASGD(params, **OPTIONS, t0=t0, foreach=how == "foreach")
         average_bytes = dtype.itemsize
     else:
-        forms = {"foreach": how == "foreach", "fused": how == "fused"}
-        optimizer = ShardedASGD(params, **OPTIONS, t0=t0, master_weights=master, **forms)
+        optimizer = ShardedASGD(
+            params, **OPTIONS, t0=t0, master_weights=master, foreach=how == "foreach", fused=how == "fused"
+        )
         average_bytes = 4
     for _ in range(3):
         optimizer.step()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small language model on 2 ranks of this machine and shows what averaging gains. Needs Python >= 3.11
-# and git only; can be run again. Arguments go to launch/train.py.
+# and git only; can be run again. Arguments go to the trainer.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

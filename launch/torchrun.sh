@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Starts launch/train.py on one node or on several; see usage below.
+# Starts the trainer (launch/trainer/train.py) on one node or on several; see usage below.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 usage() {
     cat <<'TEXT'
-Usage: launch/torchrun.sh [OPTION...] [--] [OPTION OF launch/train.py...]
+Usage: launch/torchrun.sh [OPTION...] [--] [OPTION OF THE TRAINER...]
 
 Run the same command on every node. Each option has an environment variable; the option wins.
 
@@ -16,7 +16,7 @@ Run the same command on every node. Each option has an environment variable; the
   --id NAME          RDZV_ID        name of the run, the same on every node (default: dist_asgd)
   --iface NAME       IFACE          network interface that ranks talk over (default: the backend's choice)
   --local-addr A     LOCAL_ADDR     address of this node for the others (default: that of --iface)
-  --train-help                      options of launch/train.py
+  --train-help                      options of the trainer
   --help                            this text
 
 Python: .venv of this repository where it exists, else `python` on the PATH; PYTHON overrides both.
@@ -83,7 +83,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # torchrun itself would pass a signal on but end with an error and kill the ranks 30 seconds later. With job
 # control it has a process group of its own, so that Ctrl-C reaches only this script, which tells the ranks.
 set -m
-"${launcher[@]}" "$REPOSITORY/launch/train.py" "$@" &
+"${launcher[@]}" "$REPOSITORY/launch/trainer/train.py" "$@" &
 torchrun=$!
 # Where pkill is missing or no rank runs yet, torchrun's own way of ending has to do.
 trap 'pkill -TERM -P "$torchrun" || kill -TERM "$torchrun" || true' INT TERM HUP

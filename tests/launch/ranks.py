@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.harness.processes import loaded_context, no_main_module
 from tests.launch.runs import REPOSITORY
 
-TRAIN = REPOSITORY / "launch" / "train.py"
+TRAIN = REPOSITORY / "launch" / "trainer" / "train.py"
 TIMEOUT_S = 120.0
 
 
@@ -55,7 +55,7 @@ def _join(ranks: list[ForkServerProcess]) -> None:
 
 
 def _rank(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """``python launch/train.py`` in this process."""
+    """``python launch/trainer/train.py`` in this process."""
     with open(output, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

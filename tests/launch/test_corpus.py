@@ -14,8 +14,8 @@ CONTEXT = 8
 
 @pytest.fixture
 def corpus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, found as launch/train.py finds it."""
-    monkeypatch.syspath_prepend(REPOSITORY / "launch")
+    """The module, found as launch/trainer/train.py finds it."""
+    monkeypatch.syspath_prepend(REPOSITORY / "launch" / "trainer")
     return importlib.import_module("corpus")
 
 

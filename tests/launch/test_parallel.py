@@ -92,7 +92,7 @@ def test_split_layers_give_the_losses_of_whole_ones(train: Train, tmp_path: Path
 )
 def test_options_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str) -> None:
     """Said before anything starts."""
-    monkeypatch.syspath_prepend(REPOSITORY / "launch")
+    monkeypatch.syspath_prepend(REPOSITORY / "launch" / "trainer")
     options_of = importlib.import_module("options").TrainOptions
     mode = importlib.import_module("parallel").Mode
     with pytest.raises(typer.BadParameter, match=re.escape(says)):

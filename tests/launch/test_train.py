@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import TINY, TORCHRUN, children, losses, read_lines, started
+from tests.launch.runs import REPOSITORY, TINY, TORCHRUN, children, losses, read_lines, started
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -181,7 +181,7 @@ def assert_fails_everywhere(run: subprocess.CompletedProcess[str], message: str)
 
 
 def test_single_process_needs_no_torchrun(tmp_path: Path, text: Path, environment: dict[str, str]) -> None:
-    script = TORCHRUN.with_name("train.py")
+    script = REPOSITORY / "launch" / "trainer" / "train.py"
     out = tmp_path / "out"
     command = [
         environment["PYTHON"],

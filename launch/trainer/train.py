@@ -1,4 +1,4 @@
-"""Trains a byte-level language model with ShardedASGD, under torchrun or as `python launch/train.py`."""
+"""Trains a byte-level language model with ShardedASGD, under torchrun or as `python launch/trainer/train.py`."""
 
 import functools
 import sys
@@ -6,12 +6,13 @@ from datetime import timedelta
 from typing import Any
 
 import typer
+from rich.console import Console
+
 from corpus import Corpus, read_corpus
 from metrics import MetricsLog
 from options import TrainOptions
 from processes import Processes, TrainingError
 from report import Summary, draw_losses, print_summary, write_summary
-from rich.console import Console
 from stopping import StopRequest
 from training import Training
 

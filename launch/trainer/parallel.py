@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from model import Block, ByteTransformer
-from processes import Processes, TrainingError
-from tensor_parallel import split_layers
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_asgd import ShardedASGD
+from model import Block, ByteTransformer
+from processes import Processes, TrainingError
+from tensor_parallel import split_layers
 
 
 class Mode(StrEnum):
@@ -42,7 +43,6 @@ class Spread:
     Ranks with the same `data_rank` of `num_data_ranks` see the same data: they share layers (tensor parallelism).
     """
 
-    mode: Mode
     network: nn.Module
     optimizer_options: dict[str, Any]
     data_rank: int
@@ -55,7 +55,7 @@ class Spread:
         if isinstance(self.network, DistributedDataParallel):
             with self.network.no_sync():
                 yield
-        elif self.mode in WITH_FULLY_SHARD:
+        elif isinstance(self.network, FSDPModule):
             self.network.set_requires_gradient_sync(False)
             try:
                 yield
@@ -75,7 +75,7 @@ def spread(
     if not processes.is_distributed:
         if mode in WITH_REPLICAS or mode in WITH_FULLY_SHARD:
             raise TrainingError(f"--parallel {mode} needs process groups: start the trainer with torchrun")
-        return Spread(mode, model, {"stage": 2 if mode is Mode.ZERO2 else 1}, 0, 1, str(mode))
+        return Spread(model, {"stage": 2 if mode is Mode.ZERO2 else 1}, 0, 1, str(mode))
     world_size = processes.world_size
     replicas = _replicas(num_replicas, tensor_parallel, processes) if mode in WITH_REPLICAS else 1
     if mode in WITH_FULLY_SHARD:
@@ -91,7 +91,7 @@ def spread(
     network: nn.Module = model
     if mode in WRAPPED_IN_DDP:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Spread(mode, network, options, processes.rank, world_size, text)
+    return Spread(network, options, processes.rank, world_size, text)
 
 
 def _mesh(processes: Processes, **axes: int) -> DeviceMesh:
@@ -127,8 +127,6 @@ def _fully_shard(
     model: ByteTransformer, mode: Mode, replicas: int, tensor_parallel: int, processes: Processes
 ) -> Spread:
     """FSDP2 over blocks and the rest, on `replicas` replicas, over layers of blocks that are split already."""
-    from torch.distributed.fsdp import fully_shard
-
     if processes.world_size % tensor_parallel:
         raise TrainingError(f"--tensor-parallel {tensor_parallel} does not divide the {processes.world_size} ranks")
     shards = processes.world_size // (replicas * tensor_parallel)
@@ -136,6 +134,7 @@ def _fully_shard(
     mesh = _mesh(processes, **axes, shard=shards, tensor=tensor_parallel)
     data_mesh = mesh[(*axes, "shard")] if axes else mesh["shard"]
     for block in model.blocks:
+        assert isinstance(block, Block)
         if tensor_parallel > 1:
             split_layers(block, mesh["tensor"])
         fully_shard(block, mesh=data_mesh, shard_placement_fn=_placement(block, shards * tensor_parallel))
@@ -144,7 +143,7 @@ def _fully_shard(
     text += f" ({_counted(replicas)})" if mode is Mode.HSDP else ""
     text += f" on layers split in {tensor_parallel}" if tensor_parallel > 1 else ""
     data_rank = processes.rank // tensor_parallel
-    return Spread(mode, model, {}, data_rank, replicas * shards, text)
+    return Spread(model, {}, data_rank, replicas * shards, text)
 
 
 def _placement(block: Block, num_shards: int) -> Callable[[nn.Parameter], Shard | None]:

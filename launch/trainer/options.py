@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from parallel import WITH_FULLY_SHARD, WITH_REPLICAS, Mode
 
 

@@ -57,7 +57,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, time, d_model)
         x = x + self.attention_out(self._attend(self.attention_norm(x)))
-        return x + self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)), approximate="tanh"))
+        fed: Tensor = self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)), approximate="tanh"))
+        return x + fed
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, time, _ = x.shape

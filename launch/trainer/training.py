@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
 from corpus import Corpus
+from dist_asgd import CheckpointManager, PeerError, ShardedASGD, load_checkpoint, read_extra
 from metrics import MetricsLog
 from model import ByteTransformer, ModelShape
 from options import FIXED_BY_CHECKPOINT, Precision, TrainOptions
@@ -18,12 +23,7 @@ from parallel import spread
 from processes import Processes, TrainingError
 from progress import ProgressDisplay
 from report import Evaluation, Memory, Summary
-from rich.console import Console
 from stopping import StopRequest
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-
-from dist_asgd import CheckpointManager, PeerError, ShardedASGD, load_checkpoint, read_extra
 
 _FORMAT = "byte-transformer training checkpoint 3"
 _OF_THE_START = ("resume", "resume_from", "overwrite")
@@ -176,7 +176,7 @@ class Training:
             is_last = accumulated == options.accumulation - 1
             with nullcontext() if is_last else spread.no_sync(self._optimizer):
                 loss = self._loss(spread.network, windows) / options.accumulation
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation for it
             losses += loss.detach()
         if options.clip:
             self._optimizer.clip_grad_norm_(options.clip)

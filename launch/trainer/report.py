@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metrics import read_metrics
 from rich.console import Console
 from rich.table import Table
+
+from metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from model import Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from model import Block
 
 
 def split_layers(block: Block, mesh: DeviceMesh) -> None:
