@@ -60,3 +60,9 @@ def test_there_are_snippets_for_one_and_for_several_ranks() -> None:
     assert 1 in ranks
     assert max(ranks) > 1
     assert snippets(PAGES[0]), "the README has no snippets that run"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_snippet_is_left_out(page: Path) -> None:
+    """A Python block without a comment before it would not run."""
+    assert page.read_text().count("```python\n") == sum(map(len, snippets(page).values()))
