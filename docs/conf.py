@@ -43,7 +43,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|os|pathlib|types|typing)\..*"),
     (r"py:.*", r"(Any|Callable|Iterator|Path|Tensor|Optimizer|ParamsT|DeviceMesh|ProcessGroup|NoReturn)"),
-    (r"py:class", r"dist\.ProcessGroup|dist_asgd\..*\.Opened"),
+    (r"py:class", r"dist\.ProcessGroup|dist_asgd\.checkpoint\..*\.Open\w+"),
 ]
 
 
