@@ -10,14 +10,17 @@ from .storage.buffers import ShardedParam, StateBuffer
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Bytes held on this rank; ``full_*`` is what an unsharded ``torch.optim.ASGD`` would hold for the same model.
+    """Bytes that the optimizer holds on this rank, as ``ShardedASGD.memory_report()`` returns them.
 
-    parameter_bytes   the flat storage, padding included; of DTensors, what lies on this rank
-    padding_bytes     of that, elements that belong to no parameter
-    state_bytes       this rank's shard of ``ax`` (the scalars are a few bytes a parameter group)
-    gradient_bytes    stage 2: this rank's shard of reduced gradients, kept between steps. Stage 1: the gradients
-                      that stand on the parameters now
-    in_flight_bytes   buffers for buckets on their way, and the update's scratch; kept between steps
+    Attributes:
+        parameter_bytes: the flat storage of the parameters, padding included; of DTensors, their local tensors.
+        padding_bytes: the bytes of ``parameter_bytes`` that belong to no parameter.
+        state_bytes: this rank's shard of ``ax``. (The scalars are a few bytes a parameter group and are not counted.)
+        gradient_bytes: in stage 2 this rank's shard of the reduced gradients, which is kept between steps; in stage 1
+            the gradients that the parameters have now.
+        in_flight_bytes: buffers for buckets on their way, and the update's scratch memory; kept between steps.
+        full_state_bytes: the bytes of ``ax`` that an unsharded ``torch.optim.ASGD`` would hold for the same model.
+        full_gradient_bytes: the bytes of gradients that an unsharded ``torch.optim.ASGD`` would need.
     """
 
     parameter_bytes: int

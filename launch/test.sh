@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format, types, and all tests that a CPU can run. Needs Python >= 3.11 and git only; can be run again. Arguments go
-# to pytest.
+# Lint, format, types, and all tests that a CPU can run; one of them builds the documentation. Needs Python >= 3.11
+# and git only; can be run again. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

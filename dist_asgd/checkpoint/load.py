@@ -72,7 +72,7 @@ def load_checkpoint(
         gave; None if nothing was given.
 
     Raises:
-        CheckpointError (a RuntimeError): the checkpoint is damaged, incomplete, hostile or has no manifest.
+        CheckpointError: the checkpoint is damaged, incomplete, hostile or has no manifest.
         ValueError: it is of another model, or ranks disagree.
         PeerError: a rank died.
     """

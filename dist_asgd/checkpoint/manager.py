@@ -21,7 +21,13 @@ from .save import PendingSave, Saver, WhenBusy
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a manager has loaded: the step it was saved after, its directory, and this rank's ``extra``."""
+    """What ``CheckpointManager.restore()`` has loaded.
+
+    Attributes:
+        step: the number of steps after which the checkpoint was saved.
+        path: the checkpoint's directory.
+        extra: what this rank gave as ``extra`` when it was saved; see ``load_checkpoint``.
+    """
 
     step: int
     path: Path
