@@ -1,7 +1,7 @@
 """The rooms of ``dist_asgd`` and the direction between them: one table, which the docs show too.
 
-``ROOMS`` runs from the bottom to the top. A room is a package of ``dist_asgd`` or a module at its root. Its files import
-only from their own room and from rooms on lines above theirs.
+``ROOMS`` runs from the bottom to the top. A room is a package of ``dist_asgd`` or a module at its root. The files of a
+room import only from it and from rooms on lines above it.
 """
 
 from pathlib import Path

@@ -43,7 +43,13 @@ COLLECTIVES = {
 
 # What this package reads of torch's internals, because torch has no public name for it.
 PRIVATE_TO_TORCH = {
-    "_C",
+    *("_C", "_base", "_foreach_copy_", "_foreach_mul_", "_foreach_zero_", "_make_wrapper_subclass", "_to_copy"),
+    *("_device_types", "_get_backend", "_timeout", "_world"),  # process groups
+    *("_local_tensor", "_spec"),  # DTensor
+    *("_fsdp_flattened", "_is_flat_param"),  # FSDP1
+    *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),
+    *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"),
+    "_replace",  # typing.NamedTuple
 }
 
 
@@ -93,6 +99,10 @@ def test_nobody_reads_private_attributes_of_others(path: Path) -> None:
             for name in (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)):
                 if _is_private(name):
                     assert name in own | PRIVATE_TO_TORCH, f"{path.name}:{node.lineno} reads {name!r} by name"
+
+
+# Calls that take an attribute's name as a string.
+BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "attrgetter")
 
 
 def _is_private(name: str) -> bool:
