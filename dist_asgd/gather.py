@@ -56,7 +56,7 @@ class Gatherer:
                 [member.param_range(member.fragment.start, member.fragment.stop) for member, _ in own],
             )
         parts = [[_place(store, packed, stretch) for stretch in stretches] for stretches in layout.stretches]
-        arrived = communicator.all_gather_parts(parts)
+        arrived = communicator.all_gather_uneven(parts)
 
         def unpack() -> None:
             arrived()

@@ -277,7 +277,7 @@ class Reducer(Gradients):
             problem = problem or self._mispaired or self._problem or wrong
             misplaced = self.misplaced if self.about_gradients(call) and not wrong else 0
             masks = (self._reduced_mask | pending | standing, pending | misplaced)
-            reports = self.agreement.start(call, fingerprint, masks, problem is not None)()
+            reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:
                 break
             self._judge_round(reports)
