@@ -44,12 +44,12 @@ PICKLED = {
 
 def expected(name: str) -> dict[str, Any]:
     """The whole state that a file of this name has a part of."""
-    found: dict[str, Any] = torch.load(FILES / "expected.pt", weights_only=True)
-    return found["masters" if name == "masters" else "float32"]
+    both: dict[str, dict[str, Any]] = torch.load(FILES / "expected.pt", weights_only=True)
+    return both["masters" if name == "masters" else "float32"]
 
 
 def assert_whole_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Model and consolidated state, to the bit; the options of the groups that 0.1 wrote have their values of then."""
+    """Model and consolidated state, to the bit."""
     assert found["model"].keys() == wanted["model"].keys()
     for key, value in wanted["model"].items():
         assert_same_bits(found["model"][key], value, key)
@@ -57,7 +57,7 @@ def assert_whole_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def assert_optim(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """A consolidated state, to the bit."""
+    """A consolidated state, to the bit; options of groups that 0.1 did not have may be there too."""
     assert found["state"].keys() == wanted["state"].keys()
     for index, entry in wanted["state"].items():
         assert found["state"][index].keys() == entry.keys()
@@ -131,7 +131,8 @@ def load_own_file(rank: int, _world_size: int, name: str) -> dict[str, Any]:
         set_optimizer_state_dict(model, optimizer, saved)
     else:
         optimizer.load_state_dict(saved)
-    return whole_state(model, optimizer)["optim"]
+    found: dict[str, Any] = whole_state(model, optimizer)["optim"]
+    return found
 
 
 @pytest.mark.parametrize("name", ["stage2", "masters", "named", "hsdp", "beside"])
@@ -159,7 +160,8 @@ def load_whole_file(_rank: int, world_size: int, name: str) -> dict[str, Any]:
     """Job: a file with the whole state, into an optimizer of this topology."""
     model, optimizer = build("single" if world_size == 1 else "stage2", seed=1)
     optimizer.load_state_dict(torch.load(FILES / f"{name}.pt", weights_only=True))
-    return whole_state(model, optimizer)["optim"]
+    found: dict[str, Any] = whole_state(model, optimizer)["optim"]
+    return found
 
 
 @pytest.mark.parametrize("name", ["single", "consolidated"])
