@@ -402,7 +402,7 @@ class ShardedASGD(torch.optim.Optimizer):
         placed alike; where replicas share it ``to_local()`` is the part of one, 1-D, and ``full_tensor()`` all of it.
         """
         self.averages.refuse("state_dict()")
-        return self._state_dicts.part()
+        return self._state_dicts.sharded()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """The whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
@@ -416,7 +416,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
-        return self._state_dicts.whole(to)
+        return self._state_dicts.full(to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's own part, a consolidated dict, or a plain ``torch.optim.ASGD`` one. Collective.
@@ -427,7 +427,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self.averages.refuse("load_state_dict()")
         problem = self._problem()
-        loaded, fingerprint, unreadable = self._state_dicts.read(state_dict)
+        loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
         if loaded is not None:
             self._state_dicts.apply(loaded)

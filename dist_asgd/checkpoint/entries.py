@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
-from ..state_dict.sharded import AVERAGE, FragmentMark, ShardTensorCache
+from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
 from .format.archives import load_object
 from .format.writer import Serialized
 
@@ -178,7 +178,7 @@ def _is_own(value: Any, replica: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return False if isinstance(value, FragmentMark) else value
+    return False if isinstance(value, NotGatherable) else value
 
 
 def serialize(extra: Any) -> Serialized:

@@ -66,7 +66,7 @@ def export_averaged(
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
-        max_bytes: the size above which there are several files. Each has as many bytes of tensors at most, or one tensor.
+        max_bytes: the size above which there are several files, each with at most so many bytes or a single tensor.
         overwrite: replace the files that an earlier export wrote to ``path``.
 
     Raises:
