@@ -262,8 +262,8 @@ class ShardedASGD(torch.optim.Optimizer):
             step = StepContext(
                 self._updater,
                 hypers,
-                self.shards.rows(hypers),
-                self.shards.advance_on_devices(active, hypers, found_inf),
+                self.shards.cohorts.rows(hypers),
+                self.shards.cohorts.advance_on_devices(active, hypers, found_inf),
                 # What is pending is so for gradients that are reduced here, and not for those of DTensors.
                 told.factors(self.gradients.scaling),
                 told.factors(UNSCALED),
@@ -276,7 +276,7 @@ class ShardedASGD(torch.optim.Optimizer):
                     batch.run(step)
                 self.gatherer.launch(bucket)
             self.gradients.wait_for(None)
-            self.shards.end_update(active, hypers)
+            self.shards.cohorts.end_step(active, hypers)
             self.gatherer.wait()
         return loss
 

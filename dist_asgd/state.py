@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,8 +15,7 @@ from .storage.layout import bucket_cap_bytes
 from .storage.snapshots import PublishedState, TensorSnapshot
 from .update import cpu
 from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
-from .update.scalars import ScalarTable
-from .update.schedule import Cohort, Implementation, StepHyperparameters
+from .update.schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 
 KEYS = ("step", "eta", "mu", "ax")
 
@@ -53,17 +51,14 @@ class ParamShards:
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedState] = []
         self.members: list[ShardedParam] = []
-        self.cohorts: list[list[Cohort]] = []
-        self.cohort_of: dict[int, Cohort] = {}
+        self.cohorts = Cohorts()
+        self.cohort_of = self.cohorts.by_index
         self._plan: tuple[object, Plan] | None = None
         # What parameters in buckets are there: those that came together.
         self._snapshots: list[TensorSnapshot] = []
         # What ``shown`` has of each member's average, in registration order; and all of it, once looked up.
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
-        # What the last step updated, if cohorts are still the same since.
-        self._settled: frozenset[int] | None = None
-        self._tables: dict[int, ScalarTable] = {}
         self._on_cuda = False
 
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
@@ -94,9 +89,7 @@ class ParamShards:
             self.presharded += presharded
             self.members += [member for store in (*buckets, *presharded) for member in store.members]
             self._group_sizes.append(len(named))
-            self.cohorts.append([])
-            if named:
-                self._add_cohort(Cohort.new(lr, range(first_index, first_index + len(named))), len(self.cohorts) - 1)
+            self.cohorts.add_group(lr, len(named))
         self._snapshots.append(
             TensorSnapshot.of([member.param for bucket in self.buckets[known:] for member in bucket.members])
         )
@@ -116,17 +109,8 @@ class ParamShards:
 
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
         """Take the scalars of a loaded state dict, and show averages that may have moved to wider storage."""
-        self.cohorts = [[] for _ in self.cohorts]
-        self._tables.clear()
-        for cohort in cohorts:
-            self._add_cohort(cohort, self.members[min(cohort.indices)].bucket.group_index)
+        self.cohorts.replace(cohorts)
         self._publish()
-
-    def _add_cohort(self, cohort: Cohort, group_index: int) -> None:
-        self.cohorts[group_index].append(cohort)
-        for index in cohort.indices:
-            self.cohort_of[index] = cohort
-        self._settled = None
 
     def _publish(self) -> None:
         self._plan = self._published = None
@@ -178,32 +162,9 @@ class ParamShards:
                 )
 
     def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Split cohorts of which only a part steps; a first step takes its eta from the lr of now.
-
-        Scalars move to the device or back where the group's implementation has changed.
-        """
-        for group_index, hyper in enumerate(hypers):
-            for cohort in list(self.cohorts[group_index]) if active is not self._settled else ():
-                stepping = cohort.indices & active
-                if stepping and stepping != cohort.indices:
-                    self._add_cohort(cohort.split(stepping), group_index)
-                    self._show(stepping)
-            for cohort in self.cohorts[group_index]:
-                if not cohort.indices.isdisjoint(active):
-                    self._place(cohort, group_index, hyper)
-                    cohort.prepare(hyper.lr)
-        self._settled = active
-
-    def _place(self, cohort: Cohort, group_index: int, hyper: StepHyperparameters) -> None:
-        if (hyper.device is not None) == (cohort.row is not None):
-            return
-        if hyper.device is None:
-            cohort.come_home()
-        else:
-            if group_index not in self._tables:
-                self._tables[group_index] = ScalarTable(self._group_sizes[group_index], hyper.device)
-            self._tables[group_index].adopt(cohort)
-        self._show(cohort.indices)
+        """``Cohorts.begin_step``; ``state`` follows where scalars became other tensors."""
+        for indices in self.cohorts.begin_step(active, hypers):
+            self._show(indices)
 
     def _show(self, indices: Iterable[int]) -> None:
         """Let ``state`` have the scalars of these parameters, which are other tensors now."""
@@ -211,13 +172,6 @@ class ParamShards:
         for index in indices:
             member = self.members[index]
             self._shown[member.param].update(self._entries(member))
-
-    def end_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Advance the scalars of everything that stepped."""
-        for cohorts, hyper in zip(self.cohorts, hypers, strict=True):
-            for cohort in cohorts:
-                if cohort.row is None and not cohort.indices.isdisjoint(active):
-                    cohort.advance(hyper)
 
     def planned(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """Stores that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
@@ -238,30 +192,8 @@ class ParamShards:
         if unavailable is not None:
             cpu.log_fallback(unavailable)
         if hyper.device is not None:
-            lines = {id(cohort): cohort.row for cohort in self._all_cohorts() if cohort.row is not None}
-            return [plan_kernel(bucket, self.cohort_of, active, hyper, lines, False)]
+            return [plan_kernel(bucket, self.cohort_of, active, hyper, self.cohorts.device_rows(), False)]
         if hyper.implementation is not Implementation.FUSED or not has_kernel(bucket):
             return list(plan_bucket(bucket, self.cohort_of, active))
-        rows = {id(cohort): row for row, cohort in enumerate(self._all_cohorts())}
         streamed = sum(b.average.nbytes for b in self.state_buffers) > cpu.STREAMED_BYTES
-        return [plan_kernel(bucket, self.cohort_of, active, hyper, rows, streamed)]
-
-    def _all_cohorts(self) -> list[Cohort]:
-        return [cohort for cohorts in self.cohorts for cohort in cohorts]
-
-    def rows(self, hypers: Sequence[StepHyperparameters]) -> array[float]:
-        """The scalars of every cohort for this step, in the order of the plan's rows; those on the device left out."""
-        rows = array("d")
-        for cohorts, hyper in zip(self.cohorts, hypers, strict=True):
-            for cohort in cohorts:
-                rows.extend(cohort.factors(hyper) if cohort.row is None else (0.0,) * 4)
-        return rows
-
-    def advance_on_devices(
-        self, active: frozenset[int], hypers: Sequence[StepHyperparameters], found_inf: Tensor | None
-    ) -> dict[int, Tensor]:
-        """Advance scalars that are on a device; this step's factors by group, see ``ScalarTable``."""
-        tables = {group: table for group, table in self._tables.items() if hypers[group].device is not None}
-        for group, table in tables.items():
-            table.advance(hypers[group], active, found_inf)
-        return {group: table.factors for group, table in tables.items()}
+        return [plan_kernel(bucket, self.cohort_of, active, hyper, self.cohorts.host_rows(), streamed)]
