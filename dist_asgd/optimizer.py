@@ -254,15 +254,15 @@ class ShardedASGD(torch.optim.Optimizer):
             active = self._reduce(scaler)
             # Update: one state buffer after the other, as soon as its gradient is reduced.
             step = self._begin_update(active, scaler)
-            for buffer, batches in self.shards.plan(active, step.hypers) if step else ():
-                self.gradients.wait_for(buffer)
-                for batch in batches:
-                    batch.run(step)
-                # Gather: its parameters travel to the other ranks while the next buffer is updated.
-                self.gatherer.launch(buffer)
+            if step is not None:
+                for buffer, batches in self.shards.plan(active, step.hypers):
+                    self.gradients.wait_for(buffer)
+                    for batch in batches:
+                        batch.run(step)
+                    # Gather: its parameters travel to the other ranks while the next buffer is updated.
+                    self.gatherer.launch(buffer)
+                self.shards.cohorts.end_step(active, step.hypers)
             self.gradients.end_step()
-            if step:
-                self.shards.end_update(active, step.hypers)
             self.gatherer.wait()
         return loss
 
@@ -271,7 +271,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.averages.is_swapped:
             self.averages.refuse("step()")
         self.shards.check_capture(self.param_groups)
-        problem = self._problem() or (scaler and scaler.problem(self._stage))
+        problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
             NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
         )
@@ -301,7 +301,8 @@ class ShardedASGD(torch.optim.Optimizer):
             found_inf = scaler.skip_on_device(hypers, self.communicators)
             pending, others = scaler.factors(pending), scaler.factors(others)
         self.shards.begin_update(active, hypers)
-        rows, factors = self.shards.scalars(active, hypers, found_inf)
+        rows = self.shards.cohorts.rows(hypers)
+        factors = self.shards.cohorts.advance_on_devices(active, hypers, found_inf)
         return StepContext(self._updater, hypers, rows, factors, pending, others, self.gradients.table, found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -31,8 +31,6 @@ ACCELERATOR_TILE_NUMEL = 1 << 24
 # Below this a copy into the tile's scratch is cheaper than a set of operators of its own.
 DIRECT_NUMEL = 1 << 15
 
-Rows = dict[int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class GradientRange:
@@ -188,17 +186,17 @@ def plan_kernel(
     cohort_of: dict[int, Cohort],
     active: frozenset[int],
     hyper: StepHyperparameters,
-    rows: Rows,
+    rows: dict[Cohort, int],
     streamed: bool,
 ) -> KernelBatch | DeviceBatch:
-    """One kernel call for the bucket; ``rows`` gives the line of each cohort's scalars."""
+    """One kernel call for the bucket; ``rows`` has the line of each cohort's scalars."""
     reduced = bucket.reduced_gradient()
     apart = _needs_members_apart(bucket)
     segments: list[Segment] = []
     sources: list[ShardedParam] = []
     starts_bytes: list[int] = []
     for run in _runs(bucket, cohort_of, active, merge=True):
-        row = rows[id(cohort_of[run[0].index])]
+        row = rows[cohort_of[run[0].index]]
         # In one piece where that is one gradient.
         for members in [run] if reduced is not None and not apart else [[member] for member in run]:
             start, stop = members[0].fragment.start, members[-1].fragment.stop
