@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .comm import Communicators
 from .placements import dtensor, fsdp1
 from .storage.buffers import Precision
 from .storage.memory_order import memory_strides, same_strides
@@ -121,6 +122,11 @@ def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) ->
         )
 
 
+def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """All parameters of ``groups``, in registration order."""
+    return [param for group in groups for param in group["params"]]
+
+
 def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str, Tensor]]:
     """A group's parameters with the user's names, or with their place where they have none."""
     params = groups[index]["params"]
@@ -227,6 +233,30 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
             "dist_asgd: stage=2 with differentiable=True: stage 2 frees the gradients that autograd would need. "
             "Pass stage=1."
         )
+
+
+def check_new_group(
+    groups: Sequence[dict[str, Any]],
+    communicators: Communicators,
+    precision: Precision,
+    differentiable: bool,
+    stage: int,
+) -> None:
+    """Raise ValueError unless the last of ``groups`` can be optimized beside the others; called once for each group.
+
+    Collective on the ranks that make a communicator for a device which is new to the optimizer.
+    """
+    index = len(groups) - 1
+    group, where = groups[index], f"param_groups[{index}]"
+    check_hyperparameters(group, where)
+    check_mode(group, where, communicators.world_size, differentiable, stage)
+    if differentiable:
+        return
+    check_group(groups, index, communicators.ranks, precision)
+    for param in group["params"]:
+        if not (dtensor.is_dtensor(param) or fsdp1.is_part(param)):
+            # A device without a backend is an error now, not at the first step.
+            communicators.on(param.device)
 
 
 def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:
