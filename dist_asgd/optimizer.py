@@ -32,7 +32,8 @@ from .state_dict.state_dicts import StateDicts
 from .storage.buffers import Precision
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
-from .update.plan import StepContext, Updater
+from .update.batch import StepContext
+from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
 from .validation import (

@@ -13,15 +13,14 @@ from .placements.presharded import PreshardedState, build_presharded, is_preshar
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
 from .storage.layout import bucket_cap_bytes
 from .storage.snapshots import PublishedState, TensorSnapshot
-from .update import cpu
-from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
-from .update.schedule import Cohort, Cohorts, Implementation, StepHyperparameters
+from .update.batch import Batch
+from .update.plan import plan_batches
+from .update.schedule import Cohort, Cohorts, StepHyperparameters
 
 KEYS = ("step", "eta", "mu", "ax")
 
 NamedParams = Sequence[tuple[str, Tensor]]
-Batches = list[Batch | KernelBatch | DeviceBatch]
-Plan = list[tuple[StateBuffer, Batches]]
+Plan = list[tuple[StateBuffer, Sequence[Batch]]]
 
 
 class ParamShards:
@@ -177,23 +176,11 @@ class ParamShards:
         """Stores that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
         key = (active, [(hyper.implementation, hyper.device, hyper.maximize, hyper.weight_decay) for hyper in hypers])
         if self._plan is None or self._plan[0] != key:
+            average_bytes = sum(bucket.average.nbytes for bucket in self.state_buffers)
             plan = [
-                (bucket, self._batches(bucket, active, hypers[bucket.group_index]))
+                (bucket, plan_batches(bucket, self.cohorts, active, hypers[bucket.group_index], average_bytes))
                 for bucket in self.state_buffers
                 if any(member.index in active for member in bucket.members)
             ]
             self._plan = (key, plan)
         return self._plan[1]
-
-    def _batches(self, bucket: StateBuffer, active: frozenset[int], hyper: StepHyperparameters) -> Batches:
-        unavailable = (
-            cpu.why_unavailable() if hyper.implementation is Implementation.FUSED and hyper.device is None else None
-        )
-        if unavailable is not None:
-            cpu.log_fallback(unavailable)
-        if hyper.device is not None:
-            return [plan_kernel(bucket, self.cohort_of, active, hyper, self.cohorts.device_rows(), False)]
-        if hyper.implementation is not Implementation.FUSED or not has_kernel(bucket):
-            return list(plan_bucket(bucket, self.cohort_of, active))
-        streamed = sum(b.average.nbytes for b in self.state_buffers) > cpu.STREAMED_BYTES
-        return [plan_kernel(bucket, self.cohort_of, active, hyper, self.cohorts.host_rows(), streamed)]

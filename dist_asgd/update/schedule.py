@@ -184,7 +184,7 @@ class Cohort:
     def advance(self, hyper: StepHyperparameters) -> None:
         """After an update: ``step <- t``, ``eta <- lr / (1 + lambd·lr·t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
 
-        The for-loop implementation computes eta in double precision, the foreach implementation on 0-dim tensors: torch's two
+        The for-loop form computes eta in double precision, the foreach form on 0-dim tensors, as torch does: its two
         schedules differ in about half of the steps by one unit in the last place.
         """
         if self.step.dtype == torch.float32 and self.step.item() >= COUNTED:
