@@ -24,11 +24,11 @@ class Averages:
         self._gatherer = gatherer
         self._swapped: list[tuple[StateBuffer, list[ShardedParam]]] = []
         self._kept: dict[int, Tensor] = {}
-        self._inside = False
+        self.is_swapped = False
 
     def refuse(self, call: str) -> None:
         """RuntimeError while the averages are in place of the parameters."""
-        if self._inside:
+        if self.is_swapped:
             raise RuntimeError(
                 f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
                 f"state holds the parameters. Call it after the with block."
@@ -56,7 +56,7 @@ class Averages:
     @torch.no_grad()
     def _swap_in(self, stores: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
         """Collective: ``ax`` becomes the parameters on every rank, and the parameters wait where ``ax`` was."""
-        self._inside = True
+        self.is_swapped = True
         for store in stores:
             begun = [member for member in store.members if cohort_of[member.index].begun]
             if begun:
@@ -81,7 +81,7 @@ class Averages:
             self._gatherer.launch(store)
             store.on_params_written()
         self._gatherer.wait()
-        self._inside = False
+        self.is_swapped = False
 
     def _put_average(self, member: ShardedParam) -> None:
         average = member.bucket.average

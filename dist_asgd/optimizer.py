@@ -134,7 +134,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
-        self._values_checked = self.communicators.world_size == 1
+        self._values_compared = self.communicators.world_size == 1
         defaults = {
             "lr": lr,
             "lambd": lambd,
@@ -232,7 +232,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self.gradients.extend(self.shards.buckets, self.shards.presharded)
         self._agreement.resize(len(self.shards.members))
         self._updater.reserve(self.shards.state_buffers)
-        self._values_checked = self.communicators.world_size == 1
+        self._values_compared = self.communicators.world_size == 1
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -249,58 +249,61 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.is_differentiable:
             differentiable.step(self.param_groups, self.state)
             return loss
-        self.averages.refuse("step()")
-        self.shards.check_capture(self.param_groups)
-        told = ScalerInfo.of(self)
         with torch.no_grad():
-            active = self._reduce(told)
-            hypers = step_hyperparameters(self.param_groups)
-            if told.waits_for(hypers) and told.overflowed(self.communicators):
-                self.gradients.wait_for(None)
-                return loss
-            found_inf = told.found_on_device(hypers, self.communicators)
-            self.shards.begin_update(active, hypers)
-            step = StepContext(
-                self._updater,
-                hypers,
-                self.shards.cohorts.rows(hypers),
-                self.shards.cohorts.advance_on_devices(active, hypers, found_inf),
-                # What is pending is so for gradients that are reduced here, and not for those of DTensors.
-                told.factors(self.gradients.scaling),
-                told.factors(UNSCALED),
-                self.gradients.take_table(),
-                found_inf,
-            )
-            for bucket, batches in self.shards.planned(active, hypers):
-                self.gradients.wait_for(bucket)
+            scaler = ScalerInfo.of(self) if hasattr(self, "found_inf") else None
+            # Reduce: all ranks agree on which parameters have a gradient. In stage 2 the last ones are in flight.
+            active = self._reduce(scaler)
+            # Update: one state buffer after the other, as soon as its gradient is reduced.
+            step = self._begin_update(active, scaler)
+            for buffer, batches in self.shards.plan(active, step.hypers) if step else ():
+                self.gradients.wait_for(buffer)
                 for batch in batches:
                     batch.run(step)
-                self.gatherer.launch(bucket)
-            self.gradients.wait_for(None)
-            self.shards.cohorts.end_step(active, hypers)
+                # Gather: its parameters travel to the other ranks while the next buffer is updated.
+                self.gatherer.launch(buffer)
+            self.gradients.end_step()
+            if step:
+                self.shards.cohorts.end_step(active, step.hypers)
             self.gatherer.wait()
         return loss
 
-    def _reduce(self, told: ScalerInfo) -> frozenset[int]:
-        """Which parameters step, once their gradients are reduced and every rank agrees that all is well."""
-        problem = self._problem() or told.problem(self._stage)
+    def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
+        """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
+        if self.averages.is_swapped:
+            self.averages.refuse("step()")
+        self.shards.check_capture(self.param_groups)
+        problem = self._problem() or (scaler and scaler.problem(self._stage))
         fingerprint = (
-            NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, told.by_scaler)
+            NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
         )
         reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
-        if not self._values_checked:
+        if not self._values_compared:
             compare_values(self.gradients, self.communicators)
-            self._values_checked = True
+            self._values_compared = True
         return self.gradients.active(reports)
 
     def _problem(self) -> Exception | None:
-        """What is wrong on this rank, to be raised on all of them."""
+        """What is wrong on this rank with parameters, state or hyperparameters, for all ranks to raise."""
         try:
             self.shards.check_unchanged()
             self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error
         return None
+
+    def _begin_update(self, active: frozenset[int], scaler: ScalerInfo | None) -> StepContext | None:
+        """Everything that the update of this step reads; None if gradients overflowed and no rank steps."""
+        hypers = step_hyperparameters(self.param_groups)
+        # Pending factors are for gradients that are reduced here: those on parameters were multiplied in place.
+        pending, others, found_inf = self.gradients.scaling, UNSCALED, None
+        if scaler is not None:
+            if scaler.skips_on_host(hypers, self.communicators):
+                return None
+            found_inf = scaler.skip_on_device(hypers, self.communicators)
+            pending, others = scaler.factors(pending), scaler.factors(others)
+        self.shards.begin_update(active, hypers)
+        rows, factors = self.shards.cohorts.scalars(active, hypers, found_inf)
+        return StepContext(self._updater, hypers, rows, factors, pending, others, self.gradients.table, found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that stage 2 has reduced included.

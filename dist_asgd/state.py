@@ -52,7 +52,7 @@ class ParamShards:
         self.members: list[ShardedParam] = []
         self.cohorts = Cohorts()
         self.cohort_of = self.cohorts.by_index
-        self._plan: tuple[object, Plan] | None = None
+        self._last_plan: tuple[object, Plan] | None = None
         # What parameters in buckets are there: those that came together.
         self._snapshots: list[TensorSnapshot] = []
         # What ``shown`` has of each member's average, in registration order; and all of it, once looked up.
@@ -112,7 +112,7 @@ class ParamShards:
         self._publish()
 
     def _publish(self) -> None:
-        self._plan = self._published = None
+        self._last_plan = self._published = None
         self._on_cuda = any(store.device.type == "cuda" for store in self.state_buffers)
         self._averages = [member.state_entry(member.average) for member in self.members]
         for member in self.members:
@@ -132,7 +132,7 @@ class ParamShards:
                 member.check_unmoved()
         for store in self.presharded:
             if store.follow():
-                self._plan = None
+                self._last_plan = None
             for presharded_param in store.members:
                 presharded_param.check_unmoved()
         if self._published is None:
@@ -167,20 +167,20 @@ class ParamShards:
 
     def _show(self, indices: Iterable[int]) -> None:
         """Let ``state`` have the scalars of these parameters, which are other tensors now."""
-        self._plan = self._published = None
+        self._last_plan = self._published = None
         for index in indices:
             member = self.members[index]
             self._shown[member.param].update(self._entries(member))
 
-    def planned(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
+    def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """Stores that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
         key = (active, [(hyper.implementation, hyper.device, hyper.maximize, hyper.weight_decay) for hyper in hypers])
-        if self._plan is None or self._plan[0] != key:
+        if self._last_plan is None or self._last_plan[0] != key:
             average_bytes = sum(bucket.average.nbytes for bucket in self.state_buffers)
             plan = [
                 (bucket, plan_batches(bucket, self.cohorts, active, hypers[bucket.group_index], average_bytes))
                 for bucket in self.state_buffers
                 if any(member.index in active for member in bucket.members)
             ]
-            self._plan = (key, plan)
-        return self._plan[1]
+            self._last_plan = (key, plan)
+        return self._last_plan[1]

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import Communicator
+from .masks import indices_in
 
 MASK_BITS = 62
 RAISED = (ValueError, TypeError, KeyError, RuntimeError)
@@ -148,10 +149,17 @@ class Agreement:
         self._comm = communicator
         self._mask_words = 0
         self.discards = 0
+        self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def resize(self, num_params: int) -> None:
         """Set how many parameters the bit masks cover, from the next exchange on."""
         self._mask_words = -(-num_params // MASK_BITS)
+
+    def indices(self, mask: int) -> frozenset[int]:
+        """The parameters whose bits are set in ``mask``: the very same set as long as the mask does not change."""
+        if self._last_indices[0] != mask:
+            self._last_indices = (mask, indices_in(mask))
+        return self._last_indices[1]
 
     def start(
         self,

@@ -27,7 +27,7 @@ class StepContext:
 
     updater         the scratch memory of the implementations in torch operators
     hypers          the hyperparameters of each group
-    rows            ``Cohorts.rows``: (c, -eta, mu, t) of every cohort, zeros if its scalars are on a device
+    rows            ``Cohorts.scalars``: (c, -eta, mu, t) of every cohort, zeros if its scalars are on a device
     factors         ``ScalarTable.factors``, (capacity, 4) float64, by group; only of groups that have such a table
     reduced_scaling the factors of gradients that the optimizer reduced itself and has not multiplied yet
     param_scaling   the factors of gradients that are in ``p.grad``

@@ -1,6 +1,6 @@
 """Planning: which runs of which shards a step updates, in batches that are kept until the step's parameters change.
 
-``ParamShards.planned`` calls ``plan_batches`` for every state buffer; nothing here runs at a step that is planned.
+``ParamShards.plan`` calls ``plan_batches`` for every state buffer; nothing here runs at a step that is planned.
 
 run  neighbouring parameters of one state buffer whose elements can be updated together: one cohort, all stepping
 """
