@@ -35,7 +35,8 @@ from .state_dict.state_dicts import StateDicts
 from .storage.buffers import Precision
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
-from .update.plan import StepContext, Updater
+from .update.batch import StepContext
+from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
 from .validation import (
@@ -293,8 +294,7 @@ class ShardedASGD(torch.optim.Optimizer):
             found_inf = scaler.skip_on_device(hypers, self.communicators)
             pending, others = scaler.factors(pending), scaler.factors(others)
         self.shards.begin_update(active, hypers)
-        rows = self.shards.cohorts.rows(hypers)
-        factors = self.shards.cohorts.advance_on_devices(active, hypers, found_inf)
+        rows, factors = self.shards.cohorts.scalars(active, hypers, found_inf)
         return StepContext(self._updater, hypers, rows, factors, pending, others, self.gradients.table, found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -13,15 +13,14 @@ from .placements.presharded import PreshardedState, build_presharded, is_preshar
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
 from .storage.layout import bucket_cap_bytes
 from .storage.snapshots import PublishedState, TensorSnapshot
-from .update import cpu
-from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
-from .update.schedule import Cohort, Cohorts, Implementation, StepHyperparameters
+from .update.batch import Batch
+from .update.plan import plan_batches
+from .update.schedule import Cohort, Cohorts, StepHyperparameters
 
 KEYS = ("step", "eta", "mu", "ax")
 
 NamedParams = Sequence[tuple[str, Tensor]]
-Batches = list[Batch | KernelBatch | DeviceBatch]
-Plan = list[tuple[StateBuffer, Batches]]
+Plan = list[tuple[StateBuffer, Sequence[Batch]]]
 
 
 class ParamShards:
@@ -196,22 +195,11 @@ class ParamShards:
         """
         key = (active, [(hyper.implementation, hyper.device, hyper.maximize, hyper.weight_decay) for hyper in hypers])
         if self._last_plan is None or self._last_plan[0] != key:
+            average_bytes = sum(buffer.average.nbytes for buffer in self.state_buffers)
             plan = [
-                (buffer, self._batches(buffer, active, hypers[buffer.group_index]))
+                (buffer, plan_batches(buffer, self.cohorts, active, hypers[buffer.group_index], average_bytes))
                 for buffer in self.state_buffers
                 if any(member.index in active for member in buffer.members)
             ]
             self._last_plan = (key, plan)
         return self._last_plan[1]
-
-    def _batches(self, buffer: StateBuffer, active: frozenset[int], hyper: StepHyperparameters) -> Batches:
-        if hyper.device is not None:
-            return [plan_kernel(buffer, self.cohort_of, active, hyper, self.cohorts.device_rows(), False)]
-        if hyper.implementation is Implementation.FUSED:
-            unavailable = cpu.why_unavailable()
-            if unavailable is not None:
-                cpu.log_fallback(unavailable)
-        if hyper.implementation is not Implementation.FUSED or not has_kernel(buffer):
-            return list(plan_bucket(buffer, self.cohort_of, active))
-        streamed = sum(b.average.nbytes for b in self.state_buffers) > cpu.STREAMED_BYTES
-        return [plan_kernel(buffer, self.cohort_of, active, hyper, self.cohorts.host_rows(), streamed)]

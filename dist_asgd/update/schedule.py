@@ -184,7 +184,7 @@ class Cohort:
     def advance(self, hyper: StepHyperparameters) -> None:
         """After an update: ``step <- t``, ``eta <- lr / (1 + lambd·lr·t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
 
-        The for-loop implementation computes eta in double precision, the foreach implementation on 0-dim tensors: torch's two
+        The for-loop form computes eta in double precision, the foreach form on 0-dim tensors, as torch does: its two
         schedules differ in about half of the steps by one unit in the last place.
         """
         if self.step.dtype == torch.float32 and self.step.item() >= COUNTED:
@@ -201,7 +201,7 @@ class Cohorts:
     """All cohorts of one optimizer, by parameter group; it knows parameters by their index in registration order.
 
     ``by_index`` maps each parameter's index to its cohort and stays the same dict. ``ParamShards`` owns the one
-    instance; ``step()`` calls ``begin_step``, ``rows``, ``advance_on_devices`` and ``end_step``, in this order.
+    instance; ``step()`` calls ``begin_step`` and ``scalars`` before the update and ``end_step`` after it.
     """
 
     def __init__(self) -> None:
@@ -266,29 +266,30 @@ class Cohorts:
         self._tables[group_index].adopt(cohort)
 
     def host_rows(self) -> dict[Cohort, int]:
-        """The line of each cohort in ``rows``."""
+        """The line of each cohort in the rows that ``scalars`` returns."""
         return {cohort: row for row, cohort in enumerate(cohort for group in self._groups for cohort in group)}
 
     def device_rows(self) -> dict[Cohort, int]:
         """The line of each cohort whose scalars are on a device in the ``ScalarTable`` of its group."""
         return {cohort: cohort.row for group in self._groups for cohort in group if cohort.row is not None}
 
-    def rows(self, hypers: Sequence[StepHyperparameters]) -> array[float]:
-        """``Cohort.factors`` of every cohort for this step, 4 doubles each; zeros where the device has them."""
+    def scalars(
+        self, active: frozenset[int], hypers: Sequence[StepHyperparameters], found_inf: Tensor | None
+    ) -> tuple[array[float], dict[int, Tensor]]:
+        """The scalars that this step updates with, from the host and from devices; waits for no device.
+
+        Returns ``Cohort.factors`` of every cohort, 4 doubles each, zeros if the device has them; and
+        ``ScalarTable.factors`` by group, whose scalars advance to the next step's by this call. With ``found_inf``,
+        ``(1,)`` float32 on the device, nonzero, they do not advance.
+        """
         rows = array("d")
         for cohorts, hyper in zip(self._groups, hypers, strict=True):
             for cohort in cohorts:
                 rows.extend(cohort.factors(hyper) if cohort.row is None else (0.0,) * 4)
-        return rows
-
-    def advance_on_devices(
-        self, active: frozenset[int], hypers: Sequence[StepHyperparameters], found_inf: Tensor | None
-    ) -> dict[int, Tensor]:
-        """Advance scalars that are on a device, before the update; returns ``ScalarTable.factors`` by group."""
         tables = {group: table for group, table in self._tables.items() if hypers[group].device is not None}
         for group, table in tables.items():
             table.advance(hypers[group], active, found_inf)
-        return {group: table.factors for group, table in tables.items()}
+        return rows, {group: table.factors for group, table in tables.items()}
 
     def end_step(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
         """Advance the scalars on the host of all parameters that stepped, after the update."""
