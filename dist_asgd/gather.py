@@ -78,7 +78,7 @@ class Gatherer:
                 [member.param_range(member.fragment.start, member.fragment.stop) for member, _ in own],
             )
         parts = [[_place(buffer, packed, part) for part in ranges] for ranges in layout.stretches]
-        arrived = communicator.all_gather_parts(parts)
+        arrived = communicator.all_gather_uneven(parts)
 
         def unpack() -> None:
             arrived()

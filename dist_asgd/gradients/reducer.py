@@ -292,7 +292,7 @@ class Reducer(Gradients):
                 misplaced = 0 if wrong else self.misplaced_bits
             problem = problem or self._mispaired or self._problem
             masks = (self._reduced_mask | pending | present, pending | misplaced)
-            reports = self.agreement.start(call, fingerprint, masks, problem is not None)()
+            reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:
                 break
             self._check_pairing(reports)
