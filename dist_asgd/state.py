@@ -140,18 +140,18 @@ class ParamShards:
         return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._averages[member.index]}
 
     def check_unchanged(self) -> None:
-        """RuntimeError where a parameter or its state is not what the shards were built for.
+        """RuntimeError if a parameter or its state on this rank is not what the shards were built for.
 
-        A parameter that was only cut short may be found by the gradients that it gets then.
+        Called at the beginning of each step, and before other calls that use the state. Does not communicate: the
+        caller hands the error to the agreement, which raises on every rank. Local tensors of presharded parameters
+        that were put elsewhere are followed, and the plan of the update is made anew.
         """
         if not all(homes.is_current() for homes in self._snapshots):
             for member in self.members:
                 member.check_unmoved()
-        for store in self.presharded:
-            if store.follow():
+        for state_buffer in self.presharded:
+            if state_buffer.follow():
                 self._plan = None
-            for presharded_param in store.members:
-                presharded_param.check_unmoved()
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._shown):

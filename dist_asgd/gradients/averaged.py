@@ -51,9 +51,8 @@ class AveragedGradients(Gradients):
         if seen.addresses is None:
             _, wrong = self.standing(member for member in self.members if seen.present[member.index])
             problem = problem or wrong
-        standing, wrong = self.standing(self.presharded)
+        standing, misplaced, wrong = self.inspect_presharded(call)
         problem = problem or wrong
-        misplaced = 0 if problem else self.misplaced
         reports = self.agreement.agree(call, fingerprint, (self._standing[1] | standing, misplaced), problem)
         if call is CollectiveCall.STEP:
             self._seen = seen
@@ -79,7 +78,7 @@ class AveragedGradients(Gradients):
         if len(set(masks)) > 1:
             self._refuse_missing(masks)
         if self.presharded:
-            self.build_presharded(reports)
+            self.align_presharded(reports)
         return self.indices_of(reports.union(0))
 
     def _refuse_missing(self, masks: Sequence[int]) -> None:

@@ -50,6 +50,7 @@ class Gradients(ABC):
         self.communicators = communicators
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedParam] = []
+        self._presharded_states: list[PreshardedState] = []
         # What reduced gradients are still to be multiplied by.
         self.scaling = UNSCALED
         self._seen = NO_GRADIENTS
@@ -58,7 +59,8 @@ class Gradients(ABC):
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         """Take all buckets, in reduce order, and what is in none; replaces what was given before."""
         self.buckets = list(buckets)
-        self.presharded = [member for store in presharded for member in store.members]
+        self._presharded_states = list(presharded)
+        self.presharded = [member for state_buffer in presharded for member in state_buffer.members]
 
     @property
     def members(self) -> Iterator[BucketParam]:
@@ -95,16 +97,39 @@ class Gradients(ABC):
         """Whether a call of this kind reads gradients where they stand."""
         return call in (CollectiveCall.STEP, CollectiveCall.CLIP_GRAD_NORM)
 
-    @property
-    def misplaced(self) -> int:
-        """The bits of the presharded whose gradient this rank has something to say about."""
-        return bits(member.index for member in self.presharded if member.gradient_misplaced)
+    def inspect_presharded(self, call: CollectiveCall) -> tuple[int, int, Exception | None]:
+        """Look once at the gradients of presharded parameters; no communication. ``agree`` calls it if it reads them.
 
-    def build_presharded(self, reports: RankReports) -> None:
-        """Collective: put the gradients of presharded right, or raise on all ranks alike."""
+        Returns the bits of those that are present, the bits of those that ``align_presharded`` has to put right, and
+        the first problem with one of them.
+        """
+        present, misplaced, problem = 0, 0, None
+        for state_buffer in self._presharded_states:
+            # A step begins with ``check_unchanged``, which has followed the local tensors; clipping does not.
+            report = state_buffer.inspect_gradients(was_followed=call is CollectiveCall.STEP)
+            present |= report.present
+            misplaced |= report.misplaced
+            for member, gradient in report.doubtful:
+                try:
+                    check_gradient(member, gradient)
+                except RuntimeError as error:
+                    problem = problem or error
+        return present, misplaced, problem
+
+    def align_presharded(self, reports: RankReports) -> None:
+        """Put the gradients of presharded parameters right, or raise on all ranks alike.
+
+        Called on all ranks after ``agree``. Collective on the meshes of misplaced gradients; where every rank has the
+        same gradients, none of them misplaced, there is nothing to do.
+        """
         masks, misplaced = reports.masks(0), reports.masks(1)
-        for member in self.presharded:
-            member.align_gradient(_ranks_in(masks, member), _ranks_in(misplaced, member), len(masks))
+        some, all_, unplaced = 0, masks[0], 0
+        for mask, other in zip(masks, misplaced, strict=True):
+            some, all_, unplaced = some | mask, all_ & mask, unplaced | other
+        concerned = (some & ~all_) | unplaced
+        for member in self.presharded if concerned else ():
+            if concerned >> member.index & 1:
+                member.align_gradient(_ranks_in(masks, member), _ranks_in(misplaced, member), len(masks))
 
     def gradient_fragment(self, member: ShardedParam) -> Tensor:
         """The part of an active member's gradient that this rank updates with, 1-D and real."""

@@ -271,11 +271,11 @@ class Reducer(Gradients):
         """Finish this rank's round, join those of others, and agree on ``kind``; ``keep`` pending gradients or not."""
         self._complete_round()
         self._await_header()
+        # No round changes the gradients of presharded parameters: one look is enough.
+        standing, misplaced, wrong = self.inspect_presharded(call) if self.about_gradients(call) else (0, 0, None)
         while True:
             pending = self._pending() if keep else 0
-            standing, wrong = self.standing(self.presharded) if self.about_gradients(call) else (0, None)
             problem = problem or self._mispaired or self._problem or wrong
-            misplaced = self.misplaced if self.about_gradients(call) and not wrong else 0
             masks = (self._reduced_mask | pending | standing, pending | misplaced)
             reports = self.agreement.start(call, fingerprint, masks, problem is not None)()
             if CollectiveCall.ROUND not in reports.calls:
@@ -328,7 +328,7 @@ class Reducer(Gradients):
     def present(self, reports: RankReports) -> frozenset[int]:
         """Indices of the parameters for which any rank has contributed a gradient; presharded agree theirs."""
         if self.presharded:
-            self.build_presharded(reports)
+            self.align_presharded(reports)
         return self.indices_of(reports.union(0))
 
     def gradient_fragment(self, member: ShardedParam) -> Tensor:
