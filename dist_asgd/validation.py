@@ -331,7 +331,7 @@ def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], pr
         if not dtensor.is_dtensor(param):
             continue
         problem = dtensor.placement_problem(name, param, ranks, precision.stochastic_rounding is not None)
-        local = dtensor.local_of(param)
+        local = dtensor.local_tensor(param)
         if problem is None and not same_strides(local, memory_strides(local)):
             problem = (
                 f"the local tensor of parameter {name}, of shape {tuple(local.shape)} and strides {local.stride()}, is "
@@ -342,7 +342,7 @@ def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], pr
 
 
 def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
-    param = dtensor.local_of(param) if dtensor.is_dtensor(param) else param
+    param = dtensor.local_tensor(param) if dtensor.is_dtensor(param) else param
     if not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
         return []
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1

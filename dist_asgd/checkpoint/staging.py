@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..placements.dtensor import dtensor_like, is_dtensor, local_of
+from ..placements.dtensor import dtensor_like, is_dtensor, local_tensor
 from ..placements.shard_tensor import shard_tensor_of
 from ..update.cpu import copy_bytes
 from .chunks import State
@@ -154,7 +154,7 @@ def _source_of(value: Any) -> _Source | None:
         local = part.to_local()
         return _Source(local, (part.extent, part.global_shape, part.global_offset, local.dtype, mesh), value.like)
     if not plain and is_dtensor(value):
-        local = local_of(value)
+        local = local_tensor(value)
         of_whole = (value.shape, value.stride(), value.device_mesh, value.placements)
         return _Source(local, (*_lies(local), *of_whole), lambda room: dtensor_like(value, room))
     if value.dim() == 0:

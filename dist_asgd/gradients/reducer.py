@@ -283,14 +283,13 @@ class Reducer(Gradients):
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
         self._await_header()
+        present, misplaced, wrong = 0, 0, None
+        if self.presharded and call in READ_GRADIENTS:
+            # No round changes the gradients of presharded parameters: one look is enough.
+            present, misplaced, wrong = self.inspect_presharded(call)
         while True:
             pending = self._pending() if keep else 0
-            present = misplaced = 0
-            if self.presharded and call in READ_GRADIENTS:
-                present, wrong = self.present_bits(self.presharded)
-                problem = problem or self._mispaired or self._problem or wrong
-                misplaced = 0 if wrong else self.misplaced_bits
-            problem = problem or self._mispaired or self._problem
+            problem = problem or self._mispaired or self._problem or wrong
             masks = (self._reduced_mask | pending | present, pending | misplaced)
             reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:

@@ -28,11 +28,11 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
-def local_of(tensor: DTensor) -> Tensor:
-    """The local tensor itself, complete: ``to_local()`` would be a new one for a parameter."""
+def local_tensor(tensor: DTensor) -> Tensor:
+    """The local tensor itself, once it has arrived; ``to_local()`` of a parameter would make a new tensor."""
     local = tensor._local_tensor
     if type(local) is not Tensor and hasattr(local, "wait"):
-        # What a redistribution has left on its way.
+        # A redistribution returns before its collective has ended.
         local = local.wait()
     return local
 
@@ -40,6 +40,13 @@ def local_of(tensor: DTensor) -> Tensor:
 def same_placement(tensor: DTensor, other: DTensor) -> bool:
     """Whether both lie on one mesh with the same placements."""
     return tensor.device_mesh == other.device_mesh and tensor.placements == other.placements
+
+
+def has_spec_of(tensor: DTensor, param: DTensor) -> bool:
+    """Whether both have one spec: mesh, placements and shape. Called for every DTensor in every step."""
+    spec, own = tensor._spec, param._spec
+    # FSDP2 gives a gradient the very spec of its parameter.
+    return spec is own or (spec.placements == own.placements and spec.mesh == own.mesh and spec.shape == own.shape)
 
 
 def dtensor_like(param: DTensor, local: Tensor) -> DTensor:
@@ -59,7 +66,7 @@ def local_like(whole: Tensor, param: DTensor) -> Tensor:
 
     # ReplicaGroup keep what they are given, so all ranks must pass the same.
     placed = distribute_tensor(whole.detach(), param.device_mesh, param.placements, src_data_rank=None)
-    return local_of(placed)
+    return local_tensor(placed)
 
 
 def describe_placement(param: DTensor) -> str:
@@ -89,7 +96,7 @@ def row_major_start(param: DTensor) -> int | None:
             sizes[dim] = min(chunk, sizes[dim] - first)
         elif not isinstance(placement, Replicate):
             return None
-    local = local_of(param)
+    local = local_tensor(param)
     whole_strides = torch.empty(param.shape, device="meta").stride()
     if tuple(local.shape) != tuple(sizes) or not local.is_contiguous() or param.stride() != whole_strides:
         return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -19,6 +21,7 @@ from ..comm.agreement import describe_ranks
 from ..storage.buffers import Precision, ShardedParam, StateBuffer
 from ..storage.layout import MIN_BUCKETS, Slot, bucket_cap_bytes, fill_buckets, lay_out
 from ..storage.memory_order import flattened, memory_strides, same_strides
+from ..storage.snapshots import TensorSnapshot
 from . import dtensor, fsdp1
 from .replicas import ReplicaGroup, ReplicaSharding
 
@@ -33,9 +36,23 @@ def is_presharded(param: Tensor) -> bool:
     return dtensor.is_dtensor(param) or fsdp1.is_part(param)
 
 
-def local_of(param: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return dtensor.local_of(param) if dtensor.is_dtensor(param) else param.detach()
+def _local_tensor_of(param: Tensor) -> Tensor:
+    """The local tensor of a presharded parameter of either kind; only while it has no ``PreshardedParam`` yet."""
+    return dtensor.local_tensor(param) if dtensor.is_dtensor(param) else param
+
+
+@dataclass(frozen=True, slots=True)
+class GradientReport:
+    """The gradients of one ``PreshardedState`` on this rank, as one look at each has shown them.
+
+    present    a bit for each parameter that has a gradient
+    misplaced  a bit for each parameter that needs ``align_gradient``
+    doubtful   (parameter, its gradient) pairs that the look did not find right: the caller has to check them
+    """
+
+    present: int
+    misplaced: int
+    doubtful: tuple[tuple[PreshardedParam, Tensor], ...]
 
 
 class PreshardedParam(ShardedParam):
@@ -46,7 +63,7 @@ class PreshardedParam(ShardedParam):
     bucket: PreshardedState
 
     def __init__(self, param: Tensor, name: str, index: int, bucket: PreshardedState, slot: Slot) -> None:
-        local = local_of(param)
+        local = _local_tensor_of(param)
         fragment = bucket.layout.fragment(slot, 0 if bucket.replicas is None else bucket.replicas.rank)
         super().__init__(param, name, index, slot, fragment, memory_strides(local))
         self.bucket = bucket
@@ -58,9 +75,9 @@ class PreshardedParam(ShardedParam):
         self._flat = flattened(local, self.strides)
 
     @property
+    @abstractmethod
     def local(self) -> Tensor:
-        """The local tensor, as it is now."""
-        return local_of(self.param)
+        """The local tensor as it is now: the object itself, so that it can be compared by identity."""
 
     @property
     def flat(self) -> Tensor:
@@ -77,10 +94,12 @@ class PreshardedParam(ShardedParam):
             and same_strides(local, self.strides)
         )
 
-    def follow(self) -> bool:
-        """Take up the local tensor where it was put elsewhere, as FSDP2 does to pad or pin it; whether it was."""
-        local = self.local
-        if local.data_ptr() == self._pointer or not self.is_unmoved:
+    def follow(self, local: Tensor) -> bool:
+        """Take ``local``, the present local tensor, as this parameter's memory; returns whether its address changed.
+
+        FSDP2 replaces the local tensor by a copy when it pads or pins it.
+        """
+        if local.data_ptr() == self._pointer:
             return False
         self._take(local)
         return True
@@ -89,16 +108,24 @@ class PreshardedParam(ShardedParam):
         shift = self.fragment.param_start - self.fragment.start
         return self._flat[start + shift : stop + shift]
 
-    @property
     @abstractmethod
-    def gradient_misplaced(self) -> bool:
-        """Whether this rank has something to say about the gradient beside that it is there."""
+    def fits(self, gradient: Tensor) -> bool:
+        """Whether ``gradient``, which ``p.grad`` is, can be used as it is.
+
+        It has the parameter's type, shape, dtype, device and placement then. False asks for a closer look.
+        """
 
     @abstractmethod
-    def align_gradient(self, have: Sequence[int], gradient_misplaced: Sequence[int], num_ranks: int) -> None:
-        """Collective where all ranks found it ``gradient_misplaced``: put the gradient right, or raise a RuntimeError, on all alike.
+    def is_misplaced(self, gradient: Tensor | None) -> bool:
+        """Whether ``gradient``, which ``p.grad`` is, needs ``align_gradient``; False for one that ``fits``."""
 
-        ``have``: the ranks that have a gradient.
+    @abstractmethod
+    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], num_ranks: int) -> None:
+        """Make ``p.grad`` usable by this parameter's update, or raise the same RuntimeError on every rank.
+
+        Called on all ranks between the agreement and the update, if any rank's report is not plain. Collective on the
+        parameter's mesh if the gradient is ``misplaced`` on all ``num_ranks`` ranks. ``have``: the ranks that have a
+        gradient; ``misplaced``: the ranks on which ``is_misplaced``.
         """
 
 
@@ -116,28 +143,37 @@ class DTensorParam(PreshardedParam):
         self.counted = dtensor.mesh_number(param) if leads and self.fragment.numel else 0
 
     @property
-    def gradient(self) -> Tensor | None:
-        gradient = self.param.grad
-        return None if gradient is None else dtensor.local_of(cast("DTensor", gradient))
+    def local(self) -> Tensor:
+        return dtensor.local_tensor(self.param)
 
     @property
-    def gradient_misplaced(self) -> bool:
-        # DTensorParam otherwise, say as partial sums.
+    def gradient(self) -> Tensor | None:
         gradient = self.param.grad
-        return gradient is not None and not dtensor.same_placement(self.param, cast("DTensor", gradient))
+        return None if gradient is None else dtensor.local_tensor(cast("DTensor", gradient))
 
-    def align_gradient(self, have: Sequence[int], gradient_misplaced: Sequence[int], num_ranks: int) -> None:
+    def fits(self, gradient: Tensor) -> bool:
+        # Attributes are read from the local tensor: each costs a DTensor three times as much.
+        if type(gradient) is not type(self.param) or not dtensor.has_spec_of(gradient, self.param):
+            return False
+        local, bucket = dtensor.local_tensor(gradient), self.bucket
+        return local.dtype is bucket.param_dtype and local.layout is torch.strided and local.device == bucket.device
+
+    def is_misplaced(self, gradient: Tensor | None) -> bool:
+        # Sequence parallelism leaves partial sums as the gradients of replicated parameters.
+        return dtensor.is_dtensor(gradient) and not dtensor.same_placement(self.param, gradient)
+
+    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], num_ranks: int) -> None:
         if 0 < len(have) < num_ranks:
             raise RuntimeError(
-                f"dist_asgd: parameter {self.name} has a gradient on {describe_ranks(have)} of {num_ranks} only. Gradients "
-                f"of DTensors arrive reduced, on all ranks or on none: run the same modules on every rank."
+                f"dist_asgd: parameter {self.name} has a gradient on {describe_ranks(have)} of {num_ranks} only. "
+                f"Gradients of DTensors arrive reduced, on all ranks or on none: run the same modules on every rank."
             )
-        if 0 < len(gradient_misplaced) < num_ranks:
+        if 0 < len(misplaced) < num_ranks:
             raise RuntimeError(
                 f"dist_asgd: the gradient of parameter {self.name} is placed as the parameter is, but not on "
-                f"{describe_ranks(gradient_misplaced)} of {num_ranks}. A DTensor has the same placements on all ranks."
+                f"{describe_ranks(misplaced)} of {num_ranks}. A DTensor has the same placements on all ranks."
             )
-        if gradient_misplaced:
+        if misplaced:
             dtensor.redistribute_gradient(self.param)
 
     @property
@@ -181,20 +217,33 @@ class FSDP1Param(PreshardedParam):
             )
 
     @property
+    def local(self) -> Tensor:
+        return self.param
+
+    @property
     def gradient(self) -> Tensor | None:
         return self.param.grad
 
-    @property
-    def gradient_misplaced(self) -> bool:
-        # Ranks that hold nothing of it have no gradient, and nothing to say.
-        return self.param.numel() > 0 and self.param.grad is None
+    def fits(self, gradient: Tensor) -> bool:
+        bucket = self.bucket
+        return (
+            type(gradient) is Tensor
+            and gradient.shape == self._shape
+            and gradient.dtype is bucket.param_dtype
+            and gradient.layout is torch.strided
+            and gradient.device == bucket.device
+        )
 
-    def align_gradient(self, have: Sequence[int], gradient_misplaced: Sequence[int], num_ranks: int) -> None:
-        if have and gradient_misplaced:
+    def is_misplaced(self, gradient: Tensor | None) -> bool:
+        # A rank that holds no element of the parameter never has a gradient of it.
+        return gradient is None and self.param.numel() > 0
+
+    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], num_ranks: int) -> None:
+        if have and misplaced:
             raise RuntimeError(
-                f"dist_asgd: parameter {self.name} has a gradient on {describe_ranks(have)} of {num_ranks}, and none on "
-                f"{describe_ranks(gradient_misplaced)}, which hold parts of it too. FSDP1 reduces gradients on all ranks: run the same "
-                f"modules on every rank."
+                f"dist_asgd: parameter {self.name} has a gradient on {describe_ranks(have)} of {num_ranks}, and none "
+                f"on {describe_ranks(misplaced)}, which hold parts of it too. FSDP1 reduces gradients on all ranks: "
+                f"run the same modules on every rank."
             )
 
     @property
@@ -224,7 +273,7 @@ class PreshardedState(StateBuffer):
         self, params: Sequence[NamedParam], group_index: int, precision: Precision, replicas: ReplicaGroup | None
     ) -> None:
         self.replicas = replicas
-        like = local_of(params[0][2])
+        like = _local_tensor_of(params[0][2])
         numels, itemsize = [_numel(param) for _, _, param in params], like.dtype.to_real().itemsize
         layout = lay_out(numels, itemsize, 1 if replicas is None else len(replicas.ranks))
         super().__init__(layout, like, group_index, precision)
@@ -234,12 +283,52 @@ class PreshardedState(StateBuffer):
             else FSDP1Param(param, name, index, self, slot)
             for (index, name, param), slot in zip(params, self.layout.slots, strict=True)
         ]
+        self._follow_all([member.local for member in self.members])
         self.reset_masters()
 
     def follow(self) -> bool:
-        """Whether any local tensor was put elsewhere since the last call."""
-        followed = [member.follow() for member in self.members]
-        return any(followed)
+        """Look at every local tensor once, and take up those that were put elsewhere since the last call.
+
+        Returns whether there were any: what was planned with their addresses is void then. Called at the beginning of
+        each step. RuntimeError if a local tensor has another shape, dtype, device or strides than it had at
+        construction; then none is taken up.
+        """
+        locals_ = [member.local for member in self.members]
+        if self._is_current(locals_):
+            return False
+        # All are checked before any is followed: whoever catches the error still has the plan that fits.
+        for member in self.members:
+            member.check_unmoved()
+        return self._follow_all(locals_)
+
+    def _is_current(self, locals_: list[Tensor]) -> bool:
+        """Whether ``locals_`` are the tensors that were last taken up, where and what they were then."""
+        return all(map(is_, locals_, self._locals)) and self._snapshot.is_current()
+
+    def _follow_all(self, locals_: list[Tensor]) -> bool:
+        moved = [member.follow(local) for member, local in zip(self.members, locals_, strict=True)]
+        self._locals, self._snapshot = locals_, TensorSnapshot.of(locals_)
+        return any(moved)
+
+    def inspect_gradients(self, was_followed: bool) -> GradientReport:
+        """Look once at every ``p.grad``; no communication. Called before the agreement of a call that reads gradients.
+
+        ``was_followed``: ``follow`` was called just before, so that local tensors need no second look. Otherwise the
+        gradients of all parameters are doubtful if any local tensor is not as it was when last taken up.
+        """
+        is_known = was_followed or self._is_current([member.local for member in self.members])
+        present, misplaced = 0, 0
+        doubtful: list[tuple[PreshardedParam, Tensor]] = []
+        for member in self.members:
+            gradient = member.param.grad
+            if gradient is not None:
+                present |= 1 << member.index
+                if is_known and member.fits(gradient):
+                    continue
+                doubtful.append((member, gradient))
+            if member.is_misplaced(gradient):
+                misplaced |= 1 << member.index
+        return GradientReport(present, misplaced, tuple(doubtful))
 
     def on_params_written(self) -> None:
         dtensor.reshard_modules()
@@ -247,7 +336,7 @@ class PreshardedState(StateBuffer):
 
 def _numel(param: Tensor) -> int:
     """Real elements of the local tensor."""
-    return local_of(param).numel() * (2 if param.is_complex() else 1)
+    return _local_tensor_of(param).numel() * (2 if param.is_complex() else 1)
 
 
 def build_presharded(
@@ -265,7 +354,7 @@ def build_presharded(
     classes: dict[tuple[torch.dtype, torch.device, tuple[int, ...]], list[NamedParam]] = {}
     for entry in params:
         param = entry[2]
-        local = local_of(param)
+        local = _local_tensor_of(param)
         shared = communicators is not None and dtensor.is_dtensor(param)
         ranks = dtensor.replica_ranks(cast("DTensor", param)) if shared else ()
         classes.setdefault((local.dtype, local.device, ranks if len(ranks) > 1 else ()), []).append(entry)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ..storage.memory_order import in_memory_order, memory_strides
-from .dtensor import dtensor_like, global_offset_of, is_first_copy, local_of
+from .dtensor import dtensor_like, global_offset_of, is_first_copy, local_tensor
 from .replicas import ReplicaSharding
 from .shard_tensor import ShardTensor, refuse
 
@@ -178,7 +178,7 @@ def written_fragment(tensor: DTensor) -> ShardTensor | None:
         return tensor.part
     if not is_first_copy(tensor):
         return None
-    local = local_of(tensor)
+    local = local_tensor(tensor)
     strides = memory_strides(local)
     return ShardTensor(
         in_memory_order(local, strides), local.shape, strides, 0, (tuple(tensor.shape), global_offset_of(tensor))
