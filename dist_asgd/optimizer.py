@@ -159,9 +159,8 @@ class ShardedASGD(torch.optim.Optimizer):
             check_precision_fits(self._precision, self.param_groups)
         except Exception as error:
             problem = problem or error
-        groups = [] if problem else self.param_groups
         # Every rank raises here if any has a problem or other arguments; nothing has been moved or made yet.
-        self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, groups, problem)
+        self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, problem)
         self._constructed = True
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
@@ -189,7 +188,7 @@ class ShardedASGD(torch.optim.Optimizer):
         except Exception as error:
             problem = error
         try:
-            self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, self.param_groups[first:], problem)
+            self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, problem)
         except Exception:
             del self.param_groups[first:]
             raise
@@ -205,11 +204,9 @@ class ShardedASGD(torch.optim.Optimizer):
             del self.param_groups[index]
             raise
 
-    def _agree_on_groups(
-        self, call: CollectiveCall, first: int, groups: list[dict[str, Any]], problem: Exception | None
-    ) -> None:
-        described = [(i, group, named_params(self.param_groups, i)) for i, group in enumerate(groups, start=first)]
-        self.gradients.agree(call, groups_fingerprint(self._options, described), problem)
+    def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
+        groups = [] if problem else self.param_groups
+        self.gradients.agree(call, groups_fingerprint(self._options, groups, first), problem)
 
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
