@@ -19,7 +19,7 @@ from .validation import HYPERPARAMETERS, check_hyperparameters, hyperparameters
 def _describe(param: Tensor) -> str:
     kind = "trainable" if param.requires_grad else "frozen"
     dtype = str(param.dtype).removeprefix("torch.")
-    if fsdp1.is_part(param):
+    if fsdp1.is_managed(param):
         # Ranks have parts of other lengths.
         return f"<{kind} {dtype} of FSDP1, on {param.device.type}>"
     if is_dtensor(param):
