@@ -31,7 +31,7 @@ def _describe(param: Tensor) -> str:
     kind = "trainable" if param.requires_grad else "frozen"
     kind += f" {str(param.dtype).removeprefix('torch.')}"
     device = param.device.type
-    if fsdp1.is_part(param):
+    if fsdp1.is_managed(param):
         # Its fragments have other lengths on other ranks.
         return f"<{kind} of FSDP1, on {device}>"
     if is_dtensor(param):

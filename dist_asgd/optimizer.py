@@ -354,13 +354,10 @@ class ShardedASGD(torch.optim.Optimizer):
         """Put the averaged weights ``ax`` in place of the parameters inside the block, on every rank.
 
         Afterwards the parameters are back, bit for bit. Collective on entry and on exit, also when an exception leaves
-        the block. There is no second copy of the model: parameters and averages change places. DTensors are swapped
-        where they lie, and sent only if a replica group shares them (``shard_replicated``). If ``ax`` is wider than the
-        parameters (16-bit ones), each rank sets its own shard of them aside.
-
-        Parameters whose averaging has not begun (step <= t0) stay as they are. Buffers of modules, such as BatchNorm's
-        statistics, are not averaged. Inside, ``step()``, ``state_dict()`` and every other call that reads the state are
-        refused.
+        the block. There is no second copy of the model: parameters and averages change places, DTensors where they lie.
+        If ``ax`` is wider than the parameters (16-bit ones), each rank sets its own shard of them aside. Parameters
+        whose averaging has not begun (step <= t0) stay as they are, and so do buffers of modules, such as BatchNorm's
+        statistics. Inside, ``step()``, ``state_dict()`` and every other call that reads the state are refused.
         """
         if self.is_differentiable:
             raise RuntimeError(

@@ -113,7 +113,7 @@ def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) ->
             f"dist_asgd: stochastic_rounding is for bfloat16 parameters, and {half} is float16. Pass "
             f"master_weights=True instead."
         )
-    part = next((name for name, param in named if fsdp1.is_part(param)), None)
+    part = next((name for name, param in named if fsdp1.is_managed(param)), None)
     if precision.stochastic_rounding is not None and part is not None:
         raise ValueError(
             f"dist_asgd: stochastic_rounding of {part}, which FSDP1 manages: random numbers go by an "
@@ -212,7 +212,7 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
         )
     if not differentiable:
         return
-    if any(dtensor.is_dtensor(param) or fsdp1.is_part(param) for param in group["params"]):
+    if any(dtensor.is_dtensor(param) or fsdp1.is_managed(param) for param in group["params"]):
         raise ValueError(
             f"dist_asgd: {where}: differentiable=True with sharded parameters (DTensor, FSDP1): the update acts on "
             f"local tensors, which autograd would not follow. Pass differentiable=False, or plain parameters in one "
@@ -254,7 +254,7 @@ def check_new_group(
         return
     check_group(groups, index, communicators.ranks, precision)
     for param in group["params"]:
-        if not (dtensor.is_dtensor(param) or fsdp1.is_part(param)):
+        if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)):
             # A device without a backend is an error now, not at the first step.
             communicators.on(param.device)
 

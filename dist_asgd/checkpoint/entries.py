@@ -164,7 +164,7 @@ def param_parts(optimizer: Optimizer, state_dict: dict[str, Any], known: ShardTe
             continue
         own = known.get(index)
         if own is None or not own.is_like(part, param):
-            slice_ = part.fragment_of(param)
+            slice_ = part.fragment_view(param)
             if slice_ is None:
                 known.pop(index, None)
                 continue

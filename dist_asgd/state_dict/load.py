@@ -18,7 +18,6 @@ from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
-from .sharded import fragment_start
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
@@ -78,7 +77,7 @@ class ParamTarget:
         numel = member.fragment.numel // (2 if member.dtype.is_complex else 1)
         shape, has_master = tuple(member.param.shape), member.bucket.master is not None
         return cls(
-            member.name, member.dtype, shape, member.strides, fragment_start(member), numel, has_master, member.param
+            member.name, member.dtype, shape, member.strides, member.fragment_start, numel, has_master, member.param
         )
 
     @classmethod
@@ -272,7 +271,7 @@ def fingerprint(loaded: ParsedStateDict, places: Sequence[ParamTarget]) -> Finge
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
     for index, entry in sorted(loaded.entries.items()):
-        if fsdp1.is_part(places[index].param):
+        if fsdp1.is_managed(places[index].param):
             # Ranks that hold nothing of it have no entry.
             continue
         label = (
