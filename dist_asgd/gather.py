@@ -55,7 +55,7 @@ class Gatherer:
                 [packed[at : at + member.fragment.numel] for member, at in own],
                 [member.param_range(member.fragment.start, member.fragment.stop) for member, _ in own],
             )
-        parts = [[_place(store, packed, stretch) for stretch in stretches] for stretches in layout.stretches]
+        parts = [[_place(store, packed, stretch) for stretch in stretches] for stretches in layout.ranges]
         arrived = communicator.all_gather_parts(parts)
 
         def unpack() -> None:

@@ -170,7 +170,7 @@ class Reducer(Gradients):
         bucket.pack(gradients, send.packed, packed)
         parts = [
             [(stretch.start, _source(bucket, gradients, packed, stretch)) for stretch in stretches]
-            for stretches in send.stretches
+            for stretches in send.ranges
         ]
         for member in bucket.members:
             if member.param.grad is not None:
