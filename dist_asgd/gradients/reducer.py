@@ -188,7 +188,7 @@ class Reducer(Gradients):
         packed = buffer[: layout.packed_numel]
         bucket.pack(gradients, layout.packed, packed)
         sends = [
-            [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.stretches
+            [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges
         ]
         for member in bucket.members:
             if member.param.grad is not None:
