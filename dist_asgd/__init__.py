@@ -11,7 +11,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.export import export_averaged
-    from .checkpoint.format.files import CheckpointError
+    from .checkpoint.format.manifest import CheckpointError
     from .checkpoint.load import load_checkpoint, read_extra
     from .checkpoint.manager import CheckpointManager, Restored
     from .checkpoint.save import PendingSave, async_save_checkpoint, save_checkpoint
@@ -35,7 +35,7 @@ __all__ = [
 
 # Loaded when first asked for: torch.distributed.checkpoint takes as long to import as half of torch.
 _ON_DEMAND = {
-    "CheckpointError": "format.files",
+    "CheckpointError": "format.manifest",
     "CheckpointManager": "manager",
     "PendingSave": "save",
     "Restored": "manager",
