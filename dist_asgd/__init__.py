@@ -1,4 +1,4 @@
-"""Sharded ``torch.optim.ASGD``: averaged SGD with its state, and its gradients, split across ranks."""
+"""A sharded ``torch.optim.ASGD``: averaged SGD whose state, and on request gradients, are sharded over ranks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# Loaded when first asked for: torch.distributed.checkpoint takes as long to import as half of torch.
+# These names are loaded when first used: torch.distributed.checkpoint takes as long to import as half of torch.
+# Each belongs to a module of dist_asgd.checkpoint.
 _ON_DEMAND = {
     "CheckpointError": "format.manifest",
     "CheckpointManager": "manager",

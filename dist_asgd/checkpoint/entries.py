@@ -199,7 +199,7 @@ def param_fragments(
             continue
         own = cache.get(index)
         if own is None or not own.is_like(average, param):
-            flat = average.fragment_of(param)
+            flat = average.fragment_view(param)
             if flat is None:
                 cache.pop(index, None)
                 continue

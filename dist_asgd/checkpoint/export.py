@@ -209,7 +209,7 @@ def _bring(
             staging[key] = bucket.average.new_empty(max(alike))
         flat = staging[key][: slot.numel]
         places = [flat[fragment.param_start : fragment.param_start + fragment.numel] for fragment in fragments]
-    communicators.on(bucket.device).bring(mine, places, [fragment.numel for fragment in fragments], target)
+    communicators.on(bucket.device).gather(mine, places, [fragment.numel for fragment in fragments], target)
     if places is None:
         return None
     whole = torch.view_as_complex(flat.view(-1, 2)) if member.dtype.is_complex else flat

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..placements.dtensor import dtensor_like, is_dtensor, local_of
+from ..placements.dtensor import dtensor_like, is_dtensor, local_tensor
 from ..placements.shard_tensor import shard_tensor_of
 from ..update.cpu import copy_bytes
 from .entries import State
@@ -191,7 +191,7 @@ def _source_of(value: Any) -> _Source | None:
         layout = (fragment.extent, fragment.global_shape, fragment.global_offset, local.dtype, mesh)
         return _Source(local, layout, value.like)
     if not plain and is_dtensor(value):
-        local = local_of(value)
+        local = local_tensor(value)
         whole_layout = (value.shape, value.stride(), value.device_mesh, value.placements)
         return _Source(local, (*_layout(local), *whole_layout), lambda copy: dtensor_like(value, copy))
     if value.dim() == 0:

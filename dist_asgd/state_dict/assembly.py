@@ -100,7 +100,7 @@ class Assembly:
         places = list(torch.split(self._room(like, sum(numels)), numels)) if here and in_place is None else in_place
         mine = sent[0] if len(sent) == 1 else torch.cat([self._room(like, 0), *sent])
         everyone = self._communicators.among(tuple(self._communicators.ranks), like.device)
-        everyone.bring(mine, places, numels, to)
+        everyone.gather(mine, places, numels, to)
         if places is not None and places is not in_place:
             self._unpack(chosen, places, wholes)
         return wholes

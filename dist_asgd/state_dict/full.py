@@ -94,7 +94,7 @@ def _whole(
             staging[key] = shard.new_empty(max(alike))
         flat = staging[key][: bucket.layout.numel]
     pieces = None if flat is None else flat.view(communicators.num_shards, -1).unbind(0)
-    communicators.on(bucket.device).collect(shard, pieces, target)
+    communicators.on(bucket.device).gather(shard, pieces, [shard.numel()] * communicators.num_shards, target)
     return flat
 
 

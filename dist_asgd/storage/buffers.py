@@ -43,7 +43,7 @@ class ShardedParam(ABC):
     elements are counted.
     """
 
-    __slots__ = ("bucket", "index", "name", "param", "fragment", "slot", "strides")
+    __slots__ = ("bucket", "fragment", "index", "name", "param", "slot", "strides")
 
     bucket: StateBuffer
 
@@ -108,6 +108,11 @@ class ShardedParam(ABC):
         """This rank's 1-D slice of ``ax``, in memory order: ``(piece_numel,)``, complex for a complex parameter."""
         reals = self.bucket.average[self.fragment.start : self.fragment.stop]
         return torch.view_as_complex(reals.view(-1, 2)) if self.bucket.param_dtype.is_complex else reals
+
+    @property
+    def fragment_start(self) -> int:
+        """Where the fragment begins in memory order, in elements of the parameter's dtype: complex ones count once."""
+        return self.fragment.param_start // (2 if self.dtype.is_complex else 1)
 
     def state_fragments(self) -> dict[str, Tensor]:
         """The sharded state of this parameter by its key in state dicts: this rank's 1-D slice of each.

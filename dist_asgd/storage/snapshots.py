@@ -71,7 +71,7 @@ class TensorSnapshot(ABC):
 
     @abstractmethod
     def is_current(self) -> bool:
-        """Whether all tensors are what and where they were; one that was only cut short may go unseen."""
+        """Whether all tensors are what and where they were."""
 
     @abstractmethod
     def gradients(self) -> GradientTable:
@@ -115,7 +115,12 @@ class _Lists(TensorSnapshot):
 
     def is_current(self) -> bool:
         held = self._held
-        return list(map(Tensor.data_ptr, held)) == self._pointers and list(map(Tensor.stride, held)) == self._strides
+        return (
+            list(map(Tensor.data_ptr, held)) == self._pointers
+            and list(map(Tensor.stride, held)) == self._strides
+            and list(map(Tensor.numel, held)) == self._numels
+            and list(map(_DTYPE, held)) == self._dtypes
+        )
 
     def gradients(self) -> GradientTable:
         gradients = [None if tensor is None else tensor.grad for tensor in self._tensors]

@@ -220,7 +220,7 @@ def describes_what_is_live(rank: int, _world_size: int) -> int:
             if isinstance(own, ShardTensor):
                 num_parts += 1
                 assert own.extent == average.extent
-                assert own.shares_memory_with(average.fragment_of(param)), (change, name)
+                assert own.shares_memory_with(average.fragment_view(param)), (change, name)
             else:
                 # Whole, and rank 0's to write, where it does not lie as its average does.
                 assert change in ("strides", "shape")
