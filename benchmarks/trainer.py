@@ -60,7 +60,7 @@ class Trainer:
         return time.perf_counter() - begin, time.process_time() - begin_processor
 
     def split_step(self) -> float:
-        """Take a training step; returns the seconds of ``optimizer.step()``, which begins once all ranks ended backward."""
+        """Take a training step; returns the seconds of ``optimizer.step()``, which begins when all ended backward."""
         tokens = self._next_batch()
         self.optimizer.zero_grad()
         self.wrapped(tokens).backward()
