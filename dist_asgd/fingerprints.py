@@ -55,7 +55,7 @@ class Hyperparameters:
     """
 
     def __init__(self) -> None:
-        # The values last checked, in the order of groups and keys; empty if there is a Tensor, which may change in place.
+        # The values last checked, in the order of groups and keys; empty if one is a Tensor, which may change in place.
         self._checked: list[object] = []
         # The list of checked values, and by_scaler, that the fingerprint below is of.
         self._fingerprint_of: tuple[object, object] = (None, None)

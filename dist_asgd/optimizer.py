@@ -255,15 +255,15 @@ class ShardedASGD(torch.optim.Optimizer):
             active = self._reduce(scaler)
             # Update: one state buffer after the other, as soon as its gradient is reduced.
             step = self._begin_update(active, scaler)
-            for buffer, batches in self.shards.plan(active, step.hypers) if step else ():
-                self.gradients.wait_for(buffer)
-                for batch in batches:
-                    batch.run(step)
-                # Gather: its parameters travel to the other ranks while the next buffer is updated.
-                self.gatherer.launch(buffer)
-            self.gradients.end_step()
-            if step:
+            if step is not None:
+                for buffer, batches in self.shards.plan(active, step.hypers):
+                    self.gradients.wait_for(buffer)
+                    for batch in batches:
+                        batch.run(step)
+                    # Gather: its parameters travel to the other ranks while the next buffer is updated.
+                    self.gatherer.launch(buffer)
                 self.shards.cohorts.end_step(active, step.hypers)
+            self.gradients.end_step()
             self.gatherer.wait()
         return loss
 
@@ -272,7 +272,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.averages.is_swapped:
             self.averages.refuse("step()")
         self.shards.check_capture(self.param_groups)
-        problem = self._problem() or (scaler and scaler.problem(self._stage))
+        problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
             NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
         )

@@ -137,7 +137,7 @@ class Gradients(ABC):
     # --- clipping and loss scaling --------------------------------------------------------------------------
 
     def pending_unscale(self, member: ShardedParam) -> Tensor | None:
-        """The factor that a reduced gradient has to be multiplied by before its norm is taken; None if there is none."""
+        """The factor by which a reduced gradient has to be multiplied before its norm is taken, or None."""
         return None if member.bucket.reduced_gradient() is None else self.scaling.unscale
 
     @abstractmethod
@@ -145,7 +145,7 @@ class Gradients(ABC):
         """Multiply reduced gradients by a pending clip factor now, because another one is about to be computed."""
 
     def clip(self, factor: Tensor) -> None:
-        """Multiply all gradients by ``factor``, 0-dim: at once on parameters, at the update if they are reduced here."""
+        """Multiply all gradients by ``factor``, 0-dim: at once on parameters, at the update if reduced here."""
         multiply([member.gradient for member in (*self.members, *self.presharded)], factor)
 
     @abstractmethod

@@ -12,7 +12,7 @@ from .base import Gradients
 
 
 def fingerprint_of(max_norm: float, norm_type: float) -> tuple[Fingerprint, Exception | None]:
-    """The fingerprint of the arguments of ``clip_grad_norm_()``, and what is wrong with them on this rank, if anything."""
+    """The fingerprint of the arguments of ``clip_grad_norm_()``, or what is wrong with them on this rank."""
     try:
         entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
     except Exception as error:

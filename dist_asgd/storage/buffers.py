@@ -43,7 +43,7 @@ class ShardedParam(ABC):
     elements are counted.
     """
 
-    __slots__ = ("bucket", "index", "name", "param", "fragment", "slot", "strides")
+    __slots__ = ("bucket", "fragment", "index", "name", "param", "slot", "strides")
 
     bucket: StateBuffer
 
