@@ -89,10 +89,10 @@ def export_averaged(
     except Exception as error:
         problem = _translated(error, path)
     try:
-        saver.meet(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
+        saver.agree(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
         problem = _write_all(weights, saver.communicators, files)
         problem = problem and _translated(problem, path)
-        saver.meet(CollectiveCall.END_OF_EXPORT_AVERAGED, problem=problem)
+        saver.agree(CollectiveCall.END_OF_EXPORT_AVERAGED, problem=problem)
     finally:
         if files is not None:
             files.discard()

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import Communicator
+from .masks import indices_in
 
 # Where the words of the header lie.
 CALL, DISCARDS, PROBLEM, DIGEST = range(4)
@@ -167,10 +168,17 @@ class Agreement:
         self._comm = communicator
         self._mask_words = 0
         self.discards = 0
+        self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def resize(self, num_params: int) -> None:
         """Set how many parameters the bit masks cover, from the next exchange on; the same number on all ranks."""
         self._mask_words = -(-num_params // MASK_BITS)
+
+    def indices(self, mask: int) -> frozenset[int]:
+        """The parameters whose bits are set in ``mask``: the very same set as long as the mask does not change."""
+        if self._last_indices[0] != mask:
+            self._last_indices = (mask, indices_in(mask))
+        return self._last_indices[1]
 
     def start(
         self,

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ..comm.agreement import Fingerprint
 from ..placements import fsdp1
-from ..placements.dtensor import is_dtensor, local_of, same_placement
+from ..placements.dtensor import is_dtensor, local_tensor, same_placement
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
-from .sharded import fragment_start
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
@@ -85,7 +84,7 @@ class ParamTarget:
         numel = member.fragment.numel // (2 if member.dtype.is_complex else 1)
         shape, has_master = tuple(member.param.shape), member.bucket.master is not None
         return cls(
-            member.name, member.dtype, shape, member.strides, fragment_start(member), numel, has_master, member.param
+            member.name, member.dtype, shape, member.strides, member.fragment_start, numel, has_master, member.param
         )
 
     @classmethod
@@ -202,7 +201,7 @@ def _local_fragment(target: ParamTarget, key: str, value: Tensor) -> tuple[Tenso
     """
     assert is_dtensor(value)
     if not is_dtensor(target.param) and all(placement.is_replicate() for placement in value.placements):
-        return local_of(value), False
+        return local_tensor(value), False
     if not is_dtensor(target.param) or not same_placement(value, target.param):
         wanted = list(target.param.placements) if is_dtensor(target.param) else "a plain parameter"
         raise ValueError(
@@ -213,7 +212,7 @@ def _local_fragment(target: ParamTarget, key: str, value: Tensor) -> tuple[Tenso
     shard = shard_tensor_of(value)
     if shard is not None:
         return _own_fragment(target, key, shard), True
-    return in_memory_order(local_of(value), target.strides)[target.start : target.start + target.numel], True
+    return in_memory_order(local_tensor(value), target.strides)[target.start : target.start + target.numel], True
 
 
 def _master(target: ParamTarget, saved: dict[str, Any]) -> tuple[Tensor | None, bool]:
@@ -298,7 +297,7 @@ def fingerprint(loaded: ParsedStateDict, targets: Sequence[ParamTarget]) -> Fing
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
     for index, entry in sorted(loaded.entries.items()):
-        if fsdp1.is_part(targets[index].param):
+        if fsdp1.is_managed(targets[index].param):
             # Ranks that hold nothing of an FSDP1 parameter have no entry for it.
             continue
         label = (

@@ -75,7 +75,7 @@ def pack(
     """
     cohort_of = shards.cohort_of
     members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
-    members = [m for m in members if m.param.numel() or not fsdp1.is_part(m.param)]
+    members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
     entries = _EntryTensors(shards.members, communicators, cache)
     for member in members:
@@ -129,7 +129,7 @@ class _EntryTensors:
         communicators, shape, strides = self._communicators, member.param.shape, member.strides
         if communicators.num_shards == 1 or member.param.numel() == 0:
             return fragment.as_strided(shape, strides)
-        shard = ShardTensor(fragment, shape, strides, fragment_start(member))
+        shard = ShardTensor(fragment, shape, strides, member.fragment_start)
         if self._group is None:
             return shard
         from torch.distributed.device_mesh import DeviceMesh
@@ -143,8 +143,3 @@ class _EntryTensors:
         return replicated_fragment(
             self._meshes[device_type], shard, ReplicaSharding(replicas, member.bucket.layout, member.slot)
         )
-
-
-def fragment_start(member: ShardedParam) -> int:
-    """Return where this rank's fragment begins in the parameter, in memory order; complex elements count once."""
-    return member.fragment.param_start // (2 if member.dtype.is_complex else 1)
