@@ -398,7 +398,7 @@ class ShardedASGD(torch.optim.Optimizer):
         ``full_tensor()`` gathers all of it.
         """
         self._refuse_inside_averages("state_dict()")
-        return self._state_dicts.part()
+        return self._state_dicts.sharded()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
@@ -414,7 +414,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
-        return self._state_dicts.whole(to)
+        return self._state_dicts.full(to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave this rank, a consolidated dict, or one of ``torch.optim.ASGD``. Collective.
@@ -425,7 +425,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._refuse_inside_averages("load_state_dict()")
         problem = self._problem(read_hyperparameters=False)
-        loaded, fingerprint, unreadable = self._state_dicts.read(state_dict)
+        loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
         if loaded is not None:
             self._state_dicts.apply(loaded)
