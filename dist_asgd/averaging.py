@@ -16,7 +16,7 @@ from .comm import PeerError
 from .comm.agreement import CallsDiffer
 from .gather import Gatherer
 from .storage.buffers import ShardedParam, StateBuffer
-from .update.plan import Updater
+from .update.operators import Updater
 from .update.schedule import Cohort
 
 

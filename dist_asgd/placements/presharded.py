@@ -370,6 +370,7 @@ def build_presharded(
         local = _local_tensor_of(param)
         shared = communicators is not None and dtensor.is_dtensor(param)
         ranks = dtensor.replica_ranks(cast("DTensor", param)) if shared else ()
+        # A state buffer belongs to one replica group, whose ranks gather it.
         classes.setdefault((local.dtype, local.device, ranks if len(ranks) > 1 else ()), []).append(entry)
     state_buffers: list[PreshardedState] = []
     for (dtype, device, ranks), alike in classes.items():
