@@ -1,7 +1,6 @@
 """``ShardedASGD``: the optimizer that users construct, and its ``step()``: reduce, update, gather.
 
-The attributes without an underscore (``communicators``, ``gradients``, ``shards``, ``gatherer``, ``averages``) are for
-the rooms above, ``checkpoint`` and ``amp``.
+Attributes without an underscore (``shards``, say) are for the rooms above it, ``checkpoint`` and ``amp``.
 """
 
 from __future__ import annotations
@@ -434,8 +433,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def memory_report(self) -> memory.MemoryReport:
         """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""
         in_flight = self._updater.scratch_bytes + self.communicators.scratch_bytes() + self.gatherer.scratch_bytes
-        if isinstance(self.gradients, Reducer):
-            in_flight += self.gradients.in_flight_bytes
+        in_flight += self.gradients.in_flight_bytes if isinstance(self.gradients, Reducer) else 0
         return memory.report(self.shards.state_buffers, in_flight)
 
     def __getstate__(self) -> NoReturn:

@@ -55,7 +55,7 @@ class ReplicaShardDTensor(DTensor):
 
     def to_local(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
         """This rank's fragment ``(fragment_numel,)``; shares memory, no communication."""
-        local = self._local_tensor.detach().as_subclass(_FragmentTensor)
+        local = self._local_tensor.detach().as_subclass(FragmentTensor)
         local.fragment = self.fragment
         return local
 
@@ -149,7 +149,7 @@ class ReplicaShardDTensor(DTensor):
         return f"ReplicaShardDTensor(fragment={self.fragment}, {where})"
 
 
-class _FragmentTensor(torch.Tensor):
+class FragmentTensor(torch.Tensor):
     """This rank's fragment, ``(fragment_numel,)``, whose ``copy_()`` also accepts the whole local tensor.
 
     ``torch.distributed.checkpoint.state_dict`` loads full state dicts by copying whole local tensors to
