@@ -133,7 +133,7 @@ class PreshardedParam(ShardedParam):
 
         Called on all ranks between the agreement and the update, if any rank's report is not plain. Collective on the
         parameter's mesh if the gradient is ``misplaced`` on all ``num_ranks`` ranks. ``have``: the ranks that have a
-        gradient; ``misplaced``: the ranks on which ``is_misplaced``.
+        gradient; ``misplaced``: the ranks on which it is misplaced.
         """
 
 
