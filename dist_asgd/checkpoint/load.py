@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -253,8 +253,8 @@ class CheckpointKeys:
         targets[key] = target
         return target
 
-    def values(self, keys: Iterable[str]) -> dict[str, Any]:
-        """Read objects and 0-dim tensors, by key."""
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Read objects and 0-dim tensors; returns them by key."""
         return self._reader.opened.values(keys)
 
     def read_tensors(self) -> None:
@@ -327,7 +327,8 @@ def _optimizer_state(
         for parent, below in checkpoint.parents.items()
         if parent.startswith(state_prefix) and AVERAGE in below and parent not in used
     ]
-    scalars = checkpoint.values(key for below in state_keys.values() for last, key in below.items() if last in SCALARS)
+    scalar_keys = [key for below in state_keys.values() for last, key in below.items() if last in SCALARS]
+    scalars = checkpoint.values(scalar_keys)
     state: dict[int, Any] = {}
     for index, param in enumerate(params):
         entry = live["state"].get(index)
@@ -337,7 +338,7 @@ def _optimizer_state(
             entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
         if entry is not None:
             state[index] = entry
-    options = checkpoint.values(key for below in option_keys.values() for key in below.values())
+    options = checkpoint.values([key for below in option_keys.values() for key in below.values()])
     groups = [_group_options(group, option_keys, options) for group in live["param_groups"]]
     for group in groups:
         for index in group["params"]:
@@ -390,7 +391,7 @@ def _option_keys(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
     prefix = f"{OPTIM}.{GROUPS}."
     below_of = {parent: below for parent, below in checkpoint.parents.items() if parent.startswith(prefix)}
     numbered = [below for below in below_of.values() if "params" in below]
-    lists = checkpoint.values(below["params"] for below in numbered)
+    lists = checkpoint.values([below["params"] for below in numbered])
     options = {
         name: below
         for below in numbered

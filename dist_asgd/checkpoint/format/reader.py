@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ class OpenCheckpoint:
     def _what(self, index: MetadataIndex) -> str:
         return f"{index.fqn} in {self.path / self.storage_info(index).relative_path}"
 
-    def values(self, keys: Iterable[str]) -> dict[str, Any]:
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
         """Return the objects and 0-dim tensors at ``keys``; a chunk that several keys share is read once.
 
         Raises CheckpointError if one of the keys is a tensor of more than one element.
