@@ -150,6 +150,7 @@ def _read_state(
     mismatch = KeyMismatch()
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
+    # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
     live = optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
     with_master = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
@@ -242,7 +243,7 @@ class CheckpointKeys:
         dtype = torch.promote_types(saved, like.dtype) if widen else like.dtype
         fragment = None if type(like) is Tensor else shard_tensor_of(like)
         if fragment is not None:
-            # DTensors that replicas share have a like() of their own.
+            # The like() of ``like``, and not of its fragment: DTensors that replicas share have one of their own.
             target: Tensor = cast(Any, like).like(torch.empty_like(fragment.to_local(), dtype=dtype))
         else:
             target = torch.empty_like(like, dtype=dtype, requires_grad=False)
