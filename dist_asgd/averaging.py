@@ -16,7 +16,7 @@ from .comm import PeerError
 from .comm.agreement import CallsDiffer
 from .gather import Gatherer
 from .storage.buffers import ShardedParam, StateBuffer
-from .update.plan import Updater
+from .update.operators import Updater
 from .update.schedule import Cohort
 
 
@@ -30,11 +30,11 @@ class Averages:
         self._swapped: list[tuple[StateBuffer, list[ShardedParam]]] = []
         # Copies of this rank's fragments of parameters whose ax has another dtype, by the member's index.
         self._kept: dict[int, Tensor] = {}
-        self._inside = False
+        self.is_swapped = False
 
     def refuse(self, call: str) -> None:
         """Raise RuntimeError while the averages are in place of the parameters; ``call`` is the method that asks."""
-        if self._inside:
+        if self.is_swapped:
             raise RuntimeError(
                 f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
                 f"state holds the parameters. Call it after the with block."
@@ -67,7 +67,7 @@ class Averages:
     @torch.no_grad()
     def _swap_in(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
         """Put the averages in place of the parameters on every rank; ``ax`` keeps the parameters. Collective."""
-        self._inside = True
+        self.is_swapped = True
         for buffer in state_buffers:
             # Cohorts are the same on all ranks, and so is the decision which state buffers are gathered.
             begun = [member for member in buffer.members if cohort_of[member.index].begun]
@@ -94,7 +94,7 @@ class Averages:
             self._gatherer.launch(buffer)
             buffer.on_params_written()
         self._gatherer.wait()
-        self._inside = False
+        self.is_swapped = False
 
     def _put_average(self, member: ShardedParam) -> None:
         """Put the average in place of this rank's fragment of a parameter."""

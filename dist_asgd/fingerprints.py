@@ -1,4 +1,4 @@
-"""What ranks must have in common, as claims for an exchange: parameters, and hyperparameters step by step."""
+"""Fingerprints of what must be equal on all ranks: parameters at construction, hyperparameters at every step."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .comm.agreement import NO_FINGERPRINT, Fingerprint
 from .placements import fsdp1
 from .placements.dtensor import describe_placement, is_dtensor
 from .storage.memory_order import memory_strides
-from .validation import HYPERPARAMETERS, check_hyperparameters, hyperparameters
+from .validation import HYPERPARAMETERS, check_hyperparameters, hyperparameters, named_params
+
+
+def groups_fingerprint(options: dict[str, object], groups: Sequence[dict[str, Any]], first: int) -> Fingerprint:
+    """The fingerprint of the constructor's own ``options`` and of the parameter groups from ``first`` on."""
+    entries: list[tuple[str, object]] = list(options.items())
+    for index in range(first, len(groups)):
+        entries += [(f"parameter {name}", _describe(param)) for name, param in named_params(groups, index)]
+        entries += _hyperparameter_entries(index, groups[index])
+    remedy = "Build the same model and optimizer, in the same order, on every rank."
+    return Fingerprint("parameters or hyperparameters", entries, remedy)
 
 
 def _describe(param: Tensor) -> str:
+    """The parameter as it must be on all ranks."""
     kind = "trainable" if param.requires_grad else "frozen"
-    dtype = str(param.dtype).removeprefix("torch.")
-    if fsdp1.is_part(param):
-        # Ranks have parts of other lengths.
-        return f"<{kind} {dtype} of FSDP1, on {param.device.type}>"
+    kind += f" {str(param.dtype).removeprefix('torch.')}"
+    device = param.device.type
+    if fsdp1.is_managed(param):
+        # Its fragments have other lengths on other ranks.
+        return f"<{kind} of FSDP1, on {device}>"
     if is_dtensor(param):
-        return f"<{kind} {dtype} DTensor of shape {tuple(param.shape)}, {describe_placement(param)}, on {param.device.type}>"
-    return f"<{kind} {dtype} of shape {tuple(param.shape)}, strides {memory_strides(param)}, on {param.device.type}>"
-
-
-def groups_fingerprint(
-    options: dict[str, object], groups: Sequence[tuple[int, dict[str, Any], Sequence[tuple[str, Tensor]]]]
-) -> Fingerprint:
-    """The fingerprint of the constructor's own ``options``, and of new groups: (index, group, named parameters) each."""
-    entries: list[tuple[str, object]] = list(options.items())
-    for index, group, named in groups:
-        entries += [(f"parameter {name}", _describe(param)) for name, param in named]
-        entries += _hyperparameter_entries(index, group)
-    remedy = "Build the same model and optimizer, in the same order, on every rank."
-    return Fingerprint("parameters or hyperparameters", entries, remedy)
+        return f"<{kind} DTensor of shape {tuple(param.shape)}, {describe_placement(param)}, on {device}>"
+    return f"<{kind} of shape {tuple(param.shape)}, strides {memory_strides(param)}, on {device}>"
 
 
 def _hyperparameter_entries(index: int, group: dict[str, Any]) -> list[tuple[str, object]]:
@@ -44,17 +44,24 @@ def _hyperparameter_entries(index: int, group: dict[str, Any]) -> list[tuple[str
 
 
 class Hyperparameters:
-    """The hyperparameters of each step: checked, and claimed, anew only where they are other objects than before."""
+    """Checks and fingerprints the hyperparameters at each step.
+
+    It skips both as long as the values are the same objects as at the last step.
+    """
 
     def __init__(self) -> None:
-        # The values last checked, in the order of groups and keys; a Tensor may change where it is.
+        # The values last checked, in the order of groups and keys; empty if one is a Tensor, which may change in place.
         self._checked: list[object] = []
-        self._claimed: tuple[object, object] = (None, None)
+        # The list of checked values, and by_scaler, that the fingerprint below is of.
+        self._fingerprint_of: tuple[object, object] = (None, None)
         self._values: object = None
         self._fingerprint = NO_FINGERPRINT
 
     def check(self, groups: Sequence[dict[str, Any]], devices_of: Callable[[int], Iterable[torch.device]]) -> None:
-        """ValueError where one of ``groups`` is not of its kind or out of range; ``devices_of`` by group."""
+        """Raise ValueError if a hyperparameter of ``groups`` is not of its kind or out of range.
+
+        ``devices_of`` gives the devices of the parameters of a group, by its index.
+        """
         values = [group.get(key, Ellipsis) for group in groups for key in HYPERPARAMETERS]
         if len(values) == len(self._checked) and all(map(is_, values, self._checked)):
             return
@@ -65,8 +72,11 @@ class Hyperparameters:
             self._checked = values
 
     def fingerprint(self, groups: Sequence[dict[str, Any]], by_scaler: bool) -> Fingerprint:
-        """All hyperparameters of ``groups``, which have just been checked, and whether a gradient scaler calls."""
-        if self._checked and self._claimed[0] is self._checked and self._claimed[1] is by_scaler:
+        """The fingerprint of all hyperparameters of ``groups``, which have just been checked.
+
+        It also says whether a gradient scaler calls ``step()``, which must be so on all ranks or on none.
+        """
+        if self._checked and self._fingerprint_of[0] is self._checked and self._fingerprint_of[1] is by_scaler:
             return self._fingerprint
         values = (by_scaler, [hyperparameters(group) for group in groups])
         if values != self._values:
@@ -76,5 +86,5 @@ class Hyperparameters:
             self._fingerprint = Fingerprint(
                 "hyperparameters", entries, "Use the same lr schedule, and a gradient scaler or none, on every rank."
             )
-        self._claimed = (self._checked, by_scaler)
+        self._fingerprint_of = (self._checked, by_scaler)
         return self._fingerprint

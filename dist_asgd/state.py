@@ -1,8 +1,7 @@
-"""The sharded state of one optimizer on this rank: where parameters are kept, and who shares which scalars."""
+"""The parameters and sharded state of one optimizer on this rank: where they lie, and what a step updates."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,37 +13,39 @@ from .placements.presharded import PreshardedState, build_presharded, is_preshar
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
 from .storage.layout import bucket_cap_bytes
 from .storage.snapshots import PublishedState, TensorSnapshot
-from .update import cpu
-from .update.plan import Batch, DeviceBatch, KernelBatch, has_kernel, plan_bucket, plan_kernel
-from .update.scalars import ScalarTable
-from .update.schedule import Cohort, Implementation, StepHyperparameters
+from .update.batch import Batch
+from .update.plan import plan_batches
+from .update.schedule import Cohort, Cohorts, StepHyperparameters
 
 KEYS = ("step", "eta", "mu", "ax")
 
 NamedParams = Sequence[tuple[str, Tensor]]
-Batches = list[Batch | KernelBatch | DeviceBatch]
-Plan = list[tuple[StateBuffer, Batches]]
+Plan = list[tuple[StateBuffer, Sequence[Batch]]]
 
 
 class ParamShards:
-    """Houses plain parameters in buckets, leaves DTensors where they are, and keeps ``optimizer.state`` up to date.
+    """Moves plain parameters into buckets, leaves presharded ones where they are, and plans each step.
 
-    ``buckets`` are in reduce order, ``presharded`` keep the state of what is sharded already, ``members`` are all
-    parameters in registration order, so that ``members[i].index == i``.
-    ``shown`` is the optimizer's ``state``: a view for users, and checked for replaced entries at each step.
+    buckets     in reduce order: about the order in which backward fills them, the same on all ranks
+    presharded  the state of DTensors and FSDP1 parameters, one state buffer for each group, dtype and device
+    members     all parameters in registration order, so that ``members[i].index == i``
+    cohorts     the scalars step, eta and mu of all parameters
+
+    ``state`` is the optimizer's own dict, by parameter. Its entries are published here for users to read; each step
+    checks that nobody has replaced one.
     """
 
     def __init__(
         self,
         communicators: Communicators,
-        shown: dict[Any, Any],
+        state: dict[Any, Any],
         bucket_cap_mb: float,
         min_buckets: int,
         precision: Precision,
         shard_replicated: bool,
     ) -> None:
         self._communicators = communicators
-        self._shown = shown
+        self._state = state
         self._bucket_cap_mb = bucket_cap_mb
         self._min_buckets = min_buckets
         self._precision = precision
@@ -53,121 +54,123 @@ class ParamShards:
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedState] = []
         self.members: list[ShardedParam] = []
-        self.cohorts: list[list[Cohort]] = []
-        self.cohort_of: dict[int, Cohort] = {}
-        self._plan: tuple[object, Plan] | None = None
-        # What parameters in buckets are there: those that came together.
+        self.cohorts = Cohorts()
+        self.cohort_of = self.cohorts.by_index
+        self._last_plan: tuple[object, Plan] | None = None
+        # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
         self._snapshots: list[TensorSnapshot] = []
-        # What ``shown`` has of each member's average, in registration order; and all of it, once looked up.
+        # ax of each parameter as ``state`` has it, in registration order; and all published entries.
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
-        # What the last step updated, if cohorts are still the same since.
-        self._settled: frozenset[int] | None = None
-        self._tables: dict[int, ScalarTable] = {}
         self._on_cuda = False
 
+    # --- construction ---------------------------------------------------------------------------------------
+
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
-        """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state."""
+        """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state.
+
+        Collective where replica groups make their communicators.
+        """
         total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_presharded(p))
         total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
-        known = len(self.buckets)
+        num_known = len(self.buckets)
         for named, lr in groups:
-            first_index = sum(self._group_sizes)
-            placed = [(first_index + i, name, param) for i, (name, param) in enumerate(named)]
-            presharded = build_presharded(
-                [(i, name, param) for i, name, param in placed if is_presharded(param)],
-                len(self._group_sizes),
-                self._precision,
-                self._bucket_cap_mb,
-                self._communicators if self._shard_replicated else None,
-            )
-            buckets = build_buckets(
-                [entry for entry in placed if not is_presharded(entry[2])],
-                group_index=len(self._group_sizes),
-                rank=self._communicators.shard_rank,
-                world_size=self._communicators.num_shards,
-                replica=self._communicators.replica,
-                cap_bytes=bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets),
-                precision=self._precision,
-            )
-            self.buckets += buckets
-            self.presharded += presharded
-            self.members += [member for store in (*buckets, *presharded) for member in store.members]
-            self._group_sizes.append(len(named))
-            self.cohorts.append([])
-            if named:
-                self._add_cohort(Cohort.new(lr, range(first_index, first_index + len(named))), len(self.cohorts) - 1)
-        self._snapshots.append(
-            TensorSnapshot.of([member.param for bucket in self.buckets[known:] for member in bucket.members])
-        )
+            self._add_group(named, lr, bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets))
+        new = [member.param for bucket in self.buckets[num_known:] for member in bucket.members]
+        self._snapshots.append(TensorSnapshot.of(new))
         self.members.sort(key=lambda member: member.index)
         first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
         self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
         self._publish()
 
+    def _add_group(self, named: NamedParams, lr: float | Tensor, cap_bytes: int) -> None:
+        group_index, first_index = len(self._group_sizes), sum(self._group_sizes)
+        indexed = [(first_index + i, name, param) for i, (name, param) in enumerate(named)]
+        presharded = build_presharded(
+            [entry for entry in indexed if is_presharded(entry[2])],
+            group_index,
+            self._precision,
+            self._bucket_cap_mb,
+            self._communicators if self._shard_replicated else None,
+        )
+        buckets = build_buckets(
+            [entry for entry in indexed if not is_presharded(entry[2])],
+            group_index=group_index,
+            rank=self._communicators.shard_rank,
+            world_size=self._communicators.num_shards,
+            replica=self._communicators.replica,
+            cap_bytes=cap_bytes,
+            precision=self._precision,
+        )
+        self.buckets += buckets
+        self.presharded += presharded
+        self.members += [member for buffer in (*buckets, *presharded) for member in buffer.members]
+        self._group_sizes.append(len(named))
+        self.cohorts.add_group(lr, len(named))
+
     @property
     def state_buffers(self) -> list[StateBuffer]:
-        """All that parameters have their state in: buckets in reduce order, then the presharded'."""
+        """All state buffers: buckets in reduce order, then presharded state."""
         return [*self.buckets, *self.presharded]
 
     def devices_of(self, group_index: int) -> set[torch.device]:
-        """Where the parameters of a group are."""
-        return {store.device for store in self.state_buffers if store.group_index == group_index}
+        """The devices of a group's parameters."""
+        return {buffer.device for buffer in self.state_buffers if buffer.group_index == group_index}
+
+    # --- what users see in optimizer.state ------------------------------------------------------------------
 
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
-        """Take the scalars of a loaded state dict, and show averages that may have moved to wider storage."""
-        self.cohorts = [[] for _ in self.cohorts]
-        self._tables.clear()
-        for cohort in cohorts:
-            self._add_cohort(cohort, self.members[min(cohort.indices)].bucket.group_index)
+        """Take the scalars of a loaded state dict, and publish averages, which may have moved to wider buffers."""
+        self.cohorts.replace(cohorts)
         self._publish()
 
-    def _add_cohort(self, cohort: Cohort, group_index: int) -> None:
-        self.cohorts[group_index].append(cohort)
-        for index in cohort.indices:
-            self.cohort_of[index] = cohort
-        self._settled = None
-
     def _publish(self) -> None:
-        self._plan = self._published = None
-        self._on_cuda = any(store.device.type == "cuda" for store in self.state_buffers)
+        self._last_plan = self._published = None
+        self._on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
         self._averages = [member.state_entry(member.average) for member in self.members]
         for member in self.members:
-            self._shown[member.param] = self._entries(member)
+            self._state[member.param] = self._entries(member)
+
+    def _publish_scalars(self, indices: Iterable[int]) -> None:
+        """Publish the scalars of these parameters, which have become other tensors."""
+        self._last_plan = self._published = None
+        for index in indices:
+            member = self.members[index]
+            self._state[member.param].update(self._entries(member))
 
     def _entries(self, member: ShardedParam) -> dict[str, Tensor]:
         cohort = self.cohort_of[member.index]
         return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._averages[member.index]}
 
     def check_unchanged(self) -> None:
-        """RuntimeError where a parameter or its state is not what the shards were built for.
+        """Raise RuntimeError if a parameter or its state on this rank is not what the shards were built for.
 
-        A parameter that was only cut short may be found by the gradients that it gets then.
+        Called before anything reads an address. Not collective: the caller hands the error to the agreement, which
+        raises on every rank. A parameter that was only cut short may be found by the gradients that it gets then.
         """
-        if not all(homes.is_current() for homes in self._snapshots):
+        if not all(snapshot.is_current() for snapshot in self._snapshots):
             for member in self.members:
                 member.check_unmoved()
-        for store in self.presharded:
-            if store.follow():
-                self._plan = None
-            for presharded_param in store.members:
-                presharded_param.check_unmoved()
+        for buffer in self.presharded:
+            # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
+            if buffer.follow():
+                self._last_plan = None
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
-        if not self._published.matches(self._shown):
+        if not self._published.matches(self._state):
             self._raise_replaced()
 
     def _raise_replaced(self) -> None:
         for member in self.members:
-            own, kept = self._shown.get(member.param, {}), self._entries(member)
-            if any(own.get(key) is not value for key, value in kept.items()):
+            own, published = self._state.get(member.param, {}), self._entries(member)
+            if any(own.get(key) is not value for key, value in published.items()):
                 raise RuntimeError(
                     f"dist_asgd: the state of parameter {member.name} was replaced. Change it in place, or through "
                     f"load_state_dict()."
                 )
 
     def check_capture(self, groups: Sequence[dict[str, Any]]) -> None:
-        """RuntimeError where a CUDA graph is captured, which would repeat one step's host scalars for ever."""
+        """Raise RuntimeError if a CUDA graph is being captured that would repeat one step's host scalars for ever."""
         if not self._on_cuda or not torch.cuda.is_current_stream_capturing():
             return
         for index, group in enumerate(groups):
@@ -177,91 +180,25 @@ class ParamShards:
                     f"capturable=True and fused=True to the constructor."
                 )
 
+    # --- what a step updates --------------------------------------------------------------------------------
+
     def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Split cohorts of which only a part steps; a first step takes its eta from the lr of now.
+        """Let cohorts get ready for a step of the ``active`` parameters, and publish scalars that were replaced."""
+        for indices in self.cohorts.begin_step(active, hypers):
+            self._publish_scalars(indices)
 
-        Scalars move to the device or back where the group's implementation has changed.
+    def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
+        """The state buffers that have an active parameter, and the batches by which this rank updates each.
+
+        The plan is kept as long as the same parameters step in the same implementation.
         """
-        for group_index, hyper in enumerate(hypers):
-            for cohort in list(self.cohorts[group_index]) if active is not self._settled else ():
-                stepping = cohort.indices & active
-                if stepping and stepping != cohort.indices:
-                    self._add_cohort(cohort.split(stepping), group_index)
-                    self._show(stepping)
-            for cohort in self.cohorts[group_index]:
-                if not cohort.indices.isdisjoint(active):
-                    self._place(cohort, group_index, hyper)
-                    cohort.prepare(hyper.lr)
-        self._settled = active
-
-    def _place(self, cohort: Cohort, group_index: int, hyper: StepHyperparameters) -> None:
-        if (hyper.device is not None) == (cohort.row is not None):
-            return
-        if hyper.device is None:
-            cohort.come_home()
-        else:
-            if group_index not in self._tables:
-                self._tables[group_index] = ScalarTable(self._group_sizes[group_index], hyper.device)
-            self._tables[group_index].adopt(cohort)
-        self._show(cohort.indices)
-
-    def _show(self, indices: Iterable[int]) -> None:
-        """Let ``state`` have the scalars of these parameters, which are other tensors now."""
-        self._plan = self._published = None
-        for index in indices:
-            member = self.members[index]
-            self._shown[member.param].update(self._entries(member))
-
-    def end_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Advance the scalars of everything that stepped."""
-        for cohorts, hyper in zip(self.cohorts, hypers, strict=True):
-            for cohort in cohorts:
-                if cohort.row is None and not cohort.indices.isdisjoint(active):
-                    cohort.advance(hyper)
-
-    def planned(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
-        """Stores that hold a stepping parameter, and what this rank updates of them; kept while nothing changes."""
         key = (active, [(hyper.implementation, hyper.device, hyper.maximize, hyper.weight_decay) for hyper in hypers])
-        if self._plan is None or self._plan[0] != key:
+        if self._last_plan is None or self._last_plan[0] != key:
+            average_bytes = sum(buffer.average.nbytes for buffer in self.state_buffers)
             plan = [
-                (bucket, self._batches(bucket, active, hypers[bucket.group_index]))
-                for bucket in self.state_buffers
-                if any(member.index in active for member in bucket.members)
+                (buffer, plan_batches(buffer, self.cohorts, active, hypers[buffer.group_index], average_bytes))
+                for buffer in self.state_buffers
+                if any(member.index in active for member in buffer.members)
             ]
-            self._plan = (key, plan)
-        return self._plan[1]
-
-    def _batches(self, bucket: StateBuffer, active: frozenset[int], hyper: StepHyperparameters) -> Batches:
-        unavailable = (
-            cpu.why_unavailable() if hyper.implementation is Implementation.FUSED and hyper.device is None else None
-        )
-        if unavailable is not None:
-            cpu.log_fallback(unavailable)
-        if hyper.device is not None:
-            lines = {id(cohort): cohort.row for cohort in self._all_cohorts() if cohort.row is not None}
-            return [plan_kernel(bucket, self.cohort_of, active, hyper, lines, False)]
-        if hyper.implementation is not Implementation.FUSED or not has_kernel(bucket):
-            return list(plan_bucket(bucket, self.cohort_of, active))
-        rows = {id(cohort): row for row, cohort in enumerate(self._all_cohorts())}
-        streamed = sum(b.average.nbytes for b in self.state_buffers) > cpu.STREAMED_BYTES
-        return [plan_kernel(bucket, self.cohort_of, active, hyper, rows, streamed)]
-
-    def _all_cohorts(self) -> list[Cohort]:
-        return [cohort for cohorts in self.cohorts for cohort in cohorts]
-
-    def rows(self, hypers: Sequence[StepHyperparameters]) -> array[float]:
-        """The scalars of every cohort for this step, in the order of the plan's rows; those on the device left out."""
-        rows = array("d")
-        for cohorts, hyper in zip(self.cohorts, hypers, strict=True):
-            for cohort in cohorts:
-                rows.extend(cohort.factors(hyper) if cohort.row is None else (0.0,) * 4)
-        return rows
-
-    def advance_on_devices(
-        self, active: frozenset[int], hypers: Sequence[StepHyperparameters], found_inf: Tensor | None
-    ) -> dict[int, Tensor]:
-        """Advance scalars that are on a device; this step's factors by group, see ``ScalarTable``."""
-        tables = {group: table for group, table in self._tables.items() if hypers[group].device is not None}
-        for group, table in tables.items():
-            table.advance(hypers[group], active, found_inf)
-        return {group: table.factors for group, table in tables.items()}
+            self._last_plan = (key, plan)
+        return self._last_plan[1]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .comm import Communicators
 from .placements import dtensor, fsdp1
 from .storage.buffers import Precision
 from .storage.memory_order import memory_strides, same_strides
@@ -117,13 +118,18 @@ def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) ->
             f"dist_asgd: stochastic_rounding is for bfloat16 parameters, and {half} is float16. Pass "
             f"master_weights=True instead."
         )
-    managed = next((name for name, param in named if fsdp1.is_part(param)), None)
+    managed = next((name for name, param in named if fsdp1.is_managed(param)), None)
     if precision.stochastic_rounding is not None and managed is not None:
         raise ValueError(
             f"dist_asgd: stochastic_rounding of {managed}, which FSDP1 manages: random numbers go by an "
             f"element's place in the whole parameter, which only the module knows. Pass master_weights=True "
             f"instead, or use fully_shard (FSDP2)."
         )
+
+
+def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """All parameters of ``groups``, in registration order."""
+    return [param for group in groups for param in group["params"]]
 
 
 def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str, Tensor]]:
@@ -214,7 +220,7 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
         )
     if not differentiable:
         return
-    if any(dtensor.is_dtensor(param) or fsdp1.is_part(param) for param in group["params"]):
+    if any(dtensor.is_dtensor(param) or fsdp1.is_managed(param) for param in group["params"]):
         raise ValueError(
             f"dist_asgd: {where}: differentiable=True with sharded parameters (DTensor, FSDP1): the update acts on "
             f"local tensors, which autograd would not follow. Pass differentiable=False, or plain parameters in one "
@@ -235,6 +241,30 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
             "dist_asgd: stage=2 with differentiable=True: stage 2 frees the gradients that autograd would need. "
             "Pass stage=1."
         )
+
+
+def check_new_group(
+    groups: Sequence[dict[str, Any]],
+    communicators: Communicators,
+    precision: Precision,
+    differentiable: bool,
+    stage: int,
+) -> None:
+    """Raise ValueError unless the last of ``groups`` can be optimized beside the others; called once for each group.
+
+    Collective on the ranks that make a communicator for a device which is new to the optimizer.
+    """
+    index = len(groups) - 1
+    group, where = groups[index], f"param_groups[{index}]"
+    check_hyperparameters(group, where)
+    check_mode(group, where, communicators.world_size, differentiable, stage)
+    if differentiable:
+        return
+    check_group(groups, index, communicators.ranks, precision)
+    for param in group["params"]:
+        if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)):
+            # A device without a backend is an error now, not at the first step.
+            communicators.on(param.device)
 
 
 def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:
@@ -313,7 +343,7 @@ def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], pr
         if not dtensor.is_dtensor(param):
             continue
         problem = dtensor.placement_problem(name, param, ranks, precision.stochastic_rounding is not None)
-        local = dtensor.local_of(param)
+        local = dtensor.local_tensor(param)
         if problem is None and not same_strides(local, memory_strides(local)):
             problem = (
                 f"the local tensor of parameter {name}, of shape {tuple(local.shape)} and strides {local.stride()}, is "
@@ -325,7 +355,7 @@ def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], pr
 
 def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
     """The addresses (first byte, one past the last) of a parameter's memory on this rank, with its name."""
-    param = dtensor.local_of(param) if dtensor.is_dtensor(param) else param
+    param = dtensor.local_tensor(param) if dtensor.is_dtensor(param) else param
     if not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
         return []
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1

@@ -1,4 +1,4 @@
-"""Stage 1: gradients arrive on the parameters, already averaged by DDP, and are checked."""
+"""Stage 1: gradients arrive on the parameters, already averaged by DDP, and are compared between ranks."""
 
 from __future__ import annotations
 
@@ -17,96 +17,107 @@ from ..comm.agreement import (
     describe_ranks,
     values_by_rank,
 )
+from ..comm.masks import bit_mask
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, StateBuffer
 from ..storage.memory_order import flattened
-from ..storage.snapshots import TensorSnapshot
-from .base import Gradients, _ranks_in, bits, multiply
+from ..storage.snapshots import NO_GRADIENTS, TensorSnapshot
+from .base import READ_GRADIENTS, Gradients, multiply, ranks_with
 from .checksums import checksum
 
 
 class AveragedGradients(Gradients):
-    """Stage 1: every rank holds the same averaged gradients in ``p.grad``."""
+    """Stage 1: every rank holds the same averaged gradients in ``p.grad``.
+
+    The first step proves it with checksums; every later one only compares which parameters have a gradient.
+    """
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         super().__init__(agreement, communicators)
-        self._checked = communicators.world_size == 1
-        self._facts = TensorSnapshot.of(())
-        # Which parameters in buckets had a gradient when last asked, and the bits of those.
-        self._standing: tuple[bytes, int] = (b"", 0)
+        self._compared = communicators.world_size == 1
+        # Bucket parameters by index, None for presharded ones: one pass over it finds all gradients.
+        self._snapshot = TensorSnapshot.of(())
+        # One byte for each parameter, 1 if it had a gradient when last looked at, and the same as a bit mask.
+        self._last_present: tuple[bytes, int] = (b"", 0)
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
-        housed = {member.index: member.param for member in self.members}
-        self._facts = TensorSnapshot.of([housed.get(index) for index in range(max(housed, default=-1) + 1)])
+        params = {member.index: member.param for member in self.members}
+        self._snapshot = TensorSnapshot.of([params.get(index) for index in range(max(params, default=-1) + 1)])
 
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
-        if not self.about_gradients(call):
+        if call not in READ_GRADIENTS:
             return self.agreement.agree(call, fingerprint, problem=problem)
-        seen = self._facts.gradients()
-        if seen.present != self._standing[0]:
-            self._standing = (seen.present, bits(index for index, there in enumerate(seen.present) if there))
-        if seen.addresses is None:
-            _, wrong = self.standing(member for member in self.members if seen.present[member.index])
+        table = self._snapshot.gradients()
+        if table.present != self._last_present[0]:
+            self._last_present = (table.present, bit_mask(i for i, there in enumerate(table.present) if there))
+        if table.addresses is None:
+            # Some gradient does not lie as its parameter does: look at each, and find what is wrong.
+            _, wrong = self.present_bits(member for member in self.members if table.present[member.index])
             problem = problem or wrong
-        standing, wrong = self.standing(self.presharded)
-        problem = problem or wrong
-        misplaced = 0 if problem else self.misplaced
-        reports = self.agreement.agree(call, fingerprint, (self._standing[1] | standing, misplaced), problem)
+        present, misplaced = self._last_present[1], 0
+        if self.presharded:
+            presharded, misplaced, wrong = self.inspect_presharded(call)
+            present |= presharded
+            problem = problem or wrong
+        reports = self.agreement.agree(call, fingerprint, (present, misplaced), problem)
         if call is CollectiveCall.STEP:
-            self._seen = seen
+            self.table = table
         return reports
-
-    def wait_for(self, bucket: StateBuffer | None) -> None:
-        """They have arrived."""
-
-    def apply_clip(self) -> None:
-        """None is ever pending."""
-
-    def unscale(self, inverse: Tensor) -> None:
-        multiply(self._all(), inverse)
-
-    def _all(self) -> list[Tensor]:
-        return [g for member in (*self.members, *self.presharded) if (g := member.gradient) is not None]
-
-    def clear(self, set_to_none: bool) -> None:
-        """All of them are in ``p.grad``."""
 
     def present(self, reports: RankReports) -> frozenset[int]:
         masks = reports.masks(0)
         if len(set(masks)) > 1:
             self._refuse_missing(masks)
         if self.presharded:
-            self.build_presharded(reports)
-        return self.indices_of(reports.union(0))
-
-    def _refuse_missing(self, masks: Sequence[int]) -> None:
-        """RuntimeError, on all ranks alike, where a gradient of a plain parameter stands on some ranks only."""
-        for member in sorted(self.members, key=lambda m: m.index):
-            have = _ranks_in(masks, member)
-            if 0 < len(have) < len(masks):
-                raise RuntimeError(
-                    f"dist_asgd: parameter {member.name} has a gradient on {describe_ranks(have)} of {len(masks)} only. "
-                    f"With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model in DDP "
-                    f"or pass stage=2."
-                )
+            self.align_presharded(reports)
+        return self.agreement.indices(reports.union(0))
 
     def active(self, reports: RankReports) -> frozenset[int]:
         present = self.present(reports)
-        if not self._checked and present:
+        if not self._compared and present:
             self._compare(present)
-            self._checked = True
+            self._compared = True
         return present
 
+    def wait_for(self, buffer: StateBuffer) -> None:
+        """Return at once: averaged gradients have arrived before ``step()`` is called."""
+
+    def end_step(self) -> None:
+        self.table = NO_GRADIENTS
+
+    def clear(self, set_to_none: bool) -> None:
+        """Do nothing: all gradients are in ``p.grad``, which torch's own ``zero_grad()`` clears."""
+
+    def apply_pending(self) -> None:
+        """Do nothing: gradients on parameters are clipped at once, so that no factor is ever pending."""
+
+    def unscale(self, inverse: Tensor) -> None:
+        multiply(self.held(), inverse)
+
+    def held(self) -> list[Tensor]:
+        return [g for member in (*self.members, *self.presharded) if (g := member.gradient) is not None]
+
+    def _refuse_missing(self, masks: Sequence[int]) -> None:
+        """Raise RuntimeError, on all ranks alike, if a bucket parameter has a gradient on some ranks only."""
+        for member in sorted(self.members, key=lambda m: m.index):
+            have = ranks_with(masks, member)
+            if 0 < len(have) < len(masks):
+                raise RuntimeError(
+                    f"dist_asgd: parameter {member.name} has a gradient on {describe_ranks(have)} of {len(masks)} "
+                    f"only. With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model "
+                    f"in DDP or pass stage=2."
+                )
+
     def _compare(self, present: frozenset[int]) -> None:
-        """First step: the gradients' bits must be the same on every rank."""
+        """Raise on all ranks if a gradient's bits are not the same on all; called at the first step. Collective."""
         members = sorted((m for m in self.members if m.index in present), key=lambda m: m.index)
         if not members:
             return
         sums = [checksum(flattened(m.param.grad, m.strides)) for m in members if m.param.grad is not None]
-        table = self.communicators.host.exchange(torch.stack(sums).cpu())()
+        table = self.communicators.host.exchange(torch.stack(sums).cpu())()  # (ranks, len(members))
         for position, member in enumerate(members):
             column = table[:, position].tolist()
             if len(set(column)) > 1:

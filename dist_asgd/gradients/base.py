@@ -1,4 +1,11 @@
-"""Gradients as a step sees them, and stage 1: they arrive on the parameters, already averaged, and are checked."""
+"""Gradients as a step reads them: the interface that stage 1 (``averaged.py``) and stage 2 (``reducer.py``) fulfil.
+
+The optimizer asks for gradients in this order: ``agree`` (collective; opens every collective call), ``active`` (which
+parameters step), ``wait_for`` (one state buffer after the other), ``end_step``.
+
+bits        a bit mask over parameters, one bit for each index; ranks exchange such masks
+misplaced   a gradient that lies on other placements than its DTensor, or one that this rank should have and has not
+"""
 
 from __future__ import annotations
 
@@ -15,70 +22,91 @@ from ..placements import dtensor
 from ..placements.presharded import PreshardedParam, PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
 from ..storage.memory_order import flattened
-from ..storage.snapshots import NO_GRADIENTS, GradientTable
+from ..storage.snapshots import NO_GRADIENTS
 from ..update.segments import UNSCALED
 
-
-def bits(indices: Iterable[int]) -> int:
-    """A bit mask of ``indices``."""
-    mask = 0
-    for index in indices:
-        mask |= 1 << index
-    return mask
-
-
-def indices_of(mask: int) -> frozenset[int]:
-    """The positions of the bits set in ``mask``."""
-    return frozenset(i for i, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")
+# The calls that read gradients on the parameters, and so compare them between ranks.
+READ_GRADIENTS = (CollectiveCall.STEP, CollectiveCall.CLIP_GRAD_NORM)
 
 
 def multiply(gradients: Iterable[Tensor | None], factor: Tensor) -> None:
-    """Multiply in place, by a 0-dim tensor that may be elsewhere."""
+    """Multiply gradients in place by ``factor``, 0-dim on any device; entries that are None are skipped."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
         if gradient is not None:
             by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    for (device, _), alike in by_kind.items():
-        torch._foreach_mul_(alike, factor.to(device))
+    for (device, _), same_kind in by_kind.items():
+        torch._foreach_mul_(same_kind, factor.to(device))
 
 
 class Gradients(ABC):
-    """Where a step's gradients come from."""
+    """The gradients of one optimizer: of parameters in buckets, and of presharded parameters, which arrive reduced.
+
+    ``scaling`` holds the factors that reduced gradients still have to be multiplied by; the update applies them.
+    ``table`` lists the gradients of bucket parameters that ``agree`` saw on the parameters, by parameter index; it is
+    empty outside of a step, so that it keeps no gradient alive.
+    """
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         self.agreement = agreement
         self.communicators = communicators
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedParam] = []
-        # What reduced gradients are still to be multiplied by.
+        self._presharded_states: list[PreshardedState] = []
         self.scaling = UNSCALED
-        self._seen = NO_GRADIENTS
-        self._indices: tuple[int, frozenset[int]] = (0, frozenset())
+        self.table = NO_GRADIENTS
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
-        """Take all buckets, in reduce order, and what is in none; replaces what was given before."""
+        """Take all buckets, in reduce order, and all presharded state; replaces what an earlier call gave."""
         self.buckets = list(buckets)
-        self.presharded = [member for store in presharded for member in store.members]
+        self._presharded_states = list(presharded)
+        self.presharded = [member for state_buffer in presharded for member in state_buffer.members]
 
     @property
     def members(self) -> Iterator[BucketParam]:
-        """Every member of every bucket."""
+        """Every parameter of every bucket."""
         return (member for bucket in self.buckets for member in bucket.members)
 
-    def take_table(self) -> GradientTable:
-        """The gradients that ``agree`` saw on parameters in buckets, by parameter index; not kept here any longer."""
-        seen, self._seen = self._seen, NO_GRADIENTS
-        return seen
+    # --- what the optimizer asks, in the order of a step ----------------------------------------------------
 
-    def indices_of(self, mask: int) -> frozenset[int]:
-        """``indices_of``, kept while the mask stays the same."""
-        if self._indices[0] != mask:
-            self._indices = (mask, indices_of(mask))
-        return self._indices[1]
+    @abstractmethod
+    def agree(
+        self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
+    ) -> RankReports:
+        """Open a collective call: all ranks agree on ``call`` and ``fingerprint``, or all of them raise. Collective.
+
+        Afterwards every gradient is reduced or in flight. ``problem`` is what is wrong on this rank; every rank raises
+        it. Called at the beginning of every public call that is collective.
+        """
+
+    @abstractmethod
+    def present(self, reports: RankReports) -> frozenset[int]:
+        """The parameters that have a gradient, the same set on all ranks. ``reports`` is what ``agree`` returned.
+
+        Collective where a presharded parameter's gradient is misplaced on all ranks: it is redistributed.
+        """
+
+    @abstractmethod
+    def active(self, reports: RankReports) -> frozenset[int]:
+        """The parameters that step, the same set on all ranks. ``reports`` is what ``agree`` returned."""
+
+    @abstractmethod
+    def wait_for(self, buffer: StateBuffer) -> None:
+        """Wait until the gradient of ``buffer`` is reduced; called just before the update reads it."""
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """Wait until nothing is in flight any more, and let go of the gradients in ``table``."""
+
+    @abstractmethod
+    def clear(self, set_to_none: bool) -> None:
+        """Drop the gradients that are not in ``p.grad``, or set them to zeros; called by ``zero_grad()``."""
+
+    # --- gradients on the parameters ------------------------------------------------------------------------
 
     @staticmethod
-    def standing(members: Iterable[ShardedParam]) -> tuple[int, Exception | None]:
-        """The bits of ``members`` whose ``p.grad`` is set, and what is wrong with one of those gradients."""
+    def present_bits(members: Iterable[ShardedParam]) -> tuple[int, Exception | None]:
+        """The bits of ``members`` that have a ``p.grad``, and what is wrong with the first such gradient, if any is."""
         present, problem = 0, None
         for member in members:
             gradient = member.param.grad
@@ -90,79 +118,80 @@ class Gradients(ABC):
                     problem = problem or error
         return present, problem
 
-    @staticmethod
-    def about_gradients(call: CollectiveCall) -> bool:
-        """Whether a call of this kind reads gradients where they stand."""
-        return call in (CollectiveCall.STEP, CollectiveCall.CLIP_GRAD_NORM)
+    def inspect_presharded(self, call: CollectiveCall) -> tuple[int, int, Exception | None]:
+        """Look once at the gradients of presharded parameters; not collective. Called by ``agree``.
 
-    @property
-    def misplaced(self) -> int:
-        """The bits of the presharded whose gradient this rank has something to say about."""
-        return bits(member.index for member in self.presharded if member.gradient_misplaced)
+        Returns the bits of those that are present, the bits of those that ``align_presharded`` has to put right, and
+        the first problem with one of them.
+        """
+        present, misplaced, problem = 0, 0, None
+        for state_buffer in self._presharded_states:
+            # A step begins with ``check_unchanged``, which has followed the local tensors; clipping does not.
+            report = state_buffer.inspect_gradients(was_followed=call is CollectiveCall.STEP)
+            present |= report.present
+            misplaced |= report.misplaced
+            for member, gradient in report.doubtful:
+                try:
+                    check_gradient(member, gradient)
+                except RuntimeError as error:
+                    problem = problem or error
+        return present, misplaced, problem
 
-    def build_presharded(self, reports: RankReports) -> None:
-        """Collective: put the gradients of presharded right, or raise on all ranks alike."""
+    def align_presharded(self, reports: RankReports) -> None:
+        """Put the gradients of presharded parameters right, or raise on all ranks alike.
+
+        Called on all ranks after ``agree``. Collective on the meshes of misplaced gradients; where every rank has the
+        same gradients, none of them misplaced, there is nothing to do.
+        """
         masks, misplaced = reports.masks(0), reports.masks(1)
-        for member in self.presharded:
-            member.align_gradient(_ranks_in(masks, member), _ranks_in(misplaced, member), len(masks))
+        some, all_, unplaced = 0, masks[0], 0
+        for mask, other in zip(masks, misplaced, strict=True):
+            some, all_, unplaced = some | mask, all_ & mask, unplaced | other
+        concerned = (some & ~all_) | unplaced
+        for member in self.presharded if concerned else ():
+            if concerned >> member.index & 1:
+                member.align_gradient(ranks_with(masks, member), ranks_with(misplaced, member), len(masks))
 
     def gradient_fragment(self, member: ShardedParam) -> Tensor:
-        """The part of an active member's gradient that this rank updates with, 1-D and real."""
+        """The fragment of an active parameter's gradient that this rank updates with: ``(fragment_numel,)``, real."""
         start = member.fragment.param_start
         flat = flattened(cast(Tensor, member.gradient), member.strides)
         return flat[start : start + member.fragment.numel]
 
+    # --- clipping and loss scaling --------------------------------------------------------------------------
+
     def pending_unscale(self, member: ShardedParam) -> Tensor | None:
-        """What the member's gradient is still to be multiplied by, before clipping."""
+        """The factor by which a reduced gradient has to be multiplied before its norm is taken, or None."""
         return None if member.bucket.reduced_gradient() is None else self.scaling.unscale
 
     @abstractmethod
-    def apply_clip(self) -> None:
-        """Multiply by a pending factor of clipping, because another is about to come."""
+    def apply_pending(self) -> None:
+        """Multiply reduced gradients by a pending clip factor now, because another one is about to be computed."""
 
     def clip(self, factor: Tensor) -> None:
-        """Multiply all gradients by ``factor``, 0-dim; those that are reduced at the next update."""
+        """Multiply all gradients by ``factor``, 0-dim: at once on parameters, at the update if reduced here."""
         multiply([member.gradient for member in (*self.members, *self.presharded)], factor)
 
     @abstractmethod
     def unscale(self, inverse: Tensor) -> None:
-        """Take the inverse of a gradient scaler's scale, 0-dim: at the update for what is reduced, now for the rest."""
+        """Divide all gradients by a scaler's scale: at once on parameters, at the update if they are reduced here.
+
+        ``inverse`` is the inverse of the scale, 0-dim.
+        """
 
     @abstractmethod
-    def _all(self) -> list[Tensor]:
-        """What this rank holds of all gradients: reduced shards, and those that stand on parameters."""
+    def held(self) -> list[Tensor]:
+        """All gradients of which this rank holds elements: reduced shards, and tensors on the parameters."""
 
     def overflowed(self) -> Tensor:
-        """Whether anything in this rank's gradients is not finite: ``(1,)`` int64 on the host."""
-        found = [gradient for gradient in self._all() if gradient.numel()]
-        finite = [torch.linalg.vector_norm(gradient, torch.inf).isfinite().cpu() for gradient in found]
+        """1 if any gradient that this rank holds is not finite, else 0: ``(1,)`` int64 on the host. Not collective."""
+        gradients = [gradient for gradient in self.held() if gradient.numel()]
+        finite = [torch.linalg.vector_norm(gradient, torch.inf).isfinite().cpu() for gradient in gradients]
         return torch.tensor([not all(finite)], dtype=torch.int64, device="cpu")
-
-    @abstractmethod
-    def agree(
-        self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
-    ) -> RankReports:
-        """Collective: agree on ``kind`` and ``fingerprint``, gradients reduced or on the way; raises on all ranks or none."""
-
-    @abstractmethod
-    def present(self, reports: RankReports) -> frozenset[int]:
-        """Indices of the parameters that have a gradient, the same on all ranks; ``reports`` as for ``active``."""
-
-    @abstractmethod
-    def wait_for(self, bucket: StateBuffer | None) -> None:
-        """Wait until the gradient of ``bucket`` is reduced (None: of all); between ``agree`` and the update."""
-
-    @abstractmethod
-    def active(self, reports: RankReports) -> frozenset[int]:
-        """Indices of the parameters that step, the same on all ranks; ``reports`` is what ``agree`` returned."""
-
-    @abstractmethod
-    def clear(self, set_to_none: bool) -> None:
-        """``zero_grad``: drop gradients that are not in ``p.grad``, or set them to zeros."""
 
 
 def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
-    """RuntimeError unless the parameter is at home and ``gradient`` is dense and has its shape, dtype and device."""
+    """Raise RuntimeError unless the parameter is unmoved and ``gradient`` is dense, of its shape, dtype and device."""
     member.check_unmoved()
     name, param = member.name, member.param
     if gradient.layout != torch.strided:
@@ -185,6 +214,6 @@ def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
             )
 
 
-def _ranks_in(masks: Sequence[int], member: ShardedParam) -> list[int]:
-    """The ranks whose mask has the member's bit."""
+def ranks_with(masks: Sequence[int], member: ShardedParam) -> list[int]:
+    """The ranks whose mask has the parameter's bit; ``masks`` holds one mask for each rank, in order."""
     return [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]

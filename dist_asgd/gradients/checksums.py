@@ -1,4 +1,4 @@
-"""Checksums of bits, by which ranks compare the values that they start from."""
+"""Checksums of bits: by them ranks compare gradients (stage 1) and starting values before the first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PRIME = 1_000_003
 
 
 def checksum(flat: Tensor) -> Tensor:
-    """A 0-dim int64 hash of a 1-D real tensor's bits, order included: a weighted sum modulo 2^64."""
+    """Hash the bits of a 1-D real tensor, order included: a weighted sum modulo 2^64, as 0-dim int64 on its device."""
     integers = flat.view(_INTEGERS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, integers.numel(), 1 << 16):
@@ -25,16 +25,16 @@ def checksum(flat: Tensor) -> Tensor:
 
 
 def compare_values(gradients: Gradients, communicators: Communicators) -> None:
-    """First step: raise on every rank where the parameters do not start from the same values."""
-    _compare_housed(gradients, communicators)
+    """Raise on every rank if the parameters do not start from the same values; called at the first step. Collective."""
+    _compare_buckets(gradients, communicators)
     _compare_replicas(gradients, communicators)
 
 
 def _compare_replicas(gradients: Gradients, communicators: Communicators) -> None:
-    """ReplicaGroup that update a part each must have the same whole."""
+    """Raise if the ranks of a replica group, each of which updates a fragment, do not hold the same local tensor."""
     if not gradients.presharded:
         return
-    # ReplicaGroup name the first of them: other ranks may know nothing of their mesh, and are told all the same.
+    # A replica group is named by its first rank: ranks outside of its mesh know nothing of it, and raise all the same.
     rows = [
         torch.stack((torch.tensor(m.bucket.replicas.ranks[0], device="cpu"), checksum(m.flat).cpu()))
         if m.bucket.replicas is not None
@@ -57,11 +57,13 @@ def _compare_replicas(gradients: Gradients, communicators: Communicators) -> Non
                 )
 
 
-def _compare_housed(gradients: Gradients, communicators: Communicators) -> None:
+def _compare_buckets(gradients: Gradients, communicators: Communicators) -> None:
+    """Raise if a bucket parameter does not start from the same values on all ranks."""
     members = sorted(gradients.members, key=lambda m: m.index)
     if not members:
         return
     sums = torch.stack([checksum(m.bucket.flat[m.slot.offset : m.slot.stop]) for m in members]).cpu()
+    # One word first: a row for each parameter is exchanged only to say which one differs.
     table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())], device="cpu"))()
     if len(set(table[:, 0].tolist())) == 1:
         return

@@ -1,4 +1,4 @@
-"""The global gradient norm from the parts that ranks hold, and clipping by it."""
+"""The global gradient norm from the fragments that ranks hold, and clipping by it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Gradients
 
 
 def fingerprint_of(max_norm: float, norm_type: float) -> tuple[Fingerprint, Exception | None]:
-    """The arguments, as what must be equal on all ranks; or what is wrong with them on this one."""
+    """The fingerprint of the arguments of ``clip_grad_norm_()``, or what is wrong with them on this rank."""
     try:
         entries = [("max_norm", float(max_norm)), ("norm_type", float(norm_type))]
     except Exception as error:
@@ -20,26 +20,27 @@ def fingerprint_of(max_norm: float, norm_type: float) -> tuple[Fingerprint, Exce
     return Fingerprint("arguments of clip_grad_norm_()", entries, "Pass the same on every rank."), None
 
 
-def _norm(piece: Tensor, is_complex: bool, norm_type: float) -> Tensor:
-    """The norm of this rank's piece of a gradient, 1-D and real: 0-dim float64."""
+def _norm(fragment: Tensor, is_complex: bool, norm_type: float) -> Tensor:
+    """The norm of this rank's fragment of a gradient, ``(fragment_numel,)`` and real: 0-dim float64."""
     if is_complex:
-        norm: Tensor = torch.linalg.vector_norm(torch.view_as_complex(piece.view(-1, 2)), norm_type).double()
+        norm: Tensor = torch.linalg.vector_norm(torch.view_as_complex(fragment.view(-1, 2)), norm_type).double()
     else:
-        norm = torch.linalg.vector_norm(piece, norm_type, dtype=torch.float64)
+        norm = torch.linalg.vector_norm(fragment, norm_type, dtype=torch.float64)
     return norm
 
 
 def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -> Tensor:
-    """Collective: the norm over all active gradients, 0-dim float64 on their device; the same on all ranks.
+    """The norm over all active gradients, 0-dim float64 on their device, the same on all ranks. Collective.
 
-    As ``torch.nn.utils.clip_grad_norm_`` defines it: the norm of the parameters' norms. Each piece is summed in
-    double precision and parts are combined in rank order, so the result does not depend on timing.
+    It is the norm of the parameters' norms, as ``torch.nn.utils.clip_grad_norm_`` defines it. Each fragment is summed
+    in double precision and fragments are combined in rank order, so that the result does not depend on timing.
     """
     members = [m for m in (*gradients.members, *gradients.presharded) if m.index in active]
     if not members:
         return torch.zeros((), dtype=torch.float64, device="cpu")
     members.sort(key=lambda m: m.index)
     device = members[0].bucket.device
+    # One row a rank: the norms of its fragments, then which set of ranks counts each (0: not this rank's to count).
     row = torch.zeros(2 * len(members), dtype=torch.float64, device=device)
     counted = [member for member in members if member.norm_owner]
     if counted:
@@ -54,12 +55,12 @@ def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -
     row[len(members) :] = torch.tensor([m.norm_owner for m in members], dtype=torch.float64, device=device)
     communicators = gradients.communicators
     communicator = communicators.host if device.type == "cpu" else communicators.on(device)
-    norms_by_rank, numbers = communicator.gather_rows(row).chunk(2, 1)
-    # Where several meshes hold a parameter, one counts: the first, on all ranks.
-    first = torch.where(numbers > 0, numbers, math.inf).amin(0)
+    norms_by_rank, owners = communicator.gather_rows(row).chunk(2, 1)  # (ranks, len(members)) each
+    # If several meshes hold a parameter, the first of them counts it, on all ranks alike.
+    first = torch.where(owners > 0, owners, math.inf).amin(0)
     neutral = math.inf if norm_type < 0 else 0.0
-    parts = torch.where((numbers == first) & (numbers > 0), norms_by_rank, neutral)
-    of_members = parts.sum(0) if norm_type == 0 else torch.linalg.vector_norm(parts, norm_type, dim=0)
+    fragments = torch.where((owners == first) & (owners > 0), norms_by_rank, neutral)
+    of_members = fragments.sum(0) if norm_type == 0 else torch.linalg.vector_norm(fragments, norm_type, dim=0)
     total: Tensor = torch.linalg.vector_norm(of_members, norm_type)
     return total
 
@@ -67,12 +68,12 @@ def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -
 def clip(
     gradients: Gradients, active: frozenset[int], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
-    """Collective: scale gradients to a global norm of at most ``max_norm``, those that are reduced at the next update.
+    """Scale gradients to a global norm of at most ``max_norm``; returns the norm before, 0-dim. Collective.
 
-    Returns the norm before. Reads reduced shards once and writes nothing: the factor is left for the update, together
-    with that of a gradient scaler.
+    Reduced shards are read once and not written: the factor is left for the update, together with that of a gradient
+    scaler. Gradients on parameters are scaled at once.
     """
-    gradients.apply_clip()
+    gradients.apply_pending()
     total = total_norm(gradients, active, float(norm_type))
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(
@@ -80,8 +81,8 @@ def clip(
             f"clipped. Pass error_if_nonfinite=False to clip anyway."
         )
     gradients.clip(torch.clamp(max_norm / (total + 1e-6), max=1.0))
-    stores = {id(member.bucket): member.bucket for member in (*gradients.members, *gradients.presharded)}.values()
-    dtype = next((store.dtype for store in stores), torch.get_default_dtype())
-    for store in stores:
-        dtype = torch.promote_types(dtype, store.dtype)
+    buffers = {id(member.bucket): member.bucket for member in (*gradients.members, *gradients.presharded)}.values()
+    dtype = next((buffer.dtype for buffer in buffers), torch.get_default_dtype())
+    for buffer in buffers:
+        dtype = torch.promote_types(dtype, buffer.dtype)
     return total.to(dtype)

@@ -1,12 +1,12 @@
-"""Stage 2: gradients are reduce-scattered during backward; only this rank's shard of their mean stays.
+"""Stage 2: gradients are reduce-scattered during backward, and only this rank's shard of their mean stays.
 
-Hooks count the gradients of a backward as they arrive. A full bucket is packed, its ``p.grad`` freed, and its
-reduce-scatter launched while backward goes on.
+A hook on each parameter notes that its gradient is there. Once all expected gradients of a bucket are, the bucket is
+packed, its ``p.grad`` freed, and its reduce-scatter launched while backward goes on with the layers before it.
 
-round     one pass over all trainable buckets, launched in one fixed order on every rank. The first bucket to
-          launch opens it, and an exchange that nobody waits for tells the other ranks.
-settling  before a collective call: finish an open round (zeros where no gradient came), join the rounds that
-          other ranks opened, then reduce what backward did not deliver (gradients set by hand, say).
+round     one pass over all trainable buckets, launched in one fixed order on every rank. The first bucket that is
+          launched opens the round, and an exchange that nobody waits for (the *header*) tells the other ranks.
+joining   a rank that finds in ``agree`` that another rank has opened a round takes part in it with zeros. So ranks
+          that run different numbers of backwards still make the same collective calls.
 """
 
 from __future__ import annotations
@@ -23,72 +23,78 @@ from torch import Tensor
 
 from ..comm import Communicators, Wait
 from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports, values_by_rank
+from ..comm.masks import bit_mask, indices_in
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
 from ..storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
 from ..storage.memory_order import flattened
 from ..update.segments import UNSCALED, Scaling
-from .base import Gradients, bits, check_gradient, indices_of, multiply
+from .base import READ_GRADIENTS, Gradients, check_gradient, multiply
 
-# Buckets on their way at a time: one arrives while the next is filled.
+# Buckets in flight at a time: one arrives while the next is packed.
 MAX_IN_FLIGHT = 2
 
 
-class SendBufferPool:
-    """Send buffers for what is packed of the buckets in flight: as many as buckets may be on their way."""
-
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._free = [torch.empty(numel, dtype=dtype, device=device) for _ in range(MAX_IN_FLIGHT)]
-        self.nbytes = sum(slot.nbytes for slot in self._free)
-
-    def take(self) -> Tensor | None:
-        """A free buffer; None while there is none."""
-        return self._free.pop() if self._free else None
-
-    def give_back(self, slot: Tensor) -> None:
-        """Return a buffer that ``take`` handed out."""
-        self._free.append(slot)
-
-
 class Reducer(Gradients):
-    """Stage 2: reduce-scatters gradients during backward; keeps this rank's shard of the mean."""
+    """Stage 2: reduce-scatters gradients during backward and keeps this rank's shard of their mean.
+
+    ``in_flight_bytes`` counts the send buffers, which are kept between steps.
+
+    The life of a bucket's gradient:
+
+    =========  ==============================  ===========================  ========================================
+    state      ``p.grad`` of its parameters    its gradient shard           what moves it on
+    =========  ==============================  ===========================  ========================================
+    empty      None                            without meaning              backward sets gradients (``note_ready``)
+    filling    set for some                    as before                    the last expected gradient, or ``agree``
+    in flight  None: packed and freed          being written                ``wait_for``, or a lack of send buffers
+    reduced    None                            mean over all ranks          ``step()``, or another backward adds to it
+    used       None                            mean, read by ``step()``     ``zero_grad()``: empty again
+    =========  ==============================  ===========================  ========================================
+    """
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
         super().__init__(agreement, communicators)
         self.synchronising = True
+        # Errors found during backward: every rank raises them at its next collective call.
         self._problem: Exception | None = None
         self._mispaired: Exception | None = None
-        self._presharded_bits = 0
+        self._presharded_mask = 0
         self._member_of: dict[int, BucketParam] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
         self._hooked: set[int] = set()
+        # Parameters outlive optimizers, and so would their hooks.
         weakref.finalize(self, _remove, self._hooks)
-        self._send_buffers: dict[tuple[torch.device, torch.dtype], SendBufferPool] = {}
-        self._sends: dict[int, SendLayout] = {}
+        # Free send buffers by device and dtype. Each is busy until the reduce-scatter that reads it has ended, and is
+        # kept for the next bucket: memory that is touched for the first time costs more than the copy into it.
+        self._send_buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self.in_flight_bytes = 0
+        self._send_layouts: dict[int, SendLayout] = {}
+        # Oldest first: reduce-scatters end in the order in which they were launched.
         self._in_flight: deque[tuple[Bucket, Wait]] = deque()
-        # Of the open round: what has come, bucket by bucket, and the next bucket to launch.
+        # The open round: its buckets in order, the parameters that are ready, for how many each bucket still waits,
+        # and the position of the next bucket to launch (0: no round is open).
         self._round: list[Bucket] = []
         self._ready: set[int] = set()
         self._waiting_for: dict[int, int] = {}
         self._next = 0
         self._header: Callable[[], RankReports] | None = None
-        # Since the last discard: parameters that this rank contributed to, and buckets with a valid shard.
+        # Since the last zero_grad(): the parameters this rank contributed to, and the buckets whose shard is valid.
         self._reduced_mask = 0
         self._buckets_with_shard: set[int] = set()
-        # Parameters whose p.grad autograd has filled and nobody has packed yet.
+        # Parameters whose p.grad backward has filled, and which are not packed yet.
         self._unpacked: set[int] = set()
-        # Parameters that buckets wait for: those that took part in the last step.
+        # Buckets wait for the parameters that took part in the last step: an unused one delays nothing for long.
         self._params_last_step: frozenset[int] = frozenset()
         self._used_by_step = False
         self._warned = False
-        # Whether a backward has run since ranks last settled.
         self._backward_since_agree = False
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
         _remove(self._hooks)
-        self._presharded_bits = bits(member.index for member in self.presharded)
+        self._presharded_mask = bit_mask(member.index for member in self.presharded)
         self._member_of = {member.index: member for member in self.members}
         self._round = [bucket for bucket in self.buckets if bucket.trainable]
         self._params_last_step = frozenset(member.index for bucket in self._round for member in bucket.members)
@@ -97,17 +103,44 @@ class Reducer(Gradients):
             if member.param.requires_grad:
                 self._hooked.add(member.index)
                 self._hooks.append(_hook_on(member.param, weakref.ref(self), member.index))
-        self._send_buffers = {}
-        self._sends = {}
+        self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
+        self._send_buffers, self.in_flight_bytes = {}, 0
+        self._send_layouts = {}
         for bucket in self.buckets:
-            if self.communicators.on(bucket.device).contiguous:
-                self._sends[id(bucket)] = whole_layout(bucket.layout)
+            if self._collectives[bucket.device].contiguous:
+                self._send_layouts[id(bucket)] = whole_layout(bucket.layout)
             else:
-                as_they_lie = bucket.wire_dtype == bucket.dtype
-                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize if as_they_lie else sys.maxsize
-                self._sends[id(bucket)] = send_layout(bucket.layout, direct_numel)
+                # A gradient that is sent in another dtype has to be packed, however large it is.
+                sent_as_is = bucket.wire_dtype == bucket.dtype
+                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize if sent_as_is else sys.maxsize
+                self._send_layouts[id(bucket)] = send_layout(bucket.layout, direct_numel)
 
-    # --- during backward ---------------------------------------------------------------------------------
+    # --- during backward ------------------------------------------------------------------------------------
+
+    def note_ready(self, index: int) -> None:
+        """Note that the gradient of parameter ``index`` is complete in this backward; launch buckets that are full.
+
+        Called by the hook on the parameter, on autograd's thread. Collective in the sense of a round: all ranks launch
+        the same buckets in the same order, but nobody waits here.
+        """
+        member = self._member_of[index]
+        if not member.is_unmoved:
+            # Another optimizer has taken the parameter over; step() says so.
+            return
+        self._unpacked.add(index)
+        self._backward_since_agree = True
+        if not self.synchronising or index in self._ready or not member.bucket.trainable:
+            return
+        self._ready.add(index)
+        if index not in self._params_last_step:
+            return
+        self._waiting_for[id(member.bucket)] -= 1
+        # Buckets leave in the fixed order: a full one waits until those before it are full too.
+        while not self._waiting_for[id(self._round[self._next])]:
+            self._launch_next()
+            if self._next == 0:
+                # The round is complete: only another gradient may open the next.
+                break
 
     def _begin_round(self) -> None:
         self._ready = set()
@@ -117,28 +150,10 @@ class Reducer(Gradients):
         }
         self._next = 0
 
-    def arrived(self, index: int) -> None:
-        """The gradient of parameter ``index`` is complete for this backward; called by autograd."""
-        member = self._member_of[index]
-        if not member.is_unmoved:
-            # Another optimizer has taken the parameter over; step() says so.
-            return
-        self._unpacked.add(member.index)
-        self._backward_since_agree = True
-        if not self.synchronising or member.index in self._ready or not member.bucket.trainable:
-            return
-        self._ready.add(member.index)
-        if member.index not in self._params_last_step:
-            return
-        self._waiting_for[id(member.bucket)] -= 1
-        while not self._waiting_for[id(self._round[self._next])]:
-            self._launch_next()
-            if self._next == 0:
-                # The round is complete: only another gradient may open the next.
-                break
-
     def _launch_next(self) -> None:
+        """Launch the next bucket of the round; the first one opens it and starts the header."""
         if self._next == 0:
+            # The exchange of the last round has had a whole backward to arrive.
             self._await_header()
             self._header = self.agreement.start(CollectiveCall.ROUND)
         self._launch(self._round[self._next], self._next)
@@ -149,67 +164,77 @@ class Reducer(Gradients):
     def _await_header(self) -> None:
         if self._header is not None:
             header, self._header = self._header, None
-            self._judge_round(header())
+            self._check_pairing(header())
 
-    def _judge_round(self, reports: RankReports) -> None:
-        # What else others say beside a round they repeat in the next exchange, once they have joined it. But a
-        # round that is paired with one from before a zero_grad() has mixed gradients: every rank sees it here.
+    def _check_pairing(self, reports: RankReports) -> None:
+        """Note an error if a round was paired with one from before another rank's ``zero_grad()``.
+
+        Such a round has mixed gradients of two steps, and every rank sees it here. Whatever else other ranks report
+        beside a round they repeat in the next exchange, once they have joined it.
+        """
         if len(set(reports.column(1))) > 1:
             self._mispaired = RuntimeError(
                 f"dist_asgd: ranks ran different numbers of backwards before zero_grad(), so that gradients of "
-                f"different steps were reduced together; zero_grad() calls so far: {values_by_rank(reports.column(1))}. "
-                f"Call zero_grad() on every rank to go on, and run the same number of backwards on all of them."
+                f"different steps were reduced together; zero_grad() calls so far: "
+                f"{values_by_rank(reports.column(1))}. Call zero_grad() on every rank to go on, and run the same "
+                f"number of backwards on all of them."
             )
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
-        """Pack the bucket's gradients, free them, and start its reduce-scatter."""
+        """Pack the bucket's gradients, free them, and start its reduce-scatter; waits for a send buffer only."""
         gradients = [self._checked(member) for member in bucket.members]
-        slot = self._send_buffer(bucket)
-        send = self._sends[id(bucket)]
-        packed = slot[: send.packed_numel]
-        bucket.pack(gradients, send.packed, packed)
-        parts = [
-            [(stretch.start, _source(bucket, gradients, packed, stretch)) for stretch in stretches]
-            for stretches in send.stretches
+        buffer = self._send_buffer(bucket)
+        layout = self._send_layouts[id(bucket)]
+        packed = buffer[: layout.packed_numel]
+        bucket.pack(gradients, layout.packed, packed)
+        sends = [
+            [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges
         ]
         for member in bucket.members:
             if member.param.grad is not None:
+                # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
                 member.param.grad = None
                 self._unpacked.discard(member.index)
                 self._reduced_mask |= 1 << member.index
         shard = bucket.gradient_shard()
         accumulate = id(bucket) in self._buckets_with_shard
         if accumulate:
+            # The shard must not be scaled together with what is added to it now.
             self.scale()
-        if accumulate and self._used_by_step and not self._warned:
+            self._warn_of_used()
+        self._buckets_with_shard.add(id(bucket))
+        wait = self._collectives[bucket.device].reduce_scatter(sends, shard, accumulate, tag)
+
+        def finish() -> None:
+            wait()
+            self._send_buffers[bucket.device, bucket.wire_dtype].append(buffer)
+
+        self._in_flight.append((bucket, finish))
+
+    def _warn_of_used(self) -> None:
+        if self._used_by_step and not self._warned:
             self._warned = True
             warnings.warn(
                 "dist_asgd: backward adds to gradients that step() has already used. Call zero_grad() of the optimizer "
                 "after each step: in stage 2 model.zero_grad() does not see the gradients.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._buckets_with_shard.add(id(bucket))
-        wait = self.communicators.on(bucket.device).reduce_scatter(parts, shard, accumulate, tag)
-
-        def finish() -> None:
-            wait()
-            self._send_buffers[bucket.device, bucket.wire_dtype].give_back(slot)
-
-        self._in_flight.append((bucket, finish))
 
     def _send_buffer(self, bucket: Bucket) -> Tensor:
-        """A free send buffer; waits for the oldest bucket in flight while there is none."""
+        """A free send buffer for the bucket; waits for the oldest bucket in flight while all are busy."""
         key = (bucket.device, bucket.wire_dtype)
         if key not in self._send_buffers:
-            alike = [b for b in self.buckets if (b.device, b.wire_dtype) == key]
-            numel = max(self._sends[id(b)].packed_numel for b in alike)
-            self._send_buffers[key] = SendBufferPool(numel, bucket.wire_dtype, bucket.device)
-        while (slot := self._send_buffers[key].take()) is None:
+            same_kind = [b for b in self.buckets if (b.device, b.wire_dtype) == key]
+            numel = max(self._send_layouts[id(b)].packed_numel for b in same_kind)
+            buffers = [torch.empty(numel, dtype=bucket.wire_dtype, device=bucket.device) for _ in range(MAX_IN_FLIGHT)]
+            self._send_buffers[key] = buffers
+            self.in_flight_bytes += sum(buffer.nbytes for buffer in buffers)
+        while not self._send_buffers[key]:
             self._finish_oldest()
-        return slot
+        return self._send_buffers[key].pop()
 
     def _checked(self, member: BucketParam) -> Tensor | None:
-        """The member's gradient; where it cannot be used None, and a problem for all ranks at the next call."""
+        """The gradient of ``member``; None, and a problem for all ranks at the next call, if it cannot be used."""
         gradient = member.param.grad
         if gradient is not None:
             try:
@@ -223,28 +248,60 @@ class Reducer(Gradients):
         _, finish = self._in_flight.popleft()
         finish()
 
-    def wait_for(self, bucket: StateBuffer | None) -> None:
-        while any(bucket is None or waiting is bucket for waiting, _ in self._in_flight):
-            self._finish_oldest()
+    # --- before a collective call ---------------------------------------------------------------------------
 
-    # --- before a collective call ------------------------------------------------------------------------
+    def agree(
+        self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
+    ) -> RankReports:
+        reports = self._agree(call, fingerprint, problem, keep=True)
+        pending = reports.union(1) & ~self._presharded_mask
+        if pending:
+            self._reduce_pending(pending)
+        return reports
 
-    def _complete_round(self) -> None:
-        """Launch what is left of the open round; zeros where no gradient came."""
+    def _agree(
+        self, call: CollectiveCall, fingerprint: Fingerprint, problem: Exception | None, keep: bool
+    ) -> RankReports:
+        """Complete this rank's round, join those of others, and agree on ``call``. Collective.
+
+        ``keep``: gradients that are not reduced yet are announced to the other ranks; False if they are discarded.
+        """
         while self._next:
+            # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
+        self._await_header()
+        present, misplaced, wrong = 0, 0, None
+        if self.presharded and call in READ_GRADIENTS:
+            # No round changes the gradients of presharded parameters: one look is enough.
+            present, misplaced, wrong = self.inspect_presharded(call)
+        while True:
+            pending = self._pending() if keep else 0
+            problem = problem or self._mispaired or self._problem or wrong
+            masks = (self._reduced_mask | pending | present, pending | misplaced)
+            reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
+            if CollectiveCall.ROUND not in reports.calls:
+                break
+            self._check_pairing(reports)
+            self._join_round()
+        if call is not CollectiveCall.STEP:
+            # A step waits bucket by bucket instead, and updates the first while the last are in flight.
+            self._wait_for_all()
+        self._problem = self._mispaired = None
+        self._backward_since_agree = False
+        self.agreement.check(reports, fingerprint, problem)
+        return reports
 
     def _join_round(self) -> None:
-        """Take part in a round that another rank opened; the exchange that said so stands for this rank's header."""
+        """Take part in a round that another rank has opened; the exchange that said so stands for a header."""
         self._next = 0
         for position, bucket in enumerate(self._round):
             self._launch(bucket, position)
         self._begin_round()
 
     def _pending(self) -> int:
-        """The parameters that hold a gradient now; one that backward has already reduced must not be set again."""
+        """The bits of parameters that have a ``p.grad`` now, which is not reduced yet."""
         pending = 0
-        for member in self.members:
+        for member in self._member_of.values():
             if member.param.grad is None:
                 continue
             pending |= 1 << member.index
@@ -258,54 +315,54 @@ class Reducer(Gradients):
                 )
         return pending
 
-    def agree(
-        self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
-    ) -> RankReports:
-        reports = self._meet(call, fingerprint, problem, keep=True)
-        self._reduce_pending(reports.union(1) & ~self._presharded_bits)
-        return reports
-
-    def _meet(
-        self, call: CollectiveCall, fingerprint: Fingerprint, problem: Exception | None, keep: bool
-    ) -> RankReports:
-        """Finish this rank's round, join those of others, and agree on ``kind``; ``keep`` pending gradients or not."""
-        self._complete_round()
-        self._await_header()
-        while True:
-            pending = self._pending() if keep else 0
-            standing, wrong = self.standing(self.presharded) if self.about_gradients(call) else (0, None)
-            problem = problem or self._mispaired or self._problem or wrong
-            misplaced = self.misplaced if self.about_gradients(call) and not wrong else 0
-            masks = (self._reduced_mask | pending | standing, pending | misplaced)
-            reports = self.agreement.start(call, fingerprint, masks, problem is not None)()
-            if CollectiveCall.ROUND not in reports.calls:
-                break
-            self._judge_round(reports)
-            self._join_round()
-        if call is not CollectiveCall.STEP:
-            # A step waits bucket by bucket, and updates the first while the last are on their way.
-            self.wait_for(None)
-        self._problem = self._mispaired = None
-        self._backward_since_agree = False
-        self.agreement.check(reports, fingerprint, problem)
-        return reports
-
     def _reduce_pending(self, pending: int) -> None:
-        """Reduce, on all ranks, the buckets in which any rank still holds a gradient."""
-        wanted = {id(self._member_of[index].bucket) for index in indices_of(pending)} if pending else set()
+        """Reduce the buckets in which any rank still has a gradient that is not reduced. Collective."""
+        wanted = {id(self._member_of[index].bucket) for index in indices_in(pending)}
         for position, bucket in enumerate(self.buckets):
             if id(bucket) in wanted:
+                # A second reduce-scatter must not write a shard that the first is still writing.
                 self.wait_for(bucket)
                 self._launch(bucket, position)
-        if wanted:
-            self.wait_for(None)
+        self._wait_for_all()
 
-    def apply_clip(self) -> None:
+    def present(self, reports: RankReports) -> frozenset[int]:
+        if self.presharded:
+            self.align_presharded(reports)
+        return self.agreement.indices(reports.union(0))
+
+    def active(self, reports: RankReports) -> frozenset[int]:
+        active = self.present(reports)
+        if active is not self._params_last_step and active != self._params_last_step and active:
+            self._params_last_step = active
+            self._begin_round()
+        self._used_by_step = True
+        return active
+
+    def wait_for(self, buffer: StateBuffer) -> None:
+        while any(bucket is buffer for bucket, _ in self._in_flight):
+            self._finish_oldest()
+
+    def _wait_for_all(self) -> None:
+        while self._in_flight:
+            self._finish_oldest()
+
+    def end_step(self) -> None:
+        self._wait_for_all()
+
+    # --- what becomes of reduced gradients ------------------------------------------------------------------
+
+    def gradient_fragment(self, member: ShardedParam) -> Tensor:
+        reduced = member.bucket.reduced_gradient()
+        if reduced is None:
+            return super().gradient_fragment(member)
+        return reduced[member.fragment.start : member.fragment.stop]
+
+    def apply_pending(self) -> None:
         if self.scaling.clip is not None:
             self.scale()
 
     def clip(self, factor: Tensor) -> None:
-        # Backward may add to a DTensor's gradient before the update, and nobody would hear of it.
+        # At once on DTensors: backward may add to their gradients before the update, and nobody would hear of it.
         multiply([member.gradient for member in self.presharded], factor)
         self.scaling = Scaling(self.scaling.unscale, factor)
 
@@ -314,42 +371,26 @@ class Reducer(Gradients):
         self.scaling = Scaling(inverse.clone(), self.scaling.clip)
 
     def scale(self) -> None:
-        """Multiply the shards by what is pending, because something else is about to be added or measured."""
+        """Multiply all shards by the pending factors, because another gradient is added or another norm is taken."""
         for factor in self.scaling:
             for bucket in self.buckets:
                 if bucket.gradient is not None:
                     bucket.gradient.mul_(factor.to(bucket.device))
         self.scaling = UNSCALED
 
-    def _all(self) -> list[Tensor]:
+    def held(self) -> list[Tensor]:
         shards = [b.gradient for b in self.buckets if b.gradient is not None and id(b) in self._buckets_with_shard]
         return shards + [g for member in self.presharded if (g := member.gradient) is not None]
 
-    def present(self, reports: RankReports) -> frozenset[int]:
-        """Indices of the parameters for which any rank has contributed a gradient; presharded agree theirs."""
-        if self.presharded:
-            self.build_presharded(reports)
-        return self.indices_of(reports.union(0))
-
-    def gradient_fragment(self, member: ShardedParam) -> Tensor:
-        reduced = member.bucket.reduced_gradient()
-        return (
-            super().gradient_fragment(member)
-            if reduced is None
-            else reduced[member.fragment.start : member.fragment.stop]
-        )
-
-    def active(self, reports: RankReports) -> frozenset[int]:
-        active = self.present(reports)
-        if active != self._params_last_step and active:
-            self._params_last_step = active
-            self._begin_round()
-        self._used_by_step = True
-        return active
-
     def clear(self, set_to_none: bool) -> None:
-        """Collective where a backward has run since the last step. Zeros stay present, as in torch."""
-        self._settle_discarded()
+        """Drop all reduced gradients, or set them to zeros, which stay present as in torch.
+
+        Collective if a backward has run since ranks last agreed: a round that only some ranks opened must not be left
+        for a later backward to be paired with.
+        """
+        if self._backward_since_agree:
+            self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
+        self._wait_for_all()
         self._used_by_step = False
         self.scaling = UNSCALED
         if not set_to_none:
@@ -364,36 +405,29 @@ class Reducer(Gradients):
         self._unpacked.clear()
         self.agreement.discards += 1
 
-    def _settle_discarded(self) -> None:
-        # A round that only some ranks opened must not be left for a later backward to be paired with.
-        if self._backward_since_agree:
-            self._meet(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
-        self.wait_for(None)
-
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside leave their gradients in ``p.grad``; the next one outside reduces the sum."""
+        """Let backwards inside leave their gradients in ``p.grad``; the next one outside reduces the sum."""
         before, self.synchronising = self.synchronising, False
         try:
             yield
         finally:
             self.synchronising = before
 
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of the send buffers, kept between steps."""
-        return sum(slots.nbytes for slots in self._send_buffers.values())
 
+def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, send_range: SendRange) -> Tensor:
+    """The elements that are sent for ``send_range``, 1-D: a view of the packed buffer, or of the gradient as it lies.
 
-def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, stretch: SendRange) -> Tensor:
-    """What is sent for ``stretch``, 1-D: a view of the packed buffer or of the gradient as it lies; zeros for None."""
-    numel = stretch.stop - stretch.start
-    if stretch.slot is None:
-        return packed[stretch.source : stretch.source + numel]
-    gradient = gradients[stretch.slot]
+    Zeros if the parameter has no gradient.
+    """
+    numel = send_range.stop - send_range.start
+    if send_range.slot is None:
+        return packed[send_range.source : send_range.source + numel]
+    gradient = gradients[send_range.slot]
     if gradient is None:
         return packed.new_zeros(numel)
-    return flattened(gradient, bucket.members[stretch.slot].strides)[stretch.source : stretch.source + numel]
+    flat = flattened(gradient, bucket.members[send_range.slot].strides)
+    return flat[send_range.source : send_range.source + numel]
 
 
 def _hook_on(param: Tensor, reducer: weakref.ref[Reducer], index: int) -> torch.utils.hooks.RemovableHandle:
@@ -401,7 +435,7 @@ def _hook_on(param: Tensor, reducer: weakref.ref[Reducer], index: int) -> torch.
     def hook(_: Tensor) -> None:
         owner = reducer()
         if owner is not None:
-            owner.arrived(index)
+            owner.note_ready(index)
 
     handle: torch.utils.hooks.RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return handle

@@ -1,7 +1,7 @@
-"""What a gradient scaler (``torch.amp.GradScaler``) tells ``step()``: how gradients are scaled, and if any overflowed.
+"""Loss scaling: what a gradient scaler (``torch.amp.GradScaler``) hands to ``step()``, and ``unscale_()`` for it.
 
-The scaler sets ``grad_scale`` and ``found_inf`` on the optimizer for the length of the call
-(torch/amp/grad_scaler.py, ``step``); ``grad_scale`` is None where gradients are unscaled already.
+For the length of the call the scaler sets ``grad_scale`` and ``found_inf`` on the optimizer (torch/amp/grad_scaler.py,
+``step``); ``grad_scale`` is None if gradients are unscaled already.
 """
 
 from __future__ import annotations
@@ -22,62 +22,75 @@ from .reducer import Reducer
 
 @dataclass(frozen=True, slots=True)
 class ScalerInfo:
-    """``by_scaler``: whether a scaler calls at all. ``found_inf`` is no tensor where it has seen no gradients."""
+    """What a scaler has set on the optimizer for one step.
 
-    by_scaler: bool
+    grad_scale  the scale of the gradients, 0-dim, or None if they are unscaled already
+    found_inf   nonzero if any of them overflowed, 1 element; the int 0 if the scaler saw no gradient at all (stage 2
+                with torch's own scaler)
+    """
+
     grad_scale: Tensor | None
     found_inf: Tensor | int
 
     @classmethod
-    def of(cls, optimizer: object) -> ScalerInfo:
-        """What stands on ``optimizer`` now."""
+    def of(cls, optimizer: object) -> ScalerInfo | None:
+        """What is set on ``optimizer`` now; None if no scaler calls."""
         found_inf = getattr(optimizer, "found_inf", None)
-        return cls(found_inf is not None, getattr(optimizer, "grad_scale", None), 0 if found_inf is None else found_inf)
+        return None if found_inf is None else cls(getattr(optimizer, "grad_scale", None), found_inf)
 
     def problem(self, stage: int) -> Exception | None:
-        """A RuntimeError, for all ranks, where the scaler cannot have looked at the gradients."""
-        if stage == 1 or not self.by_scaler or isinstance(self.found_inf, Tensor):
+        """A RuntimeError, to be raised on all ranks, if the scaler cannot have looked at the gradients."""
+        if stage == 1 or isinstance(self.found_inf, Tensor):
             return None
         return RuntimeError(
             "dist_asgd: torch.amp.GradScaler found no gradients: with stage=2 they are reduced as shards and leave "
             "p.grad. Use dist_asgd.GradScaler instead, which takes the same arguments."
         )
 
-    def _device(self, hypers: Sequence[StepHyperparameters]) -> torch.device | None:
-        """The one device on which all scalars are, so that a step can be skipped there; None if there is none."""
-        devices = {hyper.device for hyper in hypers}
-        return devices.pop() if len(devices) == 1 else None
+    def skips_on_host(self, hypers: Sequence[StepHyperparameters], communicators: Communicators) -> bool:
+        """Whether any rank's gradients overflowed, so that no rank steps. Collective; waits for the device.
 
-    def waits_for(self, hypers: Sequence[StepHyperparameters]) -> bool:
-        """Whether the host has to know if gradients overflowed."""
-        return self.by_scaler and self._device(hypers) is None
+        False without communication if all scalars are on one device: then the update itself changes nothing, see
+        ``skip_on_device``.
+        """
+        return _scalar_device(hypers) is None and self.overflowed(communicators)
 
-    def found_on_device(self, hypers: Sequence[StepHyperparameters], communicators: Communicators) -> Tensor | None:
-        """Collective: ``(1,)`` float32, nonzero where any rank's gradients overflowed; None where the host knows."""
-        device = self._device(hypers)
-        if not self.by_scaler or device is None:
+    def overflowed(self, communicators: Communicators) -> bool:
+        """Whether any rank's gradients overflowed. Collective; waits for the device."""
+        found = torch.as_tensor(self.found_inf, device="cpu").ne(0).any().long().reshape(1)
+        return bool(communicators.host.exchange(found)().any())
+
+    def skip_on_device(self, hypers: Sequence[StepHyperparameters], communicators: Communicators) -> Tensor | None:
+        """The flag ``(1,)`` float32 by which kernels change nothing, nonzero if any rank overflowed. Collective.
+
+        None if scalars are on the host, where ``skips_on_host`` decides.
+        """
+        device = _scalar_device(hypers)
+        if device is None:
             return None
         found = torch.as_tensor(self.found_inf, dtype=torch.float32, device=device).reshape(1)
         return communicators.on(device).gather_rows(found).amax(0)
 
-    def overflowed(self, communicators: Communicators) -> bool:
-        """Collective: whether any rank has a gradient that is not finite. Waits for the device."""
-        found = torch.as_tensor(self.found_inf, device="cpu").ne(0).any().long().reshape(1)
-        return bool(communicators.host.exchange(found)().any())
-
     def factors(self, pending: Scaling) -> Scaling:
-        """What the update multiplies gradients by; the inverse of the scale as torch takes it."""
+        """What the update multiplies gradients by: the inverse of the scale, as torch takes it, and ``pending``."""
         if self.grad_scale is None:
             return pending
         inverse = self.grad_scale.double().reciprocal().float()
         return Scaling(inverse if pending.unscale is None else inverse * pending.unscale, pending.clip)
 
 
-def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
-    """Collective, for ``GradScaler``: 1.0 where a rank's gradients overflowed, else 0.0.
+def _scalar_device(hypers: Sequence[StepHyperparameters]) -> torch.device | None:
+    """The one device on which step, eta and mu of all groups are, so that it can skip a step; None if there is none."""
+    devices = {hyper.device for hyper in hypers}
+    return devices.pop() if len(devices) == 1 else None
 
-    ``explicitly``: the user asks to unscale before the step. Then what is reduced keeps ``inverse``, 0-dim, for the
-    update, and gradients that stand on parameters are multiplied.
+
+def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
+    """Unscale gradients for ``dist_asgd.GradScaler``: 1.0 if any rank's overflowed, else 0.0. Collective.
+
+    ``inverse`` is the inverse of the scale, 0-dim. ``explicitly``: the user has called ``unscale_()`` before the step,
+    so reduced gradients keep ``inverse`` for the update, and gradients on parameters are multiplied. Otherwise the
+    step unscales.
     """
     problem = None
     waits = isinstance(gradients, Reducer)

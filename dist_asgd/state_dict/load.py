@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ..comm.agreement import Fingerprint
 from ..placements import fsdp1
-from ..placements.dtensor import is_dtensor, local_of, same_placement
+from ..placements.dtensor import is_dtensor, local_tensor, same_placement
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
-from .sharded import fragment_start
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
@@ -78,7 +77,7 @@ class ParamTarget:
         numel = member.fragment.numel // (2 if member.dtype.is_complex else 1)
         shape, has_master = tuple(member.param.shape), member.bucket.master is not None
         return cls(
-            member.name, member.dtype, shape, member.strides, fragment_start(member), numel, has_master, member.param
+            member.name, member.dtype, shape, member.strides, member.fragment_start, numel, has_master, member.param
         )
 
     @classmethod
@@ -181,7 +180,7 @@ def _local(place: ParamTarget, key: str, value: Tensor) -> tuple[Tensor, bool]:
     """This rank's part of a DTensor, 1-D; of one that is replicated, for a plain parameter, the whole."""
     assert is_dtensor(value)
     if not is_dtensor(place.param) and all(placement.is_replicate() for placement in value.placements):
-        return local_of(value), False
+        return local_tensor(value), False
     if not is_dtensor(place.param) or not same_placement(value, place.param):
         wanted = list(place.param.placements) if is_dtensor(place.param) else "a plain parameter"
         raise ValueError(
@@ -192,7 +191,7 @@ def _local(place: ParamTarget, key: str, value: Tensor) -> tuple[Tensor, bool]:
     part = shard_tensor_of(value)
     if part is not None:
         return _own_part(place, key, part), True
-    return in_memory_order(local_of(value), place.strides)[place.start : place.start + place.numel], True
+    return in_memory_order(local_tensor(value), place.strides)[place.start : place.start + place.numel], True
 
 
 def _master(place: ParamTarget, saved: dict[str, Any]) -> tuple[Tensor | None, bool]:
@@ -272,7 +271,7 @@ def fingerprint(loaded: ParsedStateDict, places: Sequence[ParamTarget]) -> Finge
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
     for index, entry in sorted(loaded.entries.items()):
-        if fsdp1.is_part(places[index].param):
+        if fsdp1.is_managed(places[index].param):
             # Ranks that hold nothing of it have no entry.
             continue
         label = (

@@ -74,7 +74,7 @@ def pack(
     """
     cohort_of = shards.cohort_of
     members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
-    members = [m for m in members if m.param.numel() or not fsdp1.is_part(m.param)]
+    members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
     view = _View(shards.members, communicators, known)
     for member in members:
@@ -125,7 +125,7 @@ class _View:
         communicators, shape, strides = self._communicators, member.param.shape, member.strides
         if communicators.num_shards == 1 or member.param.numel() == 0:
             return slice_.as_strided(shape, strides)
-        part = ShardTensor(slice_, shape, strides, fragment_start(member))
+        part = ShardTensor(slice_, shape, strides, member.fragment_start)
         if self._group is None:
             return part
         from torch.distributed.device_mesh import DeviceMesh
@@ -139,8 +139,3 @@ class _View:
         return replicated_fragment(
             self._meshes[device_type], part, ReplicaSharding(replicas, member.bucket.layout, member.slot)
         )
-
-
-def fragment_start(member: ShardedParam) -> int:
-    """Where this rank's piece begins in the parameter, in memory order; complex elements count once."""
-    return member.fragment.param_start // (2 if member.dtype.is_complex else 1)

@@ -1,7 +1,8 @@
-"""Which compiled kernels serve a device."""
+"""Which compiled kernel serves a device, if any: the C kernel (cpu.py) or the Triton kernels (cuda.py)."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -9,13 +10,17 @@ import torch
 C, TRITON = "C", "Triton"
 
 
+@cache
 def of(device: torch.device) -> str | None:
-    """``C`` or ``TRITON``; None where there is neither."""
+    """``C`` or ``TRITON``; None if neither kernel serves the device."""
     return {"cpu": C, "cuda": TRITON}.get(device.type)
 
 
 def why_unavailable(device: torch.device) -> str | None:
-    """Why ``fused=True`` cannot be had on ``device``, None where it can; on CPUs torch operators stand in."""
+    """Why a group on ``device`` cannot have ``fused=True``; None if it can.
+
+    CPUs always can: if the C kernel is missing, torch operators compute the same bits.
+    """
     kind = of(device)
     if kind is None:
         return f"there is no fused kernel for {device.type}"

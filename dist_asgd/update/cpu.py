@@ -1,8 +1,8 @@
-"""The compiled CPU kernel (kernel.c), and the checks on every pointer that it is given.
+"""The compiled CPU kernel (kernel.c): how it is loaded, checked and called.
 
-Its oracle is torch's for-loop form. Where it cannot run, for want of a compiler at installation or of the vector
-instructions whose rounding it reproduces, the same form runs in cache-sized chunks of torch operators, to the same
-bits.
+The kernel computes the for-loop form (reference.py) to the bit. It cannot run if there was no compiler at
+installation, or if torch does not use the vector instructions whose rounding the kernel reproduces; operators.py then
+computes the same bits in cache-sized tiles of torch operators.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import logging
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,21 +19,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .segments import KernelDtypes, Segment
+from ..storage.buffers import StateBuffer
+from . import backend
+from .batch import Batch, StepContext
+from .segments import UNSCALED, KernelDtypes, Segment, SegmentGradients
 
 ABI = 3
+# As ``enum dtype`` of kernel.c.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Starting a thread costs about as much as updating this many elements.
 NUMEL_PER_THREAD = 1 << 17
-# While mu is 1 an average is written and not read. Where the averages of a step are larger than this it goes past the
-# caches: it pays as soon as they outgrow what is a core's own.
+# While mu is 1 an average is written and not read. If the averages of a step are larger than this, they are written
+# past the caches: that pays as soon as they outgrow the caches that a core has for itself.
 STREAMED_BYTES = 1 << 23
-# Copies of fewer bytes go through the caches, which have room for them; and so much for each thread.
+# Copies of fewer bytes go through the caches, which have room for them. Each thread copies at least so many.
 COPIED_BYTES = 1 << 20
 INCOMPLETE = "dist_asgd: a CPU kernel needs a gradient for every segment and scalars for every row."
 
 
 class _Call(ctypes.Structure):
+    """``call`` of kernel.c, field by field."""
+
     _fields_ = [
         ("segments", ctypes.c_void_p),
         ("gradients", ctypes.c_void_p),
@@ -46,7 +53,7 @@ class _Call(ctypes.Structure):
 
 @cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The kernel's library, or why there is none."""
     folder = Path(__file__).parent
     files = [folder / f"_kernel{suffix}" for suffix in EXTENSION_SUFFIXES]
     found = next((file for file in files if file.exists()), None)
@@ -67,7 +74,7 @@ def _load() -> ctypes.CDLL | str:
 
 @cache
 def why_unavailable() -> str | None:
-    """Why the compiled kernel cannot be used here with torch's bits; None where it can."""
+    """Why the compiled kernel cannot be used on this machine with torch's bits; None if it can."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
         return f"torch itself runs without fused multiply-adds here (CPU capability {capability})"
@@ -77,7 +84,7 @@ def why_unavailable() -> str | None:
 
 @cache
 def log_fallback(reason: str) -> None:
-    """Say once in the log that torch operators do the kernel's work."""
+    """Log once that torch operators do the kernel's work, and why."""
     logging.getLogger("dist_asgd").warning(
         "the CPU kernel is not used: %s. The update runs in chunks of torch operators instead, with the same bits "
         "but at about half the speed.",
@@ -85,16 +92,20 @@ def log_fallback(reason: str) -> None:
     )
 
 
-def supports(kind: KernelDtypes) -> bool:
-    """Whether the kernel knows these dtypes."""
-    narrow = kind.param.itemsize == 2
-    averages = (kind.param, torch.float32) if narrow else (kind.param,)
-    gradients = (kind.param, torch.float32) if narrow else (kind.param,)
-    return kind.param in DTYPES and kind.average in averages and kind.gradient in gradients
+def supports(dtypes: KernelDtypes) -> bool:
+    """Whether the kernel was compiled for these dtypes."""
+    others = (dtypes.param, torch.float32) if dtypes.param.itemsize == 2 else (dtypes.param,)
+    return dtypes.param in DTYPES and dtypes.average in others and dtypes.gradient in others
+
+
+def can_update(buffer: StateBuffer) -> bool:
+    """Whether the compiled kernel can update the parameters of ``buffer`` with torch's bits."""
+    on_cpu = backend.of(buffer.device) is backend.C
+    return on_cpu and why_unavailable() is None and supports(KernelDtypes.of(buffer))
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, numel: int, what: str) -> int:
-    """The data pointer of ``tensor``; ValueError unless it is what the kernel will take it for."""
+    """The data pointer of ``tensor``; ValueError unless the tensor is as the kernel will read it."""
     if tensor.device.type != "cpu" or tensor.dtype != dtype or tensor.shape != (numel,) or not tensor.is_contiguous():
         raise ValueError(
             f"dist_asgd: the {what} of a CPU kernel must be contiguous {dtype} of shape ({numel},) on the CPU, got "
@@ -104,31 +115,36 @@ def _check(tensor: Tensor, dtype: torch.dtype, numel: int, what: str) -> int:
 
 
 class Launch:
-    """One kernel call for many segments, which may be updated by different rows of scalars.
+    """One kernel call for many segments; made once by ``plan.py``, run at every step.
+
+    Segments may have different rows of scalars. Tensors are checked here, and kept alive as long as the launch.
 
     Args:
-        segments: see ``Segment``; all on the CPU, with the dtypes of ``kind``.
-        maximize, weight_decay: of their group.
-        streamed: averages that are written only go past the caches.
+        segments: on the CPU, with the dtypes ``dtypes``; empty ones are left out.
+        maximize, weight_decay: the hyperparameters of the segments' group.
+        streamed: averages that are only written (while mu is 1) go past the caches.
+
+    Raises:
+        ValueError: a tensor has another dtype, shape, device or memory order than the kernel reads.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], kind: KernelDtypes, maximize: bool, weight_decay: float, streamed: bool
+        self, segments: Sequence[Segment], dtypes: KernelDtypes, maximize: bool, weight_decay: float, streamed: bool
     ) -> None:
         library = _load()
         assert not isinstance(library, str), library
         self._update = library.dist_asgd_update
         self._segments = [segment for segment in segments if segment.numel]
-        master_dtype = torch.int16 if kind.param == torch.bfloat16 else torch.float32
+        master_dtype = torch.int16 if dtypes.param == torch.bfloat16 else torch.float32
         table = array("q")
         gradients = array("Q")
         for s in self._segments:
-            param = _check(s.param, kind.param, s.numel, "parameters")
-            average = _check(s.average, kind.average, s.numel, "average")
-            if kind.master != (s.master is not None):
+            param = _check(s.param, dtypes.param, s.numel, "parameters")
+            average = _check(s.average, dtypes.average, s.numel, "average")
+            if dtypes.master != (s.master is not None):
                 raise ValueError("dist_asgd: a CPU kernel got masters where it expected none, or none where it did.")
             master = 0 if s.master is None else _check(s.master, master_dtype, s.numel, "masters")
-            gradients.append(0 if s.gradient is None else _check(s.gradient, kind.gradient, s.numel, "gradient"))
+            gradients.append(0 if s.gradient is None else _check(s.gradient, dtypes.gradient, s.numel, "gradient"))
             table.extend((param, average, master, s.numel, s.row, s.lanes, s.first, s.key))
         numel = sum(s.numel for s in self._segments)
         self._table, self._gradients = table, gradients
@@ -137,10 +153,10 @@ class Launch:
         self._call = _Call(
             segments=table.buffer_info()[0],
             num_segments=len(self._segments),
-            param=DTYPES[kind.param],
-            gradient=DTYPES[kind.gradient],
-            average=DTYPES[kind.average],
-            mode=1 if kind.master else 2 if kind.stochastic else 0,
+            param=DTYPES[dtypes.param],
+            gradient=DTYPES[dtypes.gradient],
+            average=DTYPES[dtypes.average],
+            mode=1 if dtypes.master else 2 if dtypes.stochastic else 0,
             maximize=maximize,
             streamed=streamed,
             weight_decay=weight_decay,
@@ -150,11 +166,14 @@ class Launch:
         """Update all segments.
 
         Args:
-            gradients: the data pointers ("Q") of this step's gradients, one for each segment that is not empty, where
-                they come with the step: of the kind's gradient dtype, contiguous and as long as the segment. None
-                where the segments have their own.
+            gradients: the data pointers ("Q") of this step's gradients, one for each segment that is not empty: of
+                the launch's gradient dtype, contiguous and as long as the segment. They are not checked. None if
+                the segments have their own gradients.
             rows: (c, -eta, mu, t) of every row, in double precision.
-            unscale, clip: factors of the gradient; 1 where there is none.
+            unscale, clip: factors that gradients are multiplied by, one after the other.
+
+        Raises:
+            ValueError: gradients or rows are too few, or a gradient's pointer is 0; nothing has changed.
         """
         if not self._segments:
             return
@@ -171,15 +190,36 @@ class Launch:
             raise ValueError(INCOMPLETE)
 
 
+@dataclass(frozen=True, slots=True)
+class KernelBatch(Batch):
+    """Everything that steps in one state buffer, updated in one call of the compiled kernel.
+
+    ``gradients`` is None if the segments have gradients of their own (stage 2).
+    """
+
+    launch: Launch
+    gradients: SegmentGradients | None
+
+    def run(self, step: StepContext) -> None:
+        if self.gradients is None:
+            pointers, scaling = None, step.reduced_scaling
+        else:
+            # The kernel reads addresses: copies of gradients are kept in ``_copies`` until it has returned.
+            pointers, _copies = self.gradients.pointers(step.gradients.addresses)
+            scaling = step.param_scaling
+        unscale, clip = (1.0, 1.0) if scaling is UNSCALED else scaling.numbers()
+        self.launch.run(pointers, step.rows, unscale, clip)
+
+
 def lanes(numel: int, start: int, stop: int) -> int:
-    """How many of elements ``start`` to ``stop`` of a 16-bit parameter torch rounds as full vector lanes."""
+    """How many of the elements ``start`` to ``stop`` of a 16-bit parameter torch rounds as full vector lanes."""
     return max(0, min(stop, numel // 32 * 32) - start)
 
 
 def copy_bytes(to: Tensor, source: Tensor) -> None:
-    """``to.copy_(source)`` of bytes ``(num_bytes,)`` on the CPU which nobody reads soon, past the caches.
+    """Copy ``source`` to ``to``, uint8 ``(num_bytes,)`` on the CPU, past the caches: for bytes that nobody reads soon.
 
-    With fewer bytes, or no compiled kernel, it is that.
+    Called when a checkpoint is staged. Without the compiled kernel, or with few bytes, it is ``to.copy_(source)``.
     """
     library = _load()
     num_bytes = to.numel()

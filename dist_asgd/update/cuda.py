@@ -25,6 +25,7 @@ Compiled without contraction. Needs triton: imported by who launches kernels, an
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ from torch import Tensor
 
 from ..storage.masters import NAN_BITS
 from . import rounding
+from .batch import Batch, StepContext
 from .schedule import scalar_dtype
-from .segments import KernelDtypes, Segment
+from .segments import KernelDtypes, Segment, SegmentGradients
 
 BLOCK_NUMEL = 4096
 NUM_WARPS = 8
@@ -400,3 +402,28 @@ class Launch:
         inputs = (self._blocks, self._table, column, factors, unscale, clip, found_inf)
         with _on(self.device):
             update_kernel[(len(self._blocks),)](*inputs, GRADIENT_ALIGNED=aligned, **self._constants)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBatch(Batch):
+    """Everything that steps in one state buffer, updated in one launch.
+
+    ``gradients`` is None if the segments have gradients of their own (stage 2).
+    """
+
+    launch: Launch
+    gradients: SegmentGradients | None
+    group_index: int
+
+    def run(self, step: StepContext) -> None:
+        if self.gradients is None:
+            pointers, scaling = None, step.reduced_scaling
+        else:
+            # Copies of gradients may be freed once the kernel is launched: their memory is reused in stream order.
+            pointers, _copies = self.gradients.pointers(step.gradients.addresses)
+            scaling = step.param_scaling
+        unscale, clip = (
+            None if factor is None else factor.to(self.launch.device).reshape(1)
+            for factor in (scaling.unscale, scaling.clip)
+        )
+        self.launch.run(pointers, step.factors[self.group_index], unscale, clip, step.found_inf)

@@ -6,11 +6,13 @@ row  the scalars of one cohort, and what they are advanced with
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .schedule import Cohort, StepHyperparameters
+if TYPE_CHECKING:
+    from .schedule import Cohort, StepHyperparameters
 
 
 class ScalarTable:

@@ -7,7 +7,8 @@ cohort and step, however many parameters there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .scalars import ScalarTable
 
 # float32 counts so far, one by one.
 COUNTED = 1 << 24
@@ -154,7 +156,7 @@ class Cohort:
         counted = on_host["step"].item() <= COUNTED
         return {key: v.to(scalar_dtype()) if key != "step" or counted else v for key, v in on_host.items()}
 
-    def come_home(self) -> None:
+    def move_to_host(self) -> None:
         """Bring scalars back from the device, for a step by another implementation."""
         scalars = self.snapshot()
         self.step, self.eta, self.mu, self.row = scalars["step"], scalars["eta"], scalars["mu"], None
@@ -182,7 +184,7 @@ class Cohort:
     def advance(self, hyper: StepHyperparameters) -> None:
         """After an update: ``step <- t``, ``eta <- lr / (1 + lambd·lr·t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
 
-        The for-loop implementation computes eta in double precision, the foreach implementation on 0-dim tensors: torch's two
+        The for-loop form computes eta in double precision, the foreach form on 0-dim tensors, as torch does: its two
         schedules differ in about half of the steps by one unit in the last place.
         """
         if self.step.dtype == torch.float32 and self.step.item() >= COUNTED:
@@ -193,3 +195,105 @@ class Cohort:
         count: float | Tensor = self.step if hyper.implementation is Implementation.FOREACH else step
         self.eta.copy_(torch.as_tensor(hyper.lr / ((1 + hyper.lambd * hyper.lr * count) ** hyper.alpha), device="cpu"))
         self.mu.copy_(torch.as_tensor(1 / max(1, step - hyper.t0), device="cpu"))
+
+
+class Cohorts:
+    """All cohorts of one optimizer, by parameter group; it knows parameters by their index in registration order.
+
+    ``by_index`` maps each parameter's index to its cohort and stays the same dict. ``ParamShards`` owns the one
+    instance; ``step()`` calls ``begin_step`` and ``scalars`` before the update and ``end_step`` after it.
+    """
+
+    def __init__(self) -> None:
+        self.by_index: dict[int, Cohort] = {}
+        self._groups: list[list[Cohort]] = []
+        # The group of each parameter.
+        self._group_of: list[int] = []
+        # The scalars of groups that the device advances, by group.
+        self._tables: dict[int, ScalarTable] = {}
+        # The parameters that took the last step; None if cohorts have changed since.
+        self._last_active: frozenset[int] | None = None
+
+    def add_group(self, lr: float | Tensor, num_params: int) -> None:
+        """Append a group of ``num_params`` parameters, which share a cohort that has not stepped."""
+        group_index, first = len(self._groups), len(self._group_of)
+        self._groups.append([])
+        self._group_of += [group_index] * num_params
+        if num_params:
+            self._add(Cohort.new(lr, range(first, first + num_params)), group_index)
+
+    def replace(self, cohorts: Sequence[Cohort]) -> None:
+        """Take the cohorts of a loaded state dict, which have all parameters and keep their scalars on the host."""
+        self._groups = [[] for _ in self._groups]
+        self._tables.clear()
+        for cohort in cohorts:
+            self._add(cohort, self._group_of[min(cohort.indices)])
+
+    def _add(self, cohort: Cohort, group_index: int) -> None:
+        self._groups[group_index].append(cohort)
+        for index in cohort.indices:
+            self.by_index[index] = cohort
+        self._last_active = None
+
+    def begin_step(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Iterator[Iterable[int]]:
+        """Make every cohort step as a whole, with its scalars where its group's implementation needs them.
+
+        A cohort of which only some parameters step is split; scalars move to the device or back where the
+        implementation has changed; a first step takes its eta from the lr of now. Yields the indices of parameters
+        whose scalars became other tensors, each time before anything else can fail: to be iterated to the end.
+        """
+        for group_index, hyper in enumerate(hypers):
+            # Where the same parameters step as in the last step, no cohort can need a split.
+            for cohort in list(self._groups[group_index]) if active is not self._last_active else ():
+                stepping = cohort.indices & active
+                if stepping and stepping != cohort.indices:
+                    self._add(cohort.split(stepping), group_index)
+                    yield stepping
+            for cohort in self._groups[group_index]:
+                if not cohort.indices.isdisjoint(active):
+                    if (hyper.device is not None) != (cohort.row is not None):
+                        self._move(cohort, group_index, hyper.device)
+                        yield cohort.indices
+                    cohort.prepare(hyper.lr)
+        self._last_active = active
+
+    def _move(self, cohort: Cohort, group_index: int, device: torch.device | None) -> None:
+        if device is None:
+            cohort.move_to_host()
+            return
+        if group_index not in self._tables:
+            self._tables[group_index] = ScalarTable(self._group_of.count(group_index), device)
+        self._tables[group_index].adopt(cohort)
+
+    def host_rows(self) -> dict[Cohort, int]:
+        """The line of each cohort in the rows that ``scalars`` returns."""
+        return {cohort: row for row, cohort in enumerate(cohort for group in self._groups for cohort in group)}
+
+    def device_rows(self) -> dict[Cohort, int]:
+        """The line of each cohort whose scalars are on a device in the ``ScalarTable`` of its group."""
+        return {cohort: cohort.row for group in self._groups for cohort in group if cohort.row is not None}
+
+    def scalars(
+        self, active: frozenset[int], hypers: Sequence[StepHyperparameters], found_inf: Tensor | None
+    ) -> tuple[array[float], dict[int, Tensor]]:
+        """The scalars that this step updates with, from the host and from devices; waits for no device.
+
+        Returns ``Cohort.factors`` of every cohort, 4 doubles each, zeros if the device has them; and
+        ``ScalarTable.factors`` by group, whose scalars advance to the next step's by this call. With ``found_inf``,
+        ``(1,)`` float32 on the device, nonzero, they do not advance.
+        """
+        rows = array("d")
+        for cohorts, hyper in zip(self._groups, hypers, strict=True):
+            for cohort in cohorts:
+                rows.extend(cohort.factors(hyper) if cohort.row is None else (0.0,) * 4)
+        tables = {group: table for group, table in self._tables.items() if hypers[group].device is not None}
+        for group, table in tables.items():
+            table.advance(hypers[group], active, found_inf)
+        return rows, {group: table.factors for group, table in tables.items()}
+
+    def end_step(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
+        """Advance the scalars on the host of all parameters that stepped, after the update."""
+        for cohorts, hyper in zip(self._groups, hypers, strict=True):
+            for cohort in cohorts:
+                if cohort.row is None and not cohort.indices.isdisjoint(active):
+                    cohort.advance(hyper)

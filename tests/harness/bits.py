@@ -13,7 +13,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether dtype, shape and bits are the same; strides may differ. ShardTensors need the same fragment."""
     if isinstance(a, ShardTensor) and isinstance(b, ShardTensor):
-        return a.place == b.place and same_bits(a.to_local(), b.to_local())
+        return a.extent == b.extent and same_bits(a.to_local(), b.to_local())
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(_as_integers(a), _as_integers(b))

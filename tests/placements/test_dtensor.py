@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 
 from dist_asgd import ShardedASGD
+from dist_asgd.placements import dtensor
 from tests.harness.bits import assert_same_bits
 from tests.harness.cases import every_value
 from tests.harness.meshes import (
@@ -274,11 +276,46 @@ def _moves(_: int, world_size: int) -> None:
     _run_both(params, plain, (optimizer, oracle), 2)
     for param, other in zip(params, plain, strict=True):
         assert_same_bits(whole(param), other, "after moving")
-    params[0]._local_tensor = params[0]._local_tensor.double()
-    with pytest.raises(RuntimeError, match="was moved, re-cast or re-bound"):
-        optimizer.step()
+    for form in FORMS.values():
+        optimizer.param_groups[0].update(form)
+        oracle.param_groups[0]["foreach"] = form["foreach"]
+        _run_both(params, plain, (optimizer, oracle), 1)
+        # Whichever is looked at first: nothing is followed while another one is refused.
+        for moved, cast in ((0, 1), (1, 0)):
+            params[moved]._local_tensor = params[moved]._local_tensor.clone()
+            held = params[cast]._local_tensor
+            params[cast]._local_tensor = held.double()
+            with pytest.raises(RuntimeError, match="was moved, re-cast or re-bound"):
+                optimizer.step()
+            params[cast]._local_tensor = held
+            _run_both(params, plain, (optimizer, oracle), 1)
+        for param, other in zip(params, plain, strict=True):
+            assert_same_bits(whole(param), other, f"after an error, {form}")
 
 
 def test_a_local_tensor_that_moves_is_followed() -> None:
-    """And one that is something else is refused."""
+    """And one that is something else is refused; once it is back, training goes on."""
     run("gloo", 2, _moves)
+
+
+def _looks(_: int, world_size: int, stage: int) -> None:
+    params = _list_of(world_size, torch.float32)
+    optimizer = ShardedASGD(params, lr=0.1, stage=stage)
+    for step in range(3):
+        for param in params:
+            # As FSDP2 makes them.
+            param.grad = DTensor(torch.ones_like(param.to_local()), param._spec, requires_grad=False)
+        kinds = mock.patch.object(dtensor, "is_dtensor", side_effect=dtensor.is_dtensor)
+        locals_ = mock.patch.object(dtensor, "local_tensor", side_effect=dtensor.local_tensor)
+        with kinds as asked, locals_ as read:
+            optimizer.step()
+        if step:
+            assert asked.call_count == 0
+            # The parameter's, and its gradient's for the check and for the update.
+            assert read.call_count <= 3 * len(params)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_looks_at_each_dtensor_once(stage: int) -> None:
+    """At its local tensor and at its gradient; nobody asks again what it is."""
+    run("gloo", 2, _looks, stage)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from ..format.files import CheckpointError
+from ..format.manifest import CheckpointError
 from ..format.reader import OpenCheckpoint
 
 MODEL = "model."
@@ -102,7 +102,7 @@ class CheckpointContents:
     def tensor(self, key: str) -> Tensor:
         """Read one whole tensor, on the CPU, and assemble it from its chunks."""
         entry = self.tensors[key]
-        sizes = {MetadataIndex(key, chunk.offsets): chunk.sizes for chunk in self.opened.boxes(key)}
+        sizes = {MetadataIndex(key, chunk.offsets): chunk.sizes for chunk in self.opened.regions(key)}
         whole: Tensor | None = None
         for index, data in self.opened.chunks(list(sizes)):
             chunk = self.opened.tensor(index, data)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..format.directory import sync_directory
-from ..format.files import CheckpointError
+from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
 from .contents import MODEL, STATE, CheckpointContents, Progress, no_progress
 

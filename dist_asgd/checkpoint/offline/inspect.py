@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..format.files import names_in
+from ..format.manifest import names_in
 from .contents import CheckpointContents, TensorEntry
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..format.files import CheckpointError, open_confined
-from ..format.manifest import Manifest, check_files, read_manifest
+from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest
 from ..format.reader import OpenCheckpoint, needs_manifest
 from .contents import Progress, no_progress
 
