@@ -156,7 +156,7 @@ class Subject:
             assert_same_bits(held(found), expected, f"parameter {index} {when}")
 
     def compare_state(self) -> dict[str, Any]:
-        """Assert that the state has the oracle's bits, consolidated and in ``optimizer.state``; returns it. Collective."""
+        """Assert that the state, consolidated and in ``optimizer.state``, has the oracle's bits. Collective."""
         found = self.optimizer.consolidated_state_dict(to=None)
         expected = self.oracle.optimizer.state_dict()
         assert found["state"].keys() == expected["state"].keys()
