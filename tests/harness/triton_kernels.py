@@ -1,7 +1,7 @@
 """Cases for the Triton kernels, run in a process of their own: Triton reads its settings when it is first imported.
 
-``python -m tests.harness.triton_kernels cpu`` interprets the kernels and ``cuda`` runs them on a GPU; both print a line
-``name<TAB>what went wrong`` a case. ``ahead`` compiles for an H100, without one, and prints what its code holds.
+``python -m tests.harness.triton_kernels cpu`` interprets the kernels, and ``cuda`` runs them on a GPU; both print a
+line ``name<TAB>error`` for each case. ``ahead`` compiles for an H100 without one, and prints facts about the code.
 """
 
 import json
@@ -52,7 +52,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a launch is told; ``found_inf`` None is not passed."""
+    """The options of a launch. If ``found_inf`` is None, it is not passed."""
 
     weight_decay: float = 0.0
     maximize: bool = False
@@ -80,7 +80,7 @@ SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -3e-41, 
 
 
 def values(numel: int, dtype: torch.dtype, generator: torch.Generator, special: bool = True) -> Tensor:
-    """``(numel,)`` normal numbers of many magnitudes, and now and then a special one."""
+    """Random numbers of many magnitudes, ``(numel,)``; one in fifty is a special one if ``special``."""
     exponents = torch.randint(-12, 4, (numel,), generator=generator)
     x = torch.randn(numel, generator=generator, dtype=F64) * 2.0**exponents
     if special:
@@ -90,13 +90,13 @@ def values(numel: int, dtype: torch.dtype, generator: torch.Generator, special: 
 
 
 def bits_of_nan(x: Tensor) -> Tensor:
-    """``x`` with one kind of NaN: which one an operation gives is the hardware's choice."""
+    """``x`` with all NaNs replaced by one of them, because the bits of a NaN depend on the hardware."""
     return torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
 
 
 @dataclass
 class Arrays:
-    """One segment's tensors; ``gradient`` may lie at an odd address."""
+    """The tensors of one segment. ``gradient`` may begin at an odd address."""
 
     param: Tensor
     gradient: Tensor
@@ -108,7 +108,7 @@ class Arrays:
 
     @classmethod
     def random(cls, numel: int, kind: KernelDtypes, index: int, aligned: bool, generator: torch.Generator) -> "Arrays":
-        """Arrays of a kind, with masters that belong to their parameters (and float16 ones that do not)."""
+        """Draw arrays of a kind. Masters fit their parameters, except some float16 masters."""
         gradient = values(numel + 1, kind.gradient, generator)
         param, master = values(numel, kind.param, generator), None
         if kind.master:
@@ -125,7 +125,7 @@ class Arrays:
         return cls(param, gradient[start : start + numel], average, master, index % 3, first, 0x9E3779B1 + index)
 
     def on(self, device: torch.device, given: bool, aligned: bool = True) -> Segment:
-        """A segment of copies on ``device``; the parameter at an odd address unless ``aligned``."""
+        """A segment of copies on ``device``. The parameter begins at an odd address unless ``aligned``."""
         gradient = self.gradient.to(device) if given else None
         master = None if self.master is None else self.master.to(device, copy=True)
         param = self.param.to(device, copy=True) if aligned else shifted(self.param, device)
@@ -133,9 +133,9 @@ class Arrays:
 
 
 def expected(arrays: Arrays, kind: KernelDtypes, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Parameter, average and master after one step, in torch operators on the CPU.
+    """Parameter, average and master after one step, computed by torch operators on the CPU.
 
-    ``add`` with ``alpha`` is fused there in float32 and float64 (not under ``ATEN_CPU_CAPABILITY=default``).
+    There ``add`` with ``alpha`` is fused in float32 and float64 (not under ``ATEN_CPU_CAPABILITY=default``).
     """
     if options.found_inf:
         return arrays.param, arrays.average, arrays.master
@@ -185,7 +185,7 @@ def expected(arrays: Arrays, kind: KernelDtypes, options: Options) -> tuple[Tens
 
 
 def check(found: Segment, arrays: Arrays, kind: KernelDtypes, options: Options) -> None:
-    """Compare a segment with the oracle, to the bit; a NaN equals any other, but where the kernel chooses it."""
+    """Compare a segment with the oracle to the bit. NaNs equal each other, unless the kernel chooses their bits."""
     chosen = kind.param == BF16 and (kind.master or kind.stochastic)
     wanted = expected(arrays, kind, options)
     results = (found.param, found.average, found.master)
@@ -199,7 +199,7 @@ def check(found: Segment, arrays: Arrays, kind: KernelDtypes, options: Options) 
 
 
 def compare_with_operators(kind: KernelDtypes, options: Options, given: bool, device: torch.device) -> None:
-    """One launch over segments of many sizes and three rows."""
+    """Check one launch over segments of many sizes and three rows of the table."""
     from dist_asgd.update.cuda import Launch
 
     generator = torch.Generator().manual_seed(17)
@@ -226,14 +226,14 @@ def shifted(x: Tensor, device: torch.device) -> Tensor:
 
 
 def table_of(rules: Sequence[StepHyperparameters], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
-    """``hyper`` of ``advance``."""
+    """The argument ``hyper`` of ``advance``: a row for each of ``rules``."""
     return torch.tensor(
         [[r.lr, r.lambd, r.alpha, r.t0, a, i] for r, a, i in zip(rules, active, initial, strict=True)], dtype=F64
     )
 
 
 def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
-    """torch.optim.ASGD(foreach=False) over seven steps: two groups, an lr that changes, skips of both sorts."""
+    """Compare with torch.optim.ASGD(foreach=False) over seven steps: two groups, a changing lr, skipped steps."""
     from dist_asgd.update.cuda import Launch, advance
 
     generator = torch.Generator().manual_seed(3)
@@ -277,7 +277,7 @@ def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def compare_schedules(double: bool, device: torch.device) -> None:
-    """``advance`` against ``Cohort.advance``: 40 of 120 rules, 60 steps, and some far on."""
+    """Compare ``advance`` with ``Cohort.advance``, for 40 of 120 rules, in 60 steps and in some much later ones."""
     from dist_asgd.update.cuda import advance
 
     before = torch.get_default_dtype()
@@ -320,7 +320,7 @@ def compare_schedules(double: bool, device: torch.device) -> None:
 
 
 def skip_inactive_rows(device: torch.device) -> None:
-    """Neither a row that is not active nor any row after an overflow changes, and factors stay."""
+    """Rows that are not active do not change; after an overflow no row changes, and factors stay."""
     from dist_asgd.update.cuda import advance
 
     rule = StepHyperparameters(0.1, 1e-4, 0.75, 1e6, 0.0, False, False)
@@ -339,7 +339,7 @@ def skip_inactive_rows(device: torch.device) -> None:
 
 
 def update_large(device: torch.device) -> None:
-    """A million elements, an odd number."""
+    """Check a segment with a million elements, an odd number."""
     from dist_asgd.update.cuda import Launch
 
     kind = KINDS["fp32"]
@@ -350,7 +350,7 @@ def update_large(device: torch.device) -> None:
 
 
 def update_far_elements(device: torch.device) -> None:
-    """The block at element 2^33 of a segment: addresses so that it falls on the arrays, which are that block only."""
+    """Check the block at element 2^33 of a segment. The arrays hold this block only, and addresses are set to fit."""
     from dist_asgd.update import cuda
 
     kind, numel, place = KINDS["bf16-stochastic"], 777, 2**33 // BLOCK_NUMEL
@@ -369,7 +369,7 @@ def update_far_elements(device: torch.device) -> None:
 
 
 def follow_gradients(device: torch.device) -> None:
-    """Pointers are uploaded when they change, and only then; unaligned ones are noticed."""
+    """Pointers are uploaded only when they change, and unaligned ones are noticed."""
     from dist_asgd.update.cuda import Launch
 
     kind = KINDS["fp32"]
@@ -395,7 +395,7 @@ def follow_gradients(device: torch.device) -> None:
 
 
 def keep_columns_of_graphs(device: torch.device) -> None:
-    """While a graph is captured: a column of its own, kept; one spare; then an error that says what to do."""
+    """While a graph is captured, a column of pointers is kept for it, and one is spare; then there is an error."""
     from dist_asgd.update import cuda
 
     column = cuda._Column([0, 2], 3, device)
@@ -416,7 +416,7 @@ def keep_columns_of_graphs(device: torch.device) -> None:
 
 
 def refuse(device: torch.device) -> None:
-    """Errors at construction and at the call, each saying what is wrong."""
+    """Wrong arguments raise errors that name the problem, at construction and at the call."""
     from dist_asgd.update.cuda import Launch
 
     kind = KINDS["fp32"]
@@ -445,7 +445,7 @@ def refuse(device: torch.device) -> None:
 
 
 def all_cases() -> dict[str, Case]:
-    """Every case by name."""
+    """All cases by name."""
     cases: dict[str, Case] = {
         f"{kind}/{name}": partial(compare_with_operators, KINDS[kind], options, name == "plain")
         for kind in KINDS
@@ -458,7 +458,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def round_as_hardware() -> None:
-    """Teach Triton's interpreter the conversions of the device.
+    """Make Triton's interpreter round as the device does.
 
     It truncates float32 to bfloat16 where PTX rounds to nearest even, and loses bfloat16 subnormals. Before 3.9 its
     fma rounds twice.
@@ -497,7 +497,7 @@ def round_as_hardware() -> None:
 
 
 def compiled(kind: KernelDtypes, aligned: bool = True, options: bool = False) -> Any:
-    """``update_kernel`` for an H100."""
+    """``update_kernel``, compiled for an H100."""
     import triton.language as tl
 
     from dist_asgd.update import cuda
@@ -523,7 +523,7 @@ def compiled(kind: KernelDtypes, aligned: bool = True, options: bool = False) ->
 
 
 def compiled_advance() -> Any:
-    """``advance_kernel`` for an H100."""
+    """``advance_kernel``, compiled for an H100."""
     from dist_asgd.update import cuda
 
     signature = {"scalars": "*fp64", "hyper": "*fp64", "factors": "*fp64", "found_inf": "*fp32", "num_rows": "i32"}
@@ -532,7 +532,7 @@ def compiled_advance() -> Any:
 
 
 def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], attributes: Any, num_warps: int) -> Any:
-    """Compile ``kernel`` without a GPU, as its launch would."""
+    """Compile ``kernel`` as a launch would, but without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -550,7 +550,7 @@ def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], att
 
 
 def machine_code(kernel: Any) -> dict[str, int]:
-    """How often each instruction stands in the SASS, and REG, STACK and LOCAL as cuobjdump gives them."""
+    """How often each instruction occurs in the SASS, and REG, STACK and LOCAL as cuobjdump prints them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -566,7 +566,7 @@ def machine_code(kernel: Any) -> dict[str, int]:
 
 
 def ahead_of_time() -> dict[str, dict[str, int]]:
-    """Machine code facts of some kinds, and of one with unaligned gradients."""
+    """``machine_code`` of some kinds, and of one with unaligned gradients."""
     facts = {name: machine_code(compiled(KINDS[name])) for name in AHEAD}
     facts["fp32-unaligned"] = machine_code(compiled(KINDS["fp32"], aligned=False))
     facts["fp32-options"] = machine_code(compiled(KINDS["fp32"], options=True))
@@ -578,7 +578,7 @@ AHEAD = ("fp32", "fp64", "bf16", "bf16-average16", "bf16-master", "fp16-master",
 
 
 def main(what: str) -> None:
-    """Run what the process was started for."""
+    """Run the cases that ``what`` names: cpu, cuda or ahead."""
     torch.set_num_threads(1)
     if what == "ahead":
         print(json.dumps(ahead_of_time()))
@@ -595,7 +595,7 @@ def main(what: str) -> None:
 
 
 def start(what: str, module: str = "tests.harness.triton_kernels") -> str:
-    """Run ``module`` in a process of its own with Triton's settings for ``what``; its output."""
+    """Run ``module`` in a process of its own, with Triton's settings for ``what``, and return its output."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": str(int(what == "cpu"))}
         command = [sys.executable, "-W", "ignore", "-m", module, what]
