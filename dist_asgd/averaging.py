@@ -32,13 +32,12 @@ class Averages:
         self._kept: dict[int, Tensor] = {}
         self.is_swapped = False
 
-    def refuse(self, call: str) -> None:
-        """Raise RuntimeError while the averages are in place of the parameters; ``call`` is the method that asks."""
-        if self.is_swapped:
-            raise RuntimeError(
-                f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
-                f"state holds the parameters. Call it after the with block."
-            )
+    def refusal(self, call: str) -> RuntimeError:
+        """The error of a call that is made while the averages are in place of the parameters."""
+        return RuntimeError(
+            f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
+            f"state holds the parameters. Call it after the with block."
+        )
 
     @contextmanager
     def in_place(

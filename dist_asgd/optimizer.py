@@ -165,8 +165,8 @@ class ShardedASGD(torch.optim.Optimizer):
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
         self._add_storage(0)
-        shards = None if self.is_differentiable else self.shards
-        self._state_dicts = StateDicts(self, shards, self.communicators, self.gatherer)
+        sharded = None if self.is_differentiable else self.shards
+        self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
 
     # --- construction --------------------------------------------------------------------------------------
 
@@ -179,9 +179,8 @@ class ShardedASGD(torch.optim.Optimizer):
             # The base constructor adds the first groups one by one; ranks compare them all at once, later.
             self._add_checked(param_group)
             return
-        self.averages.refuse("add_param_group()")
-        first = len(self.param_groups)
-        problem: Exception | None = None
+        self._refuse_inside_averages("add_param_group()")
+        first, problem = len(self.param_groups), None
         try:
             self._add_checked(param_group)
         except Exception as error:
@@ -194,7 +193,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._add_storage(first)
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
-        """Append a group that torch and this package accept; raise and leave the groups as they were otherwise."""
         _base("add_param_group")(self, param_group)
         index = len(self.param_groups) - 1
         try:
@@ -257,8 +255,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
-        if self.averages.is_swapped:
-            self.averages.refuse("step()")
+        self._refuse_inside_averages("step()")
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
@@ -270,11 +267,12 @@ class ShardedASGD(torch.optim.Optimizer):
             self._values_compared = True
         return self.gradients.active(reports)
 
-    def _problem(self) -> Exception | None:
+    def _problem(self, read_hyperparameters: bool = True) -> Exception | None:
         """What is wrong on this rank with parameters, state or hyperparameters, for all ranks to raise."""
         try:
             self.shards.check_unchanged()
-            self._hyperparameters.check(self.param_groups, self.shards.devices_of)
+            if read_hyperparameters:
+                self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error
         return None
@@ -324,7 +322,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
-        self.averages.refuse("clip_grad_norm_()")
+        self._refuse_inside_averages("clip_grad_norm_()")
         fingerprint, problem = clip.fingerprint_of(max_norm, norm_type)
         with torch.no_grad():
             reports = self.gradients.agree(CollectiveCall.CLIP_GRAD_NORM, fingerprint, problem)
@@ -363,7 +361,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        self.averages.refuse("averaged_parameters()")
+        self._refuse_inside_averages("averaged_parameters()")
         fsdp1.refuse(
             "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
         )
@@ -372,13 +370,17 @@ class ShardedASGD(torch.optim.Optimizer):
         with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, leave):
             yield
 
+    def _refuse_inside_averages(self, call: str) -> None:
+        if self.averages.is_swapped:
+            raise self.averages.refusal(call)
+
     def start_averaging(self) -> None:
         """Set ``t0`` of every group to its current step, so that averaging begins now.
 
         It does not communicate; call it at the same step on every rank. As mu is stored, the next step still copies
         the parameters, and ``ax`` is the mean of the iterates from the step after it on.
         """
-        self.averages.refuse("start_averaging()")
+        self._refuse_inside_averages("start_averaging()")
         for group in self.param_groups:
             steps = [self.state[param]["step"].item() for param in group["params"]]
             group["t0"] = max(steps, default=0.0)
@@ -395,8 +397,8 @@ class ShardedASGD(torch.optim.Optimizer):
         with its placements; if a replica group shares it, ``to_local()`` is this rank's fragment, 1-D, and
         ``full_tensor()`` gathers all of it.
         """
-        self.averages.refuse("state_dict()")
-        return self._state_dicts.part()
+        self._refuse_inside_averages("state_dict()")
+        return self._state_dicts.sharded()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
@@ -405,14 +407,14 @@ class ShardedASGD(torch.optim.Optimizer):
         gathered one at a time: rank ``to`` holds the result and one bucket, the others what they already had.
         State-dict hooks run on the ranks that get the result.
         """
-        self.averages.refuse("consolidated_state_dict()")
+        self._refuse_inside_averages("consolidated_state_dict()")
         fsdp1.refuse(
             "consolidated_state_dict()", params_of(self.param_groups), "Call FSDP.optim_state_dict(model, optimizer)"
         )
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
-        return self._state_dicts.whole(to)
+        return self._state_dicts.full(to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave this rank, a consolidated dict, or one of ``torch.optim.ASGD``. Collective.
@@ -421,14 +423,12 @@ class ShardedASGD(torch.optim.Optimizer):
         narrower dtype, and ``state_dict`` is not changed. If any rank raises, all do and nothing changes.
         Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
-        self.averages.refuse("load_state_dict()")
-        problem = self._problem()
-        loaded, fingerprint, unreadable = self._state_dicts.read(state_dict)
+        self._refuse_inside_averages("load_state_dict()")
+        problem = self._problem(read_hyperparameters=False)
+        loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
         if loaded is not None:
             self._state_dicts.apply(loaded)
-
-    # --- what else users ask -------------------------------------------------------------------------------
 
     def memory_report(self) -> memory.MemoryReport:
         """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""

@@ -146,7 +146,7 @@ class ParamShards:
         """Raise RuntimeError if a parameter or its state on this rank is not what the shards were built for.
 
         Called before anything reads an address. Not collective: the caller hands the error to the agreement, which
-        raises on every rank. A parameter that was only cut short may be found by the gradients that it gets then.
+        raises on every rank.
         """
         if not all(snapshot.is_current() for snapshot in self._snapshots):
             for member in self.members:

@@ -32,7 +32,7 @@ from ..comm import Communicator
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
-from ..state_dict.sharded import AVERAGE, FragmentMark, ShardTensorCache
+from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
 from .format.archives import load_object
 from .format.writer import ChunkToWrite, KeyPath, Serialized
 
@@ -164,9 +164,9 @@ def state_to_save(
             if not rank or _is_own(value, replica):
                 optim[prefix + key] = value
     for group in () if rank else saved["param_groups"]:
-        # FragmentMark is written as the False that it stands for.
+        # NotGatherable is written as the False that it stands for.
         options = {
-            key: False if isinstance(value, FragmentMark) else value
+            key: False if isinstance(value, NotGatherable) else value
             for key, value in group.items()
             if key not in NOT_SAVED
         }

@@ -66,7 +66,7 @@ def export_averaged(
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
-        max_bytes: the size above which there are several files. Each has as many bytes of tensors at most, or one tensor.
+        max_bytes: the size above which there are several files, each of at most so many bytes, or of one tensor.
         overwrite: replace the files that an earlier export wrote to ``path``.
 
     Raises:
@@ -118,7 +118,8 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
             f"dist_asgd: export_averaged() is for ShardedASGD (and not with differentiable=True), got "
             f"{type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
         )
-    optimizer.averages.refuse("export_averaged()")
+    if optimizer.averages.is_swapped:
+        raise optimizer.averages.refusal("export_averaged()")
     shards = optimizer.shards
     params = [member.param for member in shards.members]
     fsdp1.refuse("export_averaged()", params, "Save ax of FSDP.optim_state_dict(model, optimizer)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -150,6 +150,7 @@ def _read_state(
     mismatch = KeyMismatch()
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
+    # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
     live = optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
     with_master = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
@@ -242,7 +243,7 @@ class CheckpointKeys:
         dtype = torch.promote_types(saved, like.dtype) if widen else like.dtype
         fragment = None if type(like) is Tensor else shard_tensor_of(like)
         if fragment is not None:
-            # DTensors that replicas share have a like() of their own.
+            # The like() of ``like``, and not of its fragment: DTensors that replicas share have one of their own.
             target: Tensor = cast(Any, like).like(torch.empty_like(fragment.to_local(), dtype=dtype))
         else:
             target = torch.empty_like(like, dtype=dtype, requires_grad=False)
@@ -253,8 +254,8 @@ class CheckpointKeys:
         targets[key] = target
         return target
 
-    def values(self, keys: Iterable[str]) -> dict[str, Any]:
-        """Read objects and 0-dim tensors, by key."""
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Read objects and 0-dim tensors; returns them by key."""
         return self._reader.opened.values(keys)
 
     def read_tensors(self) -> None:
@@ -327,7 +328,8 @@ def _optimizer_state(
         for parent, below in checkpoint.parents.items()
         if parent.startswith(state_prefix) and AVERAGE in below and parent not in used
     ]
-    scalars = checkpoint.values(key for below in state_keys.values() for last, key in below.items() if last in SCALARS)
+    scalar_keys = [key for below in state_keys.values() for last, key in below.items() if last in SCALARS]
+    scalars = checkpoint.values(scalar_keys)
     state: dict[int, Any] = {}
     for index, param in enumerate(params):
         entry = live["state"].get(index)
@@ -337,7 +339,7 @@ def _optimizer_state(
             entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
         if entry is not None:
             state[index] = entry
-    options = checkpoint.values(key for below in option_keys.values() for key in below.values())
+    options = checkpoint.values([key for below in option_keys.values() for key in below.values()])
     groups = [_group_options(group, option_keys, options) for group in live["param_groups"]]
     for group in groups:
         for index in group["params"]:
@@ -390,7 +392,7 @@ def _option_keys(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
     prefix = f"{OPTIM}.{GROUPS}."
     below_of = {parent: below for parent, below in checkpoint.parents.items() if parent.startswith(prefix)}
     numbered = [below for below in below_of.values() if "params" in below]
-    lists = checkpoint.values(below["params"] for below in numbered)
+    lists = checkpoint.values([below["params"] for below in numbered])
     options = {
         name: below
         for below in numbered

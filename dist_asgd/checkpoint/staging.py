@@ -174,9 +174,9 @@ class StagingArea:
                 copy_bytes(buffer, source)
             else:
                 buffer.copy_(source)
-        for key, staged in self._buffers.items():
-            if staged.pointer is None and staged.local.numel():
-                staged.local.copy_(sources[key].local)
+        for key, target in self._buffers.items():
+            if target.pointer is None and target.local.numel():
+                target.local.copy_(sources[key].local)
 
 
 def _source_of(value: Any) -> _Source | None:

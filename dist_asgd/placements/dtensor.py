@@ -98,8 +98,10 @@ def row_major_start(param: DTensor) -> int | None:
     for rank, count, placement in zip(coordinates, param.device_mesh.shape, param.placements, strict=True):
         if type(placement) is Shard:
             dim = placement.dim
+            # Cut along an inner dimension, the local tensor is one range for each index of the outer ones.
             if math.prod(sizes[:dim]) > 1:
                 return None
+            # torch cuts a dimension into equal chunks, rounded up: the last ones may be shorter or empty.
             chunk = -(-sizes[dim] // count)
             first = min(rank * chunk, sizes[dim])
             start += first * math.prod(sizes[dim + 1 :])
@@ -107,6 +109,7 @@ def row_major_start(param: DTensor) -> int | None:
         elif not isinstance(placement, Replicate):
             return None
     local = local_tensor(param)
+    # A local tensor that somebody made by from_local() may have any shape and strides.
     whole_strides = torch.empty(param.shape, device="meta").stride()
     if tuple(local.shape) != tuple(sizes) or not local.is_contiguous() or param.stride() != whole_strides:
         return None
@@ -130,15 +133,16 @@ def replica_ranks(param: DTensor) -> tuple[int, ...]:
     coordinates = mesh.get_coordinate()
     if coordinates is None:
         return ()
-    same_placement = tuple(
+    copies = tuple(
         slice(None) if placement.is_replicate() else coordinate
         for coordinate, placement in zip(coordinates, param.placements, strict=True)
     )
-    return tuple(sorted(mesh.mesh[same_placement].flatten().tolist()))
+    return tuple(sorted(mesh.mesh[copies].flatten().tolist()))
 
 
 def mesh_number(param: DTensor) -> int:
     """A positive number of the mesh of ``param``. Meshes without a common rank have different numbers."""
+    # Ranks do not know each other's meshes, but each knows the lowest rank of its own.
     return 1 + int(param.device_mesh.mesh.min())
 
 
@@ -219,6 +223,7 @@ def reshard_modules() -> None:
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
 
+    # The mapping is weak: a copy of its keys cannot change while modules reshard.
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -133,7 +133,7 @@ class PreshardedParam(ShardedParam):
 
         Called on all ranks between the agreement and the update, if any rank's report is not plain. Collective on the
         parameter's mesh if the gradient is ``misplaced`` on all ``num_ranks`` ranks. ``have``: the ranks that have a
-        gradient; ``misplaced``: the ranks on which ``is_misplaced``.
+        gradient; ``misplaced``: the ranks on which it is misplaced.
         """
 
 
@@ -370,6 +370,7 @@ def build_presharded(
         local = _local_tensor_of(param)
         shared = communicators is not None and dtensor.is_dtensor(param)
         ranks = dtensor.replica_ranks(cast("DTensor", param)) if shared else ()
+        # A state buffer belongs to one replica group, whose ranks gather it.
         classes.setdefault((local.dtype, local.device, ranks if len(ranks) > 1 else ()), []).append(entry)
     state_buffers: list[PreshardedState] = []
     for (dtype, device, ranks), alike in classes.items():

@@ -143,6 +143,7 @@ class ShardTensor(torch.Tensor):
 
     def regions(self) -> list[tuple[Region, Tensor]]:
         """The fragment as (region in ``global_shape``, view of the fragment with the region's sizes) pairs."""
+        # DCP asks several times in each save or load, and regions never change.
         if self._regions is None:
             self._regions = self._cut_regions()
         return self._regions

@@ -172,6 +172,7 @@ class BucketParam(ShardedParam):
         view = bucket.flat[slot.offset : slot.stop]
         if param.is_complex():
             view = torch.view_as_complex(view.view(-1, 2))
+        # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
         view = view.as_strided(param.shape, self.strides)
         view.copy_(param.detach())
         # Modules, hooks and autograd keep the parameter object; only its memory is another now.
@@ -182,6 +183,7 @@ class BucketParam(ShardedParam):
 
     @property
     def is_unmoved(self) -> bool:
+        # If any of these differs, an update of the bucket would not reach the parameter.
         param = self.param
         return (
             param.data_ptr() == self._address
@@ -211,6 +213,7 @@ class BucketParam(ShardedParam):
 
     @property
     def norm_owner(self) -> int:
+        # In hybrid sharding every replica has equal gradients: the first one counts.
         return int(self.fragment.numel > 0 and self.bucket.replica == 0)
 
 
@@ -240,8 +243,10 @@ class StateBuffer:
         self.gradient_dtype = self.dtype
         self.device = like.device
         narrow = self.dtype.itemsize == 2
+        # 16 bits cannot hold a running mean: after some hundred steps its changes are rounded away.
         asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
+        # State exists from construction on, with the same keys on every rank: saving needs no step before it.
         self.average = torch.zeros(layout.shard_numel, dtype=self.average_dtype, device=self.device)
         self.master: Tensor | None = None
         if narrow and precision.master_weights:
@@ -311,6 +316,7 @@ class Bucket(StateBuffer):
 
     def gradient_shard(self) -> Tensor:
         """The reduced gradient of the shard, ``(shard_numel,)``; allocated at the first call and kept from then on."""
+        # It is kept because fresh memory costs a page fault for every page, in every step.
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.shard, dtype=self.gradient_dtype)
         return self.gradient
@@ -330,6 +336,7 @@ class Bucket(StateBuffer):
         return shards
 
     def reset_masters(self) -> None:
+        # One call for the whole shard, instead of one for each member.
         if self.master is not None:
             masters.write(self.shard.float(), self.shard, self.master)
 
@@ -357,6 +364,7 @@ class Bucket(StateBuffer):
         # Stale values in the gaps would be summed into the padding of the shards.
         if filled < out.numel():
             zeros.append(out[filled:])
+        # One operator for all members: a bucket may have hundreds of small ones.
         if targets:
             torch._foreach_copy_(targets, sources)
         if zeros:
@@ -381,6 +389,7 @@ def build_buckets(
     classes: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
     for position in reversed(range(len(params))):
         param = params[position][2]
+        # A frozen parameter gets no gradient, and would keep a bucket of trainable ones from ever being full.
         classes.setdefault((param.dtype, param.device, param.requires_grad), []).append(position)
     buckets: list[Bucket] = []
     for (dtype, _, _), positions in classes.items():

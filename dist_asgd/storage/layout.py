@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+# A cache line: no two parameters share one, and vector instructions of any width start aligned.
 ALIGN_BYTES = 64
 MIB = 1 << 20
 # A gradient of at least this size is sent from its own memory if the backend can; smaller ones are packed, because a
@@ -73,12 +74,14 @@ class BucketLayout:
         start = min(max(slot.offset, shard_start), slot.stop)
         stop = max(min(slot.stop, shard_start + self.shard_numel), start)
         if start == stop:
+            # All empty fragments are equal, and slice any shard to nothing.
             return Fragment(0, 0, 0)
         return Fragment(start - shard_start, stop - shard_start, start - slot.offset)
 
     def owners(self, slot: Slot) -> Iterator[tuple[int, Fragment]]:
         """Every rank that owns elements of ``slot``, in order, with its fragment."""
         if slot.numel:
+            # Only the ranks in question: with thousands of ranks a walk over all would be slow.
             for rank in range(slot.offset // self.shard_numel, (slot.stop - 1) // self.shard_numel + 1):
                 yield rank, self.fragment(slot, rank)
 
@@ -177,6 +180,7 @@ def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayo
     for numel in numels:
         slots.append(Slot(offset, numel))
         offset += round_up(numel, align)
+    # Equal shards: collectives that gather or reduce uneven ones are slow, or missing in some backends.
     shard_numel = round_up(-(-max(offset, 1) // world_size), align)
     return BucketLayout(tuple(slots), shard_numel, world_size)
 
@@ -191,6 +195,7 @@ def fill_buckets(numels: Sequence[int], itemsize: int, cap_bytes: int) -> list[l
     used_bytes = 0
     for position, numel in enumerate(numels):
         size = numel * itemsize
+        # A bucket is opened even if nothing fits, so a parameter above the cap gets one.
         if not buckets or used_bytes + size > cap_bytes:
             buckets.append([])
             used_bytes = 0

@@ -12,10 +12,12 @@ from torch import Tensor
 
 def memory_strides(tensor: Tensor) -> tuple[int, ...]:
     """The strides that ``tensor`` has in a bucket: its own if it is dense in memory, else contiguous ones."""
+    # Sorted by stride, the dimensions of a dense tensor follow each other without a gap or an overlap.
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
             if stride != expected:
+                # Contiguous strides as torch defines them, which cost no memory on the meta device.
                 return torch.empty(tensor.shape, device="meta").stride()
             expected *= size
     return tensor.stride()
@@ -39,6 +41,7 @@ def as_real(flat: Tensor) -> Tensor:
 
 def in_memory_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``tensor`` as ``(numel,)`` in the memory order of ``strides``: a view if it has that order, else a copy."""
+    # Conjugation and negation can be lazy: whoever reads bare memory must find the values there.
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if not same_strides(tensor, strides):
         tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -38,6 +38,7 @@ def _compiled() -> ModuleType | None:
     if _snapshots.VERSION != VERSION:
         return None
     try:
+        # One read shows whether torch has the table, in a version that the module knows.
         _snapshots.describe([torch.empty(1, device="cpu")], Tensor.__dlpack_c_exchange_api__)
     except (AttributeError, ValueError, RuntimeError):
         return None
@@ -101,6 +102,7 @@ class _Records(TensorSnapshot):
         return bool(self._module.unchanged(self._tensors, self._described, self._exchange))
 
     def gradients(self) -> GradientTable:
+        # A new array each time: the caller keeps it for the whole step.
         addresses = array("Q", bytes(8 * len(self._tensors)))
         gradients, present, direct = self._module.gradients(
             self._tensors, self._described, self._exchange, Tensor, Tensor.is_neg, addresses
@@ -125,6 +127,7 @@ class _Lists(TensorSnapshot):
         self._dtypes = list(map(_DTYPE, held))
 
     def is_current(self) -> bool:
+        # A pass of map over one method is several times as fast as a loop over tensors.
         held = self._held
         return (
             list(map(Tensor.data_ptr, held)) == self._pointers
@@ -173,14 +176,15 @@ class PublishedState:
         self._kept = list(chain.from_iterable(kept))
         self._flat = [one for owner, values in zip(self._owners, kept, strict=True) for one in (owner, *values)]
 
-    def matches(self, shown: dict[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether ``shown``, ``optimizer.state`` as it is now, still has these very objects; it may have more."""
+    def matches(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether ``state``, ``optimizer.state`` as it is now, still has these very objects; it may have more."""
+        # By identity: comparing values would read every scalar, and a replaced tensor may be equal.
         module = _compiled()
-        if module is not None and module.shows(shown, self._keys, self._flat):
+        if module is not None and module.shows(state, self._keys, self._flat):
             return True
         # The C function compares entries in order. In another order, or among others, they are looked up.
         try:
-            values = list(chain.from_iterable(map(self._values, map(shown.__getitem__, self._owners))))
+            values = list(chain.from_iterable(map(self._values, map(state.__getitem__, self._owners))))
         except (KeyError, TypeError):
             return False
         return all(map(is_, values, self._kept))

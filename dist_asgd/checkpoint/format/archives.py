@@ -28,20 +28,21 @@ from .manifest import CheckpointError
 MAX_DEPTH = 64
 
 
-class KnownFrames:
+class FrameCache:
     """The frames of archives that were loaded and found sound, by dtype, shape and length of the archive.
 
     One per open checkpoint. An archive with the same frame is the same archive around other elements.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[torch.dtype, torch.Size, int], tuple[bytes, bytes, tuple[int, ...]]] = {}
+        self._frames: dict[tuple[torch.dtype, torch.Size, int], tuple[bytes, bytes, tuple[int, ...]]] = {}
 
     def tensor_in(self, data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
         """Return the tensor in ``data``, in memory of its own; None if no archive with this frame was loaded."""
-        before, after, strides = self._known.get((dtype, shape, len(data)), (b"", b"", ()))
+        before, after, strides = self._frames.get((dtype, shape, len(data)), (b"", b"", ()))
         if not before or not (data.startswith(before) and data.endswith(after)):
             return None
+        # Copied: a view of ``data`` would be read-only, and not aligned.
         tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
         flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         memoryview(cast(Any, flat.numpy()))[:] = memoryview(data)[len(before) : len(data) - len(after)]
@@ -50,21 +51,22 @@ class KnownFrames:
     def learn(self, data: bytes, tensor: Tensor) -> None:
         """Keep the frame of ``data``, which ``tensor`` was loaded from, if that is its only tensor and dense."""
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            found = [(record.filename.partition("/")[2], _place(data, record)) for record in archive.infolist()]
-        stored, records = [place for name, place in found if name.startswith("data/")], dict(found)
+            # Names begin with the archive's own name, which torch takes from the file's.
+            ranges = [(record.filename.partition("/")[2], _byte_range(data, record)) for record in archive.infolist()]
+        elements, records = [range_ for name, range_ in ranges if name.startswith("data/")], dict(ranges)
         # empty_like() keeps the strides of dense tensors, and only of these.
         kept = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
         dense = kept and not (tensor.is_conj() or tensor.is_neg())
-        if not dense or len(stored) != 1 or not 0 < tensor.nbytes == stored[0].stop - stored[0].start:
+        if not dense or len(elements) != 1 or not 0 < tensor.nbytes == elements[0].stop - elements[0].start:
             return
         # Torch swaps the bytes of archives of the other byte order, which copying them would not do.
         if data[records.get("byteorder", slice(0))] != sys.byteorder.encode():
             return
-        around = data[: stored[0].start], data[stored[0].stop :], tensor.stride()
-        self._known[tensor.dtype, tensor.shape, len(data)] = around
+        frame = data[: elements[0].start], data[elements[0].stop :], tensor.stride()
+        self._frames[tensor.dtype, tensor.shape, len(data)] = frame
 
 
-def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str, frames: KnownFrames) -> Tensor:
+def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str, frames: FrameCache) -> Tensor:
     """Return the tensor in ``data``, on the CPU.
 
     Raises CheckpointError, whose text begins with ``what``, unless it has this shape and the dtype of ``properties``.
@@ -135,19 +137,21 @@ def _check_archive(data: bytes) -> None:
     total, pickles = 0, 0
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for record in archive.infolist():
+            # Uncompressed, a record takes as many bytes as it has: the memory that is asked for is bounded by the file.
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise ValueError(f"its record {record.filename[:80]!r} is compressed")
             total += record.file_size
             if record.filename.endswith("data.pkl") and total <= len(data):
                 pickles += 1
-                check_cost(data[_place(data, record)])
+                check_cost(data[_byte_range(data, record)])
     if total > len(data):
         raise ValueError(f"its records claim {total} bytes, it has {len(data)}")
+    # torch reads one; a second one could be another program's, and hide the content from this check.
     if pickles != 1:
         raise ValueError(f"it has {pickles} records data.pkl, wanted one")
 
 
-def _place(data: bytes, record: zipfile.ZipInfo) -> slice:
+def _byte_range(data: bytes, record: zipfile.ZipInfo) -> slice:
     """Return the byte range of an uncompressed record. ``zipfile`` would insist on a checksum, which torch may omit."""
     lengths = record.header_offset + 26
     if lengths + 4 > len(data):

@@ -72,6 +72,7 @@ def begin(path: Path) -> Path:
             f"dist_asgd: cannot save a checkpoint at {path}: it {what}. A checkpoint is a directory of its own, and "
             f"none is overwritten: choose another name, or remove it first."
         )
+    # Of this path only: another job may be writing beside it.
     for leftover in leftovers(path.parent):
         if leftover_of(leftover) == path.name:
             shutil.rmtree(leftover)
@@ -173,12 +174,13 @@ def leftovers(folder: Path) -> list[Path]:
 
 def leftover_of(leftover: Path) -> str | None:
     """Return the name of the checkpoint that was being written or removed; None if the path is no leftover."""
-    found = _LEFTOVER.fullmatch(leftover.name)
-    return found["name"] if found else None
+    match = _LEFTOVER.fullmatch(leftover.name)
+    return match["name"] if match else None
 
 
 def point_latest(folder: Path, name: str) -> None:
     """Make ``folder/latest`` a link to ``name``; an earlier link is replaced in one step."""
+    # symlink_to() does not replace, and rename() does: the link is made under another name first.
     beside = _beside(folder / LATEST_NAME, "tmp")
     beside.symlink_to(name, target_is_directory=True)
     try:
@@ -197,6 +199,6 @@ def step_name(step: int) -> str:
 def steps_in(folder: Path) -> Iterator[tuple[int, Path]]:
     """Return step and path of every whole checkpoint in ``folder``, oldest first."""
     entries = [(_STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
-    found = [(int(match[1]), entry) for match, entry in entries if match]
+    steps = [(int(match[1]), entry) for match, entry in entries if match]
     # The manifest is written last, so a directory with a manifest is whole.
-    return iter(sorted(pair for pair in found if (pair[1] / MANIFEST_NAME).is_file()))
+    return iter(sorted(pair for pair in steps if (pair[1] / MANIFEST_NAME).is_file()))

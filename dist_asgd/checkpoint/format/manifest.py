@@ -43,9 +43,9 @@ def check_name(name: object) -> str:
     Raises ValueError otherwise; callers add the place where they found the name.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
-        shown = repr(name[:80]) if isinstance(name, str) else type(name).__name__
+        text = repr(name[:80]) if isinstance(name, str) else type(name).__name__
         raise ValueError(
-            f"a file named {shown}; files of a checkpoint lie right inside its directory, with names of letters, "
+            f"a file named {text}; files of a checkpoint lie right inside its directory, with names of letters, "
             f"digits, '.', '_' and '-'"
         )
     return name
@@ -231,12 +231,14 @@ def decode(data: bytes, path: Path) -> Manifest:
         raise CheckpointError(f"dist_asgd: {path} is damaged, or was not written by dist_asgd: {what}.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # json would keep the last of two equal keys, and other programs the first.
         body = dict(pairs)
         if len(body) != len(pairs):
             refuse("a key occurs twice")
         return body
 
     def constant(text: str) -> NoReturn:
+        # NaN and Infinity, which Python reads and JSON does not have.
         refuse(f"{text} is not a number here")
 
     try:
@@ -245,6 +247,7 @@ def decode(data: bytes, path: Path) -> Manifest:
         refuse(f"not JSON as it should be ({error})")
     if not isinstance(body, dict) or set(body) != _KEYS:
         refuse(f"wanted the keys {sorted(_KEYS)}")
+    # The hash comes first: damage must not be reported as another format, or as a fault of whoever wrote the file.
     own = body.pop(_HASH_KEY)
     if not isinstance(own, str) or own != hash_of(_dump(body)) or data != _dump({**body, _HASH_KEY: own}):
         refuse("its content does not have the hash that it gives itself")
@@ -259,6 +262,7 @@ def decode(data: bytes, path: Path) -> Manifest:
         step, world_size = _count(body["step"], "step"), _count(body["world_size"], "world_size")
         files = {check_name(name): _file_entry(name, entry) for name, entry in _dict(body, "files").items()}
         chunks = {name: _chunks(name, rows, files) for name, rows in _dict(body, "chunks").items()}
+        # It could not hold its own hash.
         if MANIFEST_NAME in files:
             raise ValueError("it lists itself")
         if not world_size:
@@ -276,6 +280,7 @@ def _dict(body: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _count(value: object, what: str) -> int:
+    # A bool is an int for isinstance(). Below 2^63, so that it fits wherever a file offset does.
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise ValueError(f"{what} must be a whole number from 0 on")
     return value
@@ -308,6 +313,7 @@ def _chunks(name: str, rows: object, files: Mapping[str, FileEntry]) -> tuple[Ch
             _count(row[1], f"a chunk length of {name}"),
             _hash(row[2], f"a chunk of {name}"),
         )
+        # In order and apart, so that every byte has at most one hash and one owner.
         if chunk.offset < stop:
             raise ValueError(f"chunks of {name} overlap or are out of order at byte {chunk.offset}")
         stop = chunk.offset + chunk.length

@@ -10,13 +10,12 @@ record     an object that the pickle creates empty and then gives its state
 call       an object that the pickle makes of its arguments at once
 constant   a name that stands for one value, such as ``torch.float32``
 maker      a function of this module that turns the state of a record, or the arguments of a call, into the real object;
-           it checks them and raises ``Refused`` if they are not as DCP writes them
+           it checks them and raises ``Refusal`` if they are not as DCP writes them
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -38,32 +37,19 @@ METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
 
 
-class Refused(Exception):
+class Refusal(Exception):
     """The pickle holds something that it should not hold; the message completes the sentence "it holds ..."."""
 
 
 def want(ok: bool, what: str) -> None:
-    """Raise ``Refused`` unless ``ok``."""
+    """Raise ``Refusal`` unless ``ok``."""
     if not ok:
-        raise Refused(what)
+        raise Refusal(what)
 
 
 Name = tuple[str, str]
+"""Module and name of a class, function or constant, as pickles have them."""
 Maker = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The (module, name) pairs that a pickle may use, by what they are, and the types that keys of its dicts may have.
-
-    ``stateless`` makes objects that the pickle creates and gives no state.
-    """
-
-    constants: Mapping[Name, Any]
-    calls: Mapping[Name, Maker]
-    records: Mapping[Name, Maker]
-    stateless: Mapping[Name, Callable[[], Any]]
-    key_types: tuple[type, ...]
 
 
 class _Record:
@@ -77,7 +63,7 @@ class _Record:
 
 
 class _Global:
-    """A name on the stack, one of the vocabulary's."""
+    """A name on the stack, one of the tables below."""
 
     __slots__ = ("name",)
 
@@ -88,30 +74,29 @@ class _Global:
 _MARK = object()
 
 
-def _finished(value: Any) -> Any:
-    """Return the value of an entry of the stack; raises ``Refused`` for marks, names and records without state."""
+def _value_of(value: Any) -> Any:
+    """Return the value of an entry of the stack; raises ``Refusal`` for marks, names and records without state."""
     kind = type(value)
     if kind is _Record:
         if value.make is not None:
-            raise Refused("an object that is used before it is made")
+            raise Refusal("an object that is used before it is made")
         return value.value
     if value is _MARK or kind is _Global:
-        raise Refused("a mark or a name where a value should be")
+        raise Refusal("a mark or a name where a value should be")
     return value
 
 
 class Machine:
     """The stack machine of ``pickle``, with no other opcodes than plain values, records and calls need."""
 
-    def __init__(self, data: bytes, vocabulary: Vocabulary) -> None:
+    def __init__(self, data: bytes) -> None:
         self._data = data
-        self._vocabulary = vocabulary
         self._at = 0
         self._stack: list[Any] = []
         self._memo: list[Any] = []
 
     def run(self) -> Any:
-        """Return the one object that the pickle makes; raises ``Refused`` for anything that the vocabulary lacks."""
+        """Return the one object that the pickle makes; raises ``Refusal`` for anything that DCP does not write."""
         data, opcodes, stack, memo = self._data, self._OPCODES, self._stack, self._memo
         length = len(data)
         while self._at < length:
@@ -120,14 +105,14 @@ class Machine:
             # Two thirds of all opcodes are these; handling them here saves a function call for each.
             if code == 0x94:  # MEMOIZE
                 if not stack or stack[-1] is _MARK:
-                    raise Refused("nothing to remember")
+                    raise Refusal("nothing to remember")
                 memo.append(stack[-1])
             elif code == 0x68 or code == 0x6A:  # BINGET, LONG_BINGET
                 first = self._at
                 self._at += 1 if code == 0x68 else 4
                 place = int.from_bytes(data[first : self._at], "little")
                 if self._at > length or place >= len(memo):
-                    raise Refused("a reference to nothing")
+                    raise Refusal("a reference to nothing")
                 stack.append(memo[place])
             elif code == 0x29:  # EMPTY_TUPLE
                 stack.append(())
@@ -139,35 +124,37 @@ class Machine:
             else:
                 handler = opcodes.get(code)
                 if handler is None:
-                    raise Refused(f"opcode 0x{code:02x}")
+                    raise Refusal(f"opcode 0x{code:02x}")
                 handler(self)
-        raise Refused("an end before the end")
+        raise Refusal("an end before the end")
 
     def _take(self, count: int) -> bytes:
         start, self._at = self._at, self._at + count
         if self._at > len(self._data):
-            raise Refused("an end before the end")
+            raise Refusal("an end before the end")
         return self._data[start : self._at]
 
     def _pop(self) -> Any:
         """Pop the top of the stack as a value."""
         if not self._stack:
-            raise Refused("a missing operand")
-        return _finished(self._stack.pop())
+            raise Refusal("a missing operand")
+        return _value_of(self._stack.pop())
 
     def _pop_to_mark(self) -> list[Any]:
         stack = self._stack
         for at in range(len(stack) - 1, -1, -1):
             if stack[at] is _MARK:
-                values = [_finished(value) for value in stack[at + 1 :]]
+                values = [_value_of(value) for value in stack[at + 1 :]]
                 del stack[at:]
                 return values
-        raise Refused("a missing mark")
+        raise Refusal("a missing mark")
 
     def _protocol(self) -> None:
+        # 4 and 5 are what Python writes by default; the older ones have more opcodes than this machine.
         want(self._take(1)[0] in (4, 5), "a pickle protocol other than 4 and 5")
 
     def _frame(self) -> None:
+        # Its length serves readers of streams; here all bytes are in memory.
         self._take(8)
 
     def _tuple(self) -> None:
@@ -175,8 +162,8 @@ class Machine:
 
     def _tuple_of(self, count: int) -> None:
         if len(self._stack) < count:
-            raise Refused("a missing operand")
-        self._stack[-count:] = [tuple(map(_finished, self._stack[-count:]))]
+            raise Refusal("a missing operand")
+        self._stack[-count:] = [tuple(map(_value_of, self._stack[-count:]))]
 
     def _string(self, count: int) -> None:
         length = int.from_bytes(self._take(count), "little")
@@ -187,6 +174,7 @@ class Machine:
 
     def _long(self) -> None:
         count = self._take(1)[0]
+        # 8 bytes, and one for the sign: DCP writes no longer numbers.
         want(count <= 9, "a number beyond 64 bits")
         self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
 
@@ -196,12 +184,13 @@ class Machine:
 
     def _set(self, values: list[Any]) -> None:
         want(bool(self._stack) and type(self._stack[-1]) is dict and len(values) % 2 == 0, "items of no dict")
-        target, key_types = self._stack[-1], self._vocabulary.key_types
+        target = self._stack[-1]
         num_keys = len(target) + len(values) // 2
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if type(key) not in key_types:
-                raise Refused("a key that is no name")
+            if type(key) not in _KEY_TYPES:
+                raise Refusal("a key that is no name")
             target[key] = value
+        # pickle would let the second value replace the first.
         want(len(target) == num_keys, "a key that occurs twice")
 
     def _set_one(self) -> None:
@@ -211,43 +200,44 @@ class Machine:
     def _find(self) -> None:
         name, module = self._pop(), self._pop()
         if type(name) is not str or type(module) is not str:
-            raise Refused("a name that is no string")
-        known, full = self._vocabulary, (module, name)
-        if full in known.constants:
-            self._stack.append(known.constants[full])
-        elif full in known.records or full in known.calls or full in known.stateless:
+            raise Refusal("a name that is no string")
+        # The name is looked up in the tables of this module, and never imported.
+        full = (module, name)
+        if full in _CONSTANTS:
+            self._stack.append(_CONSTANTS[full])
+        elif full in _RECORDS or full in _CALLS or full in _STATELESS:
             self._stack.append(_Global(full))
         else:
-            raise Refused(f"{module[:80]}.{name[:80]}")
+            raise Refusal(f"{module[:80]}.{name[:80]}")
 
     def _name(self) -> Name:
         found = self._stack.pop() if self._stack else None
         if type(found) is not _Global:
-            raise Refused("a call of something that has no name")
+            raise Refusal("a call of something that has no name")
         return found.name
 
     def _create(self) -> None:
         args, name = self._pop(), self._name()
         want(args == (), "an object with arguments")
-        if name in self._vocabulary.records:
-            self._stack.append(_Record(self._vocabulary.records[name]))
-        elif name in self._vocabulary.stateless:
-            self._stack.append(self._vocabulary.stateless[name]())
+        if name in _RECORDS:
+            self._stack.append(_Record(_RECORDS[name]))
+        elif name in _STATELESS:
+            self._stack.append(_STATELESS[name]())
         else:
-            raise Refused(f"an object of {'.'.join(name)}")
+            raise Refusal(f"an object of {'.'.join(name)}")
 
     def _call(self) -> None:
         args, name = self._pop(), self._name()
-        make = self._vocabulary.calls.get(name)
+        make = _CALLS.get(name)
         if make is None:
-            raise Refused(f"a call of {'.'.join(name)}")
+            raise Refusal(f"a call of {'.'.join(name)}")
         self._stack.append(make(args))
 
     def _build(self) -> None:
         state = self._pop()
         made = self._stack[-1] if self._stack else None
         if type(made) is not _Record or made.make is None:
-            raise Refused("state for something that takes none")
+            raise Refusal("state for something that takes none")
         made.value, made.make = made.make(state), None
 
     _OPCODES: Mapping[int, Callable[[Machine], None]] = {
@@ -292,6 +282,7 @@ _DTYPES = {
 
 
 def _is_count(value: object) -> bool:
+    # type(), because a bool is an int for isinstance(); below 2^62, so that the sum of two fits into 64 bits.
     return type(value) is int and 0 <= value < 1 << 62
 
 
@@ -302,6 +293,7 @@ def _fields(state: Any, required: set[str], optional: set[str], what: str) -> di
 
 def _size(args: Any) -> torch.Size:
     want(type(args) is tuple and len(args) == 1 and type(args[0]) is tuple, "torch.Size of something else than sizes")
+    # A tensor of torch has at most 64 dimensions.
     want(len(args[0]) <= 64 and all(_is_count(n) for n in args[0]), "a size that is negative or no number")
     return torch.Size(args[0])
 
@@ -318,6 +310,7 @@ def _memory_format(args: Any) -> torch.memory_format:
 
 
 def _path(args: Any) -> str:
+    # The paths of StorageMeta are only shown, so a string does for them.
     want(type(args) is tuple and all(type(part) is str for part in args), "a path of something else than strings")
     return str(PurePosixPath(*args))
 
@@ -360,7 +353,7 @@ def _info(state: Any) -> _StorageInfo:
     try:
         name = check_name(fields["relative_path"])
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise Refusal(str(error)) from None
     return _StorageInfo(name, fields["offset"], fields["length"])
 
 
@@ -376,46 +369,47 @@ def _metadata(state: Any) -> Metadata:
     optional = {"planner_data", "storage_data", "storage_meta", "version"}
     fields = _fields(state, {"state_dict_metadata"}, optional, "Metadata")
     keys: Any = fields["state_dict_metadata"]
-    planned: Any = fields.get("planner_data")
-    stored: Any = fields.get("storage_data")
+    planner_data: Any = fields.get("planner_data")
+    storage_data: Any = fields.get("storage_data")
     entries = (TensorStorageMetadata, BytesStorageMetadata)
     want(type(keys) is dict and all(type(k) is str and type(v) in entries for k, v in keys.items()), "the keys")
-    ok = type(stored) is dict and all(type(k) is MetadataIndex and type(v) is _StorageInfo for k, v in stored.items())
+    kinds = (MetadataIndex, _StorageInfo)
+    ok = type(storage_data) is dict and all((type(k), type(v)) == kinds for k, v in storage_data.items())
     want(ok, "where the data lies")
-    if planned is not None:
-        ok = type(planned) is dict and all(type(k) is str and type(v) is tuple for k, v in planned.items())
-        want(ok and all(type(part) in (str, int) for path in planned.values() for part in path), "the planner's data")
+    if planner_data is not None:
+        ok = type(planner_data) is dict and all(type(k) is str and type(v) is tuple for k, v in planner_data.items())
+        words = [word for path in planner_data.values() for word in path] if ok else []
+        want(ok and all(type(word) in (str, int) for word in words), "the planner's data")
     meta, version = fields.get("storage_meta"), fields.get("version")
     want(meta is None or type(meta) is StorageMeta, "its StorageMeta")
     want(version is None or type(version) is str, "its version")
-    planned = None if planned is None else dict(planned)
-    return Metadata(dict(keys), planned, dict(stored), meta or StorageMeta(), version)
+    planner_data = None if planner_data is None else dict(planner_data)
+    return Metadata(dict(keys), planner_data, dict(storage_data), meta or StorageMeta(), version)
 
 
 _DCP = "torch.distributed.checkpoint."
-_VOCABULARY = Vocabulary(
-    constants={("torch", name): dtype for name, dtype in _DTYPES.items()},
-    calls={
-        ("torch", "Size"): _size,
-        ("torch.serialization", "_get_layout"): _layout,
-        (_DCP + "metadata", "_MEM_FORMAT_ENCODING"): _memory_format,
-        ("pathlib", "PosixPath"): _path,
-        ("pathlib", "WindowsPath"): _path,
-        ("pathlib._local", "PosixPath"): _path,
-        ("pathlib._local", "WindowsPath"): _path,
-    },
-    records={
-        (_DCP + "metadata", "Metadata"): _metadata,
-        (_DCP + "metadata", "TensorStorageMetadata"): _tensor,
-        (_DCP + "metadata", "TensorProperties"): _properties,
-        (_DCP + "metadata", "ChunkStorageMetadata"): _chunk,
-        (_DCP + "metadata", "MetadataIndex"): _index,
-        (_DCP + "metadata", "StorageMeta"): _storage_meta,
-        (_DCP + "filesystem", "_StorageInfo"): _info,
-    },
-    stateless={(_DCP + "metadata", "BytesStorageMetadata"): BytesStorageMetadata},
-    key_types=(str, MetadataIndex),
-)
+_CONSTANTS: Mapping[Name, Any] = {("torch", name): dtype for name, dtype in _DTYPES.items()}
+_CALLS: Mapping[Name, Maker] = {
+    ("torch", "Size"): _size,
+    ("torch.serialization", "_get_layout"): _layout,
+    (_DCP + "metadata", "_MEM_FORMAT_ENCODING"): _memory_format,
+    ("pathlib", "PosixPath"): _path,
+    ("pathlib", "WindowsPath"): _path,
+    ("pathlib._local", "PosixPath"): _path,
+    ("pathlib._local", "WindowsPath"): _path,
+}
+_RECORDS: Mapping[Name, Maker] = {
+    (_DCP + "metadata", "Metadata"): _metadata,
+    (_DCP + "metadata", "TensorStorageMetadata"): _tensor,
+    (_DCP + "metadata", "TensorProperties"): _properties,
+    (_DCP + "metadata", "ChunkStorageMetadata"): _chunk,
+    (_DCP + "metadata", "MetadataIndex"): _index,
+    (_DCP + "metadata", "StorageMeta"): _storage_meta,
+    (_DCP + "filesystem", "_StorageInfo"): _info,
+}
+# Objects that the pickle creates and gives no state.
+_STATELESS: Mapping[Name, Callable[[], Any]] = {(_DCP + "metadata", "BytesStorageMetadata"): BytesStorageMetadata}
+_KEY_TYPES = (str, MetadataIndex)
 
 
 def parse(data: bytes, where: str) -> Metadata:
@@ -424,9 +418,9 @@ def parse(data: bytes, where: str) -> Metadata:
     Raises CheckpointError, which names ``where`` and what the file holds instead. Nothing in the file is executed.
     """
     try:
-        metadata = Machine(data, _VOCABULARY).run()
+        metadata = Machine(data).run()
         want(type(metadata) is Metadata, "something that is no Metadata")
-    except Refused as refused:
+    except Refusal as refused:
         raise CheckpointError(
             f"dist_asgd: {where} is damaged, or is no metadata of torch.distributed.checkpoint: it holds {refused}. "
             f"Nothing of it was run."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from .archives import KnownFrames, dump_object, load_object, load_tensor
+from .archives import FrameCache, dump_object, load_object, load_tensor
 from .manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -64,11 +64,12 @@ class OpenCheckpoint:
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
-        self._frames = KnownFrames()
+        self._frames = FrameCache()
         # Values of chunks that were read before, as long as nobody can change them.
         self._constants: dict[object, Any] = {}
 
     def _checked_manifest(self) -> Manifest:
+        # Names and sizes are compared before anything is parsed: a truncated file is reported as such.
         manifest = read_manifest(self.path)
         if manifest is None:
             raise needs_manifest(self.path)
@@ -89,6 +90,7 @@ class OpenCheckpoint:
     def _sizes(self) -> dict[str, int]:
         sizes = {}
         for name in {info.relative_path for info in self.metadata.storage_data.values()}:
+            # By opening: a link or a device must be refused before its size is believed.
             file, sizes[name] = open_confined(self.path, name)
             file.close()
         return sizes
@@ -97,6 +99,7 @@ class OpenCheckpoint:
         if self.manifest is None:
             return None
         hashes = {(n, c.offset, c.length): c.xxh3_128 for n, chunks in self.manifest.chunks.items() for c in chunks}
+        # Checked for all chunks now, so that a missing hash is never a chunk that is read without one.
         for index, info in self.metadata.storage_data.items():
             if (info.relative_path, info.offset, info.length) not in hashes:
                 raise CheckpointError(
@@ -156,7 +159,7 @@ class OpenCheckpoint:
     def _what(self, index: MetadataIndex) -> str:
         return f"{index.fqn} in {self.path / self.storage_info(index).relative_path}"
 
-    def values(self, keys: Iterable[str]) -> dict[str, Any]:
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
         """Return the objects and 0-dim tensors at ``keys``; a chunk that several keys share is read once.
 
         Raises CheckpointError if one of the keys is a tensor of more than one element.
@@ -261,6 +264,7 @@ class CheckedReader(FileSystemReader):
                 tensor = self.opened.tensor(index, data)
                 for item in items:
                     _fill(tensor, item, planner)
+        # DCP's interface is asynchronous; here everything is read when the future is made.
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -282,6 +286,7 @@ def _fill(source: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
     """Copy the item's region of ``source``, one chunk, to where the planner wants it."""
     for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         source = source.narrow(dim, start, length)
+    # detach(): a parameter that requires gradients could not be written in place.
     target = planner.resolve_tensor(item).detach()
     if target.shape != source.shape:
         raise CheckpointError(
