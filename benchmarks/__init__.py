@@ -1,1 +1,1 @@
-"""Benchmarks of ``dist_asgd`` against the optimizers it replaces. See ``benchmarks/README.md``."""
+"""Benchmarks of ``dist_asgd`` against the optimizers that it replaces. ``benchmarks/README.md`` has the method."""

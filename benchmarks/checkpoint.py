@@ -1,7 +1,8 @@
-"""``python -m benchmarks.checkpoint``: saving, loading and consolidating, against what torch offers, in one run.
+"""``python -m benchmarks.checkpoint``: saves, loads and consolidates, in comparison with torch, in one run.
 
-Starts its own ranks, all ways at once, and lets one after the other save, load and consolidate the same state, round
-after round; then each in fresh processes for its memory. Prints one Markdown report on stdout.
+The program starts the ranks of all ways to keep checkpoints at once, and lets one way after the other save, load and
+consolidate the same state, round after round. Then it measures the memory of each way in fresh processes. It prints
+one Markdown report on stdout.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ CALLS = {
 
 
 class Checkpointer:
-    """One rank of one way to keep checkpoints. Every method is collective and returns seconds."""
+    """One rank of one way to keep checkpoints (``way``, a key of LABELS): the actor of a team.
+
+    All public methods are collective. The methods that have the name of a call in CALLS are timed from outside.
+    """
 
     def __init__(self, rank: int, world_size: int, way: str, shape: Shape, folder: str) -> None:
         self.rank, self.way = rank, way
@@ -62,7 +66,7 @@ class Checkpointer:
             fully_shard(self.model, mesh=init_device_mesh("cpu", (world_size,)))
             self.optimizer: torch.optim.Optimizer = torch.optim.ASGD(self.model.parameters(), **HYPERPARAMETERS)
         elif way == "plain":
-            # This rank's half of parameters and averages.
+            # This rank's part of the bytes of a checkpoint, which are those of the parameters and the averages.
             self.data = torch.randn(2 * self.unit // world_size // 4)
             self.staged = torch.zeros_like(self.data)
             return
@@ -74,7 +78,7 @@ class Checkpointer:
         self.optimizer.zero_grad()
 
     def timed(self, call: str, name: str) -> float:
-        """From a barrier to the return of ``call``."""
+        """The seconds from a barrier to the return of the method ``call``, which gets the path ``name``."""
         self.finish()
         if self.rank == 0 and call != "load":
             for old in self.folder.iterdir():
@@ -85,13 +89,13 @@ class Checkpointer:
         return time.perf_counter() - begin
 
     def finish(self) -> None:
-        """Wait for a save in the background."""
+        """Wait for a save in the background, if there is one."""
         if self.pending is not None:
             (self.pending.wait if self.way == "ours" else self.pending.result)()
             self.pending = None
 
     def peak(self, call: str) -> int:
-        """The most bytes of this rank in ``call`` above those before, the save in the background included."""
+        """The peak of this rank's bytes in ``call`` above the bytes before it. A save in the background is included."""
         before = settled_bytes()
         reset_peak()
         self.timed(call, "1")
@@ -99,7 +103,7 @@ class Checkpointer:
         return peak_bytes() - before
 
     def save(self, path: Path) -> None:
-        """All of model and optimizer, on disk."""
+        """Save model and optimizer; on return they are on disk."""
         if self.way == "ours":
             from dist_asgd import save_checkpoint
 
@@ -124,20 +128,20 @@ class Checkpointer:
             dist.barrier()
 
     def async_save(self, path: Path) -> None:
-        """Until training can go on."""
+        """Save in the background; on return training can go on."""
         if self.way == "ours":
             from dist_asgd import async_save_checkpoint
 
             self.pending = async_save_checkpoint(path, self.model, self.optimizer, step=1)
         elif self.way == "plain":
-            # No stall is shorter that ends with a copy: one, of everything, into memory that is there.
+            # The shortest possible stall: one copy of all data into memory that is already allocated.
             self.staged.copy_(self.data)
         else:
             model, optim = get_state_dict(self.model, self.optimizer, options=FLAT)
             self.pending = state_dict_saver.async_save({"model": model, "optim": optim}, checkpoint_id=path)
 
     def load(self, path: Path) -> None:
-        """What ``save`` wrote."""
+        """Load what ``save`` has written."""
         if self.way == "ours":
             from dist_asgd import load_checkpoint
 
@@ -155,13 +159,16 @@ class Checkpointer:
             self.optimizer.load_state_dict(content["optim"])
 
     def consolidate(self, _path: Path) -> None:
-        """The optimizer's whole state on rank 0."""
+        """Consolidate the optimizer's state on rank 0."""
         consolidate(self.optimizer)
         dist.barrier()
 
 
 def measure_seconds(shape: Shape, world_size: int, rounds: int, scratch: Path) -> dict[str, dict[str, list[float]]]:
-    """Every way in turn, in an order that rotates; the slowest rank counts. The first round warms up."""
+    """The seconds of each call in each round, by way and call; the slowest rank counts.
+
+    In each round all ways take their turn, in an order that rotates. The first round warms up and does not count.
+    """
     found: dict[str, dict[str, list[float]]] = {way: {call: [] for call in calls} for way, calls in CALLS.items()}
     with contextlib.ExitStack() as stack:
         teams = {}
@@ -185,7 +192,7 @@ def measure_seconds(shape: Shape, world_size: int, rounds: int, scratch: Path) -
 
 
 def measure_peaks(shape: Shape, world_size: int, scratch: Path) -> dict[str, dict[str, int]]:
-    """Rank 0's peak of each call, in fresh processes, after one of each has run."""
+    """The peak of rank 0 in each call, in bytes, by way and call. Each way has fresh processes."""
     found: dict[str, dict[str, int]] = {}
     for way, calls in CALLS.items():
         if way == "plain":
@@ -199,7 +206,7 @@ def measure_peaks(shape: Shape, world_size: int, scratch: Path) -> dict[str, dic
 
 
 def report(options: argparse.Namespace, seconds: dict[str, Any], peaks: dict[str, Any], unit: int) -> str:
-    """Everything as Markdown."""
+    """The report as Markdown. ``unit`` is P, the bytes of the parameters."""
     fields = {
         **surroundings("benchmarks.checkpoint"),
         "model": f"GPT, {unit / 4e6:.1f}M fp32 parameters; a checkpoint holds 2 P = {2 * unit / 1e6:.0f} MB",
@@ -245,7 +252,7 @@ def report(options: argparse.Namespace, seconds: dict[str, Any], peaks: dict[str
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the report, and write it to a file if the command line asks for it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--world-size", type=int, default=2, help="ranks to start (2)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")

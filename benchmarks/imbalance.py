@@ -1,11 +1,11 @@
-"""How evenly the state is split at world sizes that this machine does not have.
+"""Measures how evenly the state is sharded at world sizes that this machine does not have.
 
-The ``fake`` process group lets one process be any rank of any world: its collectives move nothing, but
-construction, which decides who owns what, needs nothing to be moved.
+The ``fake`` process group lets one process be any rank of any world. Its collectives send nothing, but construction,
+which decides what each rank owns, needs no data of other ranks.
 
 Vocabulary
-    imbalance  the most bytes of state on one rank over the mean of the ranks that were looked at
-    overhead   the most bytes of state on one rank over an exact N-th of the unpadded state: padding counts
+    imbalance  the most bytes of state on one rank, divided by the mean of the ranks that were looked at
+    overhead   the most bytes of state on one rank, divided by an exact N-th of the state without padding
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WORLD_SIZES = (2, 8, 64, 1024)
 
 
 def measure_imbalance(shape: Shape, ours: bool) -> dict[str, dict[int, dict[str, float]]]:
-    """Imbalance and overhead by peer and world size."""
+    """Imbalance and overhead by peer and world size; ``ours`` adds this repository's optimizer."""
     table: dict[str, dict[int, dict[str, float]]] = {"zero": {}}
     if ours:
         table["stage2"] = {}
@@ -38,12 +38,13 @@ def measure_imbalance(shape: Shape, ours: bool) -> dict[str, dict[int, dict[str,
 
 
 def _figures(held: list[int], shape: Shape, world_size: int) -> dict[str, float]:
+    """``held`` are the bytes of state on each of the ranks that were looked at."""
     share = parameter_bytes(build_model(shape)) / world_size
     return {"imbalance": imbalance(held), "overhead": max(held) / share}
 
 
 def _zero_state_bytes(shape: Shape, world_size: int) -> list[int]:
-    """``ax`` bytes of every rank, from the partition that ZeroRedundancyOptimizer makes."""
+    """The bytes of ``ax`` on every rank, according to the partition that ZeroRedundancyOptimizer makes."""
     with fake_world(0, world_size):
         optimizer = peer_of("zero").make_optimizer(build_model(shape))
         assert isinstance(optimizer, ZeroRedundancyOptimizer)
@@ -54,7 +55,7 @@ def _zero_state_bytes(shape: Shape, world_size: int) -> list[int]:
 
 
 def _sharded_state_bytes(shape: Shape, rank: int, world_size: int) -> int:
-    """``ax`` bytes of one rank, by storages, padding and all."""
+    """The bytes of ``ax`` on one rank, by storages and with their padding."""
     with fake_world(rank, world_size):
         optimizer = peer_of("stage2").make_optimizer(build_model(shape))
         return storage_bytes(tensor for tensor in state_tensors(optimizer) if tensor.dim() > 0)
@@ -62,7 +63,7 @@ def _sharded_state_bytes(shape: Shape, rank: int, world_size: int) -> int:
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """Be one rank of a world in which nothing is ever sent."""
+    """Make this process one rank of a world in which nothing is ever sent."""
     dist.init_process_group("fake", rank=rank, world_size=world_size)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Run the teams: what is measured, in which order, and how the ranks' figures become one.
+"""Runs the teams of all peers, measures them in turn, and combines the figures of the ranks.
 
 Vocabulary
     round      one whole step and one split step of every peer, in an order that rotates from round to round
-    rank time  a step takes as long as its slowest rank: the maximum over the ranks, step by step
+    rank time  the time of the slowest rank, step by step, which is the time that a step takes
     P          the bytes of all parameters
 """
 
@@ -29,7 +29,7 @@ NUM_MEMORY_STEPS = 5
 def measure_time(
     peers: Sequence[Peer], shape: Shape, world_size: int, num_rounds: int, num_warmup: int, scratch: str
 ) -> dict[str, Any]:
-    """Steps of all peers in turn, then consolidation of all peers in turn."""
+    """Time steps of all peers in turn, then consolidation of all peers in turn; returns the figures of each round."""
     with contextlib.ExitStack() as stack:
         teams = {peer.key: stack.enter_context(Team(Trainer, world_size, peer, shape)) for peer in peers}
         for team in teams.values():
@@ -67,7 +67,7 @@ def measure_time(
 
 
 def measure_memory(peers: Sequence[Peer], shape: Shape, world_size: int) -> dict[str, dict[str, list[int]]]:
-    """Peaks in bytes, per peer and rank, each peer in processes of its own, one peer after the other."""
+    """Peaks in bytes by peer, kind and rank. Peers run one after the other, each in processes of its own."""
     peaks: dict[str, dict[str, list[int]]] = {}
     for peer in peers:
         progress(f"memory of {peer.label}")
@@ -83,7 +83,7 @@ def measure_memory(peers: Sequence[Peer], shape: Shape, world_size: int) -> dict
 
 
 def summarize_time(result: dict[str, Any]) -> dict[str, Any]:
-    """Per peer: medians in seconds, ratios to the baseline's, bytes of a rank; and ``save``'s seconds."""
+    """For each peer, medians in seconds, their ratios to the baseline, and bytes of a rank; also the time of a save."""
     save_seconds = median(result["save_seconds"])
     summary: dict[str, dict[str, Any]] = {}
     baseline = next(iter(result["seconds"]))
@@ -99,9 +99,9 @@ def summarize_time(result: dict[str, Any]) -> dict[str, Any]:
                 f"{kind}_least_ratio": min(times) / min(base[kind]),
                 f"{kind}_spread": (high - low) / median(times),
             }
-        for part in ("state", "gradients"):
-            ranks = [held[part] for held in result["bytes"][key]]
-            summary[key] |= {f"{part}_bytes": max(ranks), f"{part}_imbalance": imbalance(ranks)}
+        for kind in ("state", "gradients"):
+            ranks = [held[kind] for held in result["bytes"][key]]
+            summary[key] |= {f"{kind}_bytes": max(ranks), f"{kind}_imbalance": imbalance(ranks)}
         if key in result["consolidation_seconds"]:
             seconds = median(result["consolidation_seconds"][key])
             summary[key] |= {
@@ -112,16 +112,16 @@ def summarize_time(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def imbalance(values: Sequence[int]) -> float:
-    """Maximum over mean."""
+    """The maximum of ``values`` divided by their mean."""
     return max(values) * len(values) / sum(values) if sum(values) else 1.0
 
 
 def rotated(keys: list[str], number: int) -> list[str]:
-    """The same order, begun at another peer each round."""
+    """``keys`` in the same cyclic order, beginning with another one in each round ``number``."""
     first = number % len(keys)
     return keys[first:] + keys[:first]
 
 
 def progress(message: str) -> None:
-    """One line on stderr that the next one overwrites."""
+    """Print one line on stderr that the next one overwrites."""
     print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)

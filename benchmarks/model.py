@@ -1,12 +1,11 @@
-"""The model under measurement: a GPT of 31 million parameters in 173 tensors.
+"""The model that is trained in the benchmarks: a GPT of 31 million parameters in 173 tensors.
 
 Vocabulary
     P       the bytes of all parameters (fp32), the unit that memory is reported in
     shape   ``Shape``: the sizes of the model and of one rank's batch
 
-Batch and context are small on purpose. The optimizer and the communication cost the same whatever the batch
-is, so a small batch is where they weigh most, and where activations do not hide gradients and state in the
-memory figures.
+Batch and context are small on purpose. The optimizer and the communication cost the same for every batch, so with a
+small batch they weigh most, and activations do not hide gradients and state in the memory figures.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Shape:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and a four times wider perceptron: 12 tensors, about ``12 * width**2`` elements."""
+    """Pre-norm attention and a perceptron of four times the width: 12 tensors, about ``12 * width**2`` elements."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only language model with a head of its own; ``forward`` returns the loss."""
+    """A decoder-only language model with a head that is not tied. ``forward`` returns the mean loss, 0-dim."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -81,13 +80,13 @@ class GPT(nn.Module):
 
 
 def build_model(shape: Shape, seed: int = 0) -> GPT:
-    """The same model, to the bit, on every rank and for every peer."""
+    """Build the model. It is the same to the bit on every rank and for every peer."""
     torch.manual_seed(seed)
     return GPT(shape)
 
 
 def batch_of(shape: Shape, rank: int, number: int) -> Tensor:
-    """Rank ``rank``'s batch of step ``number``: the same for every peer, another on every rank."""
+    """The batch of rank ``rank`` in step ``number``, (batch, context + 1). It is the same for every peer."""
     generator = torch.Generator().manual_seed(1_000_003 * number + rank)
     return torch.randint(VOCABULARY, (shape.batch, shape.context + 1), generator=generator)
 

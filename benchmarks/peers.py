@@ -1,4 +1,4 @@
-"""The ways of training that are compared: how the model is wrapped, and which optimizer steps it.
+"""The ways of training that the benchmarks compare: a wrapping of the model, and an optimizer.
 
 Vocabulary
     peer   a wrapping (plain, DDP with or without gradient views, FSDP2 or HSDP) and an optimizer
@@ -46,9 +46,10 @@ def _sharded(model: nn.Module, stage: int, foreach: bool | None = None, shard_re
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of training. ``key`` names it on the command line, ``label`` in the table; ``stage`` is ShardedASGD's.
+    """One way of training. ``key`` names it on the command line, and ``label`` in the tables.
 
-    ``fsdp2``: on so many replicas; 0 where it is no FSDP2.
+    ``stage`` is ShardedASGD's, or 0 for another optimizer. ``fsdp2`` is the number of replicas under FSDP2 or HSDP,
+    or 0 for another wrapping.
     """
 
     key: str
@@ -70,13 +71,13 @@ class Peer:
 
     @property
     def consolidates(self) -> bool:
-        """Whether the state is split, so that there is something to consolidate."""
+        """Whether the state is sharded, so that it can be consolidated."""
         return self.ours or self.key == "zero"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose forward and backward are called. With DDP and FSDP2, collective: all ranks, same order."""
+        """The module whose forward and backward are called. Collective with DDP and FSDP2."""
         if self.fsdp2:
-            # Only where it is wanted: importing FSDP2 takes memory of its own.
+            # Imported here, because importing FSDP2 takes memory that would count for other peers, too.
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
@@ -129,17 +130,20 @@ HSDP_PEERS = (
     Peer("hsdp-unshared", "HSDP + ShardedASGD, shard_replicated=False", _UNSHARED, stage=1, fsdp2=REPLICAS),
 )
 
-# By what makes the gradients the same on all ranks; the first of each is the baseline of its ratios.
+# Peers by the wrapping that makes gradients the same on all ranks. The first of each is the baseline of the ratios.
 PARALLEL = {"ddp": PEERS, "fsdp2": FSDP2_PEERS, "hsdp": HSDP_PEERS}
 
 
 def peer_of(key: str) -> Peer:
-    """The peer of this key."""
+    """The peer with this key."""
     return next(peer for peers in PARALLEL.values() for peer in peers if peer.key == key)
 
 
 def select_peers(keys: Iterable[str] | None, quick: bool = False, parallel: str = "ddp") -> tuple[Peer, ...]:
-    """The peers of these keys in the table's order, the baseline always among them; None: all, or QUICK."""
+    """The baseline and the peers with these keys, in the order of the table.
+
+    None stands for all peers, or for those of QUICK. Raises ValueError for an unknown key.
+    """
     peers = PARALLEL[parallel]
     if keys is None:
         return tuple(peer for peer in peers if not quick or peer.key in QUICK or peer.fsdp2)
@@ -151,7 +155,7 @@ def select_peers(keys: Iterable[str] | None, quick: bool = False, parallel: str 
 
 
 def consolidate(optimizer: Optimizer, to: int = 0) -> dict[str, Any]:
-    """The whole state on rank ``to``, ``{}`` elsewhere. Collective: all ranks, same order."""
+    """The whole state on rank ``to``, and ``{}`` on the others. Collective."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=to)
         return optimizer.state_dict() if torch.distributed.get_rank() == to else {}
@@ -159,13 +163,14 @@ def consolidate(optimizer: Optimizer, to: int = 0) -> dict[str, Any]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``."""
-    part: Tensor = getattr(tensor.detach(), "_local_tensor", tensor)  # of a DTensor, without importing them
-    return part
+    """The local tensor of a DTensor, or a plain tensor itself."""
+    # Asking for the attribute recognises a DTensor without importing DTensors.
+    local_tensor: Tensor = getattr(tensor.detach(), "_local_tensor", tensor)
+    return local_tensor
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind these tensors: what they keep alive, padding and all."""
+    """The bytes of the distinct storages behind these tensors, which include padding."""
     sizes = {}
     for tensor in map(local, tensors):
         storage = tensor.untyped_storage()
@@ -174,7 +179,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """The tensors of the state that this rank's process holds."""
+    """The tensors of the optimizer's state on this rank."""
     inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
     for state in inner.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))

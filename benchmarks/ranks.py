@@ -1,11 +1,11 @@
-"""Groups of rank processes on this machine that stay alive and do what they are told.
+"""Starts the ranks of a benchmark as processes on this machine, which stay alive and run one call after another.
 
 Vocabulary
     team   the ranks of one process group: fresh Python processes, one compute thread each, joined by Gloo
     actor  the object that lives in every rank of a team, built by ``factory(rank, world_size, *args)``
 
-Teams let peers be interleaved step by step without sharing a process, hence without sharing a heap: a rank
-that is not called waits in a read and takes no processor time.
+Peers are interleaved step by step although each has a team, and therefore processes and heaps, of its own: a rank that
+is not called waits in a read and takes no processor time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT = timedelta(seconds=120)
 
 
 class Team:
-    """``world_size`` rank processes, each with one actor. Use as a context manager.
+    """``world_size`` rank processes, each with one actor. A team is a context manager, which ends its processes.
 
     ``environment`` is set before the processes start, since glibc reads its ``MALLOC_*`` variables only then.
     """
@@ -60,17 +60,20 @@ class Team:
                 self._processes.append(process)
 
     def wait_ready(self) -> None:
-        """Return once every actor is built; raises what building one raised."""
+        """Return once every actor is built. Raises RuntimeError if building one of them failed."""
         self._receive()
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every rank's actor at once and return the results in the order of the ranks."""
+        """Call a method of every rank's actor at once, and return the results in the order of the ranks.
+
+        If a rank fails, the team is ended and RuntimeError is raised with the rank's traceback.
+        """
         for connection in self._connections:
             connection.send((method, args))
         return self._receive()
 
     def _receive(self) -> list[Any]:
-        """One answer of every rank; the first failure ends the team."""
+        """Receive one result from every rank; the first failure ends the team."""
         results = []
         for rank, connection in enumerate(self._connections):
             try:
@@ -113,7 +116,7 @@ def _rank_main(
     world_size: int,
     args: tuple[Any, ...],
 ) -> None:
-    """One rank's whole life: join the group, build the actor, answer calls, leave together."""
+    """The main function of a rank: join the group, build the actor, run calls, and leave with the other ranks."""
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(str(Path(folder, "store")), world_size)  # type: ignore[attr-defined]
@@ -134,7 +137,7 @@ def _rank_main(
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started inside, then put the old ones back."""
+    """Set environment variables for processes that are started in the block, then restore the old ones."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

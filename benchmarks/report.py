@@ -1,4 +1,4 @@
-"""Where the figures were taken, and how they are shown: fixed fields, as Markdown and as JSON."""
+"""Describes the machine that a benchmark ran on, and formats the figures as Markdown tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MB = 1e6
 
 
 def surroundings(module: str = "benchmarks.step") -> dict[str, str]:
-    """Hardware, versions, command and date of this run."""
+    """Hardware, versions, commit, command and date of this run, by the names in the report."""
     return {
         "processor": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
@@ -49,7 +49,7 @@ def _memory() -> str:
 
 
 def _commit() -> str:
-    """The commit of this working tree, and whether it has changes of its own."""
+    """The commit of this working tree, and whether the package has uncommitted changes."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -61,20 +61,20 @@ def _commit() -> str:
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
-    """The whole report. Every part that was measured has a table."""
-    parts = ["# Benchmark: one training step", _fields({**report["surroundings"], **report["workload"]})]
+    """The whole report of ``benchmarks.step``, with a table for everything that was measured."""
+    sections = ["# Benchmark: one training step", _fields({**report["surroundings"], **report["workload"]})]
     goals = [] if report["quick"] else list(targets(report))
     if goals:
-        parts += ["## Goals", _goals_table(goals)]
+        sections += ["## Goals", _goals_table(goals)]
     if "time" in report:
-        parts += ["## Time", _time_table(report["time"]), "## Bytes held by a rank", _bytes_table(report)]
+        sections += ["## Time", _time_table(report["time"]), "## Bytes held by a rank", _bytes_table(report)]
     if "memory" in report:
-        parts += ["## Peak memory above the model", _memory_table(report)]
+        sections += ["## Peak memory above the model", _memory_table(report)]
     if "time" in report:
-        parts += ["## Consolidating the state to rank 0", _consolidation_table(report)]
+        sections += ["## Consolidating the state to rank 0", _consolidation_table(report)]
     if "imbalance" in report:
-        parts += ["## Imbalance at other world sizes", _imbalance_table(report["imbalance"])]
-    return "\n\n".join(parts) + "\n"
+        sections += ["## Imbalance at other world sizes", _imbalance_table(report["imbalance"])]
+    return "\n\n".join(sections) + "\n"
 
 
 def _fields(values: Mapping[str, str]) -> str:
@@ -207,7 +207,7 @@ def _imbalance_table(table: Mapping[str, Mapping[int, Mapping[str, float]]]) -> 
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned in plain text too; figures to the right."""
+    """A Markdown table whose columns are aligned in plain text, too. All columns but the first are figures."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

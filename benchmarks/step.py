@@ -1,7 +1,7 @@
-"""``python -m benchmarks.step``: time and memory of one training step, against what ``dist_asgd`` replaces.
+"""``python -m benchmarks.step``: time and memory of one training step, in comparison with other optimizers.
 
-Starts its own ranks; prints one Markdown report on stdout and its progress on stderr.
-The method is in ``benchmarks/README.md``.
+The program starts its own ranks. It prints one Markdown report on stdout, and its progress on stderr.
+``benchmarks/README.md`` describes the method.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PARTS = ("time", "memory", "imbalance")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ``--help`` shows it."""
+    """Parse the command line; None stands for the arguments of this process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--world-size", type=int, default=2, help="ranks to start (2)")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds (25; 5 with --quick)")
@@ -45,7 +45,7 @@ def _keys() -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the chosen parts, one after the other."""
+    """Measure the chosen parts, one after the other, and return all figures."""
     shape = Shape(context=options.context, batch=options.batch)
     if options.quick:
         shape = shape.tiny()
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _workload(shape: Shape, world_size: int, rounds: int, warmup: int) -> dict[str, Any]:
+    """The description of the workload, for the report."""
     model = build_model(shape)
     unit = parameter_bytes(model)
     num_tensors = len(list(model.parameters()))
@@ -87,7 +88,7 @@ def _workload(shape: Shape, world_size: int, rounds: int, warmup: int) -> dict[s
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the report, and write files if the command line asks for them."""
     options = parse_arguments()
     report = run(options)
     text = as_markdown(report)

@@ -1,4 +1,4 @@
-"""What this repository set out to reach, beside what was measured: the rows that a reader looks for first."""
+"""The goals of this repository, beside the measured figures. They are the first table of a report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CONSOLIDATION_RATIO = 3.0
 BUCKET_BYTES = 25 * 2**20
 PEAK = 1.4
 DTENSOR_STEP_SPEEDUP = 3.0
-# Padding to 64 bytes a parameter is the rest.
+# 1, and an allowance for parameters that are padded to 64 bytes.
 REPLICAS_SHARE = 1.005
 
 
 @dataclass(frozen=True)
 class Target:
-    """One goal: ``measured`` and ``goal`` as they are shown, and whether the goal was met."""
+    """One goal: its texts in the report, and whether it was met."""
 
     what: str
     goal: str
@@ -29,7 +29,7 @@ class Target:
 
 
 def targets(report: Mapping[str, Any]) -> Iterator[Target]:
-    """The goals that this report has figures for."""
+    """Yield the goals for which this report has figures."""
     time, memory = report.get("time", {}), report.get("memory", {})
     unit = report["parameter_bytes"]
     if "stage2" in time:
@@ -54,10 +54,10 @@ def targets(report: Mapping[str, Any]) -> Iterator[Target]:
         )
     if "stage2" in time:
         worst = max(
-            time[key][f"{part}_imbalance"]
+            time[key][f"{kind}_imbalance"]
             for key in ("stage1-views", "stage2")
             if key in time
-            for part in ("state", "gradients")
+            for kind in ("state", "gradients")
         )
         yield Target("imbalance of state and gradients", f"<= {IMBALANCE}", f"{worst:.4f}", worst <= IMBALANCE)
         ratio = time["stage2"]["consolidation_ratio"]

@@ -1,8 +1,8 @@
-"""One peer at work in one rank: the actor that the benchmark's teams are made of.
+"""The actor of ``benchmarks.step``: it trains the model of one peer on one rank, and measures.
 
 Vocabulary
     whole step  ``zero_grad``, forward, backward, ``optimizer.step()``, timed from a barrier to the end
-    split step  the same with a barrier before ``optimizer.step()``, of which only the latter is timed
+    split step  the same, but only ``optimizer.step()`` is timed, from a barrier before it
     peak        the most memory this process held since the last reset: the kernel's high-water mark (VmHWM)
 """
 
@@ -25,7 +25,7 @@ from benchmarks.peers import Peer, consolidate, local, state_tensors, storage_by
 
 
 class Trainer:
-    """Trains one peer's model. Every method is collective: all ranks of the team, same order."""
+    """Trains one peer's model. Construction and all public methods are collective on the ranks of the team."""
 
     model: nn.Module
     wrapped: nn.Module
@@ -40,16 +40,17 @@ class Trainer:
         self.build()
 
     def build(self) -> None:
-        """The model, the wrapping and the optimizer."""
+        """Build the model, the wrapping and the optimizer. The constructor calls it."""
         self.model = build_model(self.shape)
         self.wrap()
 
     def wrap(self) -> None:
+        """Wrap the model and construct the optimizer."""
         self.wrapped = self.peer.wrap(self.model)
         self.optimizer = self.peer.make_optimizer(self.model)
 
     def whole_step(self) -> tuple[float, float]:
-        """Seconds of a training step: on the clock, and of processor time over all threads of this process."""
+        """Take a training step; returns its seconds, and the seconds of processor time of all threads of the rank."""
         tokens = self._next_batch()
         dist.barrier()
         begin, begin_processor = time.perf_counter(), time.process_time()
@@ -59,7 +60,7 @@ class Trainer:
         return time.perf_counter() - begin, time.process_time() - begin_processor
 
     def split_step(self) -> float:
-        """Seconds of ``optimizer.step()`` alone, after a backward that has ended on every rank."""
+        """Take a training step; returns the seconds of ``optimizer.step()``, which begins when all ended backward."""
         tokens = self._next_batch()
         self.optimizer.zero_grad()
         self.wrapped(tokens).backward()
@@ -73,7 +74,7 @@ class Trainer:
         return batch_of(self.shape, self.rank, self._num_steps)
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of parameters, state and gradients that this rank holds between backward and step."""
+        """The bytes of parameters, state and gradients that this rank holds between backward and step."""
         self.optimizer.zero_grad()
         self.wrapped(self._next_batch()).backward()
         parameters = list(self.model.parameters())
@@ -91,14 +92,14 @@ class Trainer:
         return result
 
     def parameters_digest(self) -> str:
-        """A hash of every parameter's bits on this rank: peers that did the same work have the same one."""
+        """A hash of the bits of all parameters on this rank, which is the same for peers with the same results."""
         digest = hashlib.sha256()
         for parameter in self.model.parameters():
             digest.update(local(parameter).detach().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def consolidation_seconds(self) -> float:
-        """Seconds to bring the whole state to rank 0."""
+        """The seconds that it takes to gather the whole state on rank 0."""
         dist.barrier()
         begin = time.perf_counter()
         state = consolidate(self.optimizer)
@@ -107,7 +108,7 @@ class Trainer:
         return seconds
 
     def save_seconds(self, folder: str) -> float:
-        """Seconds that ``torch.save`` takes to write this optimizer's whole state, on rank 0; 0 elsewhere."""
+        """The seconds that ``torch.save`` takes to write this optimizer's whole state, on rank 0; 0 on the others."""
         if self.rank != 0:
             return 0.0
         path = Path(folder, f"state_{os.getpid()}.pt")
@@ -119,11 +120,11 @@ class Trainer:
 
 
 class MemoryTrainer(Trainer):
-    """A ``Trainer`` that notes its memory between the stages of a run. Linux only: reads /proc/self.
+    """A ``Trainer`` that measures the memory of each stage of a run. It reads /proc/self and so needs Linux.
 
-    Two floors, both with the bare model in memory and nothing else of it: ``cold``, as the model was just
-    built, and ``warm``, after a miniature was trained the same way and thrown away, so that code and scratch
-    space that torch loads on first use, whatever the size of the model, is not counted.
+    Peaks are counted above two floors, both of which include the bare model. ``cold`` is measured when the model was
+    just built. ``warm`` is measured after a miniature was trained in the same way and dropped, so that code and scratch
+    space which torch loads on first use are not counted.
     """
 
     def build(self) -> None:
@@ -140,13 +141,13 @@ class MemoryTrainer(Trainer):
         self.floors["warm"] = settled_bytes()
 
     def wrap_peak(self) -> dict[str, int]:
-        """Peak of building the wrapping and the optimizer, in bytes above each floor."""
+        """The peak while the wrapping and the optimizer are built, in bytes above each floor."""
         reset_peak()
         self.wrap()
         return self._above_floors(peak_bytes())
 
     def steps_peak(self, num_steps: int) -> dict[str, int]:
-        """Peak of training steps, in bytes above each floor."""
+        """The peak of ``num_steps`` training steps, in bytes above each floor."""
         reset_peak()
         for _ in range(num_steps):
             self.optimizer.zero_grad()
@@ -158,7 +159,7 @@ class MemoryTrainer(Trainer):
         return {name: peak - floor for name, floor in self.floors.items()}
 
     def consolidation_peak(self) -> int:
-        """Peak of consolidating to rank 0, in bytes above what this process held before."""
+        """The peak of consolidating to rank 0, in bytes above those of this process before the call."""
         before = settled_bytes()
         reset_peak()
         state = consolidate(self.optimizer)
@@ -168,19 +169,19 @@ class MemoryTrainer(Trainer):
 
 
 def settled_bytes() -> int:
-    """Resident bytes of this process after garbage and free heap have gone back."""
+    """The resident bytes of this process, once garbage and free heap were returned to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _status_bytes("VmRSS")
 
 
 def reset_peak() -> None:
-    """Start the kernel's high-water mark again from what is resident now."""
+    """Set the kernel's high-water mark to the bytes that are resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The most bytes that were resident since the last ``reset_peak``."""
+    """The largest number of bytes that were resident since the last ``reset_peak``."""
     return _status_bytes("VmHWM")
 
 

@@ -199,7 +199,7 @@ def show(counted: dict[str, dict[str, Any]], *, with_files: bool) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Count the trips and print the counts, as the command line asks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trips", description=__doc__.splitlines()[0])
     parser.add_argument("--files", action="store_true", help="also the files, the moves between them and the classes")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.update``: the update alone, on one process; all forms in one interleaved run."""
+"""``python -m benchmarks.update``: the update alone, in one process; all implementations in one interleaved run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from benchmarks.trainer import peak_bytes, reset_peak, settled_bytes
 from dist_asgd import ShardedASGD
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.0}
-FORMS = ["torch forloop", "torch foreach", "dist_asgd forloop", "dist_asgd foreach", "dist_asgd fused"]
-# What the parameters are, and whether they have float32 masters.
+IMPLEMENTATIONS = ["torch forloop", "torch foreach", "dist_asgd forloop", "dist_asgd foreach", "dist_asgd fused"]
+# The dtype of the parameters, and whether they have float32 masters.
 KINDS = {
     "float32": (torch.float32, False),
     "bfloat16": (torch.bfloat16, False),
@@ -33,20 +33,20 @@ KINDS = {
 Call = Callable[[], object]
 
 
-def make(form: str, kind: str, numel: int, num_tensors: int, t0: float, device: str) -> tuple[Call, int]:
-    """One optimizer's ``step`` on fresh parameters with gradients, and the bytes that the update has to move."""
+def make(implementation: str, kind: str, numel: int, num_tensors: int, t0: float, device: str) -> tuple[Call, int]:
+    """The ``step`` of an optimizer on fresh parameters with gradients, and the bytes that an update has to move."""
     dtype, master = KINDS[kind]
     shape = (numel // num_tensors,)
     params = [torch.nn.Parameter(torch.full(shape, 0.5, dtype=dtype, device=device)) for _ in range(num_tensors)]
     for param in params:
         param.grad = torch.full_like(param, 0.01)
-    whose, how = form.split()
-    if whose == "torch":
-        optimizer: torch.optim.Optimizer = torch.optim.ASGD(params, **OPTIONS, t0=t0, foreach=how == "foreach")
+    package, form = implementation.split()
+    if package == "torch":
+        optimizer: torch.optim.Optimizer = torch.optim.ASGD(params, **OPTIONS, t0=t0, foreach=form == "foreach")
         average_bytes = dtype.itemsize
     else:
         optimizer = ShardedASGD(
-            params, **OPTIONS, t0=t0, master_weights=master, foreach=how == "foreach", fused=how == "fused"
+            params, **OPTIONS, t0=t0, master_weights=master, foreach=form == "foreach", fused=form == "fused"
         )
         average_bytes = 4
     for _ in range(3):
@@ -56,7 +56,7 @@ def make(form: str, kind: str, numel: int, num_tensors: int, t0: float, device: 
 
 
 def machine(numel: int, num_threads: int, device: str) -> Iterator[tuple[str, Call, int]]:
-    """What memory gives to the simplest loops: torch's copy; on CPUs an in-place triad of the update's own shape."""
+    """Yield the simplest loops, with name, call and bytes: a copy, and on CPUs a loop with the update's accesses."""
     p, g, ax = (torch.full((numel,), value, device=device) for value in (1.0, 1e-6, 1.0))
     yield "copy (1 read, 1 write)", lambda: p.copy_(g), 8 * numel
     triad = _triad() if device == "cpu" else None
@@ -70,7 +70,7 @@ def machine(numel: int, num_threads: int, device: str) -> Iterator[tuple[str, Ca
 
 
 def _triad() -> Callable[..., object] | None:
-    """``triad.c``, compiled for this machine; None without a compiler."""
+    """Compile ``triad.c`` for this machine; None without a compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
@@ -86,11 +86,12 @@ def _triad() -> Callable[..., object] | None:
 def measure(
     kind: str, num_tensors: int, t0: float, numel: int, rounds: int, threads: int, device: str
 ) -> dict[str, float]:
-    """GB/s by name: medians over interleaved rounds."""
+    """GB/s by name, as medians over interleaved rounds."""
     print(f"{kind}, {num_tensors} tensors, t0={t0:g}", file=sys.stderr)
-    forms = [form for form in FORMS if not (KINDS[kind][1] and form.startswith("torch"))]
+    # torch has no masters.
+    names = [name for name in IMPLEMENTATIONS if not (KINDS[kind][1] and name.startswith("torch"))]
     calls = list(machine(numel, threads, device))
-    calls += [(form, *make(form, kind, numel, num_tensors, t0, device)) for form in forms]
+    calls += [(name, *make(name, kind, numel, num_tensors, t0, device)) for name in names]
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in calls}
     for _ in range(rounds):
         for name, call, _ in calls:
@@ -103,28 +104,31 @@ def measure(
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def host_microseconds(device: str, rounds: int) -> list[list[str]]:
-    """A row for each form: time until ``step()`` returns, 1,000 parameters of 64 elements; the device may go on."""
+    """A row for each implementation: the time until ``step()`` returns, with 1,000 parameters of 64 elements.
+
+    The device may still be at work then.
+    """
     rows = []
-    for form in FORMS:
-        step, _ = make(form, "float32", 64_000, 1000, 0.0, device)
+    for name in IMPLEMENTATIONS:
+        step, _ = make(name, "float32", 64_000, 1000, 0.0, device)
         seconds = []
         for _ in range(10 * rounds):
             wait(device)
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-        rows.append([form, f"{statistics.median(seconds) * 1e6:,.0f}"])
+        rows.append([name, f"{statistics.median(seconds) * 1e6:,.0f}"])
     return rows
 
 
 def peak_of_steps(kind: str, numel: int) -> int:
-    """Bytes that three fused steps need beyond what is held before them; run in a process of its own."""
+    """The bytes that three fused steps need in addition to those held before them. It runs in a fresh process."""
     step, _ = make("dist_asgd fused", kind, numel, 100, 0.0, "cpu")
     before = settled_bytes()
     reset_peak()
@@ -134,7 +138,7 @@ def peak_of_steps(kind: str, numel: int) -> int:
 
 
 def peaks(numel: int) -> list[list[str]]:
-    """A row for each kind, each from a fresh process in which freed memory goes back at once."""
+    """A row for each kind, each from a fresh process that returns freed memory at once."""
     rows = []
     for kind in KINDS:
         print(f"memory, {kind}", file=sys.stderr)
@@ -146,7 +150,7 @@ def peaks(numel: int) -> list[list[str]]:
 
 
 def main() -> None:
-    """Measure, print a Markdown table, and write it where asked."""
+    """Measure, print the report, and write it to a file if the command line asks for it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--numel", type=int, default=1 << 26, help="elements in all (default: 64M)")
     parser.add_argument("--rounds", type=int, default=7)

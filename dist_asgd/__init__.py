@@ -1,4 +1,4 @@
-"""Sharded ``torch.optim.ASGD``: averaged SGD with its state, and its gradients, split across ranks."""
+"""A sharded ``torch.optim.ASGD``: averaged SGD whose state, and on request gradients, are sharded over ranks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.export import export_averaged
-    from .checkpoint.format.files import CheckpointError
+    from .checkpoint.format.manifest import CheckpointError
     from .checkpoint.load import load_checkpoint, read_extra
     from .checkpoint.manager import CheckpointManager, Restored
     from .checkpoint.save import PendingSave, async_save_checkpoint, save_checkpoint
@@ -33,9 +33,10 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# Loaded when first asked for: torch.distributed.checkpoint takes as long to import as half of torch.
+# These names are loaded when first used: torch.distributed.checkpoint takes as long to import as half of torch.
+# Each belongs to a module of dist_asgd.checkpoint.
 _ON_DEMAND = {
-    "CheckpointError": "format.files",
+    "CheckpointError": "format.manifest",
     "CheckpointManager": "manager",
     "PendingSave": "save",
     "Restored": "manager",

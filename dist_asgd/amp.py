@@ -1,4 +1,4 @@
-"""Loss scaling for gradients that are reduced as shards, or are DTensors."""
+"""The gradient scaler for gradients that stage 2 has reduced, and for gradients that are DTensors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from .placements.dtensor import is_dtensor
 
 
 class GradScaler(torch.amp.GradScaler):
-    """``torch.amp.GradScaler`` that also knows where a ``ShardedASGD`` has its gradients.
+    """A ``torch.amp.GradScaler`` that also finds the gradients of a ``ShardedASGD`` in stage 2 and those of DTensors.
 
-    Arguments and methods are torch's; other optimizers, and stage 1 with plain parameters only, are treated as torch
-    treats them. With stage 2 or DTensors ``unscale_()`` and ``step()`` are collective, and all ranks skip the same
-    steps. What stage 2 has reduced is unscaled by the update, at the cost of no pass of its own.
+    Arguments and methods are torch's. Other optimizers, and a ``ShardedASGD`` in stage 1 with plain parameters only,
+    are treated as torch treats them. In stage 2, or if there are DTensors, ``unscale_()`` and ``step()`` are
+    collective, and all ranks skip the same steps. Gradients that stage 2 has reduced are unscaled by the update
+    itself, without an additional pass over memory.
     """
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
+        # torch calls this in unscale_(), and in step() if unscale_() was not called before.
         if isinstance(optimizer, ShardedASGD) and (optimizer.reduces_gradients or _has_dtensors(optimizer)):
             return {inv_scale.device: optimizer.unscale_gradients(inv_scale, not allow_fp16)}
         unscaled: dict[torch.device, Tensor] = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)

@@ -1,4 +1,8 @@
-"""The averaged weights in place of the parameters, without a second copy of the model."""
+"""Puts the averages in place of the parameters, and back, without a second copy of the model.
+
+``ShardedASGD.averaged_parameters()`` does so with an ``Averages``. Each rank exchanges ``ax`` and the parameters in its
+own shards, and gathers the parameters as after a step.
+"""
 
 from __future__ import annotations
 
@@ -17,84 +21,94 @@ from .update.schedule import Cohort
 
 
 class Averages:
-    """Exchanges, shard by shard, the parameters and ``ax`` of every parameter whose averaging has begun."""
+    """Exchanges ``ax`` with every parameter whose averaging has begun, and remembers what was exchanged."""
 
     def __init__(self, updater: Updater, gatherer: Gatherer) -> None:
         self._updater = updater
         self._gatherer = gatherer
+        # The state buffers that were gathered, each with the members of which this rank exchanged a fragment.
         self._swapped: list[tuple[StateBuffer, list[ShardedParam]]] = []
+        # Copies of this rank's fragments of parameters whose ax has another dtype, by the member's index.
         self._kept: dict[int, Tensor] = {}
         self.is_swapped = False
 
-    def refuse(self, call: str) -> None:
-        """RuntimeError while the averages are in place of the parameters."""
-        if self.is_swapped:
-            raise RuntimeError(
-                f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
-                f"state holds the parameters. Call it after the with block."
-            )
+    def refusal(self, call: str) -> RuntimeError:
+        """The error of a call that is made while the averages are in place of the parameters."""
+        return RuntimeError(
+            f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
+            f"state holds the parameters. Call it after the with block."
+        )
 
     @contextmanager
     def in_place(
-        self, stores: Sequence[StateBuffer], cohort_of: dict[int, Cohort], leave: Callable[[], object]
+        self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort], leave: Callable[[], object]
     ) -> Iterator[None]:
-        """Inside, ``ax`` is the parameters. ``leave`` is what ranks agree by on the way out; it may raise on all."""
+        """Inside the block, the parameters are the averages. Entering and leaving are collective.
+
+        ``cohort_of`` maps the index of each member to its cohort. ``leave`` is called on the way out, in order to make
+        all ranks agree that they leave; it may raise on all of them.
+        """
         try:
-            self._swap_in(stores, cohort_of)
+            self._swap_in(state_buffers, cohort_of)
             yield
         finally:
             try:
                 leave()
             except (CallsDiffer, PeerError):
+                # Other ranks are not on their way out: a gather would hang, so the averages stay.
                 raise
             except Exception:
-                # Raised on all ranks alike: nothing keeps them from swapping back first.
+                # The other errors are raised on all ranks alike, so all can swap back before they raise.
                 self._swap_back()
                 raise
             self._swap_back()
 
     @torch.no_grad()
-    def _swap_in(self, stores: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
-        """Collective: ``ax`` becomes the parameters on every rank, and the parameters wait where ``ax`` was."""
+    def _swap_in(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
+        """Put the averages in place of the parameters on every rank; ``ax`` keeps the parameters. Collective."""
         self.is_swapped = True
-        for store in stores:
-            begun = [member for member in store.members if cohort_of[member.index].begun]
+        for buffer in state_buffers:
+            # Cohorts are the same on all ranks, and so is the decision which state buffers are gathered.
+            begun = [member for member in buffer.members if cohort_of[member.index].begun]
             if begun:
-                self._swapped.append((store, [member for member in begun if member.fragment.numel]))
+                self._swapped.append((buffer, [member for member in begun if member.fragment.numel]))
                 for member in self._swapped[-1][1]:
                     self._put_average(member)
-                self._gatherer.launch(store)
-                store.on_params_written()
+                # This gather runs while the next state buffer is exchanged.
+                self._gatherer.launch(buffer)
+                buffer.on_params_written()
         self._gatherer.wait()
 
     @torch.no_grad()
     def _swap_back(self) -> None:
-        """Collective: undo ``_swap_in``, bit for bit."""
+        """Undo ``_swap_in``, bit for bit. Collective."""
         swapped, self._swapped = self._swapped, []
-        for store, members in swapped:
+        for buffer, members in swapped:
             for member in members:
                 kept = self._kept.pop(member.index, None)
                 if kept is None:
                     self._exchange(member)
                 else:
                     member.param_range(member.fragment.start, member.fragment.stop).copy_(kept)
-            self._gatherer.launch(store)
-            store.on_params_written()
+            self._gatherer.launch(buffer)
+            buffer.on_params_written()
         self._gatherer.wait()
         self.is_swapped = False
 
     def _put_average(self, member: ShardedParam) -> None:
+        """Put the average in place of this rank's fragment of a parameter."""
         average = member.bucket.average
         if average.dtype == member.bucket.dtype:
             self._exchange(member)
             return
-        # A wider average cannot hold the parameters and come back: keep this rank's part of them beside it.
+        # An exchange would round a wider ax for good, so this rank's fragment of the parameter is copied instead.
         start, stop = member.fragment.start, member.fragment.stop
         param = member.param_range(start, stop)
         self._kept[member.index] = param.clone()
         param.copy_(average[start:stop])
 
     def _exchange(self, member: ShardedParam) -> None:
+        """Exchange this rank's fragments of a parameter and of its ``ax``, through the update's scratch memory."""
         first, last = member.fragment.start, member.fragment.stop
         step = self._updater.scratch_numel(member.bucket)
         for start in range(first, last, step):

@@ -1,8 +1,8 @@
-"""The command line: look at, check, convert and compare checkpoints. One process; results on standard output,
-progress and errors on standard error.
+"""The command line, which inspects, verifies, converts and compares checkpoints in one process.
 
-Exit status: 0 done, or all well; 1 damaged, different, or an error; ``diff`` has 2 for errors, as diff(1); 2 also for
-a wrong command line.
+Results go to standard output, progress and errors to standard error. The exit status is 0 if a command succeeded, and
+1 on an error, for a damaged checkpoint and for checkpoints that differ. As with diff(1), ``diff`` reports an error as
+2. A wrong command line is also 2. The work is done in ``checkpoint/offline``; this file parses and prints.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PLAIN_WIDTH = 160
 
 
 class Dtype(StrEnum):
-    """What an export can be converted to."""
+    """A dtype that an export can be converted to."""
 
     FLOAT64 = "float64"
     FLOAT32 = "float32"
@@ -56,23 +56,26 @@ class Dtype(StrEnum):
 
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A checkpoint: a directory with .metadata in it.", show_default=False)
+    Path, typer.Argument(metavar="DIR", help="A checkpoint: a directory that contains .metadata.", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
 Verify = Annotated[
     bool,
     typer.Option(
         "--verify/--no-verify",
-        help="Check every byte that is read against manifest.json. --no-verify reads checkpoints that have none, such "
-        "as those of FSDP2 and dcp.save; damage to their data is not seen.",
+        help="Check every byte that is read against manifest.json. --no-verify reads checkpoints without a manifest, "
+        "such as those of FSDP2 and dcp.save; it does not notice damaged data.",
     ),
 ]
 
 
 @contextmanager
 def _reported(status: int = 1) -> Iterator[None]:
-    """Errors that are not this program's own as one line, and an exit status; the others keep their traceback."""
+    """Report errors of files, memory and checkpoints in one line, with exit status ``status``.
+
+    Errors that are no fault of the user or the files keep their traceback.
+    """
     try:
         yield
     except OSError as error:
@@ -91,7 +94,10 @@ def _fail(message: str, status: int) -> None:
 
 
 def _plain(text: str) -> str:
-    """Names come from files: nothing in them may move the cursor or change colours."""
+    """``text`` with escapes in place of control characters.
+
+    Names come from files that are not trusted, and must not move the cursor or change colours.
+    """
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -101,7 +107,7 @@ def _cell(text: str) -> Text:
 
 @contextmanager
 def _progress(label: str, total_bytes: int) -> Iterator[Progress]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Draw a progress bar on standard error if that is a terminal; yields the function that advances it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -110,6 +116,7 @@ def _progress(label: str, total_bytes: int) -> Iterator[Progress]:
 
 
 def _console() -> Console:
+    """A console for standard output; in a pipe or a file its lines are wide enough for tables."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
 
@@ -130,63 +137,63 @@ def main(
         bool, typer.Option("--version", help="Print versions and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Checkpoints of sharded ASGD: look at them, check them, turn them into other files.
+    """Inspect, verify, compare and convert checkpoints of sharded ASGD.
 
     A checkpoint is a **directory** that `save_checkpoint` wrote, or FSDP2 with `torch.optim.ASGD` and
-    `torch.distributed.checkpoint` (then add `--no-verify`). Any number of ranks may have written it; every command
-    runs in one process, without GPUs, and holds one tensor at a time.
+    `torch.distributed.checkpoint` (then add `--no-verify`). Any number of ranks may have written it. Every command
+    runs in one process, needs no GPU, and holds one tensor at a time.
 
-    Nothing in a checkpoint is executed: pickles in it may hold tensors and plain values only.
+    Nothing in a checkpoint is executed: its pickles may contain tensors and plain values only.
 
-    The usual course: `dist-asgd verify DIR`, then `dist-asgd export DIR model.safetensors` for the averaged weights.
+    Usually one runs `dist-asgd verify DIR`, and then `dist-asgd export DIR model.safetensors` for the averaged weights.
     """
 
 
 @app.command()
 def inspect(directory: Directory, verify: Verify = True, as_json: AsJson = False) -> None:
-    """What is in DIR: parameters, shapes, dtypes, sizes, and how far the averaging is.
+    """List the parameters in DIR with their shapes, dtypes and sizes, and with the progress of their averages.
 
-    Reads `.metadata`, and of the data only the scalars: quick at any size. *step* counts a parameter's updates, *eta*
-    is its present learning rate, and *mu* the weight of the next iterate in the average; averaging has begun where mu
-    is not 1.
+    The command reads `.metadata`, and of the data only scalars, so it is quick at any size. *step* counts a
+    parameter's updates, *eta* is its present learning rate, and *mu* is the weight of the next iterate in the average.
+    Averaging has begun if mu is not 1.
     """
     with _reported():
-        found = summarize(CheckpointContents(directory, verify=verify))
+        summary = summarize(CheckpointContents(directory, verify=verify))
     if as_json:
-        _print_json(found.as_dict())
+        _print_json(summary.as_dict())
     else:
-        _show(found)
+        _print_summary(summary)
 
 
-def _show(found: Summary) -> None:
+def _print_summary(summary: Summary) -> None:
     console = _console()
-    console.print(Text(_plain(found.path), style="bold"), soft_wrap=True)
-    step = "step unknown (no manifest)" if found.step is None else f"step {found.step}"
-    writer = "" if found.written_by is None else f" with dist_asgd {found.written_by}"
+    console.print(Text(_plain(summary.path), style="bold"), soft_wrap=True)
+    step = "step unknown (no manifest)" if summary.step is None else f"step {summary.step}"
+    writer = "" if summary.written_by is None else f" with dist_asgd {summary.written_by}"
     console.print(
-        f"{step}, written by {found.num_ranks} rank{'' if found.num_ranks == 1 else 's'}{_plain(writer)}; "
-        f"{found.num_files} files, {decimal(found.file_bytes)}, "
-        + ("sizes and metadata match the manifest" if found.verified else "not verified"),
+        f"{step}, written by {summary.num_ranks} rank{'' if summary.num_ranks == 1 else 's'}{_plain(writer)}; "
+        f"{summary.num_files} files, {decimal(summary.file_bytes)}, "
+        + ("sizes and metadata match the manifest" if summary.verified else "not verified"),
         soft_wrap=True,
     )
     table = Table("parameter", "shape", "dtype", "size", "ax", "step", "eta", "mu", "averaging", box=None)
     for column in (3, 5, 6, 7):
         table.columns[column].justify = "right"
-    for p in found.parameters:
+    for p in summary.parameters:
         scalars = [f"{p.step:g}", f"{p.eta:.6g}", f"{p.mu:.6g}"] if p.step is not None else ["", "", ""]
         averaging = "no state" if p.step is None else "begun" if p.averaging else "not begun"
         table.add_row(
             _cell(p.name), _shape(p.shape), p.dtype or "-", decimal(p.bytes), p.ax_dtype or "-", *scalars, averaging
         )
     console.print(table)
-    for title, entries in (("also in the model", found.others), ("extra", found.extra)):
+    for title, entries in (("also in the model", summary.others), ("extra", summary.extra)):
         if entries:
             shown = ", ".join(f"{e.name} {_shape(e.shape)} {e.dtype}" if e.dtype else e.name for e in entries[:20])
             more = f", and {len(entries) - 20} more" if len(entries) > 20 else ""
             console.print(_cell(f"{title}: {shown}{more}"), soft_wrap=True)
     console.print(
-        f"{len(found.parameters)} parameters, {found.num_elements:,} elements; model {decimal(found.model_bytes)}, "
-        f"optimizer state {decimal(found.state_bytes)}",
+        f"{len(summary.parameters)} parameters, {summary.num_elements:,} elements; "
+        f"model {decimal(summary.model_bytes)}, optimizer state {decimal(summary.state_bytes)}",
         soft_wrap=True,
     )
 
@@ -197,10 +204,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 @app.command()
 def verify(directory: Directory, as_json: AsJson = False) -> None:
-    """Is DIR whole and undamaged? Exit status 0 if it is, 1 if not.
+    """Check that DIR is whole and undamaged. Exit status 0 if it is, 1 if not.
 
-    Reads every byte of every file once and compares with the hashes in `manifest.json`; checks that nothing is missing
-    or too many, and that the metadata and the data fit each other. Says all that is wrong, not only the first.
+    The command reads every byte of every file once and compares it with the hashes in `manifest.json`. It checks that
+    no file is missing or superfluous, and that the metadata fits the data. It reports every problem, not only the
+    first.
     """
     with _reported(), _progress("verifying", total_bytes(directory)) as progress:
         verdict = verify_bytes(directory, progress)
@@ -232,44 +240,44 @@ def consolidate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Model and optimizer state in one file, for one process.
+    """Write model and optimizer state to one file, for use in one process.
 
     **OUT.pt** is for `torch.load(OUT)`: a dict with `model`, for `load_state_dict` of the module, and `optim`, for
-    that of `torch.optim.ASGD` or `ShardedASGD`. It needs as much memory as it holds. Checkpoints do not say how
-    parameters were grouped: those with equal hyperparameters make one group, in the optimizer's order, and are named
-    in `param_names`.
+    `load_state_dict` of `torch.optim.ASGD` or `ShardedASGD`. Writing it needs as much memory as the file holds. If the
+    checkpoint does not record parameter groups, parameters with equal hyperparameters make one group, in the
+    optimizer's order, and are named in `param_names`.
 
     **OUT.safetensors** has the same tensors under the checkpoint's keys (`model.…`, `optim.state.….ax`), written one at
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
     """
     with _reported():
         contents = CheckpointContents(directory, verify=verify)
-        with _progress("consolidating", sum(stored.bytes for stored in contents.tensors.values())) as progress:
+        with _progress("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
             paths = convert.consolidate(contents, out, overwrite=force, progress=progress)
-    _wrote(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
+    _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
 
 @app.command()
 def export(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Where to.", show_default=False)],
-    last: Annotated[bool, typer.Option("--last", help="The last iterate instead of the average.")] = False,
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)],
+    last: Annotated[bool, typer.Option("--last", help="Export the last iterate instead of the average.")] = False,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Convert what the optimizer holds. Default: each parameter's own dtype.", show_default=False),
+        typer.Option(help="Convert the optimizer's parameters. Default: each keeps its own dtype.", show_default=False),
     ] = None,
     max_shard_gb: Annotated[
-        float, typer.Option(help="Above this many gigabytes: several files and an index.", min=1e-6)
+        float, typer.Option(help="Write several files and an index above this many gigabytes.", min=1e-6)
     ] = DEFAULT_MAX_BYTES / _GIGABYTE,
     verify: Verify = True,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """The averaged weights as safetensors, ready for inference.
+    """Write the averaged weights as safetensors, ready for inference.
 
-    For each parameter the average `ax` where averaging has begun, else the parameter as it is. Whatever else the
-    model has (buffers, parameters that the optimizer does not have) goes along unchanged. Statistics of BatchNorm
-    belong to the last iterate: recompute them for the average.
+    A parameter whose averaging has begun is exported as its average `ax`, and any other parameter as it is. Other
+    tensors of the model (buffers, and parameters that the optimizer does not have) are exported unchanged. Statistics
+    of BatchNorm belong to the last iterate, so recompute them for the average.
 
     Large models become `OUT-00001-of-0000N.safetensors` with `OUT.safetensors.index.json`, as transformers loads them.
     """
@@ -281,17 +289,18 @@ def export(
             max_bytes = int(max_shard_gb * _GIGABYTE)
             paths = convert.export(contents, out, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
     averaged = sum(weight.averaged for weight in plan.values())
-    _wrote(paths, as_json, {"tensors": len(plan), "averaged": averaged})
+    _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
         typer.echo("note: averaging has not begun for any parameter: these are the last iterates.", err=True)
 
 
-def _wrote(paths: list[Path], as_json: bool, facts: dict[str, int]) -> None:
+def _print_written(paths: list[Path], as_json: bool, counts: dict[str, int]) -> None:
+    """Report the files that were written, their size, and ``counts`` by name."""
     total = sum(path.stat().st_size for path in paths)
     if as_json:
-        _print_json({"files": [str(path) for path in paths], "bytes": total, **facts})
+        _print_json({"files": [str(path) for path in paths], "bytes": total, **counts})
         return
-    counted = ", ".join(f"{number} {what}" for what, number in facts.items())
+    counted = ", ".join(f"{number} {name}" for name, number in counts.items())
     for path in paths:
         typer.echo(f"wrote {path}")
     typer.echo(f"{decimal(total)}: {counted}")
@@ -300,35 +309,36 @@ def _wrote(paths: list[Path], as_json: bool, facts: dict[str, int]) -> None:
 @app.command()
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint.", show_default=False)],
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
-    """What differs between two checkpoints. Exit status 0 if nothing does, 1 if something does, 2 on errors.
+    """List the differences of two checkpoints. Exit status 0 if there are none, 1 if there are some, 2 on errors.
 
-    Compares names, shapes, dtypes and every value to the bit, whatever the numbers of ranks that wrote them.
+    The command compares names, shapes, dtypes, and every value to the bit. Different numbers of ranks may have written
+    the two checkpoints.
     """
     with _reported(2):
         a, b = CheckpointContents(first, verify=verify), CheckpointContents(second, verify=verify)
-        with _progress("comparing", sum(stored.bytes for stored in a.tensors.values())) as progress:
-            found = list(compare(a, b, progress))
+        with _progress("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
+            differences = list(compare(a, b, progress))
     if as_json:
         entries = [
-            {"key": d.key, "what": d.what, "num_different": d.num_different, "max_abs": finite(d.max_abs)}
-            for d in found
+            {"key": d.key, "what": d.description, "num_different": d.num_different, "max_abs": finite(d.max_abs)}
+            for d in differences
         ]
-        _print_json({"same": not found, "differences": entries})
+        _print_json({"same": not differences, "differences": entries})
     else:
         table = Table("key", "difference", "largest", box=None)
-        for d in found:
-            table.add_row(_cell(d.key), _cell(d.what), "" if d.max_abs is None else f"{d.max_abs:.3g}")
-        if found:
+        for d in differences:
+            table.add_row(_cell(d.key), _cell(d.description), "" if d.max_abs is None else f"{d.max_abs:.3g}")
+        if differences:
             _console().print(table)
-        typer.echo(f"{len(found)} of {len({*a.tensors, *a.objects, *b.tensors, *b.objects})} keys differ")
-    if found:
+        typer.echo(f"{len(differences)} of {len({*a.tensors, *a.objects, *b.tensors, *b.objects})} keys differ")
+    if differences:
         raise typer.Exit(1)
 
 
 def run() -> None:
-    """The console script."""
+    """Run the command line: the console script ``dist-asgd`` and ``python -m dist_asgd`` call this."""
     app(prog_name="dist-asgd" if sys.argv[0].endswith("dist-asgd") else "python -m dist_asgd")

@@ -13,20 +13,15 @@ from .comm.agreement import NO_FINGERPRINT, Fingerprint
 from .placements import fsdp1
 from .placements.dtensor import describe_placement, is_dtensor
 from .storage.memory_order import memory_strides
-from .validation import HYPERPARAMETERS, check_hyperparameters, hyperparameters
+from .validation import HYPERPARAMETERS, check_hyperparameters, hyperparameters, named_params
 
 
-def groups_fingerprint(
-    options: dict[str, object], groups: Sequence[tuple[int, dict[str, Any], Sequence[tuple[str, Tensor]]]]
-) -> Fingerprint:
-    """The fingerprint of the constructor's own ``options`` and of new parameter groups.
-
-    ``groups`` holds (index, group, named parameters) for each.
-    """
+def groups_fingerprint(options: dict[str, object], groups: Sequence[dict[str, Any]], first: int) -> Fingerprint:
+    """The fingerprint of the constructor's own ``options`` and of the parameter groups from ``first`` on."""
     entries: list[tuple[str, object]] = list(options.items())
-    for index, group, named in groups:
-        entries += [(f"parameter {name}", _describe(param)) for name, param in named]
-        entries += _hyperparameter_entries(index, group)
+    for index in range(first, len(groups)):
+        entries += [(f"parameter {name}", _describe(param)) for name, param in named_params(groups, index)]
+        entries += _hyperparameter_entries(index, groups[index])
     remedy = "Build the same model and optimizer, in the same order, on every rank."
     return Fingerprint("parameters or hyperparameters", entries, remedy)
 
@@ -36,7 +31,7 @@ def _describe(param: Tensor) -> str:
     kind = "trainable" if param.requires_grad else "frozen"
     kind += f" {str(param.dtype).removeprefix('torch.')}"
     device = param.device.type
-    if fsdp1.is_part(param):
+    if fsdp1.is_managed(param):
         # Its fragments have other lengths on other ranks.
         return f"<{kind} of FSDP1, on {device}>"
     if is_dtensor(param):

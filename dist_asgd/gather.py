@@ -77,8 +77,8 @@ class Gatherer:
                 [packed[at : at + member.fragment.numel] for member, at in own],
                 [member.param_range(member.fragment.start, member.fragment.stop) for member, _ in own],
             )
-        parts = [[_place(buffer, packed, part) for part in ranges] for ranges in layout.stretches]
-        arrived = communicator.all_gather_parts(parts)
+        parts = [[_place(buffer, packed, part) for part in ranges] for ranges in layout.ranges]
+        arrived = communicator.all_gather_uneven(parts)
 
         def unpack() -> None:
             arrived()

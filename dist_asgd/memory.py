@@ -1,4 +1,4 @@
-"""What the optimizer holds on this rank, in bytes."""
+"""Counts the bytes that the optimizer holds on this rank, for ``ShardedASGD.memory_report()``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from .storage.buffers import ShardedParam, StateBuffer
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Bytes that the optimizer holds on this rank, as ``ShardedASGD.memory_report()`` returns them.
+    """The bytes that the optimizer holds on this rank, as ``ShardedASGD.memory_report()`` returns them.
 
     Attributes:
-        parameter_bytes: the flat storage of the parameters, padding included; of DTensors, their local tensors.
-        padding_bytes: the bytes of ``parameter_bytes`` that belong to no parameter.
-        state_bytes: this rank's shard of ``ax``. (The scalars are a few bytes a parameter group and are not counted.)
-        gradient_bytes: in stage 2 this rank's shard of the reduced gradients, which is kept between steps; in stage 1
-            the gradients that the parameters have now.
-        in_flight_bytes: buffers for buckets on their way, and the update's scratch memory; kept between steps.
-        full_state_bytes: the bytes of ``ax`` that an unsharded ``torch.optim.ASGD`` would hold for the same model.
-        full_gradient_bytes: the bytes of gradients that an unsharded ``torch.optim.ASGD`` would need.
+        parameter_bytes: Bytes of the parameters: buckets with their padding, and the local tensors of DTensors.
+        padding_bytes: Bytes of ``parameter_bytes`` that belong to no parameter.
+        state_bytes: Bytes of this rank's shards of ``ax``. The scalars take a few bytes per parameter group and are not
+            counted.
+        gradient_bytes: Bytes of the gradients that the parameters have now. In stage 2 also those of this rank's shards
+            of the reduced gradients, which are kept between steps.
+        in_flight_bytes: Bytes of the buffers for buckets that are being sent, and of the update's scratch memory. Both
+            are kept between steps.
+        full_state_bytes: Bytes of ``ax`` that an unsharded ``torch.optim.ASGD`` would hold for the same parameters.
+        full_gradient_bytes: Bytes of gradients that an unsharded ``torch.optim.ASGD`` would need.
     """
 
     parameter_bytes: int
@@ -32,20 +34,20 @@ class MemoryReport:
     full_gradient_bytes: int
 
 
-def report(buckets: Sequence[StateBuffer], in_flight_bytes: int) -> MemoryReport:
-    """The accounting of these buckets, and of parameters that are in none."""
-    members: list[ShardedParam] = [member for bucket in buckets for member in bucket.members]
-    own = sum(member.param.nbytes for member in members)
-    standing = sum(member.gradient.nbytes for member in members if member.gradient is not None)
-    shards = sum(gradient.nbytes for bucket in buckets if (gradient := bucket.reduced_gradient()) is not None)
-    whole = [bucket for bucket in buckets if bucket.flat is not None]
-    elsewhere = sum(m.slot.numel * b.dtype.itemsize for b in buckets if b.flat is None for m in b.members)
+def report(state_buffers: Sequence[StateBuffer], in_flight_bytes: int) -> MemoryReport:
+    """Add up the bytes of all state buffers of an optimizer and of their members. Not collective."""
+    members: list[ShardedParam] = [member for buffer in state_buffers for member in buffer.members]
+    param_gradients = sum(member.gradient.nbytes for member in members if member.gradient is not None)
+    reduced = [buffer.reduced_gradient() for buffer in state_buffers]
+    # A presharded parameter that no other rank needs lies in no flat storage.
+    flat = [buffer for buffer in state_buffers if buffer.flat is not None]
+    separate = sum(m.slot.numel * b.dtype.itemsize for b in state_buffers if b.flat is None for m in b.members)
     return MemoryReport(
-        parameter_bytes=elsewhere + sum(bucket.layout.numel * bucket.dtype.itemsize for bucket in whole),
-        padding_bytes=sum(bucket.layout.padding_numel * bucket.dtype.itemsize for bucket in whole),
-        state_bytes=sum(bucket.average.nbytes for bucket in buckets),
-        gradient_bytes=standing + shards,
+        parameter_bytes=separate + sum(buffer.layout.numel * buffer.dtype.itemsize for buffer in flat),
+        padding_bytes=sum(buffer.layout.padding_numel * buffer.dtype.itemsize for buffer in flat),
+        state_bytes=sum(buffer.average.nbytes for buffer in state_buffers),
+        gradient_bytes=param_gradients + sum(gradient.nbytes for gradient in reduced if gradient is not None),
         in_flight_bytes=in_flight_bytes,
-        full_state_bytes=own,
+        full_state_bytes=sum(member.param.nbytes for member in members),
         full_gradient_bytes=sum(member.param.nbytes for member in members if member.param.requires_grad),
     )

@@ -1,4 +1,7 @@
-"""``ShardedASGD``: parameter groups, state, and a ``step()`` that reads as the algorithm: reduce, update, gather."""
+"""``ShardedASGD``: the optimizer that users construct, and its ``step()``: reduce, update, gather.
+
+Attributes without an underscore (``shards``, say) are for the rooms above it, ``checkpoint`` and ``amp``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,6 @@ from .gradients.checksums import compare_values
 from .gradients.reducer import Reducer
 from .gradients.scaling import ScalerInfo, unscale
 from .placements import fsdp1
-from .placements.presharded import is_presharded
 from .state import ParamShards
 from .state_dict import full
 from .state_dict.state_dicts import StateDicts
@@ -37,12 +39,11 @@ from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
 from .validation import (
-    check_group,
-    check_hyperparameters,
-    check_mode,
+    check_new_group,
     check_options,
     check_precision_fits,
     named_params,
+    params_of,
 )
 
 if TYPE_CHECKING:
@@ -61,38 +62,40 @@ class ShardedASGD(torch.optim.Optimizer):
         eta <- lr / (1 + lambd * lr * t)^alpha;  mu <- 1 / max(1, t - t0)
 
     An lr change acts one step late (eta is stored), and averaging starts one step after t0 (mu is stored), both
-    as in torch. Given the same reduced gradients, parameters and state are bit for bit torch's.
+    as in torch. For the same reduced gradients, parameters and state are bit for bit torch's.
 
     Collective: construction, ``add_param_group``, ``step``, ``clip_grad_norm_``, ``consolidated_state_dict``,
-    ``load_state_dict`` and entering and leaving ``averaged_parameters``; in stage 2 also backward. All ranks of
-    the group make these calls in the same order; where they do not, every rank raises.
+    ``load_state_dict``, entering and leaving ``averaged_parameters``; in stage 2 also backward. All ranks of the group
+    make these calls in the same order; if they do not, every rank raises.
 
     Args:
         params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable: as in
             ``torch.optim.ASGD``. ``foreach=False`` is torch's for-loop form, ``foreach=True`` its foreach form, each to
-            the bit. Left open (``None``): the fused kernel on CPUs, the foreach form elsewhere.
-        fused: True: one pass over memory in a compiled kernel, with the bits of the for-loop form. On CPUs, where the
-            kernel was not compiled or torch runs without AVX2, the same bits come from torch operators, and the log
-            says so. On CUDA devices a Triton kernel; scalars live on the device, and an lr may. False: never a kernel.
-            ``differentiable`` needs a single process, ``capturable`` one process, stage 1 and ``fused=True`` on CUDA.
-        stage: 1, gradients arrive already averaged on every rank (DDP); 2, this optimizer reduce-scatters them
-            during backward and keeps only its shard: do not wrap the model in DDP.
-        process_group: the ranks to shard over; None is the default group, or one process where there is none.
-        mesh: instead of it, a DeviceMesh. ("replicate", "shard"): sharded along the second dimension (inside a node,
-            say), with equal replicas along the first: in stage 2 gradients are reduce-scattered inside and this rank's
-            shard of them is all-reduced across; parameters are gathered inside. One dimension: its ranks, all shards.
-        bucket_cap_mb: largest flat bucket, in MiB; a larger parameter has a bucket of its own.
-        average_dtype: dtype of ``ax``, but never narrower than the parameter. None: the parameter's, float32 for 16-bit
-            ones. (For complex parameters: of the real and imaginary parts.)
+            the bit. ``None`` means the fused kernel on CPUs and the foreach form elsewhere. ``differentiable`` needs a
+            single process, ``capturable`` one process, stage 1 and ``fused=True`` on CUDA.
+        fused: True updates in one pass over memory by a compiled kernel, with the bits of the for-loop form. On CPUs
+            torch operators give the same bits if the kernel was not compiled or torch runs without AVX2, and the log
+            says so. On CUDA devices it is a Triton kernel; scalars live on the device, and an lr may. False never uses
+            a kernel.
+        stage: 1 if gradients arrive already averaged on every rank (DDP). 2 if this optimizer reduce-scatters them
+            during backward and keeps only its shard: do not wrap the model in DDP then.
+        process_group: the ranks to shard over. None is the default group, or one process if there is none.
+        mesh: a DeviceMesh instead of ``process_group``. With dimensions ("replicate", "shard") parameters are sharded
+            along the second (inside a node, say), with equal replicas along the first: in stage 2 gradients are
+            reduce-scattered inside and this rank's shard of them is all-reduced across; parameters are gathered inside.
+            A mesh of one dimension is its ranks, all of which hold shards.
+        bucket_cap_mb: the largest flat bucket, in MiB; a larger parameter has a bucket of its own.
+        average_dtype: the dtype of ``ax``, never narrower than the parameter. None is the parameter's dtype, and
+            float32 for 16-bit ones. (For complex parameters it is that of the real and imaginary parts.)
         master_weights: 16-bit parameters are roundings of float32 masters, which are sharded and updated: 2 bytes an
             element for bfloat16, 4 for float16. Averages are those of the masters.
-        stochastic_rounding: a seed; bfloat16 parameters are updated in float32 and rounded up or down at random, so
-            that the mean is exact, and alike for every sharding. None: rounded to nearest, after every operation.
-        reduce_dtype: stage 2: dtype that gradients are sent in; on NCCL also that of the sum, which Gloo's is not below
-            float32. 16-bit parameters keep the sum in float32 where this is not their own dtype.
-        shard_replicated: of DTensors that several ranks hold alike (HSDP, replicated parameters of tensor parallelism)
-            each of those ranks updates a part and has the state of that; parameters are gathered among them. False:
-            each updates and keeps all of it, as torch does. The same bits.
+        stochastic_rounding: a seed. bfloat16 parameters are updated in float32 and rounded up or down at random, so
+            that the mean is exact, and alike for every sharding. None rounds to nearest after every operation.
+        reduce_dtype: in stage 2, the dtype that gradients are sent in. On NCCL it is also that of the sum; Gloo never
+            sums below float32. 16-bit parameters keep the sum in float32 if this is not their own dtype.
+        shard_replicated: True lets each rank of a replica group (HSDP, replicated parameters of tensor parallelism)
+            update a fragment and keep the state of that; parameters are gathered among them. False lets each update
+            and keep all of it, as torch does. The bits are the same.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -155,20 +158,20 @@ class ShardedASGD(torch.optim.Optimizer):
             check_precision_fits(self._precision, self.param_groups)
         except Exception as error:
             problem = problem or error
-        groups = [] if problem else self.param_groups
-        self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, groups, problem)
+        # Every rank raises here if any has a problem or other arguments; nothing has been moved or made yet.
+        self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, problem)
         self._constructed = True
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
         self._add_storage(0)
-        shards = None if self.is_differentiable else self.shards
-        self._state_dicts = StateDicts(self, shards, self.communicators, self.gatherer)
+        sharded = None if self.is_differentiable else self.shards
+        self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
 
     # --- construction --------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with hyperparameters of its own. Collective; nothing changes where any rank raises.
+        """Add a group with hyperparameters of its own. Collective; if any rank raises, all do and nothing changes.
 
         In stage 2 gradients of the other groups stay as they are.
         """
@@ -176,15 +179,14 @@ class ShardedASGD(torch.optim.Optimizer):
             # The base constructor adds the first groups one by one; ranks compare them all at once, later.
             self._add_checked(param_group)
             return
-        self.averages.refuse("add_param_group()")
-        first = len(self.param_groups)
-        problem: Exception | None = None
+        self._refuse_inside_averages("add_param_group()")
+        first, problem = len(self.param_groups), None
         try:
             self._add_checked(param_group)
         except Exception as error:
             problem = error
         try:
-            self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, self.param_groups[first:], problem)
+            self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, problem)
         except Exception:
             del self.param_groups[first:]
             raise
@@ -193,36 +195,20 @@ class ShardedASGD(torch.optim.Optimizer):
     def _add_checked(self, param_group: dict[str, Any]) -> None:
         _base("add_param_group")(self, param_group)
         index = len(self.param_groups) - 1
-        group = self.param_groups[index]
-        where = f"param_groups[{index}]"
         try:
-            check_hyperparameters(group, where)
-            check_mode(group, where, self.communicators.world_size, self.is_differentiable, self._stage)
-            if not self.is_differentiable:
-                check_group(self.param_groups, index, self.communicators.ranks, self._precision)
-                for param in group["params"]:
-                    if not is_presharded(param):
-                        self.communicators.on(param.device)
+            check_new_group(self.param_groups, self.communicators, self._precision, self.is_differentiable, self._stage)
         except Exception:
             del self.param_groups[index]
             raise
 
-    @property
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _named(self, index: int) -> list[tuple[str, Tensor]]:
-        return named_params(self.param_groups, index)
-
-    def _agree_on_groups(
-        self, kind: CollectiveCall, first: int, groups: list[dict[str, Any]], problem: Exception | None
-    ) -> None:
-        described = [(i, group, self._named(i)) for i, group in enumerate(groups, start=first)]
-        self.gradients.agree(kind, groups_fingerprint(self._options, described), problem)
+    def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
+        groups = [] if problem else self.param_groups
+        self.gradients.agree(call, groups_fingerprint(self._options, groups, first), problem)
 
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
-        new = [(self._named(i), self.param_groups[i]["lr"]) for i in range(first_group, len(self.param_groups))]
+        groups = range(first_group, len(self.param_groups))
+        new = [(named_params(self.param_groups, i), self.param_groups[i]["lr"]) for i in groups]
         if self.is_differentiable:
             for named, lr in new:
                 for _, param in named:
@@ -269,8 +255,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
-        if self.averages.is_swapped:
-            self.averages.refuse("step()")
+        self._refuse_inside_averages("step()")
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
@@ -282,11 +267,12 @@ class ShardedASGD(torch.optim.Optimizer):
             self._values_compared = True
         return self.gradients.active(reports)
 
-    def _problem(self) -> Exception | None:
+    def _problem(self, read_hyperparameters: bool = True) -> Exception | None:
         """What is wrong on this rank with parameters, state or hyperparameters, for all ranks to raise."""
         try:
             self.shards.check_unchanged()
-            self._hyperparameters.check(self.param_groups, self.shards.devices_of)
+            if read_hyperparameters:
+                self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error
         return None
@@ -306,19 +292,19 @@ class ShardedASGD(torch.optim.Optimizer):
         return StepContext(self._updater, hypers, rows, factors, pending, others, self.gradients.table, found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, those that stage 2 has reduced included.
+        """Clear all gradients, those that stage 2 has reduced included.
 
-        In stage 2 ``model.zero_grad()`` does not see the gradients: call this one. Collective there where a backward
-        has run since the last step (a step that is skipped must be skipped on every rank).
+        In stage 2 call this one: ``model.zero_grad()`` does not see the gradients. It is collective there if a backward
+        has run since the last step, so a step that is skipped must be skipped on every rank.
         """
         self.gradients.clear(set_to_none)
         _base("zero_grad")(self, set_to_none)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients locally: backwards inside do not communicate (stage 2).
+        """Accumulate gradients locally in stage 2: backwards inside do not communicate.
 
-        The next backward outside, or ``step()``, reduces the sum. Costs the memory of unsharded gradients meanwhile.
+        The next backward outside, or ``step()``, reduces the sum. Unsharded gradients take their memory meanwhile.
         """
         if not isinstance(self.gradients, Reducer):
             raise RuntimeError(
@@ -331,13 +317,12 @@ class ShardedASGD(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
 
-        Collective. In stage 2 this is the one to call: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there.
-        In stage 1 without DTensors it is torch's function, bit for bit. In stage 2 it reads the gradients once: the
-        update scales them.
+        Collective. In stage 2 call this one: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there. It reads
+        their shards once, and the update scales them. In stage 1 without DTensors it is torch's function, bit for bit.
         """
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
-            return torch.nn.utils.clip_grad_norm_(self._params, max_norm, norm_type, error_if_nonfinite)
-        self.averages.refuse("clip_grad_norm_()")
+            return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
+        self._refuse_inside_averages("clip_grad_norm_()")
         fingerprint, problem = clip.fingerprint_of(max_norm, norm_type)
         with torch.no_grad():
             reports = self.gradients.agree(CollectiveCall.CLIP_GRAD_NORM, fingerprint, problem)
@@ -346,50 +331,56 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Read by ``torch.amp.GradScaler``: ``step()`` unscales, and skips on overflow, by itself."""
+        """Tells ``torch.amp.GradScaler``, which reads it, that ``step()`` unscales and skips on overflow by itself."""
         return not self.is_differentiable
 
     @property
     def reduces_gradients(self) -> bool:
-        """Whether gradients are reduced here and leave ``p.grad`` (stage 2)."""
+        """Whether this optimizer reduces gradients itself, so that they leave ``p.grad`` (stage 2)."""
         return isinstance(self.gradients, Reducer)
 
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
-        """For ``dist_asgd.GradScaler``; see ``scaling.unscale``. Collective."""
+        """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``scaling.unscale``. Collective."""
         return unscale(self.gradients, inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
-        """Inside, the parameters are the averaged weights ``ax``, on every rank; afterwards they are back, bit for bit.
+        """Put the averaged weights ``ax`` in place of the parameters inside the block, on every rank.
 
-        Collective on entry and on exit, also when leaving by an exception. DTensors are swapped where they lie, and
-        sent only where replicas share them (``shard_replicated``). Makes no second copy of the model; where ``ax`` is
-        wider than the parameters (16-bit ones), each rank sets its own shard of them aside.
-        Parameters whose averaging has not begun (step <= t0) stay as they are. Buffers of modules (BatchNorm's
-        statistics) are not averaged. ``step()``, ``state_dict()`` and whatever else reads the state are refused inside.
+        Afterwards the parameters are back, bit for bit. Collective on entry and on exit, also when an exception leaves
+        the block. There is no second copy of the model: parameters and averages change places, DTensors where they lie.
+        If ``ax`` is wider than the parameters (16-bit ones), each rank sets its own shard of them aside. Parameters
+        whose averaging has not begun (step <= t0) stay as they are, and so do buffers of modules, such as BatchNorm's
+        statistics. Inside, ``step()``, ``state_dict()`` and every other call that reads the state are refused.
         """
         if self.is_differentiable:
             raise RuntimeError(
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        self.averages.refuse("averaged_parameters()")
-        fsdp1.refuse("averaged_parameters()", self._params, "Load ax of FSDP.optim_state_dict() into a model")
+        self._refuse_inside_averages("averaged_parameters()")
+        fsdp1.refuse(
+            "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
+        )
         self.gradients.agree(CollectiveCall.AVERAGED_PARAMETERS, problem=self._problem())
         leave = partial(self.gradients.agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
         with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, leave):
             yield
 
+    def _refuse_inside_averages(self, call: str) -> None:
+        if self.averages.is_swapped:
+            raise self.averages.refusal(call)
+
     def start_averaging(self) -> None:
         """Set ``t0`` of every group to its current step, so that averaging begins now.
 
-        No communication; call it at the same step on every rank. As mu is stored, the next step still copies
-        the parameters and ``ax`` is the mean of the iterates from the step after it on.
+        It does not communicate; call it at the same step on every rank. As mu is stored, the next step still copies
+        the parameters, and ``ax`` is the mean of the iterates from the step after it on.
         """
-        self.averages.refuse("start_averaging()")
+        self._refuse_inside_averages("start_averaging()")
         for group in self.param_groups:
             steps = [self.state[param]["step"].item() for param in group["params"]]
             group["t0"] = max(steps, default=0.0)
@@ -397,52 +388,52 @@ class ShardedASGD(torch.optim.Optimizer):
     # --- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state; no communication, no copy of ``ax``.
+        """Hand out this rank's fragments of the state, without communication and without a copy of ``ax``.
 
         On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
-        this rank's part, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
-        loads it at any world size; ``torch.optim.ASGD`` and whatever else would take it for a whole tensor is refused:
-        that is what ``consolidated_state_dict`` is for. On one rank it is a plain tensor. Of a DTensor it is a DTensor
-        placed alike; where replicas share it ``to_local()`` is the part of one, 1-D, and ``full_tensor()`` all of it.
+        this rank's fragment, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
+        loads it at any world size. It refuses whatever would take it for a whole tensor, as ``torch.optim.ASGD`` does:
+        use ``consolidated_state_dict`` for that. On one rank ``ax`` is a plain tensor. ``ax`` of a DTensor is a DTensor
+        with its placements; if a replica group shares it, ``to_local()`` is this rank's fragment, 1-D, and
+        ``full_tensor()`` gathers all of it.
         """
-        self.averages.refuse("state_dict()")
-        return self._state_dicts.part()
+        self._refuse_inside_averages("state_dict()")
+        return self._state_dicts.sharded()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
-        """The whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
+        """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
 
-        On rank ``to`` of the process group (None: on all ranks); the other ranks get ``{}``. Collected a bucket
-        at a time: rank ``to`` holds the result and one bucket, the others what they already had. State-dict hooks
-        run where the result is.
+        It is returned on rank ``to`` of the process group (None: on all ranks); the other ranks get ``{}``. Buckets are
+        gathered one at a time: rank ``to`` holds the result and one bucket, the others what they already had.
+        State-dict hooks run on the ranks that get the result.
         """
-        self.averages.refuse("consolidated_state_dict()")
-        fsdp1.refuse("consolidated_state_dict()", self._params, "Call FSDP.optim_state_dict(model, optimizer)")
+        self._refuse_inside_averages("consolidated_state_dict()")
+        fsdp1.refuse(
+            "consolidated_state_dict()", params_of(self.param_groups), "Call FSDP.optim_state_dict(model, optimizer)"
+        )
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
-        return self._state_dicts.whole(to)
+        return self._state_dicts.full(to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this rank's own part, a consolidated dict, or a plain ``torch.optim.ASGD`` one. Collective.
+        """Load what ``state_dict()`` gave this rank, a consolidated dict, or one of ``torch.optim.ASGD``. Collective.
 
         Whole dicts load at any world size and on any layout; every rank passes the same. Nothing is cast to a
-        narrower dtype, and ``state_dict`` is not changed. Nothing changes where any rank raises. Hyperparameters
-        come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
+        narrower dtype, and ``state_dict`` is not changed. If any rank raises, all do and nothing changes.
+        Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
-        self.averages.refuse("load_state_dict()")
-        problem = self._problem()
-        loaded, fingerprint, unreadable = self._state_dicts.read(state_dict)
+        self._refuse_inside_averages("load_state_dict()")
+        problem = self._problem(read_hyperparameters=False)
+        loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
         if loaded is not None:
             self._state_dicts.apply(loaded)
 
-    # --- what else users ask -------------------------------------------------------------------------------
-
     def memory_report(self) -> memory.MemoryReport:
-        """What the optimizer holds on this rank, in bytes, beside what ``torch.optim.ASGD`` would; no communication."""
+        """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""
         in_flight = self._updater.scratch_bytes + self.communicators.scratch_bytes() + self.gatherer.scratch_bytes
-        if isinstance(self.gradients, Reducer):
-            in_flight += self.gradients.in_flight_bytes
+        in_flight += self.gradients.in_flight_bytes if isinstance(self.gradients, Reducer) else 0
         return memory.report(self.shards.state_buffers, in_flight)
 
     def __getstate__(self) -> NoReturn:
@@ -453,6 +444,6 @@ class ShardedASGD(torch.optim.Optimizer):
 
 
 def _base(name: str) -> Callable[..., None]:
-    """torch's own method, without the wrapper that imports the compiler only to hide from it: 1 s and 70 MB."""
+    """A method of torch's ``Optimizer`` without the wrapper that imports the compiler: 1 s and 70 MB."""
     method = getattr(torch.optim.Optimizer, name)
     return cast(Callable[..., None], getattr(method, "__wrapped__", method))

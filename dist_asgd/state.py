@@ -143,9 +143,10 @@ class ParamShards:
         return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._averages[member.index]}
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter or its state is not what the shards were built for.
+        """Raise RuntimeError if a parameter or its state on this rank is not what the shards were built for.
 
-        Called before anything reads an address. A parameter that was only cut short may be found by its gradients.
+        Called before anything reads an address. Not collective: the caller hands the error to the agreement, which
+        raises on every rank.
         """
         if not all(snapshot.is_current() for snapshot in self._snapshots):
             for member in self.members:
@@ -154,8 +155,6 @@ class ParamShards:
             # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
             if buffer.follow():
                 self._last_plan = None
-            for member in buffer.members:
-                member.check_unmoved()
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._state):

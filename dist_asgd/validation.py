@@ -1,4 +1,8 @@
-"""What construction and ``add_param_group`` accept: every refusal says what was asked, why not, and what to do."""
+"""Checks the arguments of ``ShardedASGD`` and of ``add_param_group()``, and the hyperparameters before each step.
+
+Every error says what was asked, why it cannot be had, and what to do instead. Nothing here is collective: the caller
+shares an error, so that all ranks raise it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .comm import Communicators
 from .placements import dtensor, fsdp1
 from .storage.buffers import Precision
 from .storage.memory_order import memory_strides, same_strides
@@ -32,13 +37,13 @@ DTYPES = (
 
 
 def stays_on_device(group: dict[str, Any], key: str) -> bool:
-    """Whether a hyperparameter is a tensor that only the device reads: an lr there, with the fused kernel."""
+    """Whether a hyperparameter is read by the device only: a learning rate on a GPU, with the fused kernel."""
     value = group[key]
     return bool(group["fused"]) and isinstance(value, Tensor) and backend.of(value.device) is backend.TRITON
 
 
 def scalar(value: Any) -> float:
-    """A hyperparameter as a float; a one-element Tensor counts as its value."""
+    """A hyperparameter as a float. A Tensor has one element; if it is on a device, this waits for the device."""
     return float(value.item()) if isinstance(value, Tensor) else float(value)
 
 
@@ -76,6 +81,7 @@ def check_options(
 
 
 def _check_kinds(precision: Precision) -> None:
+    """Raise ValueError unless every option of ``precision`` is of its kind."""
     for key in ("average_dtype", "reduce_dtype"):
         dtype = getattr(precision, key)
         if dtype is not None and (dtype not in DTYPES or dtype.is_complex):
@@ -90,7 +96,7 @@ def _check_kinds(precision: Precision) -> None:
 
 
 def check_precision_fits(precision: Precision, groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError where no parameter of all ``groups`` is of the kind that ``precision`` is about."""
+    """Raise ValueError if an option of ``precision`` has an effect on no parameter of ``groups`` (all groups)."""
     dtypes = {param.dtype for group in groups for param in group["params"]}
     if precision.master_weights and not dtypes & {torch.bfloat16, torch.float16}:
         raise ValueError(
@@ -105,24 +111,29 @@ def check_precision_fits(precision: Precision, groups: Sequence[dict[str, Any]])
 
 
 def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError where a parameter cannot be rounded as ``precision`` asks."""
+    """Raise ValueError if a parameter cannot be rounded as ``precision`` asks."""
     half = next((name for name, param in named if param.dtype == torch.float16), None)
     if precision.stochastic_rounding is not None and half is not None:
         raise ValueError(
             f"dist_asgd: stochastic_rounding is for bfloat16 parameters, and {half} is float16. Pass "
             f"master_weights=True instead."
         )
-    part = next((name for name, param in named if fsdp1.is_part(param)), None)
-    if precision.stochastic_rounding is not None and part is not None:
+    managed = next((name for name, param in named if fsdp1.is_managed(param)), None)
+    if precision.stochastic_rounding is not None and managed is not None:
         raise ValueError(
-            f"dist_asgd: stochastic_rounding of {part}, which FSDP1 manages: random numbers go by an "
+            f"dist_asgd: stochastic_rounding of {managed}, which FSDP1 manages: random numbers go by an "
             f"element's place in the whole parameter, which only the module knows. Pass master_weights=True "
             f"instead, or use fully_shard (FSDP2)."
         )
 
 
+def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """All parameters of ``groups``, in registration order."""
+    return [param for group in groups for param in group["params"]]
+
+
 def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str, Tensor]]:
-    """A group's parameters with the user's names, or with their place where they have none."""
+    """A group's parameters with the user's names, or with their position in ``param_groups`` if they have none."""
     params = groups[index]["params"]
     names = groups[index].get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(params))]
     return list(zip(names, params, strict=True))
@@ -131,7 +142,8 @@ def named_params(groups: Sequence[dict[str, Any]], index: int) -> list[tuple[str
 def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[torch.device] | None = None) -> None:
     """Raise ValueError unless every hyperparameter of ``group`` is of its kind, finite and in range.
 
-    ``devices``: of its parameters, where they are known.
+    ``where`` names the group in errors. ``devices`` are those of its parameters; if None, they are looked up. The
+    constructor and ``add_param_group`` call this, and so does every step if a hyperparameter was replaced.
     """
     missing = [key for key in HYPERPARAMETERS if key not in group]
     if missing:
@@ -145,6 +157,7 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
                 raise ValueError(f"dist_asgd: {where}: a Tensor lr must have 1 element, got {value.numel()}.")
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"dist_asgd: {where}: {key} must be a number, got {value!r}.")
+        # Reading it here would wait for the device in every step.
         if stays_on_device(group, key):
             continue
         number = scalar(value)
@@ -167,6 +180,7 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
 
 
 def _check_fused(group: dict[str, Any], where: str, known: Iterable[torch.device] | None) -> None:
+    """Raise ValueError if ``fused=True`` does not fit the other options, or a device has no kernel."""
     if not group["fused"]:
         return
     for key in ("foreach", "differentiable"):
@@ -192,7 +206,7 @@ def _check_fused(group: dict[str, Any], where: str, known: Iterable[torch.device
 
 
 def check_mode(group: dict[str, Any], where: str, world_size: int, differentiable: bool, stage: int) -> None:
-    """Raise ValueError where ``differentiable`` or ``capturable`` does not fit the group, stage or world size."""
+    """Raise ValueError if ``differentiable`` or ``capturable`` does not fit the group, stage or world size."""
     if group["capturable"] and (world_size > 1 or stage == 2):
         raise ValueError(
             f"dist_asgd: {where}: capturable=True with stage={stage} on {world_size} ranks: a step opens with an "
@@ -206,7 +220,7 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
         )
     if not differentiable:
         return
-    if any(dtensor.is_dtensor(param) or fsdp1.is_part(param) for param in group["params"]):
+    if any(dtensor.is_dtensor(param) or fsdp1.is_managed(param) for param in group["params"]):
         raise ValueError(
             f"dist_asgd: {where}: differentiable=True with sharded parameters (DTensor, FSDP1): the update acts on "
             f"local tensors, which autograd would not follow. Pass differentiable=False, or plain parameters in one "
@@ -229,10 +243,34 @@ def check_mode(group: dict[str, Any], where: str, world_size: int, differentiabl
         )
 
 
-def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:
-    """Raise ValueError unless the parameters of a group can be updated as ``precision`` asks, beside those before it.
+def check_new_group(
+    groups: Sequence[dict[str, Any]],
+    communicators: Communicators,
+    precision: Precision,
+    differentiable: bool,
+    stage: int,
+) -> None:
+    """Raise ValueError unless the last of ``groups`` can be optimized beside the others; called once for each group.
 
-    ``ranks``: those of the process group, as numbers in the default group.
+    Collective on the ranks that make a communicator for a device which is new to the optimizer.
+    """
+    index = len(groups) - 1
+    group, where = groups[index], f"param_groups[{index}]"
+    check_hyperparameters(group, where)
+    check_mode(group, where, communicators.world_size, differentiable, stage)
+    if differentiable:
+        return
+    check_group(groups, index, communicators.ranks, precision)
+    for param in group["params"]:
+        if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)):
+            # A device without a backend is an error now, not at the first step.
+            communicators.on(param.device)
+
+
+def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:
+    """Raise ValueError unless group ``index`` can be updated as ``precision`` asks, beside the groups before it.
+
+    ``ranks`` are the ranks of the process group, numbered as in the default group.
     """
     named = named_params(groups, index)
     check_params(named, [pair for i in range(index) for pair in named_params(groups, i)])
@@ -241,7 +279,10 @@ def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[in
 
 
 def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise unless these parameters can be housed or updated where they are, beside the ``known`` ones."""
+    """Raise ValueError unless the ``named`` parameters can be moved to buckets, or updated where they are.
+
+    None of them may share memory with another one, or with one of the ``known`` parameters of earlier groups.
+    """
     spans: list[tuple[int, int, str]] = []
     for name, param in known:
         spans += _span(name, param)
@@ -274,6 +315,7 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"model.parameters() lists tied weights once."
             )
         seen[id(param)] = name
+    # Two parameters share memory exactly if two neighbours do, in the order of their addresses.
     spans.sort()
     for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
@@ -284,7 +326,7 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
 
 
 def _check_owner(name: str, param: Tensor) -> None:
-    """ValueError where somebody else replaces the parameter's storage, or holds it in a way unknown here."""
+    """Raise ValueError for a sharded tensor that is no DTensor."""
     if hasattr(param, "device_mesh") and not dtensor.is_dtensor(param):
         raise ValueError(
             f"dist_asgd: parameter {name} is a {type(param).__name__}: of tensors that are sharded already only "
@@ -293,15 +335,15 @@ def _check_owner(name: str, param: Tensor) -> None:
 
 
 def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], precision: Precision) -> None:
-    """ValueError where a DTensor cannot be updated where it is, as ``precision`` asks.
+    """Raise ValueError if a DTensor cannot be updated where it is, as ``precision`` asks.
 
-    ``ranks``: those of the process group, as numbers in the default group.
+    ``ranks`` are the ranks of the process group, numbered as in the default group.
     """
     for name, param in named:
         if not dtensor.is_dtensor(param):
             continue
         problem = dtensor.placement_problem(name, param, ranks, precision.stochastic_rounding is not None)
-        local = dtensor.local_of(param)
+        local = dtensor.local_tensor(param)
         if problem is None and not same_strides(local, memory_strides(local)):
             problem = (
                 f"the local tensor of parameter {name}, of shape {tuple(local.shape)} and strides {local.stride()}, is "
@@ -312,7 +354,8 @@ def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], pr
 
 
 def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
-    param = dtensor.local_of(param) if dtensor.is_dtensor(param) else param
+    """The addresses (first byte, one past the last) of a parameter's memory on this rank, with its name."""
+    param = dtensor.local_tensor(param) if dtensor.is_dtensor(param) else param
     if not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
         return []
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
@@ -320,7 +363,7 @@ def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
 
 
 def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
-    """The hyperparameters of ``group`` as plain values, for comparison across ranks."""
+    """The hyperparameters of ``group`` as plain values. The fingerprint that ranks compare is made of them."""
     plain: list[tuple[str, object]] = [
         (key, "on the device" if stays_on_device(group, key) else scalar(group[key])) for key in REAL_HYPERPARAMETERS
     ]

@@ -13,7 +13,7 @@ from torch.profiler import profile
 
 from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
 from dist_asgd.comm.gloo import SUM_NUMEL
-from dist_asgd.state_dict.assembly import MAX_BYTES
+from dist_asgd.state_dict.whole_tensors import MAX_BYTES
 from tests.harness.cases import every_pair
 from tests.harness.models import mlp
 from tests.harness.ranks import run

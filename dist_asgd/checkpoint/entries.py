@@ -1,31 +1,43 @@
-"""What a checkpoint holds of a model and its optimizer, by name, in the layout of ``get_state_dict``.
+"""What a checkpoint holds of a model and its optimizer, by name, and which chunks of it this rank writes.
+
+The keys are those of ``get_state_dict`` of ``torch.distributed.checkpoint`` (DCP):
 
 ``model.<name>``                      parameters and buffers, under their true shape
 ``optim.state.<name>.<key>``          step, eta, mu, ax (and whatever else the optimizer shards) of each parameter
 ``optim.param_groups.<name>.<key>``   the hyperparameters of its group, for each parameter
-``extra.<rank>``                      what the caller adds on each rank
+``extra.<rank>``                      the values that the caller adds on each rank
 
-*Names* are those of ``named_parameters()`` without what wrappers (DDP, torch.compile, activation checkpointing) add.
+A *name* is the one that ``named_parameters()`` gives, without the prefixes that wrappers (DDP, torch.compile,
+activation checkpointing) add. Saving calls ``state_to_save``, ``local_chunks`` and ``without_copies`` in this order;
+loading uses the names and the fragments.
+
+Unlike DCP, ranks exchange no save plan: each rank knows which fragments only it has, and on one mesh the first rank
+with a copy writes it. Only copies on unrelated meshes (tensor parallelism inside DDP) are found by asking.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..comm import Communicator
 from ..placements import fsdp1
-from ..placements.dtensor import is_dtensor
+from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
-from ..state_dict.sharded import AVERAGE, FragmentMark, ShardTensorCache
+from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
 from .format.archives import load_object
-from .format.writer import Serialized
+from .format.writer import ChunkToWrite, KeyPath, Serialized
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 MODEL, OPTIM, EXTRA = "model", "optim", "extra"
 STATE, GROUPS = "state", "param_groups"
@@ -33,31 +45,41 @@ SCALARS = ("step", "eta", "mu")
 # Keys of groups that say how a process runs, or which parameters there are.
 NOT_SAVED = ("params", "fused")
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
+# No such tensor is a DTensor or a ShardTensor; most tensors are of these types, and asking further is left out.
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+
+State = dict[str, dict[str, Any]]
+"""The sections ``model``, ``optim`` and ``extra`` of a checkpoint; the keys of each follow its name and a dot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """``of_model``: the name of each key of ``model.state_dict()``. ``of_params``: all names of each parameter of the
-    optimizer, in its order, the one that checkpoints are written with first."""
+    """Names of a model's entries and of an optimizer's parameters.
+
+    Attributes:
+        of_model: the name of each key of ``model.state_dict()``.
+        of_params: all names of each parameter of the optimizer, in its order. A parameter that modules share has
+            several; checkpoints are written with the first one.
+    """
 
     of_model: dict[str, str]
     of_params: list[tuple[str, ...]]
 
 
 class _PlainNames:
-    """Names without the parts that wrappers have added; modules are walked through once."""
+    """Removes the prefixes of wrappers from names. Each module is looked up once, however many names begin with it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._prefixes: dict[str, tuple[str, Any]] = {"": ("", model)}
 
     def of(self, name: str) -> str:
-        """The plain name of a parameter, a buffer, or an entry of ``state_dict()``."""
+        """Return the plain name of a parameter, a buffer, or an entry of ``state_dict()``."""
         prefix, _, last = name.rpartition(".")
         plain, module = self._prefix(prefix)
         return plain if _is_wrapper(module, last) else plain + last
 
     def _prefix(self, name: str) -> tuple[str, Any]:
-        """What a module's own names begin with, and the module."""
+        """Return the plain prefix of the names inside the module called ``name``, and the module."""
         if name not in self._prefixes:
             above, _, last = name.rpartition(".")
             plain, module = self._prefix(above)
@@ -75,9 +97,9 @@ def _is_wrapper(module: Any, attribute: str) -> bool:
 
 
 def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] | None = None) -> Names:
-    """Match the optimizer's parameters with the model's by identity; ValueError where the model lacks one.
+    """Match the optimizer's parameters with the model's by identity; raises ValueError if the model lacks one.
 
-    ``state_keys``: the keys of ``model.state_dict()``, for whoever has them.
+    ``state_keys`` are the keys of ``model.state_dict()``; callers that have made it pass them.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     remedy = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
@@ -102,90 +124,100 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     return Names(of_model, of_params)
 
 
-# Also in inference mode, where a DTensor cannot be detached.
+# inference_mode(False): in inference mode a DTensor could not be detached.
 @torch.inference_mode(False)
 @torch.no_grad()
-def describe(
+def state_to_save(
     model: nn.Module,
     optimizer: Optimizer,
     extra: Any,
     rank: int,
     replica: int = 0,
-    known: ShardTensorCache | None = None,
-) -> dict[str, dict[str, Any]]:
-    """What this rank has to save of ``model`` and ``optimizer``, and its ``extra``; tensors are the live ones.
+    cache: ShardTensorCache | None = None,
+) -> State:
+    """Return what this rank has to save of ``model`` and ``optimizer``, and its ``extra``; tensors are the live ones.
 
-    ``replica``: which copy of the shards it holds, in hybrid sharding; the first is saved. ``known``: of parameters.
+    Not collective. Rank 0 saves whatever all ranks hold alike, the other ranks only their fragments.
+
+    Args:
+        replica: which copy of the shards this rank holds, in hybrid sharding; only the first copy is saved.
+        cache: fragments of parameters from the last call, by the parameter's index, which are used again.
     """
     live = model.state_dict(keep_vars=True)
     names = names_of(model, optimizer, live)
     saved = optimizer.state_dict()
-    parts = param_parts(optimizer, saved, {} if known is None else known)
+    fragments = param_fragments(optimizer, saved, {} if cache is None else cache)
     model_state: dict[str, Any] = {}
     for key, value in live.items():
-        # Every rank has the whole parameter and writes the part that it updates.
-        part = parts.get(id(value))
-        if part is not None:
-            value = part
+        # Every rank has the whole parameter and writes the fragment that it updates.
+        fragment = fragments.get(id(value))
+        if fragment is not None:
+            value = fragment
         elif isinstance(value, Tensor):
             value = value.detach()
-        # What all ranks have alike is rank 0's to write.
         if not rank or _is_own(value, replica):
             model_state[names.of_model[key]] = value
     optim: dict[str, Any] = {}
     for index, entry in saved["state"].items():
-        stem = f"{STATE}.{names.of_params[index][0]}."
+        prefix = f"{STATE}.{names.of_params[index][0]}."
         for key, value in entry.items():
             if not rank or _is_own(value, replica):
-                optim[stem + key] = value
+                optim[prefix + key] = value
     for group in () if rank else saved["param_groups"]:
-        values = {key: _plain(value) for key, value in group.items() if key not in NOT_SAVED}
+        # NotGatherable is written as the False that it stands for.
+        options = {
+            key: False if isinstance(value, NotGatherable) else value
+            for key, value in group.items()
+            if key not in NOT_SAVED
+        }
         for index in group["params"]:
-            stem = f"{GROUPS}.{names.of_params[index][0]}."
-            for key, value in values.items():
-                optim[stem + key] = value
-    state: dict[str, dict[str, Any]] = {MODEL: model_state, OPTIM: optim}
+            prefix = f"{GROUPS}.{names.of_params[index][0]}."
+            for key, value in options.items():
+                optim[prefix + key] = value
+    state: State = {MODEL: model_state, OPTIM: optim}
     if extra is not None:
         state[EXTRA] = {str(rank): serialize(extra)}
     return state
 
 
-def param_parts(optimizer: Optimizer, state_dict: dict[str, Any], known: ShardTensorCache) -> dict[int, ShardTensor]:
-    """What this rank updates of each parameter that is whole on every rank, by its ``id``; shares memory with it.
+def param_fragments(
+    optimizer: Optimizer, state_dict: dict[str, Any], cache: ShardTensorCache
+) -> dict[int, ShardTensor]:
+    """Return this rank's fragment of each parameter that is whole on every rank, by ``id()`` of the parameter.
 
-    ``state_dict``: the optimizer's.
+    Fragments share memory with their parameters. A fragment is the one of the parameter's ``ax`` in ``state_dict``,
+    which is the optimizer's; a parameter whose ``ax`` is whole, or that is a DTensor, has none.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    found = {}
+    fragments = {}
     for index, entry in state_dict["state"].items():
         param = params[index]
-        part = None if is_dtensor(param) else shard_tensor_of(entry.get(AVERAGE))
-        if part is None:
+        if type(param) not in _PLAIN_TYPES and is_dtensor(param):
             continue
-        own = known.get(index)
-        if own is None or not own.is_like(part, param):
-            slice_ = part.fragment_of(param)
-            if slice_ is None:
-                known.pop(index, None)
+        average = shard_tensor_of(entry.get(AVERAGE))
+        if average is None:
+            continue
+        own = cache.get(index)
+        if own is None or not own.is_like(average, param):
+            flat = average.fragment_view(param)
+            if flat is None:
+                cache.pop(index, None)
                 continue
-            own = known[index] = part.like(slice_)
-        found[id(param)] = own
-    return found
+            own = cache[index] = average.like(flat)
+        fragments[id(param)] = own
+    return fragments
 
 
 def _is_own(value: Any, replica: int) -> bool:
+    """Whether a rank other than 0 may have to write ``value``: it is sharded, and of the first replica."""
     return not replica if isinstance(value, ShardTensor) else is_dtensor(value)
 
 
-def _plain(value: Any) -> Any:
-    return False if isinstance(value, FragmentMark) else value
-
-
 def serialize(extra: Any) -> Serialized:
-    """The caller's own values as they are written; ValueError where reading them would have to run code."""
+    """Serialize the caller's own values; raises ValueError if reading them would have to run code."""
     stream = io.BytesIO()
     try:
-        # In a tuple: DCP takes dicts and lists apart.
+        # In a tuple, because DCP takes dicts and lists apart.
         torch.save((extra,), stream)
         load_object(stream.getvalue(), "extra")
     except Exception as error:
@@ -197,10 +229,70 @@ def serialize(extra: Any) -> Serialized:
     return Serialized(stream.getvalue())
 
 
-def by_parent(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Keys of a checkpoint by what stands before their last dot, and then by what stands after it."""
-    found: dict[str, dict[str, str]] = {}
-    for key in keys:
-        parent, _, last = key.rpartition(".")
-        found.setdefault(parent, {})[last] = key
-    return found
+# --- chunks ----------------------------------------------------------------------------------------------
+
+
+class LocalChunks(NamedTuple):
+    """``chunks`` are what this rank writes; ``paths`` has every key of its state in order, whoever writes it."""
+
+    chunks: list[ChunkToWrite]
+    paths: dict[str, KeyPath]
+
+
+def local_chunks(state: State, world_size: int) -> LocalChunks:
+    """Cut this rank's ``state`` into chunks, in its order. Of copies on one mesh only the first rank writes any."""
+    chunks: list[ChunkToWrite] = []
+    paths: dict[str, KeyPath] = {}
+    for key, path, value in _flat(state):
+        paths[key] = path
+        if not isinstance(value, Tensor):
+            chunks.append(ChunkToWrite(key, value))
+            continue
+        fragment = None if type(value) in _PLAIN_TYPES else shard_tensor_of(value)
+        mesh = value.device_mesh if type(value) not in (*_PLAIN_TYPES, ShardTensor) and is_dtensor(value) else None
+        # Another mesh may hold the same regions, unless this one has all ranks.
+        may_be_copied = mesh is not None and mesh.size() < world_size
+        if fragment is not None:
+            shape = fragment.global_shape
+            chunks += [
+                ChunkToWrite(key, view, shape, offsets, may_be_copied) for (offsets, _), view in fragment.regions()
+            ]
+        elif mesh is None:
+            chunks.append(ChunkToWrite(key, value, tuple(value.shape), (0,) * value.dim()))
+        elif is_first_copy(cast("DTensor", value)):
+            chunks += _dtensor_chunks(key, value, may_be_copied)
+    return LocalChunks(chunks, paths)
+
+
+def _flat(state: State) -> Iterator[tuple[str, KeyPath, Any]]:
+    """Yield keys, paths and values; dicts, lists and tuples are taken apart as DCP does."""
+    for section, entries in state.items():
+        for key, value in entries.items():
+            if isinstance(value, dict | list | tuple):
+                flat, paths = flatten_state_dict({section: {key: value}})
+                yield from ((name, paths[name], inner) for name, inner in flat.items())
+            else:
+                yield f"{section}.{key}", (section, key), value
+
+
+def _dtensor_chunks(key: str, value: Any, may_be_copied: bool) -> list[ChunkToWrite]:
+    shape = tuple(value.shape)
+    return [
+        ChunkToWrite(key, value.__get_tensor_shard__(item.index), shape, tuple(item.index.offset), may_be_copied)
+        for item in value.__create_write_items__(key, value)
+    ]
+
+
+def without_copies(chunks: list[ChunkToWrite], communicator: Communicator) -> list[ChunkToWrite]:
+    """Return ``chunks`` without those that a lower rank writes from another mesh. Collective on all ranks."""
+    mine = [(chunk.key, chunk.offsets) for chunk in chunks if chunk.may_be_copied]
+    # Most jobs have no such chunks, and one small message tells.
+    if not communicator.exchange(torch.tensor([len(mine)], device="cpu"))().any():
+        return chunks
+    copies: list[set[tuple[str, Any]]] = []
+    taken: set[tuple[str, Any]] = set()
+    for theirs in communicator.gather_objects(mine, 0) or ():
+        copies.append(taken.intersection(theirs))
+        taken.update(theirs)
+    dropped = communicator.exchange_objects(copies)[0][communicator.rank]
+    return [chunk for chunk in chunks if (chunk.key, chunk.offsets) not in dropped]

@@ -1,11 +1,15 @@
-"""The averaged weights of a running job, straight into safetensors files: one parameter at a time on rank 0."""
+"""``export_averaged()``: the averaged weights of a running job, written to safetensors files for inference.
+
+Ranks send their fragments of one parameter at a time to rank 0, which writes the whole tensor before the next comes.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +20,22 @@ from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
 from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
-from ..placements.presharded import DTensorParam
+from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
 from .entries import names_of
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
 from .save import Saver
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+# The rank that writes, counted among all ranks of the optimizer.
 WRITER = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """One entry of the model's state dict; ``member`` where its average goes out instead of ``value``."""
+    """One entry of the model's state dict: ``value``, or the average of ``member`` instead if that is not None."""
 
     name: str
     value: Tensor
@@ -46,24 +54,25 @@ def export_averaged(
 ) -> None:
     """Write the averaged weights of ``model`` to ``path`` (``….safetensors``), for inference. Collective.
 
-    Under the names of ``model.state_dict()``, without what wrappers add: ``ax`` of every parameter whose averaging has
-    begun, the parameter itself of the others, buffers as they are. Statistics of BatchNorm belong to the last iterate.
-    Rank 0 writes; it holds one parameter beyond its own memory, the others at most a piece of one. Training goes on
-    as if nothing had been. Where the weights have more than ``max_bytes`` there are several files and an index, as
-    transformers loads them:
-    ``model-00001-of-00002.safetensors``, ..., ``model.safetensors.index.json``.
+    The file has the names of ``model.state_dict()``, without the prefixes of wrappers. It has ``ax`` of every parameter
+    whose averaging has begun, and the value itself of other parameters and of buffers. Statistics of BatchNorm belong
+    to the last iterate. Rank 0 writes, and needs memory for one parameter; the other ranks need that of one fragment
+    at most. The model and the optimizer do not change. If the weights have more than ``max_bytes``, there are several
+    files and an index, which transformers loads: ``model-00001-of-00002.safetensors``, ...,
+    ``model.safetensors.index.json``.
 
     Args:
-        path: where rank 0 writes; files appear there whole, or not at all.
-        model: the model whose parameters the optimizer has, wrapped in DDP or ``torch.compile`` or not.
+        path: the file that rank 0 writes. It appears whole or not at all.
+        model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
-        dtype: a floating-point dtype for what the optimizer holds; None: each parameter's own.
-        overwrite: replace what an earlier export has left at ``path``.
+        dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
+        max_bytes: the size above which there are several files, each of at most so many bytes, or of one tensor.
+        overwrite: replace the files that an earlier export wrote to ``path``.
 
     Raises:
         ValueError: an argument is not supported, ``path`` is taken, or ranks disagree; on every rank.
         RuntimeError: the disk is full or not writable (on every rank), or inside ``averaged_parameters()``.
-        TypeError: the optimizer is none of this package.
+        TypeError: the optimizer is not a ShardedASGD.
         PeerError: a rank died.
     """
     saver = Saver.of(optimizer)
@@ -78,31 +87,39 @@ def export_averaged(
             files = TensorFiles(Path(path), specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
             files.open()
     except Exception as error:
-        problem = _said(error, path)
+        problem = _translated(error, path)
     try:
-        saver.meet(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
-        problem = _stream(weights, saver.communicators, files)
-        problem = problem and _said(problem, path)
-        saver.meet(CollectiveCall.END_OF_EXPORT_AVERAGED, problem=problem)
+        saver.agree(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
+        problem = _write_all(weights, saver.communicators, files)
+        problem = problem and _translated(problem, path)
+        saver.agree(CollectiveCall.END_OF_EXPORT_AVERAGED, problem=problem)
     finally:
         if files is not None:
             files.discard()
 
 
-def _said(error: Exception, path: str | os.PathLike[str]) -> Exception:
+def _translated(error: Exception, path: str | os.PathLike[str]) -> Exception:
+    """Return the error to raise on all ranks: an OSError has a number, which means nothing on another rank."""
     if not isinstance(error, OSError):
         return error
     return RuntimeError(f"dist_asgd: cannot write {path}: {error.strerror or error}. Nothing of it is kept.")
 
 
 def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> list[_Weight]:
-    """What goes out, in the model's order; the same on every rank."""
+    """Return the weights to write, in the model's order: the same on every rank.
+
+    Raises:
+        TypeError: ``optimizer`` cannot be exported.
+        ValueError: the model, its state dict or ``dtype`` cannot be exported.
+        RuntimeError: parameters were moved, or are the averaged ones now.
+    """
     if not isinstance(optimizer, ShardedASGD) or optimizer.is_differentiable:
         raise TypeError(
             f"dist_asgd: export_averaged() is for ShardedASGD (and not with differentiable=True), got "
             f"{type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
         )
-    optimizer.averages.refuse("export_averaged()")
+    if optimizer.averages.is_swapped:
+        raise optimizer.averages.refusal("export_averaged()")
     shards = optimizer.shards
     params = [member.param for member in shards.members]
     fsdp1.refuse("export_averaged()", params, "Save ax of FSDP.optim_state_dict(model, optimizer)")
@@ -132,39 +149,24 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
 def _fingerprint(
     path: str | os.PathLike[str], weights: Sequence[_Weight], max_bytes: int, overwrite: bool
 ) -> Fingerprint:
+    """Return the arguments as they must be on all ranks."""
     entries: list[tuple[str, object]] = [("path", str(path)), ("max_bytes", max_bytes), ("overwrite", overwrite)]
     entries += [
-        (f"tensor {place}", (w.name, str(w.spec.dtype), w.spec.shape, w.member is not None))
-        for place, w in enumerate(weights)
+        (f"tensor {position}", (w.name, str(w.spec.dtype), w.spec.shape, w.member is not None))
+        for position, w in enumerate(weights)
     ]
     return Fingerprint("arguments of export_averaged()", entries, "Pass the same on every rank.")
 
 
 @torch.no_grad()
-def _stream(weights: Sequence[_Weight], communicators: Communicators, files: TensorFiles | None) -> Exception | None:
-    """Collective: bring averages to the writer one by one, and write everything; what went wrong there, if anything.
+def _write_all(weights: Sequence[_Weight], communicators: Communicators, files: TensorFiles | None) -> Exception | None:
+    """Collective. Write every weight on the writer, whose ``files`` is not None; return its first error, if any.
 
-    After a failure the averages are still brought, to nowhere: the other ranks are on their way with them.
+    After an error the remaining tensors are still gathered, and dropped: the other ranks are sending them.
     """
     problem: Exception | None = None
-    staging: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    brought = [w.member for w in weights if w.member is not None and not isinstance(w.member, DTensorParam)]
-    spread = {w.name: tensor for w in weights if is_dtensor(tensor := _live(w))}
-    numbers = {name: number for number, name in enumerate(spread)}
-    assembly: Assembly | None = None
-    if spread:
-        # Where there are DTensors, their modules are loaded.
-        from ..state_dict.assembly import Assembly
-
-        assembly = Assembly(list(spread.values()), communicators)
-    for weight in weights:
-        value: Tensor | None = weight.value
-        if assembly is not None and weight.name in spread:
-            wholes = assembly.bring([numbers[weight.name]], [spread[weight.name]], WRITER)
-            value = wholes[0] if wholes else None
-        elif weight.member is not None:
-            value = _bring(weight.member, communicators, staging, brought)
-        if files is not None and value is not None and problem is None:
+    for weight, value in _whole_values(weights, communicators):
+        if files is not None and problem is None:
             try:
                 files.write(weight.name, value.to(weight.spec.dtype))
             except Exception as error:
@@ -175,42 +177,28 @@ def _stream(weights: Sequence[_Weight], communicators: Communicators, files: Ten
                 files.commit()
         except Exception as error:
             problem = error
-        # Before the other ranks hear of it: they may look.
+        # The other ranks learn of the error only after this, so they find no unfinished files.
         files.discard()
     return problem
 
 
-def _live(weight: _Weight) -> Tensor:
-    """What this rank holds of what goes out."""
-    member = weight.member
-    return member.state_entry(member.average) if isinstance(member, DTensorParam) else weight.value
+def _whole_values(weights: Sequence[_Weight], communicators: Communicators) -> Iterator[tuple[_Weight, Tensor]]:
+    """Collective. Yield every weight and its whole value on the writer; on the others only weights that are whole.
 
-
-def _bring(
-    member: ShardedParam,
-    communicators: Communicators,
-    staging: dict[tuple[torch.device, torch.dtype], Tensor],
-    brought: Sequence[ShardedParam],
-) -> Tensor | None:
-    """Collective: one parameter's whole ``ax`` on the writer, in memory that the next one will use; None elsewhere."""
-    bucket, slot = member.bucket, member.slot
-    target = communicators.shard_rank_of(WRITER)
-    if target is None:
-        # The writer's replica has all of it.
-        return None
-    fragments = [bucket.layout.fragment(slot, rank) for rank in range(communicators.num_shards)]
-    mine = bucket.average[member.fragment.start : member.fragment.stop]
-    places: list[Tensor] | None = None
-    flat = mine
-    if communicators.rank == WRITER:
-        key = (bucket.device, bucket.average.dtype)
-        if key not in staging:
-            alike = (m.slot.numel for m in brought if (m.bucket.device, m.bucket.average.dtype) == key)
-            staging[key] = bucket.average.new_empty(max(alike))
-        flat = staging[key][: slot.numel]
-        places = [flat[fragment.param_start : fragment.param_start + fragment.numel] for fragment in fragments]
-    communicators.on(bucket.device).bring(mine, places, [fragment.numel for fragment in fragments], target)
-    if places is None:
-        return None
-    whole = torch.view_as_complex(flat.view(-1, 2)) if member.dtype.is_complex else flat
-    return whole.as_strided(member.param.shape, member.strides)
+    A value is valid until the next one is asked for.
+    """
+    averaged: dict[int, list[_Weight]] = {}  # tied parameters have several names
+    live: list[tuple[_Weight, DTensor]] = []
+    for weight in weights:
+        if weight.member is not None:
+            averaged.setdefault(weight.member.index, []).append(weight)
+        elif is_dtensor(weight.value):
+            live.append((weight, weight.value))
+        else:
+            yield weight, weight.value
+    members = [tied[0].member for tied in averaged.values() if tied[0].member is not None]
+    for member, _, whole in whole_state(members, communicators, WRITER, masters=False, one_by_one=True):
+        for weight in averaged[member.index]:
+            yield weight, whole
+    for position, whole in whole_dtensors([value for _, value in live], communicators, WRITER):
+        yield live[position][0], whole

@@ -1,48 +1,61 @@
-"""Loading a checkpoint into a model and its optimizer on all ranks: read whole, agreed on, and only then applied."""
+"""Loading a checkpoint into a model and its optimizer on all ranks: read whole, agreed on, and only then applied.
+
+``CheckpointManager`` and the public functions of this file call ``restore``. It reads everything that this rank needs
+into memory of its own (``CheckpointState``), lets all ranks agree that they can go on, and then changes model and
+optimizer. Names and keys are those of ``entries``.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
 from ..optimizer import ShardedASGD
-from ..placements.shard_tensor import ShardTensor
+from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state_dict.sharded import AVERAGE
-from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_parts
-from .format.files import CheckpointError
+from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
+from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
-from .matching import CheckpointKeys, KeyMismatch
 from .save import Saver
 
 MASTER = "master"
 NOT_LOADED = (*NOT_SAVED, "param_names")
+_MAX_LISTED = 20
 _LOG = logging.getLogger("dist_asgd")
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedCheckpoint:
-    """A checkpoint in memory of its own, in the form that ``load_state_dict`` of model and optimizer take.
+class CheckpointState:
+    """What a checkpoint gives this rank, in memory of its own: nothing of it is applied yet.
 
-    ``parts``: of parameters that are gathered after every step each rank reads what it updates, (live, read); in
-    ``model`` they are as they are.
+    Attributes:
+        model: for ``model.load_state_dict()``. Of a parameter in a bucket a rank loads only its own fragment and
+            gathers the rest, so this has the live parameter itself.
+        fragments: (live fragment, loaded fragment) pairs of these parameters.
+        optimizer: for ``optimizer.load_state_dict()``.
+        extra: what this rank gave as ``extra``, or None.
+        save_id: DCP's identifier of the save, None if the checkpoint has none.
+        step: the number of steps of the manifest, None without a manifest.
+        mismatch: the names that were not loaded.
     """
 
     model: dict[str, Any]
-    parts: list[tuple[ShardTensor, ShardTensor]]
+    fragments: list[tuple[ShardTensor, ShardTensor]]
     optimizer: dict[str, Any]
     extra: Any
     save_id: str | None
     step: int | None
-    difference: KeyMismatch
+    mismatch: KeyMismatch
 
 
 def load_checkpoint(
@@ -55,21 +68,21 @@ def load_checkpoint(
 ) -> Any:
     """Load what any topology saved into ``model`` and ``optimizer``, on all ranks. Collective. Returns ``extra``.
 
-    Everything is read into memory of its own and checked; when every rank has all it needs, it is applied. Where any
-    rank fails, every rank raises, and model and optimizer are bit for bit what they were. Nothing in the checkpoint is
+    Everything is read into memory of its own and checked; it is applied when every rank has all it needs. If any rank
+    fails, every rank raises, and model and optimizer are bit for bit what they were. Nothing in the checkpoint is
     executed. Hyperparameters come from the checkpoint, as in torch.
 
     Args:
         path: a checkpoint's directory.
-        model, optimizer: as for ``save_checkpoint``; wrappers, stage and world size may be others than then.
-        strict: False: load what matches, by name and shape, keep the rest as it is, and log what that was. True:
-            parameters that were added, removed or renamed are an error that lists them.
+        model, optimizer: as for ``save_checkpoint``; wrappers, stage and world size may differ from those at the save.
+        strict: False: load the entries that match by name and shape, keep the rest as it is, and log what was kept.
+            True: parameters that were added, removed or renamed are an error that lists them.
         verify: check every byte that is read against the manifest. False is for checkpoints that something else wrote
             (FSDP2 with ``dcp.save``) and that have none.
 
     Returns:
-        What this rank gave as ``extra`` when it was saved by as many ranks; on another number of ranks what rank 0
-        gave; None if nothing was given.
+        What this rank gave as ``extra``, if as many ranks saved the checkpoint as load it; on another number of ranks
+        what rank 0 gave. None if nothing was given.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, hostile or has no manifest.
@@ -80,9 +93,9 @@ def load_checkpoint(
 
 
 def read_extra(path: str | os.PathLike[str], *, rank: int = 0, verify: bool = True) -> Any:
-    """What rank ``rank`` gave as ``extra`` when ``path`` was saved, and nothing else of it; None if it gave nothing.
+    """Read only what rank ``rank`` gave as ``extra`` when ``path`` was saved; None if it gave nothing.
 
-    Not collective. For what must be known before the model is built: its configuration, say.
+    Not collective. It serves to read what must be known before the model is built, such as its configuration.
     """
     return _extra(CheckpointKeys(CheckedReader(path, verify=verify), KeyMismatch()), rank)
 
@@ -95,160 +108,274 @@ def restore(
     optimizer: Optimizer,
     strict: bool,
     verify: bool,
-) -> LoadedCheckpoint:
-    """Collective: ``load_checkpoint``, with all that was read."""
-    staged: LoadedCheckpoint | None = None
+) -> CheckpointState:
+    """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
+    loaded: CheckpointState | None = None
     fingerprint, problem = NO_FINGERPRINT, None
     try:
-        saver.settle_pending()
-        staged = _stage(Path(path), model, optimizer, strict, verify, saver)
-        entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", staged.save_id)]
+        saver.wait_pending()
+        loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
+        entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
         fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
     except Exception as error:
         problem = error
-    saver.meet(call, fingerprint, problem)
-    assert staged is not None
-    optimizer.load_state_dict(staged.optimizer)
+    # Until here nothing was changed; from here on every rank has everything it needs.
+    saver.agree(call, fingerprint, problem)
+    assert loaded is not None
+    optimizer.load_state_dict(loaded.optimizer)
     with torch.no_grad():
-        for live, read in staged.parts:
-            live.copy_(read)
+        for live, fragment in loaded.fragments:
+            live.copy_(fragment)
+        # Before the model's own loading, which hands each live parameter to itself.
         _gather(optimizer)
-        model.load_state_dict(staged.model, strict=not staged.difference)
-    if staged.difference and saver.rank == 0:
-        _LOG.warning("loaded what matches of %s: %s", path, staged.difference)
-    return staged
+        model.load_state_dict(loaded.model, strict=not loaded.mismatch)
+    if loaded.mismatch and saver.rank == 0:
+        _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
+    return loaded
 
 
 def _gather(optimizer: Optimizer) -> None:
-    """Collective: bring every rank's part of the parameters to all, as after a step."""
+    """Gather the parameters from the fragments of all ranks, as after a step. Collective."""
     if isinstance(optimizer, ShardedASGD):
         for bucket in optimizer.shards.buckets:
             optimizer.gatherer.launch(bucket)
         optimizer.gatherer.wait()
 
 
-def _stage(
+def _read_state(
     path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, verify: bool, saver: Saver
-) -> LoadedCheckpoint:
+) -> CheckpointState:
     """Read all that this rank needs; changes nothing."""
     reader = CheckedReader(path, verify=verify)
-    difference = KeyMismatch()
-    found = CheckpointKeys(reader, difference)
+    mismatch = KeyMismatch()
+    checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
+    # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
     live = optimizer.state_dict()
-    optimizer_state = _stage_optimizer(found, names, optimizer, live, difference)
-    mastered = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
-    model_state, parts = _stage_model(found, names, model, mastered, param_parts(optimizer, live, {}), difference)
-    difference.check(path, strict)
-    found.read()
+    optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
+    with_master = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
+    live_fragments = param_fragments(optimizer, live, {})
+    model_state, fragments = _model_state(checkpoint, names, model, with_master, live_fragments, mismatch)
+    # The keys are compared before the tensors are read, so that a wrong checkpoint is refused at once.
+    mismatch.check(path, strict)
+    checkpoint.read_tensors()
     manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta
-    return LoadedCheckpoint(
+    return CheckpointState(
         model_state,
-        parts,
+        fragments,
         optimizer_state,
-        _extra(found, saver.rank if manifest is None or manifest.world_size == saver.world_size else 0),
+        _extra(checkpoint, saver.rank if manifest is None or manifest.world_size == saver.world_size else 0),
         None if meta is None else meta.save_id,
         None if manifest is None else manifest.step,
-        difference,
+        mismatch,
     )
 
 
-def _stage_model(
-    found: CheckpointKeys,
+# --- keys ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class KeyMismatch:
+    """Names that the checkpoint lacks, names that only the checkpoint has, and shapes that differ."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected)
+
+    def __str__(self) -> str:
+        lists = [("missing in the checkpoint", self.missing), ("in the checkpoint only", self.unexpected)]
+        return "; ".join(f"{what}: {_listed(names)}" for what, names in lists if names)
+
+    def check(self, path: Path, strict: bool) -> None:
+        """Raise ValueError if shapes differ, or, with ``strict``, names."""
+        if self.shapes:
+            raise ValueError(f"dist_asgd: {path} does not fit the model: {_listed(self.shapes)}.")
+        if strict and self:
+            raise ValueError(
+                f"dist_asgd: {path} is of another model or optimizer: {self}. Pass strict=False to load what matches, "
+                f"or build the model that was saved."
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
+
+
+class CheckpointKeys:
+    """The keys of an open checkpoint. Values are read at once; tensors later and together, by ``read_tensors``.
+
+    Attributes:
+        keys: DCP's description of each key's tensor or object.
+        parents: keys by everything before their last dot, and then by the word after it.
+    """
+
+    def __init__(self, reader: CheckedReader, mismatch: KeyMismatch) -> None:
+        self._reader = reader
+        self._mismatch = mismatch
+        # A key may be read into several tensors (ax and a new master), each in a pass of its own.
+        self._passes: list[dict[str, Tensor]] = [{}]
+        self.keys = reader.opened.metadata.state_dict_metadata
+        self.parents: dict[str, dict[str, str]] = {}
+        for key in self.keys:
+            parent, _, last = key.rpartition(".")
+            self.parents.setdefault(parent, {})[last] = key
+
+    def target_for(self, key: str, like: Tensor, *, widen: bool) -> Tensor:
+        """Return new memory, shaped, sharded and placed as ``like``, that ``read_tensors`` fills with ``key``.
+
+        It has the dtype of ``like``; with ``widen`` the wider of that and the checkpoint's, so that nothing is lost.
+        If the tensor in the checkpoint has another shape or kind, the mismatch is noted and ``like`` returned.
+        """
+        entry = self.keys[key]
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"dist_asgd: {key} is no tensor in {self._reader.opened.path}.")
+        saved = entry.properties.dtype
+        same_kind = (saved.is_complex, saved.is_floating_point) == (like.dtype.is_complex, like.dtype.is_floating_point)
+        if tuple(entry.size) != tuple(like.shape) or not same_kind:
+            self._mismatch.shapes.append(
+                f"{key} is {tuple(entry.size)} {saved} in the checkpoint and {tuple(like.shape)} {like.dtype} here"
+            )
+            return like
+        dtype = torch.promote_types(saved, like.dtype) if widen else like.dtype
+        fragment = None if type(like) is Tensor else shard_tensor_of(like)
+        if fragment is not None:
+            # The like() of ``like``, and not of its fragment: DTensors that replicas share have one of their own.
+            target: Tensor = cast(Any, like).like(torch.empty_like(fragment.to_local(), dtype=dtype))
+        else:
+            target = torch.empty_like(like, dtype=dtype, requires_grad=False)
+        targets = next((targets for targets in self._passes if key not in targets), None)
+        if targets is None:
+            targets = {}
+            self._passes.append(targets)
+        targets[key] = target
+        return target
+
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Read objects and 0-dim tensors; returns them by key."""
+        return self._reader.opened.values(keys)
+
+    def read_tensors(self) -> None:
+        """Fill every tensor that ``target_for`` has returned."""
+        for targets in self._passes:
+            self._reader.read_into(targets)
+
+
+# --- the model -------------------------------------------------------------------------------------------
+
+
+def _model_state(
+    checkpoint: CheckpointKeys,
     names: Names,
     model: nn.Module,
-    mastered: set[str],
-    live_parts: dict[int, ShardTensor],
-    difference: KeyMismatch,
+    with_master: set[str],
+    live_fragments: dict[int, ShardTensor],
+    mismatch: KeyMismatch,
 ) -> tuple[dict[str, Any], list[tuple[ShardTensor, ShardTensor]]]:
-    """``mastered`` names parameters that the optimizer sets when it loads their masters: they stay as they are then.
+    """Return ``model`` and ``fragments`` of ``CheckpointState``.
 
-    So do those of ``live_parts``, of which only that is read.
+    The parameters named in ``with_master`` are not read: loading the optimizer sets them from their masters. Of those
+    in ``live_fragments`` (by ``id()``) only this rank's fragment is read.
     """
-    staged: dict[str, Any] = {}
-    parts: list[tuple[ShardTensor, ShardTensor]] = []
+    state: dict[str, Any] = {}
+    fragments: list[tuple[ShardTensor, ShardTensor]] = []
     known = {f"{MODEL}.{name}" for name in names.of_model.values()}
-    difference.unexpected += [key for key in found.keys if key.startswith(f"{MODEL}.") and key not in known]
+    mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     for key, value in model.state_dict(keep_vars=True).items():
         name = f"{MODEL}.{names.of_model[key]}"
-        if name not in found.keys:
-            difference.missing.append(name)
-        elif names.of_model[key] in mastered:
-            staged[key] = value
-        elif id(value) in live_parts:
-            staged[key] = value
-            part = live_parts[id(value)]
-            parts.append((part, cast(ShardTensor, found.memory_for(name, part, widen=False))))
+        if name not in checkpoint.keys:
+            mismatch.missing.append(name)
+        elif names.of_model[key] in with_master:
+            state[key] = value
+        elif id(value) in live_fragments:
+            state[key] = value
+            live = live_fragments[id(value)]
+            fragments.append((live, cast(ShardTensor, checkpoint.target_for(name, live, widen=False))))
         elif isinstance(value, Tensor):
-            staged[key] = found.memory_for(name, value.detach(), widen=False)
+            state[key] = checkpoint.target_for(name, value.detach(), widen=False)
         else:
-            staged[key] = found.values([name])[name]
-    return staged, parts
+            state[key] = checkpoint.values([name])[name]
+    return state, fragments
 
 
-def _stage_optimizer(
-    found: CheckpointKeys, names: Names, optimizer: Optimizer, live: dict[str, Any], difference: KeyMismatch
+# --- the optimizer ---------------------------------------------------------------------------------------
+
+
+def _optimizer_state(
+    checkpoint: CheckpointKeys, names: Names, optimizer: Optimizer, live: dict[str, Any], mismatch: KeyMismatch
 ) -> dict[str, Any]:
+    """Return ``optimizer`` of ``CheckpointState``; ``live`` is the state dict of now."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    groups = _Groups(found)
+    options_of = _option_keys(checkpoint)
+    state_prefix = f"{OPTIM}.{STATE}."
     used: set[str] = set()
-    states: dict[int, dict[str, str]] = {}
-    group_of: dict[int, dict[str, str]] = {}
+    state_keys: dict[int, dict[str, str]] = {}
+    option_keys: dict[int, dict[str, str]] = {}
     for index, aliases in enumerate(names.of_params):
         # Of a shared parameter any name will do: another wrapping may have put another one first.
-        name = next((n for n in aliases if groups.of(n) or f"{OPTIM}.{STATE}.{n}" in found.parents), None)
+        name = next((n for n in aliases if n in options_of or state_prefix + n in checkpoint.parents), None)
         if name is None:
-            difference.missing.append(f"{OPTIM}.{STATE}.{aliases[0]}")
+            mismatch.missing.append(state_prefix + aliases[0])
             continue
-        used.add(f"{OPTIM}.{STATE}.{name}")
-        states[index] = found.parents.get(f"{OPTIM}.{STATE}.{name}", {})
-        group_of[index] = groups.of(name)
-    difference.unexpected += [
+        used.add(state_prefix + name)
+        state_keys[index] = checkpoint.parents.get(state_prefix + name, {})
+        option_keys[index] = options_of.get(name, {})
+    mismatch.unexpected += [
         parent
-        for parent, below in found.parents.items()
-        if parent.startswith(f"{OPTIM}.{STATE}.") and AVERAGE in below and parent not in used
+        for parent, below in checkpoint.parents.items()
+        if parent.startswith(state_prefix) and AVERAGE in below and parent not in used
     ]
-    scalars = found.values(key for below in states.values() for last, key in below.items() if last in SCALARS)
+    scalar_keys = [key for below in state_keys.values() for last, key in below.items() if last in SCALARS]
+    scalars = checkpoint.values(scalar_keys)
     state: dict[int, Any] = {}
     for index, param in enumerate(params):
-        if index not in states:
-            kept = live["state"].get(index)
-        else:
-            model_key = next((k for k in (f"{MODEL}.{n}" for n in names.of_params[index]) if k in found.keys), None)
-            kept = _stage_entry(found, states[index], scalars, live["state"].get(index), param, model_key)
-        if kept is not None:
-            state[index] = kept
-    new_groups = [_stage_group(group, group_of, groups) for group in live["param_groups"]]
-    for group in new_groups:
+        entry = live["state"].get(index)
+        if index in state_keys:
+            model_keys = (f"{MODEL}.{name}" for name in names.of_params[index])
+            model_key = next((key for key in model_keys if key in checkpoint.keys), None)
+            entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
+        if entry is not None:
+            state[index] = entry
+    options = checkpoint.values([key for below in option_keys.values() for key in below.values()])
+    groups = [_group_options(group, option_keys, options) for group in live["param_groups"]]
+    for group in groups:
         for index in group["params"]:
-            # As in torch: what has never stepped has no state.
-            if index in state and index in states and _never_stepped(state[index], group["lr"]):
+            # As in torch: a parameter that has never stepped has no state.
+            if index in state and index in state_keys and _never_stepped(state[index], group["lr"]):
                 del state[index]
-    return {"state": state, "param_groups": new_groups}
+    return {"state": state, "param_groups": groups}
 
 
-def _stage_entry(
-    found: CheckpointKeys,
-    below: dict[str, str],
+def _param_state(
+    checkpoint: CheckpointKeys,
+    keys: dict[str, str],
     scalars: dict[str, Tensor],
     live: dict[str, Any] | None,
     param: Tensor,
     model_key: str | None,
 ) -> dict[str, Any] | None:
-    if AVERAGE not in below:
+    """Return the entry of one parameter, from its keys by their last word; None if the checkpoint has no ``ax``.
+
+    ``live`` is the entry of now, whose ``ax`` and master say how the loaded ones are sharded. ``model_key`` is the key
+    of the parameter itself.
+    """
+    if AVERAGE not in keys:
         return None
-    absent = [key for key in SCALARS if key not in below]
+    absent = [key for key in SCALARS if key not in keys]
     if absent:
-        raise CheckpointError(f"dist_asgd: {below[AVERAGE]} is there without {absent}: this is no state of ASGD.")
+        raise CheckpointError(f"dist_asgd: {keys[AVERAGE]} is there without {absent}: this is no state of ASGD.")
     live = live or {AVERAGE: param.detach()}
-    # Cloned: equal ones were read once, and torch's optimizer keeps what it is given.
-    staged: dict[str, Any] = {key: scalars[below[key]].reshape(()).clone() for key in SCALARS}
+    # Cloned: equal values were read once, and torch's optimizer keeps the tensors that it is given.
+    entry: dict[str, Any] = {key: scalars[keys[key]].reshape(()).clone() for key in SCALARS}
     for key in (AVERAGE, MASTER):
-        # A master that was not saved is the parameter that was, before it is rounded to this model's dtype.
-        source = below.get(key, model_key if key == MASTER else None)
+        # Without a saved master the saved parameter is one: it is read before it is rounded to this model's dtype.
+        source = keys.get(key, model_key if key == MASTER else None)
         if key in live and source is not None:
-            staged[key] = found.memory_for(source, live[key], widen=True)
-    return staged
+            entry[key] = checkpoint.target_for(source, live[key], widen=True)
+    return entry
 
 
 def _never_stepped(entry: dict[str, Any], lr: Any) -> bool:
@@ -256,47 +383,46 @@ def _never_stepped(entry: dict[str, Any], lr: Any) -> bool:
     return bool(entry["step"] == 0 and eta == torch.as_tensor(lr, dtype=eta.dtype, device=eta.device).reshape(()))
 
 
-class _Groups:
-    """Keys of each parameter's group: under its name where the state dict was flattened, else under a number."""
+def _option_keys(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
+    """Return, by parameter name, the keys of its group's hyperparameters, by hyperparameter.
 
-    def __init__(self, found: CheckpointKeys) -> None:
-        self._found = found
-        prefix = f"{OPTIM}.{GROUPS}."
-        nested = {p: below for p, below in found.parents.items() if p.startswith(prefix) and "params" in below}
-        listed = found.values(below["params"] for below in nested.values())
-        self._nested = {
-            name: below
-            for below in nested.values()
-            if isinstance(listed[below["params"]], list)
-            for name in listed[below["params"]]
-            if isinstance(name, str)
-        }
-
-    def of(self, name: str) -> dict[str, str]:
-        """Keys by hyperparameter; empty where the checkpoint has no group with this parameter."""
-        own = self._found.parents.get(f"{OPTIM}.{GROUPS}.{name}") or self._nested.get(name, {})
-        return {last: key for last, key in own.items() if last not in NOT_LOADED}
-
-    def values(self, keys: dict[str, str]) -> dict[str, Any]:
-        """The hyperparameters at these keys."""
-        found = self._found.values(keys.values())
-        return {last: found[key] for last, key in keys.items()}
+    In a flattened state dict they stand under the parameter's name; else under the group's number, beside the list of
+    the group's parameter names.
+    """
+    prefix = f"{OPTIM}.{GROUPS}."
+    below_of = {parent: below for parent, below in checkpoint.parents.items() if parent.startswith(prefix)}
+    numbered = [below for below in below_of.values() if "params" in below]
+    lists = checkpoint.values([below["params"] for below in numbered])
+    options = {
+        name: below
+        for below in numbered
+        if isinstance(lists[below["params"]], list)
+        for name in lists[below["params"]]
+        if isinstance(name, str)
+    }
+    options.update((parent.removeprefix(prefix), below) for parent, below in below_of.items())
+    loaded = {
+        name: {last: key for last, key in below.items() if last not in NOT_LOADED} for name, below in options.items()
+    }
+    return {name: keys for name, keys in loaded.items() if keys}
 
 
-def _stage_group(live: dict[str, Any], group_of: dict[int, dict[str, str]], groups: _Groups) -> dict[str, Any]:
-    """The group's values in the checkpoint, which are the same for all its parameters; else those of now."""
+def _group_options(
+    live: dict[str, Any], option_keys: dict[int, dict[str, str]], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the group with the hyperparameters of the checkpoint, which must be equal for all its parameters."""
     first: dict[str, Any] | None = None
     for index in live["params"]:
-        if not group_of.get(index):
+        if not option_keys.get(index):
             continue
-        values = groups.values(group_of[index])
+        values = {last: options[key] for last, key in option_keys[index].items()}
         if first is None:
             first = values
         for key in first.keys() | values.keys():
             if not _same(first.get(key), values.get(key)):
                 raise ValueError(
                     f"dist_asgd: the parameters of one group were saved with different {key}: {first.get(key)} and "
-                    f"{values.get(key)} ({group_of[index].get(key)}). Build the optimizer with the groups that were "
+                    f"{values.get(key)} ({option_keys[index].get(key)}). Build the optimizer with the groups that were "
                     f"saved."
                 )
     return {**live, **(first or {})}
@@ -308,9 +434,10 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _extra(found: CheckpointKeys, rank: int) -> Any:
+def _extra(checkpoint: CheckpointKeys, rank: int) -> Any:
     key = f"{EXTRA}.{rank}"
-    if not isinstance(found.keys.get(key), BytesStorageMetadata):
+    if not isinstance(checkpoint.keys.get(key), BytesStorageMetadata):
         return None
-    value = found.values([key])[key]
+    value = checkpoint.values([key])[key]
+    # serialize() puts the caller's values into a tuple of one.
     return value[0] if isinstance(value, tuple) and len(value) == 1 else None

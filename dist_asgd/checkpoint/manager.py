@@ -1,4 +1,4 @@
-"""A folder of checkpoints, one a step: which is the latest, which are superseded."""
+"""A folder of checkpoints, one per saved step: it knows which is the latest, and removes those that are superseded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .save import PendingSave, Saver, WhenBusy
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What ``CheckpointManager.restore()`` has loaded.
+    """The checkpoint that ``CheckpointManager.restore()`` has loaded.
 
     Attributes:
         step: the number of steps after which the checkpoint was saved.
@@ -38,13 +38,14 @@ class CheckpointManager:
     """Checkpoints in ``folder/step-00000012`` and so on, the newest ``keep`` of them, and a link ``folder/latest``.
 
     A checkpoint is removed only when a newer one is whole and on disk. Steps go up: saving at a step that is not beyond
-    all that are there is an error. What crashed saves left is ignored, and removed by the next save. One job at a time
-    saves to a folder. As a context manager it waits for the last save on leaving, and raises its failure.
+    those of all checkpoints in the folder is an error. Files of crashed saves are ignored, and the next save removes
+    them. Only one job at a time may save to a folder. As a context manager it waits on exit for the last save, and
+    raises its error.
 
     Args:
-        folder: made if it is not there; on a file system that all ranks share.
-        keep: how many to keep; None: all.
-        when_busy: what ``async_save`` does while the last one runs: ``"wait"``, or ``"refuse"`` with a RuntimeError.
+        folder: the folder, on a file system that all ranks share; it is made if it does not exist.
+        keep: how many checkpoints to keep; None keeps all.
+        when_busy: what ``async_save`` does while the last save runs: ``"wait"``, or ``"refuse"`` with a RuntimeError.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3, when_busy: WhenBusy = "wait") -> None:
@@ -59,31 +60,31 @@ class CheckpointManager:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> Path:
-        """Save, as ``save_checkpoint`` does, and remove what is superseded. Collective. Returns the directory."""
+        """Save as ``save_checkpoint`` does, and remove superseded checkpoints. Collective. Returns the directory."""
         self._save(CollectiveCall.SAVE_CHECKPOINT, model, optimizer, step, extra)
         return self.path_of(step)
 
     def async_save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> PendingSave:
-        """The same in the background, as ``async_save_checkpoint`` does. Collective."""
+        """Do the same in the background, as ``async_save_checkpoint`` does. Collective."""
         pending = self._save(CollectiveCall.ASYNC_SAVE_CHECKPOINT, model, optimizer, step, extra)
         assert pending is not None
         return pending
 
     def wait(self) -> None:
-        """Until the last save is whole and on disk; raises its failure. Every rank calls it before its group ends."""
+        """Wait until the last save is whole, on disk; raises its error. Every rank calls it before its group ends."""
         if self._saver is not None:
-            self._saver.settle_pending()
+            self._saver.wait_pending()
 
     def path_of(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` is, or would be."""
+        """Return the path that the checkpoint of ``step`` has, or would have."""
         return self.folder / step_name(step)
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints that are whole, oldest first; no communication."""
+        """Return the steps of all whole checkpoints, oldest first; no communication."""
         return [step for step, _ in steps_in(self.folder)]
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole, or None; no communication."""
+        """Return the newest whole checkpoint, or None; no communication."""
         return max(steps_in(self.folder), default=(0, None))[1]
 
     def restore(
@@ -97,22 +98,24 @@ class CheckpointManager:
     ) -> Restored | None:
         """Load the checkpoint of ``step``, or the latest, as ``load_checkpoint`` does. Collective.
 
-        None, on every rank and with nothing changed, where there is none.
+        Returns None on every rank, and changes nothing, if there is no checkpoint.
         """
         saver = Saver.of(optimizer)
-        saver.meet(
+        saver.agree(
             CollectiveCall.RESTORE_CHECKPOINT,
             Fingerprint("checkpoints to restore", [("step", step)], "Pass the same step."),
         )
-        saver.settle_pending()
+        saver.wait_pending()
+        # Rank 0 decides which is the latest: on a shared file system other ranks may not see the newest one yet.
         path = saver.on_first(
             CollectiveCall.RESTORE_CHECKPOINT, self.latest if step is None else lambda: self.path_of(step)
         )
         if path is None:
             return None
-        staged = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
-        found = int(path.name.removeprefix("step-")) if staged.step is None else staged.step
-        return Restored(found, path, staged.extra)
+        loaded = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
+        # Without a manifest (verify=False) only the directory's name tells the step.
+        loaded_step = int(path.name.removeprefix("step-")) if loaded.step is None else loaded.step
+        return Restored(loaded_step, path, loaded.extra)
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -131,7 +134,7 @@ class CheckpointManager:
         return self._saver.save(call, path, model, optimizer, step, extra, self._when_busy, self._begin, self._commit)
 
     def _begin(self, path: Path) -> Path:
-        """On rank 0, before anything is written."""
+        """Clear the folder of leftovers and make the directory to write in; called on rank 0."""
         if not self.folder.is_dir():
             raise ValueError(f"dist_asgd: the folder of checkpoints {self.folder} has vanished. Make it again.")
         for leftover in leftovers(self.folder):
@@ -149,7 +152,8 @@ class CheckpointManager:
         return directory.begin(path)
 
     def _commit(self, temporary: Path, path: Path) -> None:
-        """On rank 0, when all files are on disk."""
+        """Put the checkpoint in place, and remove superseded ones; called on rank 0 when all files are on disk."""
+        # In this order: whenever a crash comes, `latest` leads to a whole checkpoint.
         directory.put_in_place(temporary, path)
         directory.point_latest(self.folder, path.name)
         whole = [entry for _, entry in steps_in(self.folder)]

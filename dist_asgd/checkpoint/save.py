@@ -1,4 +1,10 @@
-"""Saving a model and its optimizer from all ranks, now or in the background."""
+"""Saving a model and its optimizer from all ranks, now or in the background.
+
+A save has two halves. In the call itself every rank decides what it writes, copies it to host memory if the save is
+asynchronous, and agrees with the others that all can go on (``Saver.save``). The second half writes the files and puts
+the directory in place (``Saver._write``); in an asynchronous save it runs in a thread of its own, with a process group
+of its own, while training goes on.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +18,24 @@ from typing import Any, Literal, TypeVar, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from ..comm import Communicators, PeerError
+from ..comm import Communicator, Communicators, PeerError
 from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
 from ..state_dict.sharded import ShardTensorCache
-from .chunks import LocalChunks, local_chunks, without_copies
-from .entries import describe
+from .entries import LocalChunks, State, local_chunks, state_to_save, without_copies
 from .format import directory
-from .format.archives import Frames
-from .format.writer import PartFile, finish, metadata_of
+from .format.writer import Frames, RankFile, WrittenFile
 from .staging import StagingArea
 
 T = TypeVar("T")
 WhenBusy = Literal["wait", "refuse"]
-_KEPT_AS = "dist_asgd_saver"
+# The attribute of the optimizer that holds its Saver.
+_SAVER_ATTRIBUTE = "dist_asgd_saver"
 
 
 class PendingSave:
-    """A save in the background. ``wait()`` raises what went wrong, the same on every rank."""
+    """A save in the background. ``wait()`` raises the save's error, the same one on every rank."""
 
     def __init__(self, path: Path, step: int, work: Callable[[], None]) -> None:
         self.path = path
@@ -40,17 +45,17 @@ class PendingSave:
         self._may_begin = threading.Event()
         # Not a daemon: the interpreter does not end before the checkpoint is whole.
         self._thread = threading.Thread(target=self._run, name=f"dist_asgd save of {path.name}")
-        atexit.register(self._surface)
+        atexit.register(self._wait_at_exit)
         try:
             self._thread.start()
         finally:
-            # Also where a signal ends the start: the interpreter waits for this thread.
+            # Also if a signal interrupts start(): the interpreter waits for this thread at exit.
             self._may_begin.set()
 
     def _run(self) -> None:
-        # A new thread keeps the interpreter for 5 ms; this one lets the training loop have it.
+        # A new thread would keep the interpreter lock for 5 ms; waiting gives it back to the training loop at once.
         self._may_begin.wait()
-        # What it holds on to is free for the next save when it is done, and not when this is dropped.
+        # The work refers to the state: drop it when the thread ends, although the caller may keep this object longer.
         work, self._work = self._work, None
         assert work is not None
         try:
@@ -59,23 +64,28 @@ class PendingSave:
             self._failure = error
 
     def done(self) -> bool:
-        """Whether this rank's part has ended, well or not."""
+        """Whether this rank's work has ended, with or without an error."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until the checkpoint is whole and on disk. Its failure is raised once: here, at the next save, or at exit."""
+        """Wait until the checkpoint is whole, on disk. Its error is raised once: here, in the next save or at exit."""
         self._thread.join()
-        atexit.unregister(self._surface)
+        atexit.unregister(self._wait_at_exit)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
-    def _surface(self) -> None:
+    def _wait_at_exit(self) -> None:
+        """Raise the error of a save that nobody has waited for, so that it is at least printed."""
         self.wait()
 
 
 class Saver:
-    """What checkpoints of one optimizer need beside it: its ranks, a group for the background, staging memory."""
+    """Saves checkpoints of one optimizer; keeps its ranks, their group for the background, and staging memory.
+
+    One per optimizer, also of ``torch.optim.ASGD``; loading, ``CheckpointManager`` and ``export_averaged`` use it to
+    agree and to wait for the pending save.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._gradients: Gradients | None = None
@@ -83,26 +93,28 @@ class Saver:
             self.communicators, self._gradients = optimizer.communicators, optimizer.gradients
         else:
             self.communicators = Communicators(None)
+        # Made by the first agree(), because making a group is collective.
+        self._background: Communicator | None = None
         self._agreement: Agreement | None = None
-        self._stage = StagingArea()
+        self._staging = StagingArea()
         self._frames: Frames = {}
-        self._known: ShardTensorCache = {}
+        self._fragments: ShardTensorCache = {}
         self._pending: PendingSave | None = None
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Saver:
-        """The saver of ``optimizer``, which lives as long as it; made on first use."""
+        """Return the saver of ``optimizer``, which is made on first use and lives as long as the optimizer."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"dist_asgd: wanted the optimizer, got {type(optimizer).__name__}.")
-        saver = vars(optimizer).get(_KEPT_AS)
+        saver = vars(optimizer).get(_SAVER_ATTRIBUTE)
         if saver is None:
             saver = cls(optimizer)
-            setattr(optimizer, _KEPT_AS, saver)
+            setattr(optimizer, _SAVER_ATTRIBUTE, saver)
         return cast(Saver, saver)
 
     @property
     def rank(self) -> int:
-        """This rank among those that save together."""
+        """This rank among the ranks that save together."""
         return self.communicators.rank
 
     @property
@@ -110,23 +122,30 @@ class Saver:
         """How many ranks save together."""
         return self.communicators.world_size
 
-    def meet(
+    def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> None:
-        """Collective: where all ranks make sure that they are in the same call; raises on all or none."""
+        """Make sure that all ranks are in the same call and can go on; raises on all ranks or on none. Collective.
+
+        It goes through the optimizer's own group and gradients, so that a rank in another call is noticed, and a
+        backward that another rank has run alone is served first (stage 2).
+        """
         if self._gradients is not None:
             self._gradients.agree(call, fingerprint, problem)
         else:
             Agreement(self.communicators.host).agree(call, fingerprint, problem=problem)
-        if self._agreement is None:
-            self._agreement = Agreement(self.communicators.background)
+        if self._background is None:
+            self._background = self.communicators.background
+            self._agreement = Agreement(self._background)
 
     def on_first(self, call: CollectiveCall, action: Callable[[], T]) -> T:
-        """Collective, after ``meet``: what ``action`` returns on rank 0; its failure is raised on every rank."""
-        return cast(T, self.communicators.background.exchange_objects(self._do_first(call, action))[0])
+        """Run ``action`` on rank 0, return its result on every rank, raise its error on every rank. Collective."""
+        result = self._run_on_first(call, action)
+        assert self._background is not None
+        return cast(T, self._background.exchange_objects(result)[0])
 
-    def _do_first(self, call: CollectiveCall, action: Callable[[], T]) -> T | None:
-        """``on_first`` for what only rank 0 needs to know."""
+    def _run_on_first(self, call: CollectiveCall, action: Callable[[], T]) -> T | None:
+        """Run ``action`` on rank 0, which alone gets its result. Collective; its error is raised on every rank."""
         result, problem = None, None
         if self.rank == 0:
             try:
@@ -135,15 +154,15 @@ class Saver:
                 problem = os_problem(error)
             except Exception as error:
                 problem = error
-        self._confer(call, problem)
+        self._agree_in_background(call, problem)
         return result
 
-    def _confer(self, call: CollectiveCall, problem: Exception | None) -> None:
+    def _agree_in_background(self, call: CollectiveCall, problem: Exception | None) -> None:
         assert self._agreement is not None
         self._agreement.agree(call, problem=problem)
 
-    def settle_pending(self) -> None:
-        """Wait for the save in the background, if there is one, and raise its failure."""
+    def wait_pending(self) -> None:
+        """Wait for the save in the background, if there is one, and raise its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
@@ -160,8 +179,12 @@ class Saver:
         begin: Callable[[Path], Path],
         commit: Callable[[Path, Path], None],
     ) -> PendingSave | None:
-        """Collective. ``begin`` makes a directory to write in, ``commit`` gives it its name; both on rank 0."""
-        fingerprint, problem, state, target = NO_FINGERPRINT, None, {}, Path()
+        """Save from all ranks; returns the pending save of an asynchronous ``call``, else None. Collective.
+
+        ``begin`` makes the directory to write in, ``commit`` moves it to its final path; both run on rank 0.
+        """
+        fingerprint, problem = NO_FINGERPRINT, None
+        target, state = Path(), State()
         try:
             target = Path(os.path.abspath(path))
             _check(step, when_busy)
@@ -170,15 +193,16 @@ class Saver:
                 raise RuntimeError(
                     "dist_asgd: the last checkpoint is still being written. Save less often, or pass when_busy='wait'."
                 )
-            self.settle_pending()
-            state = describe(model, optimizer, extra, self.rank, self.communicators.replica, self._known)
+            # The staging memory, and the background group, serve one save at a time.
+            self.wait_pending()
+            state = state_to_save(model, optimizer, extra, self.rank, self.communicators.replica, self._fragments)
             if call is CollectiveCall.ASYNC_SAVE_CHECKPOINT:
-                state = self._stage.copy(state)
+                state = self._staging.copy(state)
             entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]
             fingerprint = Fingerprint("checkpoints to save", entries, "Pass the same path and step on every rank.")
         except Exception as error:
             problem = error
-        self.meet(call, fingerprint, problem)
+        self.agree(call, fingerprint, problem)
 
         def write() -> None:
             self._write(call, target, state, step, begin, commit)
@@ -193,20 +217,22 @@ class Saver:
         self,
         call: CollectiveCall,
         path: Path,
-        state: dict[str, dict[str, Any]],
+        state: State,
         step: int,
         begin: Callable[[Path], Path],
         commit: Callable[[Path, Path], None],
     ) -> None:
+        """Write the checkpoint of ``state`` to ``path``. Collective in the background group; raises on all ranks."""
         try:
             temporary = self.on_first(call, lambda: begin(path))
             try:
-                self._fill(call, temporary, path, state, step, commit)
+                self._write_files(call, temporary, path, state, step, commit)
             except PeerError:
+                # The files stay as a leftover: to remove them all ranks would have to agree, and one is gone.
                 raise
             except Exception:
-                # Every rank is here: nobody writes any more.
-                self._do_first(call, lambda: directory.discard(temporary))
+                # Raised on every rank alike, so nobody writes any more.
+                self._run_on_first(call, lambda: directory.discard(temporary))
                 raise
         except PeerError as error:
             raise PeerError(
@@ -215,46 +241,49 @@ class Saver:
                 f"from the last one. The backend said: {error.__cause__}"
             ) from error
 
-    def _fill(
+    def _write_files(
         self,
         call: CollectiveCall,
         temporary: Path,
         path: Path,
-        state: dict[str, dict[str, Any]],
+        state: State,
         step: int,
         commit: Callable[[Path, Path], None],
     ) -> None:
-        background = self.communicators.background
-        held = LocalChunks([], {})
-        part, metadata, problem = None, b"", None
+        """Write all files into ``temporary``, and let rank 0 commit it. Collective in the background group."""
+        assert self._background is not None
+        local = LocalChunks([], {})
+        written: WrittenFile | None = None
+        metadata, problem = b"", None
         try:
-            held = local_chunks(state, self.world_size)
+            local = local_chunks(state, self.world_size)
         except Exception as error:
-            problem = _shown(path, error)
-        pieces = without_copies(held.pieces, background)
-        with PartFile(temporary, self.rank, self._frames) as file:
+            problem = _save_error(path, error)
+        # A rank with a problem takes part in the collectives up to the next agreement, where all ranks raise it.
+        chunks = without_copies(local.chunks, self._background)
+        with RankFile(temporary, self.rank, self._frames) as file:
             try:
-                part = None if problem else file.write(pieces, held.paths)
+                written = None if problem else file.write(chunks, local.paths)
             except Exception as error:
-                problem = _shown(path, error)
-            self._confer(call, problem)
-            parts = background.gather_objects(part, 0)
+                problem = _save_error(path, error)
+            self._agree_in_background(call, problem)
+            files = self._background.gather_objects(written, 0)
             try:
-                # Meanwhile the disks are at work.
-                metadata = metadata_of(path, parts) if parts else b""
+                # Before sync(), because the disks are still at work on what was written.
+                metadata = directory.metadata_of(path, files) if files else b""
                 file.sync()
             except Exception as error:
-                problem = _shown(path, error)
-            self._confer(call, problem)
+                problem = _save_error(path, error)
+            self._agree_in_background(call, problem)
 
         def complete() -> None:
             try:
-                finish(temporary, step, parts or (), metadata)
+                directory.finish(temporary, step, files or (), metadata)
                 commit(temporary, path)
             except Exception as error:
-                raise _shown(path, error) from error
+                raise _save_error(path, error) from error
 
-        self._do_first(call, complete)
+        self._run_on_first(call, complete)
 
 
 def _check(step: int, when_busy: str) -> None:
@@ -265,7 +294,7 @@ def _check(step: int, when_busy: str) -> None:
 
 
 def os_problem(error: OSError) -> Exception:
-    """An error of the operating system in the words of this package, with the file in it."""
+    """Return the error that users get for one of the operating system: with the file, and what has become of it."""
     what = f" {error.filename}" if error.filename else ""
     hint = " The folder has vanished, or not all ranks share it." if isinstance(error, FileNotFoundError) else ""
     return RuntimeError(
@@ -274,8 +303,8 @@ def os_problem(error: OSError) -> Exception:
     )
 
 
-def _shown(path: Path, error: Exception) -> Exception:
-    """``error`` as every rank is told of it."""
+def _save_error(path: Path, error: Exception) -> Exception:
+    """Return ``error`` as every rank raises it."""
     if isinstance(error, OSError):
         return os_problem(error)
     if str(error).startswith("dist_asgd"):
@@ -293,16 +322,16 @@ def save_checkpoint(
 ) -> None:
     """Save ``model`` and ``optimizer`` from all ranks into a new directory ``path``. Collective.
 
-    Loads in any topology: one process, stage 1 and 2, FSDP2 with ``torch.optim.ASGD``, at any world size. On return
-    the checkpoint is whole, on disk, and hashed; on an error, which every rank raises, there is none at ``path`` and
-    training state is untouched.
+    The checkpoint loads in any topology: one process, stage 1 and 2, FSDP2 with ``torch.optim.ASGD``, at any world
+    size. On return it is whole, on disk, and hashed. After an error, which every rank raises, there is nothing at
+    ``path``, and model and optimizer are untouched.
 
     Args:
         path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share.
         model: the module whose parameters the optimizer was given, wrapped by DDP or torch.compile or not.
         optimizer: a ``ShardedASGD`` of any stage, or ``torch.optim.ASGD`` (on FSDP2 parameters too).
         step: the number of steps taken, for the manifest.
-        extra: whatever else is to be kept, by this rank: tensors, numbers, strings, None, dicts, lists and tuples of
+        extra: further values to save for this rank: tensors, numbers, strings, None, and dicts, lists and tuples of
             them (state dicts of lr schedulers, RNG states, the position in the data).
 
     Raises:
@@ -324,14 +353,14 @@ def async_save_checkpoint(
     extra: Any = None,
     when_busy: WhenBusy = "wait",
 ) -> PendingSave:
-    """``save_checkpoint`` in the background: returns when this rank's part is copied to host memory. Collective.
+    """Save in the background what ``save_checkpoint`` saves. Collective.
 
-    The copy is kept for the next save (parameters and ``ax`` divided by the number of ranks). A failure is raised by
-    ``wait()`` of what is returned, or by the next save or load of this optimizer, or at exit. Wait for the last save
-    before ``destroy_process_group()``.
+    Returns when this rank's fragments are copied to host memory. The memory, as much as the parameters and ``ax``
+    divided by the number of ranks, is kept for the next save. An error is raised by ``wait()`` of the result, or by the
+    next save or load of this optimizer, or at exit. Wait for the last save before ``destroy_process_group()``.
 
     Args:
-        when_busy: while the last save of this optimizer still runs: ``"wait"`` for it, or ``"refuse"`` with a
+        when_busy: what to do if the last save of this optimizer still runs: ``"wait"`` for it, or ``"refuse"`` with a
             RuntimeError on every rank.
     """
     saver = Saver.of(optimizer)

@@ -1,7 +1,10 @@
 """Host memory to which a state is copied, so that training can go on while it is written.
 
-stretch   tensors that lie near each other in one storage, as the parts in a bucket do: they are copied at once, with
-          what is between them
+``Saver`` calls ``StagingArea.copy`` in an asynchronous save, before it returns to the training loop.
+
+copy range   tensors that lie near each other in one storage, as the fragments in a bucket do: their bytes, and those
+             between them, are copied at once
+layout       shape, strides, dtype and placement of a tensor; its buffer is used again while they are equal
 """
 
 from __future__ import annotations
@@ -13,161 +16,195 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..placements.dtensor import dtensor_like, is_dtensor, local_of
+from ..placements.dtensor import dtensor_like, is_dtensor, local_tensor
 from ..placements.shard_tensor import shard_tensor_of
 from ..update.cpu import copy_bytes
-from .chunks import State
+from .entries import State
 
 Key = tuple[str, str]
-# So many bytes between two tensors are copied with them.
+"""The section of the state, and the key in it."""
+# So many bytes between two tensors are copied with them: that is cheaper than a second copy.
 _GAP_BYTES = 1 << 12
-# Stretches begin at multiples of it, so that every element in them is aligned.
+# Copy ranges begin at multiples of it, so that every element in them is aligned.
 _ALIGNMENT = 64
 
 
 class _Source(NamedTuple):
-    """A tensor to copy. ``local``: what of it lies on this rank; ``lies``: how; ``around``: a copy as the whole."""
+    """A tensor to stage.
+
+    Attributes:
+        local: its data on this rank.
+        layout: shape, strides, dtype and placement; the buffer is reused while these are equal.
+        wrap: makes of a copy of ``local`` a tensor of the original kind.
+    """
 
     local: Tensor
-    lies: tuple[object, ...]
-    around: Callable[[Tensor], Tensor]
+    layout: tuple[object, ...]
+    wrap: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Staged:
-    """Room for a tensor that lies like this. ``pointer`` is its address, None where it is copied by itself."""
+class _Buffer:
+    """Host memory for one tensor of this layout.
 
-    lies: tuple[object, ...]
+    Attributes:
+        layout: as in ``_Source``.
+        pointer: the address of the tensor in its copy range; None if the tensor is copied by itself.
+        local: the memory, in the shape of ``_Source.local``.
+        tensor: ``local`` as a tensor of the original kind, which is what gets saved.
+    """
+
+    layout: tuple[object, ...]
     pointer: int | None
     local: Tensor
-    whole: Tensor
+    tensor: Tensor
 
 
 class CopyRange(NamedTuple):
-    """Bytes from ``start`` on of the storage (address, size) that all of ``keys`` lie in, and room for them."""
+    """Bytes of one storage that are copied at once.
+
+    Attributes:
+        keys: the tensors in it.
+        storage: address and size of the storage, in bytes.
+        start: the first byte in the storage.
+        buffer: host memory, (num_bytes,) uint8.
+    """
 
     keys: list[Key]
     storage: tuple[int, int]
     start: int
-    room: Tensor
+    buffer: Tensor
 
 
 class StagingArea:
-    """Copies of states; memory is kept from one to the next."""
+    """Copies states to host memory, which is kept from one copy to the next. One per ``Saver``."""
 
     def __init__(self) -> None:
-        self._staged: dict[Key, _Staged] = {}
-        self._stretches: list[CopyRange] = []
+        self._buffers: dict[Key, _Buffer] = {}
+        self._ranges: list[CopyRange] = []
 
-    # Tensors made in inference mode could not be written to outside of it.
+    # inference_mode(False): tensors made in inference mode could not be written to outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def copy(self, state: State) -> State:
-        """``state`` with every tensor copied; overwrites what the last call returned."""
-        copied: State = {part: dict(entries) for part, entries in state.items()}
+        """Return ``state`` with every tensor copied to the host. Overwrites the tensors of the last call's result."""
+        copied: State = {section: dict(entries) for section, entries in state.items()}
         sources: dict[Key, _Source] = {}
+        # Plain scalars by dtype and device: stacked they take one transfer from a device instead of one each.
         scalars: dict[tuple[torch.dtype, torch.device], dict[Key, Tensor]] = {}
-        for part, entries in state.items():
+        for section, entries in state.items():
             for key, value in entries.items():
                 if isinstance(value, Tensor):
                     source = _source_of(value)
                     if source is None:
-                        scalars.setdefault((value.dtype, value.device), {})[part, key] = value
+                        scalars.setdefault((value.dtype, value.device), {})[section, key] = value
                     else:
-                        sources[part, key] = source
+                        sources[section, key] = source
         misfits = self._misfits(sources)
         if misfits:
-            self._make_room_for(sources, misfits)
+            self._allocate(sources, misfits)
         self._fill(sources)
-        for (part, key), staged in self._staged.items():
-            copied[part][key] = staged.whole
-        for alike in scalars.values():
-            for (part, key), scalar in zip(alike, torch.stack(list(alike.values())).cpu().unbind(), strict=True):
-                copied[part][key] = scalar
+        for (section, key), buffer in self._buffers.items():
+            copied[section][key] = buffer.tensor
+        for same_kind in scalars.values():
+            values = torch.stack(list(same_kind.values())).cpu().unbind()
+            for (section, key), scalar in zip(same_kind, values, strict=True):
+                copied[section][key] = scalar
         return copied
 
     def _misfits(self, sources: Mapping[Key, _Source]) -> set[Key]:
-        """For which there is no room, or which are gone; with one of a stretch all that are copied with it."""
+        """Return the keys whose staging buffer cannot be reused.
+
+        These are new, changed or removed tensors, and every tensor that shares a copy range with one of those.
+        """
         misfits = {key for key, source in sources.items() if not self._fits(key, source)}
-        misfits.update(self._staged.keys() - sources.keys())
-        for stretch in self._stretches:
-            # With the first all others are in this storage: it is what is at their addresses.
-            fits = misfits.isdisjoint(stretch.keys) and _extent(sources[stretch.keys[0]].local) == stretch.storage
+        misfits.update(self._buffers.keys() - sources.keys())
+        for copy_range in self._ranges:
+            # All tensors of the range are at their old addresses. If the first one's storage is the old one, these
+            # addresses lie in it, and so do the other tensors.
+            fits = (
+                misfits.isdisjoint(copy_range.keys)
+                and _storage_of(sources[copy_range.keys[0]].local) == copy_range.storage
+            )
             if not fits:
-                misfits.update(stretch.keys)
+                misfits.update(copy_range.keys)
         return misfits
 
     def _fits(self, key: Key, source: _Source) -> bool:
-        staged = self._staged.get(key)
+        buffer = self._buffers.get(key)
         return (
-            staged is not None
-            and staged.lies == source.lies
-            and (staged.pointer is None or staged.pointer == source.local.data_ptr())
+            buffer is not None
+            and buffer.layout == source.layout
+            and (buffer.pointer is None or buffer.pointer == source.local.data_ptr())
         )
 
-    def _make_room_for(self, sources: Mapping[Key, _Source], misfits: set[Key]) -> None:
-        # What was there goes first.
-        self._stretches = [stretch for stretch in self._stretches if misfits.isdisjoint(stretch.keys)]
+    def _allocate(self, sources: Mapping[Key, _Source], misfits: set[Key]) -> None:
+        """Drop the buffers of ``misfits``, and make new ones for all sources that have none."""
+        # The old memory is freed before new memory is taken, so that both are never held at once.
+        self._ranges = [copy_range for copy_range in self._ranges if misfits.isdisjoint(copy_range.keys)]
         for key in misfits:
-            self._staged.pop(key, None)
+            self._buffers.pop(key, None)
         shared: dict[tuple[int, int], dict[Key, Tensor]] = {}
         for key, source in sources.items():
-            if key in self._staged:
+            if key in self._buffers:
                 continue
-            if _is_among_others(source.local):
-                shared.setdefault(_extent(source.local), {})[key] = source.local
+            if _shares_storage(source.local):
+                shared.setdefault(_storage_of(source.local), {})[key] = source.local
             else:
-                room = torch.empty_like(source.local, device="cpu", pin_memory=source.local.is_cuda)
-                self._staged[key] = _Staged(source.lies, None, room, source.around(room))
+                # Pinned, because only pinned memory is filled at the speed of the bus.
+                local = torch.empty_like(source.local, device="cpu", pin_memory=source.local.is_cuda)
+                self._buffers[key] = _Buffer(source.layout, None, local, source.wrap(local))
         for storage, neighbours in shared.items():
-            for start, stop, keys in _stretches_of(neighbours):
+            for start, stop, keys in _copy_ranges(neighbours):
                 pinned = neighbours[keys[0]].is_cuda
-                stretch = torch.empty(stop - start, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-                self._stretches.append(CopyRange(keys, storage, start, stretch))
+                buffer = torch.empty(stop - start, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+                self._ranges.append(CopyRange(keys, storage, start, buffer))
                 for key in keys:
-                    local, lies = neighbours[key], sources[key].lies
-                    first = _first_byte(local) - start
-                    room = stretch[first : first + local.nbytes].view(local.dtype).view(local.shape)
-                    self._staged[key] = _Staged(lies, local.data_ptr(), room, sources[key].around(room))
+                    tensor, layout = neighbours[key], sources[key].layout
+                    first = _first_byte(tensor) - start
+                    local = buffer[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                    self._buffers[key] = _Buffer(layout, tensor.data_ptr(), local, sources[key].wrap(local))
 
     def _fill(self, sources: Mapping[Key, _Source]) -> None:
-        for keys, _, start, room in self._stretches:
+        """Copy every source into its buffer."""
+        for keys, _, start, buffer in self._ranges:
             storage = sources[keys[0]].local.untyped_storage()
-            stretch = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, start, room.shape, (1,))
-            if stretch.is_cpu:
-                copy_bytes(room, stretch)
+            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, start, buffer.shape, (1,))
+            if source.is_cpu:
+                copy_bytes(buffer, source)
             else:
-                room.copy_(stretch)
-        for key, staged in self._staged.items():
-            if staged.pointer is None and staged.local.numel():
-                staged.local.copy_(sources[key].local)
+                buffer.copy_(source)
+        for key, target in self._buffers.items():
+            if target.pointer is None and target.local.numel():
+                target.local.copy_(sources[key].local)
 
 
 def _source_of(value: Any) -> _Source | None:
-    """None for a plain scalar."""
+    """Return how to stage a tensor; None for a plain scalar."""
     plain = type(value) is Tensor
     if plain and not value.dim():
         return None
-    part = None if plain else shard_tensor_of(value)
-    if part is not None:
+    fragment = None if plain else shard_tensor_of(value)
+    if fragment is not None:
         mesh = value.device_mesh if is_dtensor(value) else None
-        local = part.to_local()
-        return _Source(local, (part.extent, part.global_shape, part.global_offset, local.dtype, mesh), value.like)
+        local = fragment.to_local()
+        layout = (fragment.extent, fragment.global_shape, fragment.global_offset, local.dtype, mesh)
+        return _Source(local, layout, value.like)
     if not plain and is_dtensor(value):
-        local = local_of(value)
-        of_whole = (value.shape, value.stride(), value.device_mesh, value.placements)
-        return _Source(local, (*_lies(local), *of_whole), lambda room: dtensor_like(value, room))
+        local = local_tensor(value)
+        whole_layout = (value.shape, value.stride(), value.device_mesh, value.placements)
+        return _Source(local, (*_layout(local), *whole_layout), lambda copy: dtensor_like(value, copy))
     if value.dim() == 0:
         return None
-    return _Source(value, _lies(value), lambda room: room)
+    return _Source(value, _layout(value), lambda copy: copy)
 
 
-def _lies(tensor: Tensor) -> tuple[object, ...]:
+def _layout(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def _is_among_others(local: Tensor) -> bool:
-    """Whether there is more in its storage, and its bytes are all there is to know of it."""
+def _shares_storage(local: Tensor) -> bool:
+    """Whether other data lies in its storage, and the tensor can be copied as bytes (no subclass, not lazily conj)."""
     return (
         type(local) in (Tensor, torch.nn.Parameter)
         and local.layout is torch.strided
@@ -177,25 +214,27 @@ def _is_among_others(local: Tensor) -> bool:
     )
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
+def _storage_of(tensor: Tensor) -> tuple[int, int]:
+    """Return address and size of the tensor's storage, in bytes."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
 
 def _first_byte(tensor: Tensor) -> int:
+    """Return where the tensor begins in its storage."""
     return int(tensor.storage_offset()) * tensor.element_size()
 
 
-def _stretches_of(neighbours: Mapping[Key, Tensor]) -> Iterator[tuple[int, int, list[Key]]]:
-    """The first byte of each stretch in one storage, the one after its last, and what is there."""
-    start, stop, together = 0, 0, list[Key]()
+def _copy_ranges(neighbours: Mapping[Key, Tensor]) -> Iterator[tuple[int, int, list[Key]]]:
+    """Yield, for the tensors of one storage, the first byte of each copy range, the end of it, and its keys."""
+    start, stop, keys = 0, 0, list[Key]()
     for key in sorted(neighbours, key=lambda key: _first_byte(neighbours[key])):
         first = _first_byte(neighbours[key])
-        if together and first > stop + _GAP_BYTES:
-            yield start, stop, together
-            together = []
-        if not together:
+        if keys and first > stop + _GAP_BYTES:
+            yield start, stop, keys
+            keys = []
+        if not keys:
             start, stop = first // _ALIGNMENT * _ALIGNMENT, first
-        together.append(key)
+        keys.append(key)
         stop = max(stop, first + neighbours[key].nbytes)
-    yield start, stop, together
+    yield start, stop, keys

@@ -1,4 +1,8 @@
-"""The only package that calls collectives: one strategy per kind of backend."""
+"""Communication: the only package that calls ``torch.distributed`` collectives, with one implementation per backend.
+
+``Communicators`` picks the implementation by device, ``Axes`` says which ranks it joins, and ``agreement`` compares
+what all ranks are about to do before they do it.
+"""
 
 from .axes import describe_mesh
 from .base import Communicator, PeerError, SendList, Wait

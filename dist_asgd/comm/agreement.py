@@ -1,11 +1,12 @@
-"""Ranks tell each other what they are about to do, and raise together where they disagree.
+"""Agreement: ranks compare what they are about to do, and raise together if they disagree.
 
-Every collective call opens with one exchange of a fixed number of int64 words, so that a rank that failed, or
-that called something else, is an error on all ranks instead of a hang. Only once an exchange has shown a
-difference are messages of any length gathered, to say what it is.
+Every collective call of the optimizer begins with one exchange of a fixed number of int64 words, and so does every
+round of backward. If a rank has failed, or called another function, all ranks raise; without the exchange they would
+hang. Only if an exchange shows a difference do ranks send messages of any length, to describe it.
 
-header   the words: kind of call, discard count, problem flag, digest, then two bit masks over parameters
-digest   a 62-bit hash of plain values that must be equal on all ranks
+header   the first four words: the kind of call, the discard count, a problem flag, and a digest
+digest   a 62-bit hash of plain values that must be equal on all ranks (a fingerprint)
+masks    the words after the header: two bit masks with one bit per parameter, 62 bits to a word
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ import torch
 from . import Communicator
 from .masks import indices_in
 
+# Where the words of the header lie.
+CALL, DISCARDS, PROBLEM, DIGEST = range(4)
+HEADER_WORDS = 4
+# Bits per word of a mask: words are int64, and must stay positive.
 MASK_BITS = 62
+_MASK = (1 << MASK_BITS) - 1
+# The types in which a problem of one rank is raised on the others; every other type becomes RuntimeError.
 RAISED = (ValueError, TypeError, KeyError, RuntimeError)
 
 
@@ -31,7 +38,7 @@ class CallsDiffer(RuntimeError):
 
 
 class CollectiveCall(IntEnum):
-    """What a rank is calling; the names are those that users see in errors."""
+    """The collective call that a rank makes. Errors show the names to users."""
 
     ROUND = 1
     CONSTRUCT = 2
@@ -53,18 +60,18 @@ class CollectiveCall(IntEnum):
 
     @property
     def text(self) -> str:
-        """How an error names this call."""
+        """The name of this call in an error."""
         return "backward()" if self is CollectiveCall.ROUND else f"{self.name.lower()}()"
 
 
 def digest_of(values: object) -> int:
-    """A hash of plain values (numbers, strings, tuples of them) that is the same in every process."""
+    """Return a 62-bit hash of plain values (numbers, strings, tuples of them) that is the same in every process."""
     raw = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(raw, "big") >> 2
 
 
 def describe_ranks(ranks: Sequence[int]) -> str:
-    """``rank 3`` or ``ranks 0-2, 5``."""
+    """Return text for an error: ``rank 3`` or ``ranks 0-2, 5``."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][1] == rank - 1:
@@ -75,24 +82,28 @@ def describe_ranks(ranks: Sequence[int]) -> str:
     return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
 
-def _by_value(values: Sequence[object]) -> dict[object, list[int]]:
-    groups: dict[object, list[int]] = {}
+def _ranks_by_value(values: Sequence[object]) -> dict[object, list[int]]:
+    ranks: dict[object, list[int]] = {}
     for rank, value in enumerate(values):
-        groups.setdefault(value, []).append(rank)
-    return groups
+        ranks.setdefault(value, []).append(rank)
+    return ranks
 
 
 def values_by_rank(values: Sequence[object]) -> str:
-    """Who has what: ``ranks 0, 1 have 3; rank 2 has 4``."""
+    """Return text for an error that groups ranks by their value: ``ranks 0-1 have 3; rank 2 has 4``."""
     return "; ".join(
         f"{describe_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
-        for value, ranks in _by_value(values).items()
+        for value, ranks in _ranks_by_value(values).items()
     )
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Plain values that must be equal on all ranks: ``entries`` are (label, value) pairs, ``what`` names them."""
+    """Plain values that must be equal on all ranks, and their hash.
+
+    ``what`` names the values in an error, ``entries`` are (label, value) pairs, and ``remedy`` is the error's last
+    sentence.
+    """
 
     what: str
     entries: Sequence[tuple[str, object]]
@@ -100,50 +111,58 @@ class Fingerprint:
 
     @cached_property
     def digest(self) -> int:
-        """The word that stands for the entries in an exchange."""
+        """The word that stands for the entries in an exchange, 62 bits."""
         return digest_of(self.entries)
 
 
 NO_FINGERPRINT = Fingerprint("", (), "")
 
 
+@dataclass(frozen=True, slots=True)
 class RankReports:
-    """What all ranks said in one exchange; the same on every rank, so every rank decides alike."""
+    """The words that all ranks sent in one exchange.
 
-    def __init__(self, rows: list[list[int]], mask_words: int) -> None:
-        self._rows = rows
-        self._mask_words = mask_words
+    They are the same on every rank, so every rank draws the same conclusion from them. ``rows[r]`` has the header and
+    then the two masks of rank r, ``mask_words`` words each.
+    """
+
+    rows: list[list[int]]
+    mask_words: int
 
     def column(self, index: int) -> list[int]:
-        """One header word of every rank, in rank order."""
-        return [row[index] for row in self._rows]
+        """Return one header word of every rank, in rank order."""
+        return [row[index] for row in self.rows]
 
     @property
     def calls(self) -> list[int]:
-        """The kind of call of every rank."""
-        return self.column(0)
+        """The ``CollectiveCall`` of every rank."""
+        return self.column(CALL)
 
     def masks(self, which: int) -> list[int]:
-        """The first (0) or second (1) bit mask of every rank."""
-        start = HEADER_WORDS + which * self._mask_words
-        return [
-            sum(word << (MASK_BITS * i) for i, word in enumerate(row[start : start + self._mask_words]))
-            for row in self._rows
-        ]
+        """Return the first (0) or the second (1) bit mask of every rank; bit i stands for parameter i."""
+        start = HEADER_WORDS + which * self.mask_words
+        masks = []
+        for row in self.rows:
+            mask = 0
+            for word in reversed(row[start : start + self.mask_words]):
+                mask = mask << MASK_BITS | word
+            masks.append(mask)
+        return masks
 
     def union(self, which: int) -> int:
-        """The bits set on any rank."""
+        """Return the bits that are set in the first (0) or second (1) mask of any rank."""
         union = 0
         for mask in self.masks(which):
             union |= mask
         return union
 
 
-HEADER_WORDS = 4
-
-
 class Agreement:
-    """The exchanges of one optimizer. All methods but ``resize`` are collective."""
+    """The exchanges of one optimizer, and the errors that follow from them.
+
+    All methods but ``resize`` are collective. ``discards`` counts how often ``zero_grad()`` has discarded reduced
+    gradients (stage 2); it travels in every header, because ranks that differ in it mix gradients of different steps.
+    """
 
     def __init__(self, communicator: Communicator) -> None:
         self._comm = communicator
@@ -152,7 +171,7 @@ class Agreement:
         self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def resize(self, num_params: int) -> None:
-        """Set how many parameters the bit masks cover, from the next exchange on."""
+        """Set how many parameters the bit masks cover, from the next exchange on; the same number on all ranks."""
         self._mask_words = -(-num_params // MASK_BITS)
 
     def indices(self, mask: int) -> frozenset[int]:
@@ -168,15 +187,32 @@ class Agreement:
         masks: tuple[int, int] = (0, 0),
         problem: bool = False,
     ) -> Callable[[], RankReports]:
-        """Start an exchange; calling the result waits for it. Never raises for what other ranks say."""
-        low = (1 << MASK_BITS) - 1
-        words = [int(call), self.discards, int(problem), fingerprint.digest]
-        for mask in masks:
-            words += [(mask >> (MASK_BITS * i)) & low for i in range(self._mask_words)]
+        """Start an exchange of this rank's header and masks; the returned call waits for it.
+
+        ``problem`` tells the other ranks that this one cannot go on. The exchange raises only PeerError: callers pass
+        the reports to ``check``.
+        """
+        words = self._words(call, fingerprint, masks, problem)
         if self._comm.world_size == 1:
             return lambda: RankReports([words], self._mask_words)
+        # The masks may be resized before the wait, and the reports keep the size that they were sent with.
+        mask_words = self._mask_words
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        return lambda: RankReports(wait().tolist(), self._mask_words)
+        return lambda: RankReports(wait().tolist(), mask_words)
+
+    def exchange(
+        self,
+        call: CollectiveCall,
+        fingerprint: Fingerprint = NO_FINGERPRINT,
+        masks: tuple[int, int] = (0, 0),
+        problem: bool = False,
+    ) -> RankReports:
+        """Start an exchange and wait for it: for callers that have nothing to do in between."""
+        words = self._words(call, fingerprint, masks, problem)
+        if self._comm.world_size == 1:
+            return RankReports([words], self._mask_words)
+        wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
+        return RankReports(wait().tolist(), self._mask_words)
 
     def agree(
         self,
@@ -185,64 +221,89 @@ class Agreement:
         masks: tuple[int, int] = (0, 0),
         problem: Exception | None = None,
     ) -> RankReports:
-        """Exchange, and raise on every rank where any has a problem, calls something else or claims other values."""
-        reports = self.start(call, fingerprint, masks, problem is not None)()
+        """Exchange and check: return only if all ranks make this call, with equal fingerprints and no problem."""
+        reports = self.exchange(call, fingerprint, masks, problem is not None)
         self.check(reports, fingerprint, problem)
         return reports
 
+    def _words(
+        self, call: CollectiveCall, fingerprint: Fingerprint, masks: tuple[int, int], problem: bool
+    ) -> list[int]:
+        words = [int(call), self.discards, int(problem), fingerprint.digest]
+        for mask in masks:
+            words += [(mask >> (MASK_BITS * i)) & _MASK for i in range(self._mask_words)]
+        return words
+
     def check(self, reports: RankReports, fingerprint: Fingerprint, problem: Exception | None) -> None:
-        """Raise together where ``reports`` shows different calls or claims, or a problem (``problem``: this rank's)."""
-        allowed = set(reports.calls) - {CollectiveCall.ROUND}
-        if len(allowed) > 1:
-            calls = [CollectiveCall(call).text for call in reports.calls]
+        """Raise on all ranks if ``reports`` has different calls, discard counts or fingerprints, or a problem.
+
+        ``fingerprint`` and ``problem`` are this rank's own. To describe the difference, ranks exchange messages again,
+        so every rank must call this with the same reports.
+
+        Raises:
+            CallsDiffer: ranks make different calls.
+            RuntimeError: discard counts differ.
+            ValueError: fingerprints differ; the error names the first entry that does.
+            Exception: some rank has a problem. All ranks raise all problems, as the type of the first one.
+        """
+        first = reports.rows[0][:HEADER_WORDS]
+        if not first[PROBLEM] and all(row[:HEADER_WORDS] == first for row in reports.rows):
+            return
+        # A round that another rank has opened is no difference: the caller has joined it.
+        calls = set(reports.calls) - {CollectiveCall.ROUND}
+        if len(calls) > 1:
+            texts = [CollectiveCall(call).text for call in reports.calls]
             raise CallsDiffer(
-                f"dist_asgd: ranks called different things at the same point: {values_by_rank(calls)}. "
+                f"dist_asgd: ranks called different things at the same point: {values_by_rank(texts)}. "
                 f"Every rank must make the same collective calls in the same order."
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
             )
-        if len(set(reports.column(1))) > 1:
-            # Said once: after the next zero_grad() on all ranks they agree again.
-            self.discards = max(reports.column(1))
+        discards = reports.column(DISCARDS)
+        if len(set(discards)) > 1:
+            # The ranks take the highest count, so that the error comes once: they agree again after the next
+            # zero_grad() on all of them.
+            self.discards = max(discards)
             raise RuntimeError(
                 f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients: "
-                f"{values_by_rank(reports.column(1))}. Every rank must call zero_grad() between the same backwards."
+                f"{values_by_rank(discards)}. Every rank must call zero_grad() between the same backwards."
             )
-        if any(reports.column(2)):
+        if any(reports.column(PROBLEM)):
             self._raise_together(problem)
-        if len(set(reports.column(3))) > 1:
+        if len(set(reports.column(DIGEST))) > 1:
             self._compare(fingerprint)
 
     def _raise_together(self, problem: Exception | None) -> NoReturn:
-        """Raise every rank's problems on every rank."""
+        """Raise all ranks' problems on every rank, each with the ranks that have it."""
         if self._comm.world_size == 1 and problem is not None:
             raise problem
-        mine = None
+        own = None
         if problem is not None:
             name = next((c.__name__ for c in RAISED if isinstance(problem, c)), "RuntimeError")
             text = problem.args[0] if isinstance(problem, KeyError) and problem.args else problem
-            mine = (name, str(text))
-        said = self._comm.exchange_objects(mine)
-        failed = [entry for entry in said if entry is not None]
+            own = (name, str(text))
+        problems = self._comm.exchange_objects(own)
+        names = [entry[0] for entry in problems if entry is not None]
         lines = [
             f"{text} [on {describe_ranks(ranks)} of {self._comm.world_size}]"
-            for text, ranks in _by_value([None if entry is None else entry[1] for entry in said]).items()
+            for text, ranks in _ranks_by_value([None if entry is None else entry[1] for entry in problems]).items()
             if text is not None
         ]
-        kind = next(c for c in RAISED if c.__name__ == failed[0][0])
-        raise kind("\n".join(lines)) from problem
+        error_type = next(c for c in RAISED if c.__name__ == names[0])
+        raise error_type("\n".join(lines)) from problem
 
     def _compare(self, fingerprint: Fingerprint) -> NoReturn:
-        """Raise on every rank, naming the first entry that is not the same on all."""
-        said: list[Any] = self._comm.exchange_objects(list(fingerprint.entries))
-        counts = [len(entries) for entries in said]
+        """Raise on every rank, and name the first entry that is not equal on all of them."""
+        by_rank: list[Any] = self._comm.exchange_objects(list(fingerprint.entries))
+        counts = [len(entries) for entries in by_rank]
         more = f" {values_by_rank(counts)} entries." if len(set(counts)) > 1 else ""
-        first = _first_difference(said)
+        first = _first_difference(by_rank)
         raise ValueError(f"dist_asgd: {fingerprint.what} differ between ranks:{more}{first} {fingerprint.remedy}")
 
 
-def _first_difference(said: Sequence[Sequence[tuple[str, object]]]) -> str:
-    for position in range(max(len(entries) for entries in said)):
-        row = [entries[position] if position < len(entries) else ("nothing", "") for entries in said]
+def _first_difference(by_rank: Sequence[Sequence[tuple[str, object]]]) -> str:
+    """Return the sentence about the first difference between all ranks' entries."""
+    for position in range(max(len(entries) for entries in by_rank)):
+        row = [entries[position] if position < len(entries) else ("nothing", "") for entries in by_rank]
         if len(set(map(repr, row))) > 1:
             labels = {label for label, _ in row}
             if len(labels) == 1:

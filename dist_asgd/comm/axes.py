@@ -1,4 +1,7 @@
-"""Which ranks an optimizer runs on, and how it cuts them: all into shards, or a mesh into replicas of shards."""
+"""The ranks of an optimizer: which of them hold different shards, and which hold replicas of the same shard.
+
+``Communicators`` reads the constructor's ``process_group`` and ``mesh`` with it. Nothing here communicates.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,22 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 REPLICATE, SHARD = "replicate", "shard"
+# Ranks of the default group, in order.
 Ranks = tuple[int, ...]
 
 
 class NotAMember(ValueError):
-    """This rank is none of those that construct the optimizer: it has nobody to talk to about that."""
+    """This rank is not one of the optimizer's, so no other rank can hear of the error: it is raised here alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Ranks in ascending order, as numbers in the default group, this one among them; and the group that they are in.
+    """The ranks of an optimizer as this rank sees them: three lists in ascending order, with this rank in each.
 
-    everyone   all ranks of the optimizer: what they agree on, they agree on together
-    shard      the ranks that hold different shards of one replica
-    replicate  the ranks that hold the same shard
+    group      the process group that all of them are in; None for a single process
+    everyone   all ranks of the optimizer, which agree before each collective call
+    shard      the ranks that hold different shards of this rank's replica
+    replicate  the ranks that hold the same shard as this rank
     """
 
     group: dist.ProcessGroup | None
@@ -34,17 +39,18 @@ class Axes:
     replicate: Ranks
 
     @property
-    def mine(self) -> int:
-        """This rank."""
+    def this_rank(self) -> int:
+        """This rank, as a rank of the default group."""
         return 0 if self.group is None else dist.get_rank()
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Axes:
-        """The axes for the constructor's ``process_group`` and ``mesh``; no communication.
+        """Return the axes for the constructor's ``process_group`` and ``mesh``.
 
         Raises:
-            NotAMember: this rank is not in it.
-            ValueError: both are given, or the mesh is none, or has not one or two dimensions.
+            NotAMember: this rank is not in the group or mesh.
+            ValueError: both are given, or the mesh is not a DeviceMesh, has more than two dimensions, or lists its
+                ranks in another order.
         """
         if mesh is not None:
             if group is not None:
@@ -63,8 +69,11 @@ class Axes:
         return cls(group, ranks, ranks, (dist.get_rank(),))
 
     @classmethod
-    def flat(cls, group: dist.ProcessGroup | None, mesh: object) -> Axes:
-        """All the ranks that these may mean, as shards: whom to tell that they are not right."""
+    def for_reporting(cls, group: dist.ProcessGroup | None, mesh: object) -> Axes:
+        """Return axes of all ranks that unusable arguments may mean, so that these ranks can raise the error together.
+
+        All of them count as shards.
+        """
         ranks = getattr(mesh, "mesh", None)
         if group is not None or ranks is None:
             return cls.of(group, None)
@@ -73,6 +82,7 @@ class Axes:
 
     @classmethod
     def _of_mesh(cls, mesh: DeviceMesh) -> Axes:
+        """Return the axes of a mesh with one dimension (shards) or two (replicas of shards)."""
         from torch.distributed.device_mesh import DeviceMesh
 
         if not isinstance(mesh, DeviceMesh):
@@ -105,7 +115,7 @@ class Axes:
 
 
 def _dimensions(mesh: DeviceMesh) -> tuple[int, int]:
-    """Which dimension replicates and which one shards: by name where one is so called, else in this order."""
+    """Return which dimension of a 2-D mesh replicates and which one shards: by their names, or else in this order."""
     names = mesh.mesh_dim_names or ("", "")
     by_name = {names.index(name): name for name in (REPLICATE, SHARD) if name in names}
     if by_name.get(0) == SHARD or by_name.get(1) == REPLICATE:
@@ -114,7 +124,7 @@ def _dimensions(mesh: DeviceMesh) -> tuple[int, int]:
 
 
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
-    """How long the group's user lets it wait; None where its backend does not say."""
+    """Return the timeout that the user gave ``group``; None if its backend does not tell."""
     if group is None:
         return None
     for device in group._device_types:
@@ -125,6 +135,6 @@ def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
 
 
 def describe_mesh(mesh: DeviceMesh | None) -> str:
-    """The mesh as it must be on all ranks."""
+    """Return the mesh as text that must be equal on all ranks, for the constructor's fingerprint."""
     ranks, names = getattr(mesh, "mesh", None), getattr(mesh, "mesh_dim_names", None)
     return "None" if ranks is None else f"{names or ''} {ranks.tolist()}".strip()

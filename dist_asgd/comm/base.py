@@ -1,22 +1,24 @@
-"""The seam: what the optimizer asks of a backend, and one process, which has nobody to ask.
+"""The communication seam: the collectives that the optimizer asks of a backend, and the version for one process.
 
-Every method that talks is collective: all ranks of the group call it, in the same order. The mean over ranks is a
-sum in rank order on Gloo, whatever arrives first.
+The modules of this package implement ``ShardCollectives`` and ``Communicator`` once per kind of backend, and
+``Communicators`` picks one by device. Everything above this package calls these two interfaces and never
+``torch.distributed``. Methods that communicate are collective: every rank of the group calls them in the same order.
 """
 
 from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
+# For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor).
 SendList = Sequence[Sequence[tuple[int, Tensor]]]
 
 
@@ -28,25 +30,12 @@ class PeerError(RuntimeError):
     """A collective failed: a peer died, was cut off, or did not arrive within the group's timeout."""
 
 
-@contextmanager
-def _peers(action: str, rank: int, world_size: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, PeerError):
-            raise
-        raise PeerError(
-            f"dist_asgd: {action} failed on rank {rank} of {world_size}: a peer has died, was cut off, or did not "
-            f"arrive within the process group's timeout. Parameters and state may differ between ranks now: "
-            f"restart the job from its last checkpoint. The backend said: {error}"
-        ) from error
-
-
 class ShardCollectives(ABC):
-    """What is asked of ranks that hold different shards, for tensors of one kind of device.
+    """Collectives between the ranks that hold different shards, for tensors on one kind of device.
 
-    ``rank`` of ``world_size`` is the shard that this one holds. Buffers are the caller's, and stay alive until the
-    returned wait has been called; what a strategy itself needs it keeps between steps.
+    ``rank`` of ``world_size`` is the number of this rank's shard. Callers own the tensors that they pass, and keep
+    them alive until they have called the returned wait. Buffers that an implementation needs for itself it keeps
+    between steps, because memory that is touched for the first time is slow.
     """
 
     rank: int
@@ -54,91 +43,106 @@ class ShardCollectives(ABC):
 
     @property
     def contiguous(self) -> bool:
-        """Whether parts have to be one flat buffer of ``world_size * shard_numel``, one part a rank."""
+        """Whether the ranges of a transfer must form one flat buffer, with one range of equal size per rank."""
         return False
 
     @abstractmethod
-    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
-        """Start ``shard (+)= mean over ranks of what they send for it``.
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        """Start ``shard = mean over ranks of their sends to it``, or ``shard +=`` that if ``accumulate``.
 
-        ``parts[r]`` lists what goes into the shard of rank r, as (start in that shard, 1-D tensor), with the same
-        places on every rank; elements that no part covers are left alone. SendList are only read, and must stay as
-        they are until the wait. ``shard`` is ``(shard_numel,)`` and complete after the wait. ``tag`` tells apart
-        transfers that are in flight together.
+        Args:
+            sends: ``sends[r]`` lists the ranges for the shard of rank r. All ranks list the same ranges. Tensors are
+                only read, and must not change before the wait. Elements that no range covers keep their value.
+            shard: ``(shard_numel,)``; complete after the wait.
+            accumulate: add to ``shard`` instead of overwriting it.
+            tag: distinguishes transfers that are in flight together.
         """
 
     @abstractmethod
     def all_gather(self, flat: Tensor) -> Wait:
-        """Start filling ``flat`` ``(world_size * shard_numel,)`` in place from every rank's shard of it."""
+        """Start filling ``flat`` ``(world_size * shard_numel,)`` in place, from every rank's own shard of it."""
 
     @abstractmethod
-    def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
-        """Bring every rank's ``shard`` to rank ``to`` (None: all), into ``pieces``: one ``(shard_numel,)`` a rank."""
+    def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        """Copy every rank's 1-D ``fragment`` into ``places`` on rank ``to`` (None: on all ranks), and wait for it.
 
-    @abstractmethod
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
-        """Bring every rank's 1-D ``piece`` to rank ``to`` (None: all), into ``places``, one a rank; None elsewhere.
+        A receiving rank needs no memory beside ``places``, and the others at most that of one fragment more.
 
-        Rank r brings ``numels[r]`` elements, all ranks know of how many; those that bring none take no part or
-        little. Needs no room beside ``places`` there, and at most that of one piece elsewhere.
+        Args:
+            fragment: ``(numels[rank],)``.
+            places: one 1-D tensor per rank, ``(numels[r],)`` for rank r; None on ranks that receive nothing.
+            numels: how many elements each rank sends, the same list on all ranks. Ranks that send none may take no
+                part in any message.
+            to: the receiving rank.
         """
 
     @abstractmethod
     def gather_rows(self, row: Tensor) -> Tensor:
-        """Every rank's small ``row`` ``(n,)`` on the device, as ``(ranks, n)``; those of other replicas too."""
+        """Return every rank's ``row`` ``(n,)``, a few numbers on the device, as ``(num_ranks, n)``.
+
+        The result includes the ranks of other replicas. Clipping and gradient scalers call it.
+        """
 
     def scratch_bytes(self) -> int:
-        """Bytes of the buffers that this strategy keeps between steps."""
+        """Return the bytes of the buffers that are kept between steps."""
         return 0
 
 
 class Communicator(ShardCollectives):
-    """The collectives of one group of ranks."""
+    """The collectives of one group of ranks, whatever their tensors are."""
 
     @abstractmethod
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
-        """Start ``values = mean over ranks``, in place; 1-D, the same bits on all ranks. ``tag`` as above."""
+        """Start ``values = mean over ranks`` in place; ``values`` is 1-D, and all ranks get the same bits.
+
+        ``tag`` distinguishes transfers that are in flight together.
+        """
 
     @abstractmethod
-    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
-        """Start filling ``parts[r]``, the 1-D tensors that rank r has, on every rank; the same sizes on all ranks.
+    def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
+        """Start filling ``fragments[r]``, a list of 1-D tensors, on every rank with the ones that rank r has.
 
-        Where ``contiguous``: one tensor a rank, of one size, in one flat buffer.
+        All ranks pass the same sizes. If ``contiguous``, each list has one tensor of one size, and all of them are
+        consecutive in one flat buffer.
         """
 
     @abstractmethod
     def exchange(self, words: Tensor) -> Callable[[], Tensor]:
-        """Start an all-gather of int64 ``words`` ``(n,)`` on the host; calling the result gives ``(world_size, n)``."""
+        """Start an all-gather of ``words`` ``(n,)``, int64 on the host; the returned call gives ``(world_size, n)``."""
 
     @abstractmethod
     def exchange_objects(self, value: Any) -> list[Any]:
-        """All ranks' picklable values, in rank order. For errors and construction, never on the hot path."""
+        """Return all ranks' picklable values in rank order. Construction and errors call it, never a step."""
 
     def gather_objects(self, value: Any, to: int) -> list[Any] | None:
-        """All ranks' picklable values on rank ``to``, in rank order, its own as it is; None on the other ranks."""
+        """Return all ranks' picklable values on rank ``to``, in rank order, and None on the other ranks.
+
+        Rank ``to`` gets its own value back as it is, without pickling.
+        """
         here = self.rank == to
+        # The receiving rank sends itself one byte, because a tensor from an empty buffer is an error.
         data = torch.frombuffer(bytearray(b"" if here else pickle.dumps(value)) or bytearray(1), dtype=torch.uint8)
         numels = self.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
         places = [torch.empty(numel, dtype=torch.uint8, device="cpu") for numel in numels] if here else None
-        self.bring(data, places, numels, to)
+        self.gather(data, places, numels, to)
         if places is None:
             return None
         return [value if r == to else pickle.loads(place.numpy().tobytes()) for r, place in enumerate(places)]
 
 
 class SingleProcess(Communicator):
-    """One process: nothing to send."""
+    """The collectives of a group of one: copies, and nothing is sent."""
 
     rank = 0
     world_size = 1
 
-    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
-        for start, part in parts[0]:
-            place = shard[start : start + part.numel()]
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        for start, source in sends[0]:
+            target = shard[start : start + source.numel()]
             if accumulate:
-                place.add_(part)
+                target.add_(source)
             else:
-                place.copy_(part)
+                target.copy_(source)
         return _done
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
@@ -147,16 +151,12 @@ class SingleProcess(Communicator):
     def all_gather(self, flat: Tensor) -> Wait:
         return _done
 
-    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
+    def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
         return _done
 
-    def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
-        if pieces is not None:
-            pieces[0].copy_(shard)
-
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+    def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         if places is not None:
-            places[0].copy_(piece)
+            places[0].copy_(fragment)
 
     def gather_rows(self, row: Tensor) -> Tensor:
         return row.unsqueeze(0)
@@ -169,22 +169,17 @@ class SingleProcess(Communicator):
 
 
 class GroupCommunicator(Communicator):
-    """What the strategies that really communicate share."""
+    """The base of the communicators that really send: they belong to a process group, and their peers can fail."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
-    def _guard(self, action: str) -> Any:
-        return _peers(action, self.rank, self.world_size)
-
-    def _waiting(self, works: Sequence[dist.Work | None], action: str, then: Wait = _done) -> Wait:
-        def wait() -> None:
-            with self._guard(action):
-                for work in works:
-                    if work is not None:
-                        work.wait()
-            then()
-
-        return wait
+    def peer_error(self, action: str, error: RuntimeError) -> PeerError:
+        """Return the PeerError for an ``error`` that the backend raised during ``action``; the caller raises it."""
+        return PeerError(
+            f"dist_asgd: {action} failed on rank {self.rank} of {self.world_size}: a peer has died, was cut off, or "
+            f"did not arrive within the process group's timeout. Parameters and state may differ between ranks now: "
+            f"restart the job from its last checkpoint. The backend said: {error}"
+        )

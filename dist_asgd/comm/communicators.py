@@ -1,4 +1,8 @@
-"""Which communicator serves which device, on the axes of an optimizer."""
+"""The communicators of one optimizer: one per kind of device and per set of ranks, made when they are first needed.
+
+The process groups that are made here, and the ranges of message tags, keep the messages of one optimizer apart from
+those of the user and of other optimizers.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,14 @@ from .native import NativeCollectives
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Tags from 2^30 on are ours; what users choose for their own messages is rarely that large.
+# This package uses tags from 2^30 on, because users rarely choose such large ones for their own messages. A range has
+# 2^16 tags, see gloo.py.
 FIRST_TAG = 1 << 30
 TAG_RANGES = 1 << 12
 
 
 def _backend_for(group: dist.ProcessGroup, device_type: str) -> str | None:
-    """The name of the backend that serves ``device_type`` in ``group``, or None."""
+    """Return the name of the backend that serves ``device_type`` in ``group``, or None."""
     config = str(dist.get_backend_config(group))
     if ":" not in config:
         return config
@@ -31,8 +36,8 @@ def _backend_for(group: dist.ProcessGroup, device_type: str) -> str | None:
     return pairs.get(device_type)
 
 
-def _serving(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The name of the backend that serves ``device`` in ``group``; ValueError where none does well."""
+def _fast_backend_for(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Return the name of the backend that serves ``device`` in ``group``; ValueError if none does so fast."""
     backend = _backend_for(group, device.type)
     if backend is None or device.type != {"gloo": "cpu", "nccl": "cuda"}.get(backend, device.type):
         raise ValueError(
@@ -44,66 +49,66 @@ def _serving(group: dist.ProcessGroup, device: torch.device) -> str:
 
 
 def _own_group(ranks: Sequence[int], backend: str, like: dist.ProcessGroup, host: Gloo | None) -> dist.ProcessGroup:
-    """Collective on ``ranks`` only: a group of them that waits as long as ``like`` does.
+    """Make a process group of ``ranks`` with the timeout of ``like``. Collective on ``ranks`` only.
 
-    ``host``: where they can send messages already.
+    ``host`` is a communicator over which they can already send messages, or None.
     """
-    _even_out(ranks, like, host)
-    # Without a timeout torch would take the backend's own, half an hour, whatever the user chose for the group.
+    _equalise_group_counts(ranks, like, host)
+    # Without this timeout torch would take the backend's default of half an hour, whatever the user chose for `like`.
     own: dist.ProcessGroup = dist.new_group(
         list(ranks), timeout=timeout_of(like), backend=backend, use_local_synchronization=True
     )
     return own
 
 
-def _even_out(ranks: Sequence[int], like: dist.ProcessGroup, host: Gloo | None) -> None:
-    """Collective on ``ranks``: let all of them be in equally many groups, by groups of their own.
+def _equalise_group_counts(ranks: Sequence[int], like: dist.ProcessGroup, host: Gloo | None) -> None:
+    """Make groups of one rank until all of ``ranks`` are members of equally many groups. Collective on ``ranks``.
 
-    By that number torch names a group that only its ranks make (distributed_c10d.py, ``_hash_ranks_to_str``): where it
-    differs they wait for each other under different names, until the timeout.
+    torch puts that number into the name of a group that only its members make (distributed_c10d.py,
+    ``_hash_ranks_to_str``). With different numbers they would wait for each other under different names, until the
+    timeout.
     """
-    mine = len(dist.distributed_c10d._world.pg_names)
+    own = len(dist.distributed_c10d._world.pg_names)
     if host is not None:
-        most = int(host.among(ranks).exchange(torch.tensor([mine], device="cpu"))().max())
+        most = int(host.among(ranks).exchange(torch.tensor([own], device="cpu"))().max())
     elif list(ranks) == dist.get_process_group_ranks(like):
-        numbers: list[int] = [mine] * len(ranks)
-        dist.all_gather_object(numbers, mine, group=like)
-        most = max(numbers)
+        counts: list[int] = [own] * len(ranks)
+        dist.all_gather_object(counts, own, group=like)
+        most = max(counts)
     else:
         return
-    for _ in range(most - mine):
+    for _ in range(most - own):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
-class _Tags:
-    """Hands out a range of message tags to each optimizer of this process.
+class _TagRanges:
+    """Counts the tag ranges in use; a global, because all optimizers of the process may send on the same group."""
 
-    Shared by the process, as the groups that it keeps apart are.
-    """
-
-    taken = 0
+    used = 0
 
 
 def _with_own_tags(group: dist.ProcessGroup, ranks: Sequence[int]) -> Gloo:
-    """Collective on ``ranks``, of ``group``: with tags that no optimizer on any of them uses.
+    """Return a communicator with a tag range that no optimizer on any of ``ranks`` uses. Collective on ``ranks``.
 
-    Tags are used again after 4,095 optimizers.
+    After 4,095 optimizers a range is used again.
     """
-    # The first range is for finding one.
-    meeting = Gloo(group, FIRST_TAG, ranks)
-    _Tags.taken = int(meeting.exchange(torch.tensor([_Tags.taken], device="cpu"))().max()) + 1
-    return Gloo(group, FIRST_TAG + (1 + _Tags.taken % (TAG_RANGES - 1) << 16), ranks)
+    # The first range serves only to agree on another one.
+    first = Gloo(group, FIRST_TAG, ranks)
+    _TagRanges.used = int(first.exchange(torch.tensor([_TagRanges.used], device="cpu"))().max()) + 1
+    return Gloo(group, FIRST_TAG + (1 + _TagRanges.used % (TAG_RANGES - 1) << 16), ranks)
 
 
 class Communicators:
-    """One communicator per kind of device, on one process group or mesh; made when first asked for.
+    """The communicators of one optimizer on its process group or mesh; each is made when it is first asked for.
 
-    ``rank`` of ``world_size`` counts all ranks; ``shard_rank`` of ``num_shards`` those that hold shards of one replica,
-    ``replica`` of ``num_replicas`` those that hold the same shard. Without a mesh there is one replica. ``problem`` is
-    what is wrong with the arguments, for all ranks to be told.
+    ``rank`` of ``world_size`` counts all ranks. ``shard_rank`` of ``num_shards`` counts the ranks that hold the shards
+    of one replica, and ``replica`` of ``num_replicas`` those that hold the same shard. Without a mesh there is one
+    replica.
+    ``problem`` is the error in the constructor's arguments, if there is one: all ranks raise it together later.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, mesh: DeviceMesh | None = None) -> None:
+        """No communication. Raises NotAMember if this rank is not in the group or mesh."""
         self.problem: Exception | None = None
         try:
             axes = Axes.of(group, mesh)
@@ -111,19 +116,22 @@ class Communicators:
             raise
         except ValueError as error:
             self.problem = error
-            axes = Axes.flat(group, mesh)
+            axes = Axes.for_reporting(group, mesh)
         self._axes = axes
         self._group = axes.group
         self._hybrids: dict[str, Hybrid] = {}
         self._host: Communicator | None = None
         self._background: Communicator | None = None
         self._among: dict[tuple[str, Ranks], Communicator] = {}
-        self.rank, self.world_size = axes.everyone.index(axes.mine), len(axes.everyone)
-        self.shard_rank, self.num_shards = axes.shard.index(axes.mine), len(axes.shard)
-        self.replica, self.num_replicas = axes.replicate.index(axes.mine), len(axes.replicate)
+        self.rank, self.world_size = axes.everyone.index(axes.this_rank), len(axes.everyone)
+        self.shard_rank, self.num_shards = axes.shard.index(axes.this_rank), len(axes.shard)
+        self.replica, self.num_replicas = axes.replicate.index(axes.this_rank), len(axes.replicate)
 
     def _host_group(self, group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, str]:
-        """A group for small messages on the host, and its backend there; they never touch the accelerator."""
+        """Return a group for control words on the host and its backend: they must not wait for an accelerator.
+
+        Collective on all ranks if the group has to be made.
+        """
         backend = _backend_for(group, "cpu")
         if backend in (None, "nccl"):
             return _own_group(self.ranks, "gloo", group, None), "gloo"
@@ -133,7 +141,7 @@ class Communicators:
 
     @property
     def host(self) -> Communicator:
-        """The communicator for control words."""
+        """The communicator of all ranks for control words; collective on first use."""
         if self._host is None:
             if self._group is None or self.world_size == 1:
                 self._host = SingleProcess()
@@ -145,9 +153,10 @@ class Communicators:
 
     @property
     def background(self) -> Communicator:
-        """For control words of threads that run beside training, on a group of its own; collective on first use.
+        """The communicator for control words of threads beside training (asynchronous saves); collective on first use.
 
-        What times out there, while a disk is slow, closes no connection of the training loop.
+        It has a group of its own: if a wait times out there because a disk is slow, the connections of the training
+        loop stay open.
         """
         host = self.host
         if self._group is None or isinstance(host, SingleProcess):
@@ -160,7 +169,10 @@ class Communicators:
         return self._background
 
     def on(self, device: torch.device) -> ShardCollectives:
-        """For shards on ``device``; ValueError where the group has no backend for it."""
+        """Return the collectives for shards on ``device``. ValueError if the group has no backend for it.
+
+        Collective when the kind of device is new. Callers on the path of a step keep the result.
+        """
         inside = self.among(self._axes.shard, device)
         if self.num_replicas == 1:
             return inside
@@ -169,15 +181,15 @@ class Communicators:
         return self._hybrids[device.type]
 
     def shard_rank_of(self, rank: int) -> int | None:
-        """Which shard ``rank`` (of all) holds; None where it is of another replica than this rank."""
+        """Return the number of the shard that ``rank`` of all ranks holds; None if it belongs to another replica."""
         global_rank = self._axes.everyone[rank]
         return self._axes.shard.index(global_rank) if global_rank in self._axes.shard else None
 
     def among(self, ranks: Ranks, device: torch.device) -> Communicator:
-        """The communicator of some of all ranks, this one among them, for tensors on ``device``.
+        """Return the communicator of ``ranks``, this one among them, for tensors on ``device``.
 
-        ``ranks`` are in order, as numbers in the default group. Collective on them when they are first asked for; the
-        others take no part. ValueError where the group has no backend for the device.
+        ``ranks`` are ranks of the default group. Collective on them when they or the kind of device are new; other
+        ranks take no part. ValueError if the group has no backend for the device.
         """
         key = (device.type, ranks)
         if key not in self._among:
@@ -189,10 +201,11 @@ class Communicators:
             return SingleProcess()
         host = self.host
         if device.type == "cpu" and isinstance(host, Gloo):
-            # What is offloaded to the host is sent from there, whatever the group was made for.
+            # Parameters that are offloaded to the host are sent from there, even if the group was made for GPUs.
             return host.among(ranks)
-        backend = _serving(self._group, device)
-        # NCCL has its own group: on a shared one a bucket could meet a collective of the user's in another order.
+        backend = _fast_backend_for(self._group, device)
+        # NCCL gets a group of its own: on the user's, one of our collectives could be paired with one of the user's if
+        # ranks call them in different orders.
         shared = backend != "nccl" and list(ranks) == dist.get_process_group_ranks(self._group)
         group = (
             self._group if shared else _own_group(ranks, backend, self._group, host if isinstance(host, Gloo) else None)
@@ -201,16 +214,16 @@ class Communicators:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The process group of all ranks and no others, in their order; None where there is none."""
+        """The process group that has exactly the optimizer's ranks in their order; None if there is none."""
         exact = self._group is not None and dist.get_process_group_ranks(self._group) == self.ranks
         return self._group if exact else None
 
     @property
     def ranks(self) -> list[int]:
-        """All ranks, as numbers in the default group."""
+        """The ranks of the optimizer, as ranks of the default group."""
         return list(self._axes.everyone)
 
     def scratch_bytes(self) -> int:
-        """Bytes of receive buffers kept between steps, over all devices."""
+        """Return the bytes of all buffers that communicators keep between steps, over all devices."""
         every = (self._host, self._background, *self._among.values(), *self._hybrids.values())
         return sum(communicator.scratch_bytes() for communicator in every if communicator is not None)

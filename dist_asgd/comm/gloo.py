@@ -1,14 +1,16 @@
-"""Gloo on the host: everything from peer-to-peer messages, the sums local and in rank order.
+"""The collectives for Gloo, on the host: messages between two ranks, and local sums in rank order.
 
-Gloo emulates reduce-scatter and all-gather with two to three times their traffic. And messages with tags of their
-own, unlike named collectives, cannot be taken for those that the user, or another optimizer, has under way on the
-same group.
+Gloo emulates reduce-scatter and all-gather with two to three times their traffic, and messages between two ranks
+avoid that. Messages also have tags, so they cannot be paired with messages that the user, or another optimizer, has in
+flight on the same group; named collectives can.
+
+A steady-state step enters no other module of this package but ``agreement``.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,41 +21,79 @@ from torch.autograd.profiler import record_function
 from .base import GroupCommunicator, SendList, Wait
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-# Elements that are summed and divided at a time: they stay in a core's cache in between.
+# How many elements are summed and divided at a time, so that they stay in a core's cache in between.
 SUM_NUMEL = 1 << 16
 
-# Tags of one optimizer: buckets on their way first, then one for each other kind of message. Messages of one tag
-# between two ranks keep their order.
+# The tags of one optimizer: first those of buckets in flight, then one for each other kind of message. Messages with
+# the same tag between the same two ranks keep their order.
 BUCKET_TAGS = (1 << 16) - 4
-GATHER, COLLECT, GATHER_ROWS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
+ALL_GATHER, GATHER, GATHER_ROWS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
+
+# A peer, and the tensor that is sent to it or received from it.
+Message = tuple[int, Tensor]
 
 
 class Gloo(GroupCommunicator):
-    """Gloo on the host: both collectives from peer-to-peer messages, the sums local and in rank order."""
+    """The collectives of some ranks of a Gloo group, from messages between two ranks.
+
+    Every sum is taken in rank order, whichever message arrives first, so that results are reproducible.
+    """
 
     def __init__(self, group: dist.ProcessGroup, first_tag: int, ranks: Sequence[int] | None = None) -> None:
-        """``ranks``: those of ``group`` that take part, as numbers in the default group; None: all of them."""
+        """Use the ``1 << 16`` tags from ``first_tag`` on. No communication.
+
+        ``ranks`` are the members of ``group`` that take part, as ranks of the default group; None: all of them.
+        """
         super().__init__(group)
         self._first_tag = first_tag
         self._global = list(ranks or dist.get_process_group_ranks(group))
         self.rank, self.world_size = self._global.index(dist.get_rank()), len(self._global)
-        self._ranks = range(self.world_size)
-        self._peers = [rank for rank in self._ranks if rank != self.rank]
+        self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
-        self._bytes = 0
+        self._inbox_bytes = 0
         self._sums: Tensor | None = None
 
-    def _send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work | None:
-        return dist.isend(tensor, self._global[peer], group=self.group, tag=self._first_tag + tag)
+    def among(self, ranks: Sequence[int]) -> Gloo:
+        """Return a communicator of some of these ranks, this one among them, as ranks of the default group.
 
-    def _receive(self, tensor: Tensor, peer: int, tag: int) -> dist.Work | None:
-        return dist.irecv(tensor, self._global[peer], group=self.group, tag=self._first_tag + tag)
+        It is not collective.
+        """
+        # The same tags do: two ranks make the same calls in the same order, so their messages pair up.
+        return Gloo(self.group, self._first_tag, ranks)
 
     def scratch_bytes(self) -> int:
-        return self._bytes + (0 if self._sums is None else self._sums.nbytes)
+        return self._inbox_bytes + (0 if self._sums is None else self._sums.nbytes)
 
-    def _inbox(self, dtype: torch.dtype, numel: int) -> Tensor:
-        """A buffer for peers' parts, kept for other buckets; the free one that fits best, or a new one."""
+    # --- messages ----------------------------------------------------------------------------------------
+
+    def _post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
+        """Start messages; ``action`` names the collective in a PeerError."""
+        # Errors are translated here and in _wait, without a context manager, because every message passes here.
+        works: list[dist.Work | None] = []
+        tag += self._first_tag
+        try:
+            # Receives come first: Gloo buffers a message again if its receive has not been posted yet.
+            for peer, tensor in receives:
+                works.append(dist.irecv(tensor, self._global[peer], group=self.group, tag=tag))
+            for peer, tensor in sends:
+                works.append(dist.isend(tensor, self._global[peer], group=self.group, tag=tag))
+        except RuntimeError as error:
+            raise self.peer_error(action, error) from error
+        return [work for work in works if work is not None]
+
+    def _wait(self, action: str, works: Sequence[dist.Work]) -> None:
+        """Wait for messages that ``_post`` started."""
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise self.peer_error(action, error) from error
+
+    def _take_inbox(self, dtype: torch.dtype, numel: int) -> Tensor:
+        """Return a receive buffer of at least ``numel`` elements: the smallest free one that fits, or a new one.
+
+        Callers put it back into ``_inboxes`` once its contents are used, for other buckets.
+        """
         free = self._inboxes.setdefault(dtype, [])
         fitting = [inbox for inbox in free if inbox.numel() >= numel]
         if fitting:
@@ -61,59 +101,63 @@ class Gloo(GroupCommunicator):
             self._inboxes[dtype] = [inbox for inbox in free if inbox is not best]
             return best
         inbox = torch.empty(numel, dtype=dtype, device="cpu")
-        self._bytes += inbox.nbytes
+        self._inbox_bytes += inbox.nbytes
         return inbox
 
-    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    # --- reductions --------------------------------------------------------------------------------------
+
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         tag %= BUCKET_TAGS
-        mine = parts[self.rank]
-        numel = sum(part.numel() for _, part in mine)
+        mine = sends[self.rank]
+        numels = [source.numel() for _, source in mine]
+        numel = sum(numels)
         dtype = mine[0][1].dtype if mine else shard.dtype
-        # The first peer's parts land where the result will be; the sum is in rank order all the same.
+        # The first peer's message lands in the shard itself, which saves a buffer; the sum is in rank order anyway.
         in_place = not accumulate and dtype == shard.dtype
         rows = len(self._peers) - in_place
-        inbox = self._inbox(dtype, rows * numel) if rows * numel else None
-        landing: list[list[Tensor]] = []
+        inbox = self._take_inbox(dtype, rows * numel) if rows * numel else None
+        landing: list[list[Tensor]] = []  # for each peer, one tensor per range of `mine`
         if in_place:
-            landing.append([shard[start : start + part.numel()] for start, part in mine])
+            landing.append([shard[start : start + source.numel()] for start, source in mine])
         if inbox is not None:
-            sizes = [part.numel() for _, part in mine]
-            landing += [list(row.split(sizes)) for row in inbox[: rows * numel].view(rows, numel)]
-        works: list[dist.Work | None] = []
-        with record_function("dist_asgd::reduce_scatter"), self._guard("a reduce-scatter"):
-            # Receives first: a message that finds its buffer waiting is never buffered twice.
-            for peer, places in zip(self._peers, landing, strict=True) if mine else ():
-                works += [self._receive(place, peer, tag) for place in places]
-            for peer in self._peers:
-                works += [self._send(part, peer, tag) for _, part in parts[peer]]
+            landing += [list(row.split(numels)) for row in inbox[: rows * numel].view(rows, numel)]
+        receives: list[Message] = []
+        for peer, places in zip(self._peers, landing, strict=True) if mine else ():
+            receives += [(peer, place) for place in places]
+        with record_function("dist_asgd::reduce_scatter"):
+            outgoing = [(peer, source) for peer in self._peers for _, source in sends[peer]]
+            works = self._post("a reduce-scatter", tag, receives, outgoing)
 
-        def store() -> None:
-            for i, (start, part) in enumerate(mine):
-                received = [places[i] for places in landing]
-                received.insert(self.rank, part)
-                self._store_mean(received, shard[start : start + part.numel()], accumulate)
+        def wait() -> None:
+            self._wait("a reduce-scatter", works)
+            for i, (start, source) in enumerate(mine):
+                values = [places[i] for places in landing]
+                values.insert(self.rank, source)
+                self._store_mean(values, shard[start : start + source.numel()], accumulate)
             if inbox is not None:
                 self._inboxes[dtype].append(inbox)
 
-        return self._waiting(works, "a reduce-scatter", store)
+        return wait
 
-    def _store_mean(self, parts: list[Tensor], shard: Tensor, accumulate: bool) -> None:
-        """``shard (+)= mean(parts)``, summed in list order; one part is ``shard`` where dtypes are equal and it is set.
+    def _store_mean(self, values: list[Tensor], target: Tensor, accumulate: bool) -> None:
+        """``target = mean(values)``, or ``+=``; ``values`` has one 1-D tensor per rank, summed in list order.
 
-        In stretches that stay in cache. 16-bit gradients are summed in float32, so that they are rounded at most once.
+        If dtypes are equal and ``accumulate`` is False, one of ``values`` is ``target`` itself. The other values may
+        be overwritten. 16-bit values are summed in float32, so that they are rounded at most once.
         """
-        narrow = parts[0].dtype in SIXTEEN_BIT
-        in_place = not accumulate and parts[0].dtype == shard.dtype
+        narrow = values[0].dtype in SIXTEEN_BIT
+        in_place = not accumulate and values[0].dtype == target.dtype
         if narrow and self._sums is None:
             self._sums = torch.empty(SUM_NUMEL, dtype=torch.float32, device="cpu")
-        for first in range(0, shard.numel(), SUM_NUMEL):
+        for first in range(0, target.numel(), SUM_NUMEL):
             stretch = slice(first, first + SUM_NUMEL)
-            place = shard[stretch]
-            chunks = [part[stretch] for part in parts]
+            place = target[stretch]
+            chunks = [value[stretch] for value in values]
             if narrow and self._sums is not None:
                 total = self._sums[: place.numel()].copy_(chunks[0])
                 total.add_(chunks[1])
             else:
+                # The sum needs a tensor that may be overwritten: a peer's values, never those that this rank sent.
                 total = torch.add(chunks[0], chunks[1], out=place if in_place else chunks[0 if self.rank else 1])
             for chunk in chunks[2:]:
                 total.add_(chunk)
@@ -124,101 +168,93 @@ class Gloo(GroupCommunicator):
                 place.copy_(total)
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
-        """Every rank sums a chunk and sends it to all: 2 (n - 1) / n of the bytes, whatever the number of ranks."""
+        """Every rank sums one chunk and sends the sum to all: 2 (n - 1) / n of the bytes for any number n of ranks."""
         tag %= BUCKET_TAGS
         chunks = values.tensor_split(self.world_size)
         own = chunks[self.rank]
-        inbox = self._inbox(values.dtype, self.world_size * own.numel())
-        rows = [inbox[rank * own.numel() : (rank + 1) * own.numel()] for rank in self._ranks]
-        works: list[dist.Work | None] = []
-        with record_function("dist_asgd::all_reduce"), self._guard("an all-reduce"):
-            works += [self._receive(rows[peer], peer, tag) for peer in self._peers if own.numel()]
-            works += [self._send(chunks[peer], peer, tag) for peer in self._peers if chunks[peer].numel()]
-        rows[self.rank].copy_(own)
-        summed = self._waiting(works, "an all-reduce")
+        inbox = self._take_inbox(values.dtype, self.world_size * own.numel())
+        rows = list(inbox[: self.world_size * own.numel()].view(self.world_size, -1)) if own.numel() else []
+        with record_function("dist_asgd::all_reduce"):
+            to_sum = self._post(
+                "an all-reduce",
+                tag,
+                [(peer, rows[peer]) for peer in self._peers if own.numel()],
+                [(peer, chunks[peer]) for peer in self._peers if chunks[peer].numel()],
+            )
+        if own.numel():
+            rows[self.rank].copy_(own)
 
         def wait() -> None:
-            summed()
-            self._store_mean(rows, own, accumulate=False)
+            self._wait("an all-reduce", to_sum)
+            if own.numel():
+                self._store_mean(rows, own, accumulate=False)
             self._inboxes[values.dtype].append(inbox)
-            with self._guard("an all-reduce"):
-                passed = [self._receive(chunks[peer], peer, tag) for peer in self._peers if chunks[peer].numel()]
-                passed += [self._send(own, peer, tag) for peer in self._peers if own.numel()]
-            self._waiting(passed, "an all-reduce")()
+            # The sums are sent only here, so this rank's wait also decides when its peers get them.
+            sums = self._post(
+                "an all-reduce",
+                tag,
+                [(peer, chunks[peer]) for peer in self._peers if chunks[peer].numel()],
+                [(peer, own) for peer in self._peers if own.numel()],
+            )
+            self._wait("an all-reduce", sums)
 
         return wait
 
-    def among(self, ranks: Sequence[int]) -> Gloo:
-        """The like of some of its ranks, this one among them, as numbers in the default group; not collective."""
-        # With the same tags: messages between two ranks keep their order, and both have it from the same calls.
-        return Gloo(self.group, self._first_tag, ranks)
+    # --- gathers -----------------------------------------------------------------------------------------
 
     def all_gather(self, flat: Tensor) -> Wait:
-        return self.all_gather_parts([[part] for part in flat.view(self.world_size, -1)])
+        return self.all_gather_uneven([[shard] for shard in flat.view(self.world_size, -1)])
 
-    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
-        works: list[dist.Work | None] = []
-        with record_function("dist_asgd::all_gather"), self._guard("an all-gather"):
-            for peer in self._peers:
-                works += [self._receive(part, peer, GATHER) for part in parts[peer]]
-            for peer in self._peers:
-                works += [self._send(part, peer, GATHER) for part in parts[self.rank]]
-        return self._waiting(works, "an all-gather")
+    def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
+        with record_function("dist_asgd::all_gather"):
+            works = self._post(
+                "an all-gather",
+                ALL_GATHER,
+                [(peer, fragment) for peer in self._peers for fragment in fragments[peer]],
+                [(peer, fragment) for peer in self._peers for fragment in fragments[self.rank]],
+            )
+        return lambda: self._wait("an all-gather", works)
 
-    def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
-        with self._guard("a gather"):
-            if pieces is not None:
-                pieces[self.rank].copy_(shard)
-                works = [self._receive(pieces[peer], peer, COLLECT) for peer in self._peers]
-            else:
-                works = []
-            for target in self._peers if to is None else [to]:
-                if target != self.rank:
-                    works.append(self._send(shard, target, COLLECT))
-            for work in works:
-                if work is not None:
-                    work.wait()
-
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
-        with self._guard("a gather"):
-            works: list[dist.Work | None] = []
-            if places is not None:
-                places[self.rank].copy_(piece)
-                works = [self._receive(places[peer], peer, COLLECT) for peer in self._peers if numels[peer]]
-            for target in self._peers if to is None else [to]:
-                if target != self.rank and numels[self.rank]:
-                    works.append(self._send(piece, target, COLLECT))
-            for work in works:
-                if work is not None:
-                    work.wait()
+    def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        receives: list[Message] = []
+        if places is not None:
+            places[self.rank].copy_(fragment)
+            receives = [(peer, places[peer]) for peer in self._peers if numels[peer]]
+        targets = self._peers if to is None else [to]
+        sends = [(target, fragment) for target in targets if target != self.rank and numels[self.rank]]
+        self._wait("a gather", self._post("a gather", GATHER, receives, sends))
 
     def gather_rows(self, row: Tensor) -> Tensor:
-        return self._table(row, GATHER_ROWS)()
+        return self._start_table(row, GATHER_ROWS)()
+
+    # --- control words -----------------------------------------------------------------------------------
 
     def exchange(self, words: Tensor) -> Callable[[], Tensor]:
-        return self._table(words, EXCHANGE)
+        return self._start_table(words, EXCHANGE)
 
-    def _table(self, row: Tensor, tag: int) -> Callable[[], Tensor]:
+    def _start_table(self, row: Tensor, tag: int) -> Callable[[], Tensor]:
+        """Start an all-gather of ``row`` ``(n,)``; the returned call waits and gives ``(world_size, n)``."""
         table = row.new_empty((self.world_size, row.numel()))
         table[self.rank] = row
-        works: list[dist.Work | None] = []
-        with self._guard("a control exchange"):
-            for peer in self._peers:
-                works.append(self._receive(table[peer], peer, tag))
-            for peer in self._peers:
-                works.append(self._send(table[self.rank], peer, tag))
-        wait = self._waiting(works, "a control exchange")
+        rows = table.unbind()
+        own = rows[self.rank]
+        works = self._post(
+            "a control exchange",
+            tag,
+            [(peer, rows[peer]) for peer in self._peers],
+            [(peer, own) for peer in self._peers],
+        )
 
-        def complete() -> Tensor:
-            wait()
+        def wait() -> Tensor:
+            self._wait("a control exchange", works)
             return table
 
-        return complete
+        return wait
 
     def exchange_objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = self.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
         row = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         row[: data.numel()] = data
-        table = self._table(row, EXCHANGE)()
+        table = self._start_table(row, EXCHANGE)()
         return [pickle.loads(table[rank, :size].numpy().tobytes()) for rank, size in enumerate(sizes)]

@@ -1,4 +1,4 @@
-"""Two axes of a mesh: shards inside (a node, say), equal replicas of them across."""
+"""Hybrid sharding: the ranks inside a node (say) hold different shards, and equal replicas lie across the nodes."""
 
 from __future__ import annotations
 
@@ -10,97 +10,100 @@ from torch import Tensor
 from .base import Communicator, SendList, ShardCollectives, Wait
 
 
-class _Passage:
-    """One shard on its way: reduced inside, then across. Each step is forgotten once taken, with all it refers to."""
+class _Reduction:
+    """One shard on its way through the three steps of a hybrid reduction, each of which runs once.
 
-    def __init__(self, inside: Wait, across: Callable[[], Wait], store: Wait) -> None:
-        self._steps: list[Callable[[], Wait | None]] = [store, across, inside]
-        self._wait: Wait | None = None
+    A step is dropped once it has run, so that the buffers it refers to can be freed.
+    """
 
-    def cross(self) -> None:
-        """Wait for what comes from inside, and start across; once."""
+    def __init__(self, wait_inside: Wait, start_across: Callable[[], Wait], store: Wait) -> None:
+        self._steps: list[Callable[[], Wait | None]] = [store, start_across, wait_inside]  # the last one runs first
+        self._wait_across: Wait | None = None
+
+    def start_across(self) -> None:
+        """Wait for the reduce-scatter inside, and start the all-reduce across; only the first call does something."""
         if len(self._steps) == 3:
             self._steps.pop()()
-            self._wait = self._steps.pop()()
+            self._wait_across = self._steps.pop()()
 
     def finish(self) -> None:
-        """Wait until the shard is complete; once."""
-        self.cross()
-        wait, self._wait = self._wait, None
+        """Wait until the shard is complete; called once."""
+        self.start_across()
+        wait, self._wait_across = self._wait_across, None
         assert wait is not None
         wait()
         self._steps.pop()()
 
 
 class Hybrid(ShardCollectives):
-    """Reduce-scatters inside, all-reduces the shard across, gathers inside.
+    """Reduce-scatters a bucket inside a replica, all-reduces the shard across replicas, and gathers inside.
 
-    ``rank`` and ``world_size`` are those of the shards inside; tables have a row for every rank of the mesh, replica by
-    replica. Only a shard crosses, 1 / ``world_size`` of the bytes, while the next bucket is reduced inside.
+    ``rank`` and ``world_size`` count the shards of one replica. Tables of ``gather_rows`` have a row for every rank of
+    the mesh, replica by replica. Only a shard, 1 / ``world_size`` of the bytes, is sent across.
     """
 
     def __init__(self, inside: Communicator, across: Communicator) -> None:
+        """``inside``: the ranks of this replica. ``across``: the ranks that hold this shard. No communication."""
         self._inside = inside
         self._across = across
         self.rank = inside.rank
         self.world_size = inside.world_size
-        self._last: _Passage | None = None
-        self._rooms: list[Tensor] = []
+        self._last: _Reduction | None = None
+        self._free: list[Tensor] = []
         self._bytes = 0
 
     @property
     def contiguous(self) -> bool:
         return self._inside.contiguous
 
-    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
-        """As the mean of the replicas' means."""
-        # What was launched last has had the time of a bucket to arrive. The order is the same on all ranks.
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        """The result is the mean of the replicas' means."""
+        # The previous bucket has had the time of this one's backward to arrive inside. It starts across here and not
+        # when it is ready, because every rank must launch in the same order.
         if self._last is not None:
-            self._last.cross()
-        mine = parts[self.rank]
+            self._last.start_across()
+        mine = sends[self.rank]
         dtype = mine[0][1].dtype if mine else shard.dtype
+        # The reduction inside may not touch what the shard has accumulated, nor round to the shard's dtype.
         in_place = not accumulate and dtype == shard.dtype
-        room = shard if in_place else self._room(dtype, shard)
-        partial = room[: shard.numel()]
-        inside = self._inside.reduce_scatter(parts, partial, False, tag)
+        buffer = shard if in_place else self._take_buffer(dtype, shard)
+        partial = buffer[: shard.numel()]
+        wait_inside = self._inside.reduce_scatter(sends, partial, False, tag)
 
         def store() -> None:
             if in_place:
                 return
-            for start, part in mine:
-                stretch = slice(start, start + part.numel())
+            for start, source in mine:
+                stretch = slice(start, start + source.numel())
                 if accumulate:
                     shard[stretch].add_(partial[stretch])
                 else:
                     shard[stretch].copy_(partial[stretch])
-            self._rooms.append(room)
+            self._free.append(buffer)
 
-        self._last = _Passage(inside, lambda: self._across.all_reduce(partial, tag), store)
+        self._last = _Reduction(wait_inside, lambda: self._across.all_reduce(partial, tag), store)
         return self._last.finish
 
-    def _room(self, dtype: torch.dtype, like: Tensor) -> Tensor:
-        """Room for one shard at least, kept for others; the free one that fits best, or a new one."""
-        free = [room for room in self._rooms if room.dtype == dtype and room.numel() >= like.numel()]
+    def _take_buffer(self, dtype: torch.dtype, shard: Tensor) -> Tensor:
+        """Return a buffer of ``shard``'s size at least: the smallest free one that fits, or a new one."""
+        free = [buffer for buffer in self._free if buffer.dtype == dtype and buffer.numel() >= shard.numel()]
         if free:
             best = min(free, key=Tensor.numel)
-            self._rooms = [room for room in self._rooms if room is not best]
+            self._free = [buffer for buffer in self._free if buffer is not best]
             return best
-        room = torch.empty_like(like, dtype=dtype)
-        self._bytes += room.nbytes
-        return room
+        buffer = torch.empty_like(shard, dtype=dtype)
+        self._bytes += buffer.nbytes
+        return buffer
 
     def all_gather(self, flat: Tensor) -> Wait:
         return self._inside.all_gather(flat)
 
-    def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
-        self._inside.collect(shard, pieces, to)
-
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
-        self._inside.bring(piece, places, numels, to)
+    def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        self._inside.gather(fragment, places, numels, to)
 
     def gather_rows(self, row: Tensor) -> Tensor:
         return self._across.gather_rows(self._inside.gather_rows(row).flatten()).view(-1, row.numel())
 
     def scratch_bytes(self) -> int:
-        """Its own; the communicators that it was made of have theirs."""
+        """Return the bytes of its own buffers; ``Communicators`` counts those of ``inside`` and ``across``."""
         return self._bytes

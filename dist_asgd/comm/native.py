@@ -1,4 +1,4 @@
-"""Backends whose own reduce-scatter and all-gather are the fast ones."""
+"""The collectives for backends whose own reduce-scatter and all-gather are the fastest way: NCCL, and others."""
 
 from __future__ import annotations
 
@@ -14,29 +14,50 @@ from .base import GroupCommunicator, SendList, Wait
 
 
 class NativeCollectives(GroupCommunicator):
-    """Backends whose own reduce-scatter and all-gather are the fast ones: NCCL."""
+    """Calls the collectives of ``torch.distributed`` on a whole group.
+
+    On GPUs a wait blocks only the current stream, not the host.
+    """
 
     def __init__(self, group: dist.ProcessGroup, averages: bool) -> None:
+        """``averages``: whether the backend can take the mean itself (``ReduceOp.AVG``). No communication."""
         super().__init__(group)
         self._averages = averages
-        # torch 2.13 renamed both; 2.11 knows only the old names.
-        self._reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self._op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+        # torch 2.13 renamed both functions; 2.11 knows only the old names.
+        self._reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        self._all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     @property
     def contiguous(self) -> bool:
         return True
 
-    def reduce_scatter(self, parts: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
-        # NCCL reduces in place, into this rank's own part; others need room of their own.
-        mine = parts[self.rank][0][1]
-        send = parts[0][0][1].as_strided((self.world_size * mine.numel(),), (1,))
-        out = mine if self._averages else torch.empty_like(mine)
-        op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-        with record_function("dist_asgd::reduce_scatter"), self._guard("a reduce-scatter"):
-            work = self._reduce(out, send, op=op, group=self.group, async_op=True)
+    def _call(self, action: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``collective`` on the group; ``action`` is its name in a PeerError."""
+        try:
+            return collective(*args, group=self.group, **kwargs)
+        except RuntimeError as error:
+            raise self.peer_error(action, error) from error
 
-        def store() -> None:
+    def _wait(self, action: str, work: dist.Work | None) -> None:
+        """Wait for what ``_call`` started."""
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise self.peer_error(action, error) from error
+
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+        # NCCL reduces in place, into this rank's own range of the send buffer. Other backends may read that range
+        # after they have written it, so they get a tensor of their own.
+        mine = sends[self.rank][0][1]
+        send = sends[0][0][1].as_strided((self.world_size * mine.numel(),), (1,))
+        out = mine if self._averages else torch.empty_like(mine)
+        with record_function("dist_asgd::reduce_scatter"):
+            work = self._call("a reduce-scatter", self._reduce_scatter_single, out, send, op=self._op, async_op=True)
+
+        def wait() -> None:
+            self._wait("a reduce-scatter", work)
             if not self._averages:
                 out.div_(self.world_size)
             if accumulate:
@@ -44,69 +65,72 @@ class NativeCollectives(GroupCommunicator):
             else:
                 shard.copy_(out)
 
-        return self._waiting([work], "a reduce-scatter", store)
+        return wait
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
-        op = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
-        with record_function("dist_asgd::all_reduce"), self._guard("an all-reduce"):
-            work = dist.all_reduce(values, op=op, group=self.group, async_op=True)
+        with record_function("dist_asgd::all_reduce"):
+            work = self._call("an all-reduce", dist.all_reduce, values, op=self._op, async_op=True)
 
-        def divide() -> None:
+        def wait() -> None:
+            self._wait("an all-reduce", work)
             if not self._averages:
                 values.div_(self.world_size)
 
-        return self._waiting([work], "an all-reduce", divide)
+        return wait
 
     def all_gather(self, flat: Tensor) -> Wait:
         mine = flat.view(self.world_size, -1)[self.rank]
-        with record_function("dist_asgd::all_gather"), self._guard("an all-gather"):
-            work = self._gather(flat, mine, group=self.group, async_op=True)
-        return self._waiting([work], "an all-gather")
+        with record_function("dist_asgd::all_gather"):
+            work = self._call("an all-gather", self._all_gather_single, flat, mine, async_op=True)
+        return lambda: self._wait("an all-gather", work)
 
-    def all_gather_parts(self, parts: Sequence[Sequence[Tensor]]) -> Wait:
-        first = parts[0][0]
+    def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
+        # They are even here: callers lay fragments out in one flat buffer, because `contiguous` is True.
+        first = fragments[0][0]
         return self.all_gather(first.as_strided((self.world_size * first.numel(),), (1,)))
 
-    def collect(self, shard: Tensor, pieces: Sequence[Tensor] | None, to: int | None) -> None:
-        with self._guard("a gather"):
-            if to is None:
-                dist.all_gather(list(cast(Sequence[Tensor], pieces)), shard, group=self.group)
-            else:
-                target = dist.get_global_rank(self.group, to)
-                dist.gather(shard, None if pieces is None else list(pieces), dst=target, group=self.group)
+    def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        if len(set(numels)) > 1:
+            self._gather_uneven(fragment, places, numels, to)
+        elif not numels[0]:
+            return
+        elif to is None:
+            self._call("a gather", dist.all_gather, list(cast(Sequence[Tensor], places)), fragment)
+        else:
+            target = dist.get_global_rank(self.group, to)
+            self._call("a gather", dist.gather, fragment, None if places is None else list(places), dst=target)
 
-    def bring(self, piece: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
-        # Broadcasts, as not all of these backends have messages between two ranks.
-        with self._guard("a gather"):
-            for rank, numel in enumerate(numels):
-                if rank == self.rank and places is not None:
-                    places[rank].copy_(piece)
-                if rank != to and numel:
-                    mine = piece if rank == self.rank else piece.new_empty(numel) if places is None else places[rank]
-                    dist.broadcast(mine, dist.get_global_rank(self.group, rank), group=self.group)
+    def _gather_uneven(
+        self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None
+    ) -> None:
+        """``gather`` by broadcasts, because not all of these backends have messages between two ranks."""
+        for rank, numel in enumerate(numels):
+            if rank == self.rank and places is not None:
+                places[rank].copy_(fragment)
+            if rank != to and numel:
+                mine = rank == self.rank
+                buffer = fragment if mine else fragment.new_empty(numel) if places is None else places[rank]
+                self._call("a gather", dist.broadcast, buffer, dist.get_global_rank(self.group, rank))
 
     def gather_rows(self, row: Tensor) -> Tensor:
         table = row.repeat(self.world_size, 1)
-        with self._guard("a gather of norms"):
-            dist.all_gather(list(table.unbind(0)), row, group=self.group)
+        self._call("a gather of norms", dist.all_gather, list(table.unbind(0)), row)
         return table
 
     def exchange(self, words: Tensor) -> Callable[[], Tensor]:
-        # Pre-filled with this rank's own words, so that a group that moves nothing (``fake``) agrees with itself.
+        # The table starts with this rank's own words in all rows, so that a group that moves nothing (torch's `fake`
+        # backend) agrees with itself.
         table = words.repeat(self.world_size, 1)
-        with self._guard("a control exchange"):
-            work = dist.all_gather(list(table.unbind(0)), words, group=self.group, async_op=True)
+        rows = list(table.unbind(0))
+        work = self._call("a control exchange", dist.all_gather, rows, words, async_op=True)
 
         def wait() -> Tensor:
-            with self._guard("a control exchange"):
-                if work is not None:
-                    work.wait()
+            self._wait("a control exchange", work)
             return table
 
         return wait
 
     def exchange_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [value] * self.world_size
-        with self._guard("an exchange of messages"):
-            dist.all_gather_object(values, value, group=self.group)
+        self._call("an exchange of messages", dist.all_gather_object, values, value)
         return values

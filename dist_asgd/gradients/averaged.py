@@ -59,10 +59,9 @@ class AveragedGradients(Gradients):
             problem = problem or wrong
         present, misplaced = self._last_present[1], 0
         if self.presharded:
-            presharded, wrong = self.present_bits(self.presharded)
+            presharded, misplaced, wrong = self.inspect_presharded(call)
             present |= presharded
             problem = problem or wrong
-            misplaced = 0 if problem else self.misplaced_bits
         reports = self.agreement.agree(call, fingerprint, (present, misplaced), problem)
         if call is CollectiveCall.STEP:
             self.table = table

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports
-from ..comm.masks import bit_mask
 from ..placements import dtensor
 from ..placements.presharded import PreshardedParam, PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
@@ -53,12 +52,14 @@ class Gradients(ABC):
         self.communicators = communicators
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedParam] = []
+        self._presharded_states: list[PreshardedState] = []
         self.scaling = UNSCALED
         self.table = NO_GRADIENTS
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         """Take all buckets, in reduce order, and all presharded state; replaces what an earlier call gave."""
         self.buckets = list(buckets)
+        self._presharded_states = list(presharded)
         self.presharded = [member for state_buffer in presharded for member in state_buffer.members]
 
     @property
@@ -117,16 +118,39 @@ class Gradients(ABC):
                     problem = problem or error
         return present, problem
 
-    @property
-    def misplaced_bits(self) -> int:
-        """The bits of the presharded parameters whose gradient is misplaced on this rank."""
-        return bit_mask(member.index for member in self.presharded if member.gradient_misplaced)
+    def inspect_presharded(self, call: CollectiveCall) -> tuple[int, int, Exception | None]:
+        """Look once at the gradients of presharded parameters; not collective. Called by ``agree``.
+
+        Returns the bits of those that are present, the bits of those that ``align_presharded`` has to put right, and
+        the first problem with one of them.
+        """
+        present, misplaced, problem = 0, 0, None
+        for state_buffer in self._presharded_states:
+            # A step begins with ``check_unchanged``, which has followed the local tensors; clipping does not.
+            report = state_buffer.inspect_gradients(was_followed=call is CollectiveCall.STEP)
+            present |= report.present
+            misplaced |= report.misplaced
+            for member, gradient in report.doubtful:
+                try:
+                    check_gradient(member, gradient)
+                except RuntimeError as error:
+                    problem = problem or error
+        return present, misplaced, problem
 
     def align_presharded(self, reports: RankReports) -> None:
-        """Redistribute misplaced gradients of presharded parameters, or raise on all ranks alike. Collective."""
+        """Put the gradients of presharded parameters right, or raise on all ranks alike.
+
+        Called on all ranks after ``agree``. Collective on the meshes of misplaced gradients; where every rank has the
+        same gradients, none of them misplaced, there is nothing to do.
+        """
         masks, misplaced = reports.masks(0), reports.masks(1)
-        for member in self.presharded:
-            member.align_gradient(ranks_with(masks, member), ranks_with(misplaced, member), len(masks))
+        some, all_, unplaced = 0, masks[0], 0
+        for mask, other in zip(masks, misplaced, strict=True):
+            some, all_, unplaced = some | mask, all_ & mask, unplaced | other
+        concerned = (some & ~all_) | unplaced
+        for member in self.presharded if concerned else ():
+            if concerned >> member.index & 1:
+                member.align_gradient(ranks_with(masks, member), ranks_with(misplaced, member), len(masks))
 
     def gradient_fragment(self, member: ShardedParam) -> Tensor:
         """The fragment of an active parameter's gradient that this rank updates with: ``(fragment_numel,)``, real."""

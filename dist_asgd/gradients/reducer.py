@@ -35,28 +35,10 @@ from .base import READ_GRADIENTS, Gradients, check_gradient, multiply
 MAX_IN_FLIGHT = 2
 
 
-class SendBufferPool:
-    """The send buffers ``(numel,)`` of one device and dtype: as many as there may be buckets in flight.
-
-    A buffer is busy until the reduce-scatter that reads it has ended; it is kept for the next bucket, as memory that
-    is touched for the first time costs more than the copy into it.
-    """
-
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._free = [torch.empty(numel, dtype=dtype, device=device) for _ in range(MAX_IN_FLIGHT)]
-        self.nbytes = sum(buffer.nbytes for buffer in self._free)
-
-    def take(self) -> Tensor | None:
-        """A free buffer, or None if all are busy."""
-        return self._free.pop() if self._free else None
-
-    def give_back(self, buffer: Tensor) -> None:
-        """Return a buffer that ``take`` handed out."""
-        self._free.append(buffer)
-
-
 class Reducer(Gradients):
     """Stage 2: reduce-scatters gradients during backward and keeps this rank's shard of their mean.
+
+    ``in_flight_bytes`` counts the send buffers, which are kept between steps.
 
     The life of a bucket's gradient:
 
@@ -84,7 +66,10 @@ class Reducer(Gradients):
         self._hooked: set[int] = set()
         # Parameters outlive optimizers, and so would their hooks.
         weakref.finalize(self, _remove, self._hooks)
-        self._send_buffers: dict[tuple[torch.device, torch.dtype], SendBufferPool] = {}
+        # Free send buffers by device and dtype. Each is busy until the reduce-scatter that reads it has ended, and is
+        # kept for the next bucket: memory that is touched for the first time costs more than the copy into it.
+        self._send_buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self.in_flight_bytes = 0
         self._send_layouts: dict[int, SendLayout] = {}
         # Oldest first: reduce-scatters end in the order in which they were launched.
         self._in_flight: deque[tuple[Bucket, Wait]] = deque()
@@ -119,7 +104,7 @@ class Reducer(Gradients):
                 self._hooked.add(member.index)
                 self._hooks.append(_hook_on(member.param, weakref.ref(self), member.index))
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
-        self._send_buffers = {}
+        self._send_buffers, self.in_flight_bytes = {}, 0
         self._send_layouts = {}
         for bucket in self.buckets:
             if self._collectives[bucket.device].contiguous:
@@ -203,7 +188,7 @@ class Reducer(Gradients):
         packed = buffer[: layout.packed_numel]
         bucket.pack(gradients, layout.packed, packed)
         sends = [
-            [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.stretches
+            [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges
         ]
         for member in bucket.members:
             if member.param.grad is not None:
@@ -222,7 +207,7 @@ class Reducer(Gradients):
 
         def finish() -> None:
             wait()
-            self._send_buffers[bucket.device, bucket.wire_dtype].give_back(buffer)
+            self._send_buffers[bucket.device, bucket.wire_dtype].append(buffer)
 
         self._in_flight.append((bucket, finish))
 
@@ -241,10 +226,12 @@ class Reducer(Gradients):
         if key not in self._send_buffers:
             same_kind = [b for b in self.buckets if (b.device, b.wire_dtype) == key]
             numel = max(self._send_layouts[id(b)].packed_numel for b in same_kind)
-            self._send_buffers[key] = SendBufferPool(numel, bucket.wire_dtype, bucket.device)
-        while (buffer := self._send_buffers[key].take()) is None:
+            buffers = [torch.empty(numel, dtype=bucket.wire_dtype, device=bucket.device) for _ in range(MAX_IN_FLIGHT)]
+            self._send_buffers[key] = buffers
+            self.in_flight_bytes += sum(buffer.nbytes for buffer in buffers)
+        while not self._send_buffers[key]:
             self._finish_oldest()
-        return buffer
+        return self._send_buffers[key].pop()
 
     def _checked(self, member: BucketParam) -> Tensor | None:
         """The gradient of ``member``; None, and a problem for all ranks at the next call, if it cannot be used."""
@@ -283,16 +270,15 @@ class Reducer(Gradients):
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
         self._await_header()
+        present, misplaced, wrong = 0, 0, None
+        if self.presharded and call in READ_GRADIENTS:
+            # No round changes the gradients of presharded parameters: one look is enough.
+            present, misplaced, wrong = self.inspect_presharded(call)
         while True:
             pending = self._pending() if keep else 0
-            present = misplaced = 0
-            if self.presharded and call in READ_GRADIENTS:
-                present, wrong = self.present_bits(self.presharded)
-                problem = problem or self._mispaired or self._problem or wrong
-                misplaced = 0 if wrong else self.misplaced_bits
-            problem = problem or self._mispaired or self._problem
+            problem = problem or self._mispaired or self._problem or wrong
             masks = (self._reduced_mask | pending | present, pending | misplaced)
-            reports = self.agreement.start(call, fingerprint, masks, problem is not None)()
+            reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:
                 break
             self._check_pairing(reports)
@@ -427,11 +413,6 @@ class Reducer(Gradients):
             yield
         finally:
             self.synchronising = before
-
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of the send buffers, which are kept between steps."""
-        return sum(pool.nbytes for pool in self._send_buffers.values())
 
 
 def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, send_range: SendRange) -> Tensor:

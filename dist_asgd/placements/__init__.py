@@ -1,1 +1,1 @@
-"""Parameters that are sharded by somebody else (DTensor, FSDP1), replica groups, and fragments shown as tensors."""
+"""Presharded parameters (DTensor, FSDP1), replica groups, and fragments that are shown as tensors."""

@@ -1,7 +1,10 @@
-"""What is known here of DTensors: parameters that FSDP2 (``fully_shard``) or ``parallelize_module`` have sharded.
+"""All that this package knows of DTensors, which FSDP2 (``fully_shard``) and ``parallelize_module`` make of parameters.
 
-local   the plain tensor that a rank holds of a DTensor: its shard, or a copy where the DTensor is replicated
-same_placement   two DTensors on one mesh with the same placements: their local tensors lie on each other
+Every other module asks here, so that the torch internals of DTensors are read in this file and in ``shard_dtensor.py``
+only. Nothing here communicates unless its docstring says so.
+
+local tensor   the plain tensor that a rank holds of a DTensor: its shard, or a copy if the DTensor is replicated
+copy           a rank holds a copy if another rank of the mesh has the same local tensor
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    """Whether ``tensor`` is a DTensor. Imports DTensors only where there is a subclass of some kind."""
+    """Whether ``tensor`` is a DTensor."""
+    # Importing DTensors takes a second: only a subclass of Tensor is worth it.
     if type(tensor) in (Tensor, torch.nn.Parameter) or not isinstance(tensor, Tensor):
         return False
     if not torch.distributed.is_available():
@@ -28,42 +32,52 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
-def local_of(tensor: DTensor) -> Tensor:
-    """The local tensor itself, complete: ``to_local()`` would be a new one for a parameter."""
+def local_tensor(tensor: DTensor) -> Tensor:
+    """The local tensor itself, once it has arrived; ``to_local()`` of a parameter would make a new tensor."""
     local = tensor._local_tensor
     if type(local) is not Tensor and hasattr(local, "wait"):
-        # What a redistribution has left on its way.
+        # A redistribution returns before its collective has ended.
         local = local.wait()
     return local
 
 
 def same_placement(tensor: DTensor, other: DTensor) -> bool:
-    """Whether both lie on one mesh with the same placements."""
+    """Whether both lie on one mesh with the same placements, so that their local tensors hold the same elements."""
     return tensor.device_mesh == other.device_mesh and tensor.placements == other.placements
 
 
+def has_spec_of(tensor: DTensor, param: DTensor) -> bool:
+    """Whether both have one spec: mesh, placements and shape. Called for every DTensor in every step."""
+    spec, own = tensor._spec, param._spec
+    # FSDP2 gives a gradient the very spec of its parameter.
+    return spec is own or (spec.placements == own.placements and spec.mesh == own.mesh and spec.shape == own.shape)
+
+
 def dtensor_like(param: DTensor, local: Tensor) -> DTensor:
-    """``local`` as a DTensor of the shape, mesh and placements of ``param``; shares memory, no communication."""
+    """``local`` as the local tensor of a DTensor with the shape, mesh and placements of ``param``; shares memory."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    # Not from_local(), which copies to the mesh's device: offloaded parameters, and staged ones, are on the host.
+    # from_local() would copy to the mesh's device, but offloaded parameters and staged copies are on the host.
     meta = TensorMeta(param.shape, param.stride(), local.dtype)
     spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)
     return DTensor(local.detach(), spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def local_like(whole: Tensor, param: DTensor) -> Tensor:
-    """What this rank would hold of a plain tensor placed like ``param``; no communication."""
+    """The local tensor that this rank would have of ``whole``, a plain tensor, if it were placed as ``param`` is.
+
+    All ranks pass the same ``whole``.
+    """
     from torch.distributed.tensor import distribute_tensor
 
-    # ReplicaGroup keep what they are given, so all ranks must pass the same.
+    # src_data_rank=None: each rank cuts its local tensor out of its own ``whole``, nothing is sent.
     placed = distribute_tensor(whole.detach(), param.device_mesh, param.placements, src_data_rank=None)
-    return local_of(placed)
+    return local_tensor(placed)
 
 
 def describe_placement(param: DTensor) -> str:
-    """Placements and mesh, as they are the same on all ranks."""
+    """The placements and the mesh as a text that is the same on all ranks, for fingerprints and errors."""
     mesh = param.device_mesh
     return (
         f"{', '.join(map(repr, param.placements))} on a mesh of shape {tuple(mesh.shape)} {mesh.mesh_dim_names or ''}"
@@ -71,7 +85,10 @@ def describe_placement(param: DTensor) -> str:
 
 
 def row_major_start(param: DTensor) -> int | None:
-    """Where the local tensor begins in the whole one, which is contiguous; None unless it is one stretch of it."""
+    """The index of the first local element in the whole tensor, flattened in row-major order; 0 outside of the mesh.
+
+    None if the local tensor is not one contiguous range of the flattened tensor.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
     sizes, start = list(param.shape), 0
@@ -81,15 +98,18 @@ def row_major_start(param: DTensor) -> int | None:
     for rank, count, placement in zip(coordinates, param.device_mesh.shape, param.placements, strict=True):
         if type(placement) is Shard:
             dim = placement.dim
+            # Cut along an inner dimension, the local tensor is one range for each index of the outer ones.
             if math.prod(sizes[:dim]) > 1:
                 return None
+            # torch cuts a dimension into equal chunks, rounded up: the last ones may be shorter or empty.
             chunk = -(-sizes[dim] // count)
             first = min(rank * chunk, sizes[dim])
             start += first * math.prod(sizes[dim + 1 :])
             sizes[dim] = min(chunk, sizes[dim] - first)
         elif not isinstance(placement, Replicate):
             return None
-    local = local_of(param)
+    local = local_tensor(param)
+    # A local tensor that somebody made by from_local() may have any shape and strides.
     whole_strides = torch.empty(param.shape, device="meta").stride()
     if tuple(local.shape) != tuple(sizes) or not local.is_contiguous() or param.stride() != whole_strides:
         return None
@@ -97,7 +117,7 @@ def row_major_start(param: DTensor) -> int | None:
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """True on one of the ranks of the mesh that hold the same elements; False on ranks outside of it."""
+    """Whether this rank is the first of those that hold the same local tensor; False outside of the mesh."""
     coordinates = tensor.device_mesh.get_coordinate()
     if coordinates is None:
         return False
@@ -105,25 +125,29 @@ def is_first_copy(tensor: DTensor) -> bool:
 
 
 def replica_ranks(param: DTensor) -> tuple[int, ...]:
-    """The ranks that hold the same local tensor as this one, itself among them, in order; none outside of the mesh."""
+    """The ranks of the default group that hold the same local tensor as this one, which is among them, in order.
+
+    None outside of the mesh.
+    """
     mesh = param.device_mesh
     coordinates = mesh.get_coordinate()
     if coordinates is None:
         return ()
-    same_placement = tuple(
+    copies = tuple(
         slice(None) if placement.is_replicate() else coordinate
         for coordinate, placement in zip(coordinates, param.placements, strict=True)
     )
-    return tuple(sorted(mesh.mesh[same_placement].flatten().tolist()))
+    return tuple(sorted(mesh.mesh[copies].flatten().tolist()))
 
 
 def mesh_number(param: DTensor) -> int:
-    """A number above 0 that tells meshes apart unless they have ranks in common."""
+    """A positive number of the mesh of ``param``. Meshes without a common rank have different numbers."""
+    # Ranks do not know each other's meshes, but each knows the lowest rank of its own.
     return 1 + int(param.device_mesh.mesh.min())
 
 
 def global_offset_of(param: DTensor) -> tuple[int, ...]:
-    """Where the local tensor lies in the whole one: the offset along every dimension."""
+    """The offset of the local tensor in the whole tensor along each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -131,7 +155,10 @@ def global_offset_of(param: DTensor) -> tuple[int, ...]:
 
 
 def placement_problem(name: str, param: DTensor, ranks: Sequence[int], rounds_stochastically: bool) -> str | None:
-    """Why ``param`` cannot be updated where it is, with the remedy; None if it can. ``ranks``: of the process group."""
+    """The reason why ``param`` cannot be updated where it is, with a remedy; None if it can.
+
+    Called by the checks of the constructor and of ``add_param_group``. ``ranks`` are those of the process group.
+    """
     strange = [placement for placement in param.placements if not (placement.is_replicate() or _shards(placement))]
     if strange:
         return (
@@ -154,14 +181,15 @@ def placement_problem(name: str, param: DTensor, ranks: Sequence[int], rounds_st
 
 
 def _shards(placement: object) -> bool:
-    # _StridedShard is no Shard in some releases, and no sharding in others.
+    # _StridedShard is a subclass of Shard in some releases of torch only, and is_shard() is False for it in others.
     return type(placement).__name__ in ("Shard", "_StridedShard")
 
 
 def gradient_problem(name: str, param: Tensor, gradient: Tensor) -> str | None:
-    """Why ``gradient`` is not one of ``param``, either or both of which may be DTensors; None if it is.
+    """The reason why ``gradient`` cannot be used for ``param``, with a remedy; None if it can.
 
-    It may be placed otherwise on the mesh, as sequence parallelism leaves those of replicated parameters.
+    Either or both may be DTensors. A gradient with other placements on the parameter's mesh can be used, after
+    ``redistribute_gradient``: sequence parallelism makes such gradients for replicated parameters.
     """
     if is_dtensor(param) and is_dtensor(gradient):
         if param.device_mesh == gradient.device_mesh:
@@ -181,19 +209,21 @@ def gradient_problem(name: str, param: Tensor, gradient: Tensor) -> str | None:
 
 
 def redistribute_gradient(param: DTensor) -> None:
-    """Collective on the mesh: place ``p.grad`` as its parameter; torch's operators do so one by one."""
+    """Give ``p.grad`` the placements of its parameter. Collective on the mesh."""
     gradient = cast("DTensor", param.grad)
     param.grad = gradient.redistribute(param.device_mesh, param.placements)
 
 
 def reshard_modules() -> None:
-    """Make every FSDP2 module of this process gather its parameters anew before it uses them.
+    """Make every FSDP2 module of this process gather its parameters again before it uses them.
 
-    A module that keeps its parameters after forward (the root does by default) would go on with the gathered ones.
+    Called after parameters were written outside of a step. A module that keeps its gathered parameters after forward,
+    as the root does by default, would otherwise go on with the values from before.
     """
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
 
+    # The mapping is weak: a copy of its keys cannot change while modules reshard.
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             module.reshard()

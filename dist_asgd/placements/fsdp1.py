@@ -1,7 +1,9 @@
-"""What is known here of FSDP1 (``FullyShardedDataParallel``), which flattens a module's parameters and cuts that.
+"""All that this package knows of FSDP1 (``FullyShardedDataParallel``).
 
-part   what it leaves of a parameter on a rank between steps: a 1-D stretch of the flat one, of any length. Without
-       ``use_orig_params`` the parameter is the flat one itself, of which each rank has an equal stretch
+FSDP1 flattens the parameters of a module into one 1-D tensor and cuts it evenly over the ranks. Between steps a
+parameter is therefore a 1-D fragment of any length, empty on many ranks; without ``use_orig_params`` the only parameter
+of the module is this rank's shard of the flat tensor. Which elements a rank holds is known to the module only, so calls
+that need it are refused here with a remedy. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from collections.abc import Iterable
 from torch import Tensor
 
 
-def is_part(param: Tensor) -> bool:
+def is_managed(param: Tensor) -> bool:
     """Whether FSDP1 manages ``param``, with or without ``use_orig_params``."""
     return hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param")
 
 
 def refusal(call: str, remedy: str) -> RuntimeError:
-    """The error of a call that would have to know how FSDP1 has cut its parameters."""
+    """The error for a ``call`` that would have to know which elements this rank holds."""
     return RuntimeError(
         f"dist_asgd: {call} with parameters of FullyShardedDataParallel (FSDP1): how it has cut them only the module "
         f"knows. {remedy}, or use torch.distributed.fsdp.fully_shard (FSDP2)."
@@ -25,6 +27,6 @@ def refusal(call: str, remedy: str) -> RuntimeError:
 
 
 def refuse(call: str, params: Iterable[Tensor], remedy: str) -> None:
-    """Raise that where any of ``params`` is managed by FSDP1; on all ranks alike."""
-    if any(map(is_part, params)):
+    """Raise ``refusal(call, remedy)`` if any of ``params`` is managed by FSDP1; the same on all ranks."""
+    if any(map(is_managed, params)):
         raise refusal(call, remedy)

@@ -1,6 +1,7 @@
-"""Ranks that hold the same local tensors of DTensors, and share the work on them and the state.
+"""Replica groups: ranks that hold the same local tensors of DTensors, and share their state and the work on them.
 
-Each updates its shard of them; then all have them whole again.
+HSDP and the replicated parameters of tensor parallelism make such groups. Each rank of a group has the state of its
+shard of the local tensors and updates that; an all-gather inside the group makes the local tensors whole again.
 """
 
 from __future__ import annotations
@@ -18,36 +19,48 @@ from ..storage.memory_order import as_real
 
 @dataclass(frozen=True, slots=True)
 class ReplicaGroup:
-    """``ranks`` in order, as numbers in the default group; ``rank`` is this one's place among them."""
+    """The ranks of one replica group, in order.
+
+    ranks          their numbers in the default process group
+    rank           the position of this rank in ``ranks``
+    communicators  those of the optimizer, which make and keep the group's communicator
+    """
 
     ranks: tuple[int, ...]
     rank: int
     communicators: Communicators
 
     def on(self, device: torch.device) -> Communicator:
-        """The communicator of these ranks; collective on them where one is first asked for."""
+        """The communicator of these ranks for tensors on ``device``. Collective on them at the first call."""
         return self.communicators.among(self.ranks, device)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSharding:
-    """How replicas share the local tensor in ``slot``: each has the state of the piece in its shard."""
+    """How a replica group shares one local tensor, which lies in ``slot`` of ``layout``.
+
+    Each rank has the state of the fragment that lies in its shard. State dicts carry this object, so that a
+    ``ReplicaShardDTensor`` can gather its fragments.
+    """
 
     replicas: ReplicaGroup
     layout: BucketLayout
     slot: Slot
 
-    def gather(self, mine: Tensor) -> Tensor:
-        """Collective on the replicas: all of what each has its piece ``mine`` ``(piece_numel,)`` of, 1-D."""
+    def gather(self, fragment: Tensor) -> Tensor:
+        """Gather every rank's ``fragment`` ``(fragment_numel,)``; returns the local tensor, flat, ``(slot_numel,)``.
+
+        Collective on the replica group. Elements of a complex ``fragment``, and of the result, count once.
+        """
         numels = [self.layout.fragment(self.slot, rank).numel for rank in range(len(self.replicas.ranks))]
-        reals = as_real(mine)
-        # Rows of one length, as not all backends gather others.
+        reals = as_real(fragment)
+        # Gloo gathers only rows of one length; the tail of shorter fragments is never read.
         rows = reals.new_empty((len(numels), max(numels)))
         rows[self.replicas.rank, : reals.numel()] = reals
-        self.replicas.on(mine.device).all_gather(rows.view(-1))()
+        self.replicas.on(fragment.device).all_gather(rows.view(-1))()
         whole = torch.cat([row[:numel] for row, numel in zip(rows, numels, strict=True)])
-        return torch.view_as_complex(whole.view(-1, 2)) if mine.is_complex() else whole
+        return torch.view_as_complex(whole.view(-1, 2)) if fragment.is_complex() else whole
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplicaSharding:
-        """Itself: a process group cannot be copied."""
+        """Return the object itself, because a process group cannot be copied."""
         return self

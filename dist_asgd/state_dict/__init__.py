@@ -1,1 +1,4 @@
-"""State dicts of one optimizer: this rank's fragments, the full form, and loading either. Below the optimizer."""
+"""State dicts of one optimizer: the sharded form, the full form, and loading either.
+
+The optimizer calls ``StateDicts``; nothing here knows the optimizer's class, or files.
+"""

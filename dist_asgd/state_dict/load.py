@@ -1,4 +1,8 @@
-"""Reading a state dict: parsed and checked whole, agreed on by all ranks, and only then applied."""
+"""Loading a state dict: it is parsed and checked as a whole, agreed on by all ranks, and only then applied.
+
+``StateDicts`` first calls ``parse`` and ``fingerprint``, which change nothing, and after the agreement ``load_shards``
+and ``make_cohorts``.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,12 @@ from torch import Tensor
 
 from ..comm.agreement import Fingerprint
 from ..placements import fsdp1
-from ..placements.dtensor import is_dtensor, local_of, same_placement
+from ..placements.dtensor import is_dtensor, local_tensor, same_placement
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
-from .sharded import fragment_start
 
 STATE_KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
@@ -27,10 +30,13 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True, slots=True)
 class ParamState:
-    """The loaded state of one parameter; ``average`` is this rank's 1-D piece (``sharded``) or the whole ``ax``.
+    """The loaded state of one parameter.
 
-    ``master`` is the like of its float32 master, None where the dict has none.
-    ``fresh``: it has never stepped; ``state_dict()`` has entries for such parameters, torch.optim.ASGD's has none.
+    step, eta, mu  0-dim, on the host
+    average        ``ax``: this rank's fragment ``(numel,)`` if ``sharded``, else whole with the parameter's shape
+    master         the float32 master in the same form; None if the dict has none
+    fresh          whether the parameter has never stepped. ``state_dict()`` has entries for such parameters, and
+                   torch.optim.ASGD's has none
     """
 
     step: Tensor
@@ -43,13 +49,13 @@ class ParamState:
 
     @property
     def key(self) -> tuple[float, float, float, bool]:
-        """What parameters of one cohort share."""
+        """The values that parameters of one cohort have in common."""
         return (self.step.item(), self.eta.item(), self.mu.item(), self.fresh)
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedStateDict:
-    """A parsed state dict: an entry, or None, for each parameter index; and the groups' new values."""
+    """A parsed state dict: the entries by parameter index, and the new values of all groups."""
 
     entries: dict[int, ParamState]
     groups: list[dict[str, Any]]
@@ -57,10 +63,10 @@ class ParsedStateDict:
 
 @dataclass(frozen=True, slots=True)
 class ParamTarget:
-    """What a state dict must fit: one parameter, of which this rank holds ``numel`` elements from ``start`` on.
+    """One parameter, as the state in a dict must fit it: this rank holds ``numel`` elements of it from ``start`` on.
 
-    Elements are counted in the memory order of ``strides``. ``param`` is the parameter itself: where it is a DTensor,
-    ``strides``, ``start`` and ``numel`` are about its local tensor.
+    Elements are counted in the memory order of ``strides``, complex ones once. If ``param`` is a DTensor, ``strides``,
+    ``start`` and ``numel`` describe its local tensor.
     """
 
     name: str
@@ -74,26 +80,36 @@ class ParamTarget:
 
     @classmethod
     def of(cls, member: ShardedParam) -> ParamTarget:
-        """The place of a housed parameter; complex elements count once."""
+        """Return the target for a parameter that is sharded here or was before."""
         numel = member.fragment.numel // (2 if member.dtype.is_complex else 1)
         shape, has_master = tuple(member.param.shape), member.bucket.master is not None
         return cls(
-            member.name, member.dtype, shape, member.strides, fragment_start(member), numel, has_master, member.param
+            member.name, member.dtype, shape, member.strides, member.fragment_start, numel, has_master, member.param
         )
 
     @classmethod
     def of_whole(cls, name: str, param: Tensor) -> ParamTarget:
-        """The place of a parameter that is not sharded."""
+        """Return the target for a parameter that is not sharded."""
         return cls(name, param.dtype, tuple(param.shape), param.stride(), 0, param.numel(), False, param)
 
 
 def parse(
     state_dict: dict[str, Any],
     groups: Sequence[dict[str, Any]],
-    places: Sequence[ParamTarget],
+    targets: Sequence[ParamTarget],
     defaults: dict[str, Any],
 ) -> ParsedStateDict:
-    """Read ``state_dict``, changing nothing; ValueError says what does not fit. ``places`` in index order."""
+    """Parse and check ``state_dict``, and change nothing. No communication.
+
+    Args:
+        state_dict: a sharded, full or plain ``torch.optim.ASGD`` state dict.
+        groups: the optimizer's ``param_groups``.
+        targets: one per parameter, in index order.
+        defaults: the optimizer's defaults, for options that an older torch did not save.
+
+    Raises:
+        ValueError: the dict does not fit the optimizer.
+    """
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         empty = isinstance(state_dict, dict) and not state_dict
         raise ValueError(
@@ -119,7 +135,7 @@ def parse(
         raise ValueError(f"dist_asgd: the state dict has state for {unknown[:3]}, which no parameter group lists.")
     lr_of = {identity: group.get("lr") for group in saved_groups for identity in group["params"]}
     entries = {
-        index: _entry(places[index], state_dict["state"][identity], lr_of[identity])
+        index: _entry(targets[index], state_dict["state"][identity], lr_of[identity])
         for identity, index in index_of.items()
         if identity in state_dict["state"]
     }
@@ -129,96 +145,102 @@ def parse(
     return ParsedStateDict(entries, new_groups)
 
 
-def _entry(place: ParamTarget, saved: Any, lr: Any) -> ParamState:
+def _entry(target: ParamTarget, saved: Any, lr: Any) -> ParamState:
+    """Check the state of one parameter; ``lr`` is that of its group in the dict."""
     if not isinstance(saved, dict) or set(saved) - {MASTER_KEY} != set(STATE_KEYS):
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(
-            f"dist_asgd: the state of parameter {place.name} has {got}, wanted {list(STATE_KEYS)}: this is not the "
+            f"dist_asgd: the state of parameter {target.name} has {got}, wanted {list(STATE_KEYS)}: this is not the "
             f"state of an ASGD optimizer."
         )
     for key in ("step", "eta", "mu"):
         value = saved[key]
         if (isinstance(value, Tensor) and value.numel() != 1) or not isinstance(value, (Tensor, int, float)):
-            raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a number or a 1-element tensor.")
-    average, sharded = _tensor(place, saved, "ax")
-    if average.is_complex() != place.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
+            raise ValueError(f"dist_asgd: {key} of parameter {target.name} must be a number or a 1-element tensor.")
+    average, sharded = _tensor(target, saved, "ax")
+    if average.is_complex() != target.dtype.is_complex or not (average.is_complex() or average.is_floating_point()):
         raise ValueError(
-            f"dist_asgd: ax of parameter {place.name} has dtype {average.dtype}, the parameter has {place.dtype}."
+            f"dist_asgd: ax of parameter {target.name} has dtype {average.dtype}, the parameter has {target.dtype}."
         )
-    master, is_part = _master(place, saved)
-    if master is not None and sharded != is_part:
-        raise ValueError(f"dist_asgd: of ax and master of parameter {place.name} one is whole and one is a part.")
+    master, master_sharded = _master(target, saved)
+    if master is not None and sharded != master_sharded:
+        raise ValueError(f"dist_asgd: of ax and master of parameter {target.name} one is whole and one is a part.")
     step, eta, mu = (_scalar(saved[key]) for key in ("step", "eta", "mu"))
     fresh = step.item() == 0 and _is_lr(eta, lr)
     return ParamState(step, eta, mu, average, master, sharded, fresh)
 
 
-def _tensor(place: ParamTarget, saved: dict[str, Any], key: str) -> tuple[Tensor, bool]:
-    """The entry ``key`` of the shape that the parameter wants: this rank's slice, then True, or the whole."""
+def _tensor(target: ParamTarget, saved: dict[str, Any], key: str) -> tuple[Tensor, bool]:
+    """Return the tensor ``key``: this rank's fragment ``(numel,)`` and True, or the whole tensor and False."""
     value = saved[key]
     if not isinstance(value, Tensor):
-        raise ValueError(f"dist_asgd: {key} of parameter {place.name} must be a tensor, got {type(value).__name__}.")
-    if tuple(value.shape) != place.shape:
+        raise ValueError(f"dist_asgd: {key} of parameter {target.name} must be a tensor, got {type(value).__name__}.")
+    if tuple(value.shape) != target.shape:
         raise ValueError(
-            f"dist_asgd: {key} of parameter {place.name} has shape {tuple(value.shape)}, wanted {place.shape}. The "
+            f"dist_asgd: {key} of parameter {target.name} has shape {tuple(value.shape)}, wanted {target.shape}. The "
             f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
             f"whole."
         )
-    part = shard_tensor_of(value)
-    if is_dtensor(value) and (is_dtensor(place.param) or part is None):
-        return _local(place, key, value)
-    if part is None:
+    shard = shard_tensor_of(value)
+    if is_dtensor(value) and (is_dtensor(target.param) or shard is None):
+        return _local_fragment(target, key, value)
+    if shard is None:
         return value, False
-    if is_dtensor(place.param):
+    if is_dtensor(target.param):
         raise ValueError(
-            f"dist_asgd: {key} of parameter {place.name} is one rank's part of a flat bucket, and the parameter is a "
+            f"dist_asgd: {key} of parameter {target.name} is one rank's part of a flat bucket, and the parameter is a "
             f"DTensor. Load consolidated_state_dict(), or a checkpoint through torch.distributed.checkpoint."
         )
-    return _own_part(place, key, part), True
+    return _own_fragment(target, key, shard), True
 
 
-def _local(place: ParamTarget, key: str, value: Tensor) -> tuple[Tensor, bool]:
-    """This rank's part of a DTensor, 1-D; of one that is replicated, for a plain parameter, the whole."""
+def _local_fragment(target: ParamTarget, key: str, value: Tensor) -> tuple[Tensor, bool]:
+    """Return this rank's fragment of a DTensor and True.
+
+    For a plain parameter the DTensor must be replicated; its local tensor, which is whole, and False are returned.
+    """
     assert is_dtensor(value)
-    if not is_dtensor(place.param) and all(placement.is_replicate() for placement in value.placements):
-        return local_of(value), False
-    if not is_dtensor(place.param) or not same_placement(value, place.param):
-        wanted = list(place.param.placements) if is_dtensor(place.param) else "a plain parameter"
+    if not is_dtensor(target.param) and all(placement.is_replicate() for placement in value.placements):
+        return local_tensor(value), False
+    if not is_dtensor(target.param) or not same_placement(value, target.param):
+        wanted = list(target.param.placements) if is_dtensor(target.param) else "a plain parameter"
         raise ValueError(
-            f"dist_asgd: {key} of parameter {place.name} is a DTensor placed as {list(value.placements)}, for "
+            f"dist_asgd: {key} of parameter {target.name} is a DTensor placed as {list(value.placements)}, for "
             f"{wanted} of the optimizer. Load whole tensors (full_tensor(), or full_state_dict=True), or a checkpoint "
             f"through torch.distributed.checkpoint, which load under any sharding."
         )
-    part = shard_tensor_of(value)
-    if part is not None:
-        return _own_part(place, key, part), True
-    return in_memory_order(local_of(value), place.strides)[place.start : place.start + place.numel], True
+    shard = shard_tensor_of(value)
+    if shard is not None:
+        return _own_fragment(target, key, shard), True
+    return in_memory_order(local_tensor(value), target.strides)[target.start : target.start + target.numel], True
 
 
-def _master(place: ParamTarget, saved: dict[str, Any]) -> tuple[Tensor | None, bool]:
+def _master(target: ParamTarget, saved: dict[str, Any]) -> tuple[Tensor | None, bool]:
+    """Return the master, if the dict has one, and whether it is this rank's fragment."""
     if MASTER_KEY not in saved:
         return None, False
-    if not place.has_master:
+    if not target.has_master:
         raise ValueError(
-            f"dist_asgd: the state dict has a float32 master of parameter {place.name}, and this optimizer keeps none "
+            f"dist_asgd: the state dict has a float32 master of parameter {target.name}, and this optimizer keeps none "
             f"for it. Pass master_weights=True and 16-bit parameters, or delete the {MASTER_KEY!r} entries to go on "
             f"from the rounded parameters."
         )
-    master, is_part = _tensor(place, saved, MASTER_KEY)
+    master, sharded = _tensor(target, saved, MASTER_KEY)
     if master.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dist_asgd: the master of parameter {place.name} must be float32, got {master.dtype}.")
-    return master, is_part
+        raise ValueError(f"dist_asgd: the master of parameter {target.name} must be float32, got {master.dtype}.")
+    return master, sharded
 
 
-def _own_part(place: ParamTarget, key: str, value: ShardTensor) -> Tensor:
+def _own_fragment(target: ParamTarget, key: str, value: ShardTensor) -> Tensor:
+    """Return the fragment ``(numel,)`` that ``value`` holds; ValueError unless it has exactly this rank's elements."""
     shape, strides, start, numel = value.extent
-    same_order = all(size == 1 or a == b for size, a, b in zip(shape, strides, place.strides, strict=True))
-    if (numel and not same_order) or (numel, start if numel else 0) != (place.numel, place.start if numel else 0):
+    same_order = all(size == 1 or a == b for size, a, b in zip(shape, strides, target.strides, strict=True))
+    if (numel and not same_order) or (numel, start if numel else 0) != (target.numel, target.start if numel else 0):
         raise ValueError(
-            f"dist_asgd: {key} of parameter {place.name} is elements {start} to {start + numel} of "
-            f"{tuple(value.shape)} with strides {strides}; this rank holds elements {place.start} to "
-            f"{place.start + place.numel} with strides {place.strides}. The state dict is another rank's part, or of "
-            f"other buckets: load what this rank saved, on the same number of ranks with the same bucket_cap_mb and "
+            f"dist_asgd: {key} of parameter {target.name} is elements {start} to {start + numel} of "
+            f"{tuple(value.shape)} with strides {strides}; this rank holds elements {target.start} to "
+            f"{target.start + target.numel} with strides {target.strides}. The state dict is another rank's part, or "
+            f"of other buckets: load what this rank saved, on the same number of ranks with the same bucket_cap_mb and "
             f"shard_replicated, or use consolidated_state_dict(), save_checkpoint() or torch.distributed.checkpoint, "
             f"whose files load on any."
         )
@@ -226,11 +248,12 @@ def _own_part(place: ParamTarget, key: str, value: ShardTensor) -> Tensor:
 
 
 def _is_lr(eta: Tensor, lr: Any) -> bool:
+    """Whether ``eta`` is the group's lr, as it is before the first step."""
     return isinstance(lr, (Tensor, float, int)) and eta.item() == _scalar(lr).to(eta.dtype).item()
 
 
 def _scalar(value: Tensor | float) -> Tensor:
-    """A 0-dim host tensor of at least the scalars' dtype; old releases saved Python floats."""
+    """Return a 0-dim host tensor of at least the scalars' dtype; old releases of torch saved Python floats."""
     if isinstance(value, Tensor):
         dtype = torch.promote_types(value.dtype, scalar_dtype())
         return value.detach().reshape(()).to(device="cpu", dtype=dtype).clone()
@@ -238,12 +261,14 @@ def _scalar(value: Tensor | float) -> Tensor:
 
 
 def _plain_name(name: str) -> str:
+    """Return the name without the prefixes that DDP and ``torch.compile`` add."""
     while name.startswith(WRAPPER_PREFIXES):
         name = name.split(".", 1)[1]
     return name
 
 
 def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the new values of a group; ValueError if the dict names its parameters differently."""
     names, own_names = saved.get("param_names"), own.get("param_names")
     if names is not None and own_names is not None:
         for position, (got, wanted) in enumerate(zip(names, own_names, strict=True)):
@@ -254,9 +279,9 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
                 )
     loaded = {key: copy.deepcopy(value) for key, value in saved.items() if key != "params"}
     for key, value in defaults.items():
-        # Releases of torch that lacked an option behaved like its default.
+        # A release of torch that did not have an option behaved as its default does.
         loaded.setdefault(key, value)
-    # How this process runs is its own: a dict saved elsewhere does not change it.
+    # These options say how this process runs, and a dict that was saved elsewhere does not change that.
     for key in ("capturable", "differentiable", "fused"):
         loaded[key] = own[key]
     if own_names is not None:
@@ -266,17 +291,17 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
     return loaded
 
 
-def fingerprint(loaded: ParsedStateDict, places: Sequence[ParamTarget]) -> Fingerprint:
-    """What must be equal on all ranks of a loaded dict, its shards of ``ax`` apart."""
+def fingerprint(loaded: ParsedStateDict, targets: Sequence[ParamTarget]) -> Fingerprint:
+    """Return the fingerprint of a loaded dict: all of it but the values of ``ax`` and masters, which may be sharded."""
     entries: list[tuple[str, object]] = []
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
     for index, entry in sorted(loaded.entries.items()):
-        if fsdp1.is_part(places[index].param):
-            # Ranks that hold nothing of it have no entry.
+        if fsdp1.is_managed(targets[index].param):
+            # Ranks that hold nothing of an FSDP1 parameter have no entry for it.
             continue
         label = (
-            f"(step, eta, mu, never stepped), dtype of ax, whether it has a master, of parameter {places[index].name}"
+            f"(step, eta, mu, never stepped), dtype of ax, whether it has a master, of parameter {targets[index].name}"
         )
         entries.append((label, (entry.key, str(entry.average.dtype), entry.master is not None)))
     return Fingerprint("loaded state dicts", entries, "Load the same checkpoint on every rank.")
@@ -285,7 +310,7 @@ def fingerprint(loaded: ParsedStateDict, places: Sequence[ParamTarget]) -> Finge
 def make_cohorts(
     loaded: ParsedStateDict, members: Sequence[ShardedParam], groups: Sequence[dict[str, Any]]
 ) -> list[Cohort]:
-    """Parameters of one group with equal scalars share a cohort; those without an entry begin afresh."""
+    """Return new cohorts: parameters of a group with equal scalars share one, and those without an entry start anew."""
     cohorts: dict[object, Cohort] = {}
     for member in members:
         entry = loaded.entries.get(member.index)
@@ -303,48 +328,49 @@ def make_cohorts(
     return list(cohorts.values())
 
 
-def load_shards(loaded: ParsedStateDict, buckets: Sequence[StateBuffer]) -> list[StateBuffer]:
-    """Write every parameter's piece of ``ax`` and of its master; returns the buckets whose parameters masters changed.
+def load_shards(loaded: ParsedStateDict, buffers: Sequence[StateBuffer]) -> list[StateBuffer]:
+    """Write this rank's fragments of ``ax`` and of masters. No communication.
 
-    A parameter without a loaded master is its own. Where a loaded ``ax`` is wider than ``average_dtype``, the averages
-    of all parameters of that group and dtype are kept in the wider dtype, so that the result does not depend on which
-    of them share a bucket.
+    Returns the state buffers in which loaded masters changed parameters; the caller gathers those. A parameter without
+    a loaded master becomes its own master. If a loaded ``ax`` is wider than ``average_dtype``, the averages of all
+    parameters of that group and dtype are kept in the wider dtype, so that the result does not depend on which of them
+    share a buffer.
     """
     widest: dict[tuple[int, torch.dtype], torch.dtype] = {}
-    for bucket in buckets:
-        key = (bucket.group_index, bucket.param_dtype)
-        for member in bucket.members:
+    for buffer in buffers:
+        key = (buffer.group_index, buffer.param_dtype)
+        for member in buffer.members:
             entry = loaded.entries.get(member.index)
-            own = bucket.average_dtype if entry is None else entry.average.dtype.to_real()
-            widest[key] = torch.promote_types(widest.get(key, bucket.average_dtype), own)
-    for bucket in buckets:
-        dtype = widest[bucket.group_index, bucket.param_dtype]
-        if bucket.average.dtype != dtype:
-            bucket.average = torch.zeros(bucket.layout.shard_numel, dtype=dtype, device=bucket.device)
-        for member in bucket.members:
+            own = buffer.average_dtype if entry is None else entry.average.dtype.to_real()
+            widest[key] = torch.promote_types(widest.get(key, buffer.average_dtype), own)
+    for buffer in buffers:
+        dtype = widest[buffer.group_index, buffer.param_dtype]
+        if buffer.average.dtype != dtype:
+            buffer.average = torch.zeros(buffer.layout.shard_numel, dtype=dtype, device=buffer.device)
+        for member in buffer.members:
             entry = loaded.entries.get(member.index)
-            target = bucket.average[member.fragment.start : member.fragment.stop]
+            average = buffer.average[member.fragment.start : member.fragment.stop]
             if entry is None:
-                target.zero_()
+                average.zero_()
             else:
-                target.copy_(_piece(entry.average, member, entry.sharded))
-    return [bucket for bucket in buckets if _load_masters(loaded, bucket)]
+                average.copy_(_fragment(entry.average, member, entry.sharded))
+    return [buffer for buffer in buffers if _load_masters(loaded, buffer)]
 
 
-def _piece(value: Tensor, member: ShardedParam, sharded: bool) -> Tensor:
-    """This rank's part of a loaded tensor, 1-D and real."""
+def _fragment(value: Tensor, member: ShardedParam, sharded: bool) -> Tensor:
+    """Return this rank's fragment of a loaded tensor, 1-D and real."""
     if sharded:
         return as_real(value.resolve_conj())
     return member.fragment_of(value)
 
 
-def _load_masters(loaded: ParsedStateDict, bucket: StateBuffer) -> bool:
-    """Whether there were any; the same on all ranks."""
-    bucket.reset_masters()
+def _load_masters(loaded: ParsedStateDict, buffer: StateBuffer) -> bool:
+    """Write the loaded masters of a state buffer; return whether there were any, which is the same on all ranks."""
+    buffer.reset_masters()
     found = False
-    for member in bucket.members:
+    for member in buffer.members:
         entry = loaded.entries.get(member.index)
         if entry is not None and entry.master is not None:
             found = True
-            member.set_masters(_piece(entry.master, member, entry.sharded).float())
+            member.set_masters(_fragment(entry.master, member, entry.sharded).float())
     return found

@@ -1,4 +1,4 @@
-"""Parameter groups in state dicts: parameters as numbers, in the order of registration."""
+"""What every form of state dict has in common: packed parameter groups, the scalars, and the user's hooks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.optim import Optimizer
 from ..storage.buffers import ShardedParam
 from ..update.schedule import Cohort
 
-# How a process runs, not what it trains; torch.optim.ASGD's groups have no such key.
+# Keys that say how a process runs and not what it trains. The groups of torch.optim.ASGD do not have them.
 NOT_SAVED = ("fused",)
 
 
 def _snapshot(value: Any) -> Any:
-    # A Tensor lr changes in place; what was saved must not.
+    # A Tensor lr is changed in place later, and the state dict must keep the value of now.
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``param_groups`` with parameters numbered in order, as ``torch.optim`` packs them."""
+    """Return ``param_groups`` with numbers for the parameters, in order, as ``torch.optim`` packs them."""
     packed = []
     first = 0
     for group in groups:
@@ -36,34 +36,35 @@ def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def snapshots_of(members: Sequence[ShardedParam], cohort_of: dict[int, Cohort]) -> dict[int, dict[str, Tensor]]:
-    """Copies for each parameter index, on the host; where scalars are on a device, it is waited for once a cohort.
+    """Return copies of step, eta and mu on the host, by parameter index.
 
-    Parameters share none: whoever loads into them must not write one through another.
+    Every parameter gets tensors of its own, because loaders write into them in place. If scalars are on a device, the
+    host waits for it once per cohort.
     """
-    together: dict[int, list[ShardedParam]] = {}
+    by_cohort: dict[int, list[ShardedParam]] = {}
     for member in members:
-        together.setdefault(id(cohort_of[member.index]), []).append(member)
+        by_cohort.setdefault(id(cohort_of[member.index]), []).append(member)
     snapshots: dict[int, dict[str, Tensor]] = {member.index: {} for member in members}
-    for alike in together.values():
+    for alike in by_cohort.values():
         for key, scalar in cohort_of[alike[0].index].snapshot().items():
-            # A tensor each, made at once.
+            # One clone for all of them is much faster than one per parameter.
             for member, copied in zip(alike, scalar.expand(len(alike)).clone().unbind(), strict=True):
-                # As any other tensor, and no view to autograd.
+                # Without .data each would be a view of the clone, which autograd forbids to change in place.
                 snapshots[member.index][key] = copied.data
     return snapshots
 
 
-# --- hooks of the user's ---------------------------------------------------------------------------------
+# --- the user's hooks ------------------------------------------------------------------------------------
 
 
 def before_state_dict(optimizer: Optimizer) -> None:
-    """The state_dict pre-hooks."""
+    """Run the state_dict pre-hooks."""
     for hook in optimizer._optimizer_state_dict_pre_hooks.values():
         hook(optimizer)
 
 
 def after_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict post-hooks, on what they see in torch; the dict that they leave or return."""
+    """Run the state_dict post-hooks on ``state_dict``; return the dict, or the one that a hook returned instead."""
     for hook in optimizer._optimizer_state_dict_post_hooks.values():
         replaced = hook(optimizer, state_dict)
         if replaced is not None:
@@ -72,7 +73,7 @@ def after_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
 
 
 def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The load_state_dict pre-hooks, on a shallow copy; the dict to load."""
+    """Run the load_state_dict pre-hooks on a shallow copy, as torch does; return the dict to load."""
     state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = hook(optimizer, state_dict)
@@ -82,6 +83,6 @@ def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
 
 
 def after_load(optimizer: Optimizer) -> None:
-    """The load_state_dict post-hooks."""
+    """Run the load_state_dict post-hooks."""
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)

@@ -1,4 +1,4 @@
-"""One rank's part of the state, in torch's layout: what ``state_dict()`` hands out."""
+"""The sharded state dict: torch's layout with this rank's fragments. ``state_dict()`` returns it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class _Explained(type):
-    """Of classes whose name in an error is a remedy."""
+class _RemedyAsName(type):
+    """The metaclass of ``NotGatherable``: torch's error shows the class, and so the remedy."""
 
     def __repr__(cls) -> str:
         return (
@@ -32,18 +32,19 @@ class _Explained(type):
         )
 
 
-class FragmentMark(metaclass=_Explained):
-    """``False``, as the value of ``differentiable`` in the groups of one rank's part of the state.
+class NotGatherable(metaclass=_RemedyAsName):
+    """A ``False`` that torch's helpers for full state dicts refuse: they raise a TypeError that shows this class.
 
-    Helpers that gather "full" state take every tensor that is no DTensor for a whole one. This is of no kind that they
-    know, so they refuse it; for all others it is False, and it is written as False.
+    It is the value of ``differentiable`` in the groups of a sharded state dict. The helpers would take every tensor
+    that is not a DTensor for a whole one, and gather fragments as if they were. For all other code it equals False, and
+    it is pickled as False.
     """
 
     def __bool__(self) -> bool:
         return False
 
     def __eq__(self, other: object) -> bool:
-        return other is False or isinstance(other, FragmentMark)
+        return other is False or isinstance(other, NotGatherable)
 
     def __hash__(self) -> int:
         return hash(False)
@@ -55,92 +56,90 @@ class FragmentMark(metaclass=_Explained):
         return bool, (False,)
 
 
-# So that files with a mark in them load with torch.load(weights_only=True).
+# A pickled NotGatherable calls bool(False), which torch.load(weights_only=True) has to allow.
 torch.serialization.add_safe_globals([bool])
 
 
 AVERAGE = "ax"
-# Parts as they were made before, by the index of their parameter: taken again where they are still right.
+# The tensors that stand for averages, by parameter index: they are used again while they show the right memory.
 ShardTensorCache = dict[int, ShardTensor]
 
 
 def pack(
-    groups: Sequence[dict[str, Any]], shards: ParamShards, communicators: Communicators, known: ShardTensorCache
+    groups: Sequence[dict[str, Any]], shards: ParamShards, communicators: Communicators, cache: ShardTensorCache
 ) -> dict[str, Any]:
-    """torch's layout with this rank's part of each sharded tensor; the sharded ones are the live ones.
+    """Return torch's layout with this rank's fragment of each sharded tensor. No communication.
 
-    Parameters that are frozen and never stepped have no entry: torch's optimizer makes none for them either. Nor have
-    those of FSDP1 of which this rank holds nothing. ``known``: of averages.
+    Averages share memory with the optimizer's state, scalars and masters are copies. Frozen parameters that never
+    stepped have no entry, as in torch. FSDP1 parameters of which this rank holds nothing have none either.
     """
     cohort_of = shards.cohort_of
     members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
-    members = [m for m in members if m.param.numel() or not fsdp1.is_part(m.param)]
+    members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
-    view = _View(shards.members, communicators, known)
+    entries = _EntryTensors(shards.members, communicators, cache)
     for member in members:
         entry = state[member.index]
         if cohort_of[member.index].fresh:
-            # Before the first step eta follows the lr.
+            # torch makes the state in the first step, with the lr of then: until then eta follows the lr.
             lr = groups[member.bucket.group_index]["lr"]
             entry["eta"].copy_(torch.as_tensor(lr, dtype=entry["eta"].dtype, device="cpu").detach().reshape(()))
-        entry.update((key, view.of(member, key, slice_)) for key, slice_ in member.state_fragments().items())
+        entry.update((key, entries.get(member, key, own)) for key, own in member.state_fragments().items())
     packed = pack_groups(groups)
-    # Whatever else is sharded lies as the average does.
-    parts = {m.bucket.group_index for m in members if isinstance(state[m.index][AVERAGE], ShardTensor)}
+    # A master is a ShardTensor exactly if the average is one.
+    with_fragments = {m.bucket.group_index for m in members if isinstance(state[m.index][AVERAGE], ShardTensor)}
     for index, group in enumerate(packed):
-        # Live groups have this key and torch.optim.ASGD's have not: DCP neither writes nor asks for an empty mapping.
+        # torch's helpers expect the keys of live groups, and torch.optim.ASGD's checkpoints do not have this one. DCP
+        # neither writes an empty mapping nor asks for it.
         group["fused"] = {}
-        if index in parts:
-            group["differentiable"] = FragmentMark()
+        if index in with_fragments:
+            group["differentiable"] = NotGatherable()
     return {"state": state, "param_groups": packed}
 
 
-class _View:
-    """What stands for a slice: a part under the true shape, and beside DTensors the part of a DTensor.
+class _EntryTensors:
+    """Makes the tensors of a sharded state dict, which have the parameter's shape and hold this rank's fragment.
 
-    Of those torch's helpers make full state dicts, by the group that the ranks are in: not in hybrid sharding, where
-    the ranks of a replica have none that all know of.
+    They are ShardTensors. If the optimizer also has DTensors, they are DTensors, because get_state_dict(
+    full_state_dict=True) can gather those: their mesh is the optimizer's process group. Hybrid sharding has no process
+    group for one replica, so it stays with ShardTensors.
     """
 
-    def __init__(self, members: Sequence[ShardedParam], communicators: Communicators, known: ShardTensorCache) -> None:
+    def __init__(self, members: Sequence[ShardedParam], communicators: Communicators, cache: ShardTensorCache) -> None:
         self._communicators = communicators
-        self._known = known
+        self._cache = cache
         mixed = any(isinstance(member, DTensorParam) for member in members)
         self._group = communicators.group if mixed and communicators.num_replicas == 1 else None
         self._meshes: dict[str, DeviceMesh] = {}
 
-    def of(self, member: ShardedParam, key: str, slice_: Tensor) -> Tensor:
-        """``slice_`` is this rank's of ``member``; shares memory."""
-        known = self._known.get(member.index) if key == AVERAGE and self._group is None else None
-        if known is not None and known.shares_memory_with(slice_):
-            return known
-        shown = self._new(member, slice_)
-        if key == AVERAGE and isinstance(shown, ShardTensor) and not shown.is_inference():
-            self._known[member.index] = shown
-        return shown
+    def get(self, member: ShardedParam, key: str, fragment: Tensor) -> Tensor:
+        """Return the tensor for this rank's ``fragment`` ``(numel,)`` of the state ``key``; they share memory."""
+        cached = self._cache.get(member.index) if key == AVERAGE and self._group is None else None
+        if cached is not None and cached.shares_memory_with(fragment):
+            return cached
+        made = self._make(member, fragment)
+        # A tensor made in inference mode could not be changed outside of it later.
+        if key == AVERAGE and isinstance(made, ShardTensor) and not made.is_inference():
+            self._cache[member.index] = made
+        return made
 
-    def _new(self, member: ShardedParam, slice_: Tensor) -> Tensor:
+    def _make(self, member: ShardedParam, fragment: Tensor) -> Tensor:
         if isinstance(member, PreshardedParam):
-            return member.state_entry(slice_)
+            return member.state_entry(fragment)
         communicators, shape, strides = self._communicators, member.param.shape, member.strides
         if communicators.num_shards == 1 or member.param.numel() == 0:
-            return slice_.as_strided(shape, strides)
-        part = ShardTensor(slice_, shape, strides, fragment_start(member))
+            return fragment.as_strided(shape, strides)
+        shard = ShardTensor(fragment, shape, strides, member.fragment_start)
         if self._group is None:
-            return part
+            return shard
         from torch.distributed.device_mesh import DeviceMesh
 
         from ..placements.shard_dtensor import replicated_fragment
 
-        device_type = part.device.type
+        device_type = shard.device.type
         if device_type not in self._meshes:
             self._meshes[device_type] = DeviceMesh.from_group(self._group, device_type)
         replicas = ReplicaGroup(tuple(communicators.ranks), communicators.rank, communicators)
         return replicated_fragment(
-            self._meshes[device_type], part, ReplicaSharding(replicas, member.bucket.layout, member.slot)
+            self._meshes[device_type], shard, ReplicaSharding(replicas, member.bucket.layout, member.slot)
         )
-
-
-def fragment_start(member: ShardedParam) -> int:
-    """Where this rank's piece begins in the parameter, in memory order; complex elements count once."""
-    return member.fragment.param_start // (2 if member.dtype.is_complex else 1)

@@ -1,4 +1,4 @@
-"""The state of one optimizer as dicts in torch's layout: one rank's part, the whole, and loading either."""
+"""``StateDicts``: the optimizer's entry to this package."""
 
 from __future__ import annotations
 
@@ -17,32 +17,36 @@ from .packing import after_load, after_state_dict, before_load, before_state_dic
 
 
 class StateDicts:
-    """Hands out and takes the state of ``optimizer``; ``shards`` is None where nothing is sharded (differentiable)."""
+    """Makes and loads the state dicts of one optimizer, and runs the user's hooks at the right moments."""
 
     def __init__(
         self, optimizer: Optimizer, shards: ParamShards | None, communicators: Communicators, gatherer: Gatherer
     ) -> None:
+        """``shards`` is None if nothing is sharded (``differentiable=True``). No communication."""
         self._optimizer = optimizer
         self._shards = shards
         self._communicators = communicators
         self._gatherer = gatherer
-        self._known: sharded.ShardTensorCache = {}
+        self._cache: sharded.ShardTensorCache = {}
 
-    def part(self) -> dict[str, Any]:
-        """This rank's part; no communication."""
+    def sharded(self) -> dict[str, Any]:
+        """Return this rank's fragments, for ``state_dict()``. No communication."""
         optimizer = self._optimizer
         before_state_dict(optimizer)
         if self._shards is None:
             packed = unsharded.pack(optimizer.param_groups, optimizer.state)
         else:
-            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._known)
+            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._cache)
         return after_state_dict(optimizer, packed)
 
     @torch.no_grad()
-    def whole(self, to: int | None) -> dict[str, Any]:
-        """Collective: everything on rank ``to`` (None: on all), {} elsewhere."""
+    def full(self, to: int | None) -> dict[str, Any]:
+        """Return the whole state on rank ``to`` (None: on all ranks), and {} on the others. Collective.
+
+        ``consolidated_state_dict()`` calls it, once all ranks agree on ``to``. Hooks run only on ranks that get it.
+        """
         if self._shards is None:
-            return self.part()
+            return self.sharded()
         here = to is None or to == self._communicators.rank
         if here:
             before_state_dict(self._optimizer)
@@ -52,20 +56,25 @@ class StateDicts:
         packed = {"state": state, "param_groups": pack_groups(self._optimizer.param_groups)}
         return after_state_dict(self._optimizer, packed)
 
-    def read(self, state_dict: dict[str, Any]) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
-        """Parse and check all of ``state_dict``, changing nothing: what to apply, and to agree on before that."""
+    def parse(self, state_dict: dict[str, Any]) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
+        """Parse and check ``state_dict``. No communication, and nothing changes but what pre-hooks do.
+
+        Returns the parsed state and its fingerprint, which all ranks compare before any of them applies the state. If
+        the dict does not fit, the state is None and the third value is the error, for all ranks to raise.
+        """
         groups = self._optimizer.param_groups
         try:
-            places = self._places()
+            targets = self._targets()
             state_dict = before_load(self._optimizer, state_dict)
-            loaded = load.parse(state_dict, groups, places, self._optimizer.defaults)
+            loaded = load.parse(state_dict, groups, targets, self._optimizer.defaults)
             for index, group in enumerate(loaded.groups):
                 check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
-            return loaded, load.fingerprint(loaded, places), None
+            return loaded, load.fingerprint(loaded, targets), None
         except Exception as error:
             return None, NO_FINGERPRINT, error
 
-    def _places(self) -> list[load.ParamTarget]:
+    def _targets(self) -> list[load.ParamTarget]:
+        """Return what the state of each parameter must fit, in index order."""
         if self._shards is not None:
             return [load.ParamTarget.of(member) for member in self._shards.members]
         groups = self._optimizer.param_groups
@@ -74,10 +83,13 @@ class StateDicts:
 
     @torch.no_grad()
     def apply(self, loaded: load.ParsedStateDict) -> None:
-        """Collective: take over what all ranks have read."""
+        """Replace the optimizer's state by the one that ``parse`` returned. Collective.
+
+        All ranks have agreed on it before: from here on only a lost peer stops them.
+        """
         groups = self._optimizer.param_groups
-        # Averages may move to wider storage.
-        self._known.clear()
+        # Averages may move to wider storage, so the cached tensors may show memory that is no longer used.
+        self._cache.clear()
         for group, values in zip(groups, loaded.groups, strict=True):
             params = group["params"]
             group.clear()
@@ -85,9 +97,10 @@ class StateDicts:
         if self._shards is None:
             unsharded.apply(loaded, groups, self._optimizer.state)
         else:
-            for store in load.load_shards(loaded, self._shards.state_buffers):
-                self._gatherer.launch(store)
-                store.on_params_written()
+            # Loaded masters change this rank's shard of the parameters, so the other ranks need it.
+            for buffer in load.load_shards(loaded, self._shards.state_buffers):
+                self._gatherer.launch(buffer)
+                buffer.on_params_written()
             self._gatherer.wait()
             self._shards.replace_cohorts(load.make_cohorts(loaded, self._shards.members, groups))
         after_load(self._optimizer)

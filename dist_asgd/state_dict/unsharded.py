@@ -1,4 +1,4 @@
-"""State dicts where nothing is sharded (``differentiable=True``): torch's own layout over ``optimizer.state``."""
+"""State dicts of an optimizer that shards nothing (``differentiable=True``), in torch's own layout."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .packing import pack_groups
 
 
 def pack(groups: Sequence[dict[str, Any]], state: Any) -> dict[str, Any]:
-    """torch's own state dict; tensors are the live ones, as in torch."""
+    """Return torch's own state dict of ``optimizer.state``; its tensors are the live ones, as in torch."""
     params = [param for group in groups for param in group["params"]]
     return {"state": {i: dict(state[p]) for i, p in enumerate(params)}, "param_groups": pack_groups(groups)}
 
 
 def apply(loaded: ParsedStateDict, groups: Sequence[dict[str, Any]], state: Any) -> None:
-    """Replace the state by a loaded one; nothing is cast to a narrower dtype."""
+    """Replace ``optimizer.state`` by the loaded state; no tensor is cast to a narrower dtype."""
     params = [(param, group["lr"]) for group in groups for param in group["params"]]
     for index, (param, lr) in enumerate(params):
         state[param] = init_state(param, lr)

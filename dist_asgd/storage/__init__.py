@@ -1,1 +1,1 @@
-"""Flat storage of parameters and state on this rank: layout, buffers, memory order, masters, snapshots."""
+"""The flat memory of parameters and state on this rank: layout, buckets, memory order, masters, snapshots."""

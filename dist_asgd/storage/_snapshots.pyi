@@ -1,4 +1,4 @@
-"""The compiled module snapshots.c; see there."""
+"""Types of the compiled module, which snapshots.c documents."""
 
 from array import array
 

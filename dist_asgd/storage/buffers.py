@@ -1,9 +1,14 @@
-"""Flat storage on a layout: parameters become views of it, so an all-gather is in rng_offset and copies nothing.
+"""State buffers and buckets: the flat memory of parameters and state on this rank, and the parameters that lie in it.
 
-A ``StateBuffer`` keeps what belongs to parameters of one group, dtype and device on this rank: their average ``ax`` and what
-masters need. A ``Bucket`` is the store that also owns the storage of its parameters (whole) and, in stage 2, of their
-reduced gradient (this rank's shard). A ``ShardedParam`` is one parameter of a store, ``BucketParam`` where it is at home in a
-bucket. Complex parameters are stored as pairs of reals; every count here is in real elements.
+state buffer  ``StateBuffer``: the average ``ax``, and what masters need, of parameters of one group, dtype and device.
+              Presharded parameters have state buffers of their own (``placements/presharded.py``)
+bucket        ``Bucket``: a state buffer that also holds its parameters, whole, and in stage 2 this rank's shard of
+              their reduced gradient. Parameters become views of it: an all-gather writes them in place, without a copy
+member        a parameter as one of its bucket or state buffer: ``ShardedParam``, and ``BucketParam`` in a bucket. All
+              the members of an optimizer together are its parameters
+
+``state.py`` builds and keeps them; gradients, updates, gathers and state dicts work on them bucket by bucket. Complex
+parameters are stored as pairs of reals, and every count here is in real elements. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from .memory_order import flattened, memory_strides
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtypes that are kept and sent beside the parameters' own, as the constructor's options name them."""
+    """The dtypes, besides the parameters' own, in which values are kept and sent: options of the constructor."""
 
     average_dtype: torch.dtype | None = None
     master_weights: bool = False
@@ -30,17 +35,20 @@ class Precision:
     reduce_dtype: torch.dtype | None = None
 
     def options(self) -> dict[str, str]:
-        """By name, as plain values."""
+        """The options by name, as plain values: ranks compare them."""
         return {key: str(value) for key, value in asdict(self).items()}
 
 
 class ShardedParam(ABC):
-    """One parameter of a store, and the piece of it that this rank updates.
+    """One parameter of a bucket or state buffer (a member), and the fragment of it that this rank updates.
 
-    ``index`` counts all parameters of the optimizer in registration order; it names the parameter's bit in what
-    ranks tell each other. ``name`` is the user's where parameters were given with names. ``piece`` says where the
-    store has its elements, and where in the gradient they begin; ``strides`` are those of the memory order in which
-    elements are counted.
+    param     the user's parameter
+    name      the user's name for it if parameters were passed with names, else its place in ``param_groups``
+    index     its number among all parameters of the optimizer, in registration order, and its bit in bit masks
+    bucket    the bucket or state buffer that has its state
+    slot      where its elements lie in that buffer's layout
+    fragment  which of its elements this rank updates, and where in this rank's shard their state lies
+    strides   those of the memory order in which its elements are counted
     """
 
     __slots__ = ("bucket", "fragment", "index", "name", "param", "slot", "strides")
@@ -60,7 +68,10 @@ class ShardedParam(ABC):
     @property
     @abstractmethod
     def is_unmoved(self) -> bool:
-        """Whether the parameter still is where and what construction made it."""
+        """Whether the parameter still has the memory, shape, strides, dtype and device that it had at construction.
+
+        The memory of a presharded parameter may be another: it is followed.
+        """
 
     def check_unmoved(self) -> None:
         """RuntimeError unless ``is_unmoved``."""
@@ -74,96 +85,111 @@ class ShardedParam(ABC):
     @property
     @abstractmethod
     def gradient(self) -> Tensor | None:
-        """What ``p.grad`` holds on this rank: a plain tensor, laid out as ``strides`` or otherwise."""
+        """The plain tensor that ``p.grad`` is or holds on this rank, of any strides; None if there is no gradient."""
 
     @property
     @abstractmethod
     def rng_offset(self) -> int:
-        """Where the piece begins in the whole parameter, in memory order: what random numbers are drawn by."""
+        """The place of the fragment's first element in the whole parameter, in memory order.
+
+        Stochastic rounding draws random numbers by place, so that they do not depend on how parameters are sharded.
+        """
 
     @abstractmethod
     def param_range(self, start: int, stop: int) -> Tensor:
-        """The parameter's elements ``[start, stop)`` of the store, 1-D: a view, of neighbours' too in a bucket."""
+        """The parameter's elements whose state is ``[start, stop)`` of this rank's shard: ``(stop - start,)``, a view.
+
+        In a bucket the range may go on into the fragments of its neighbours.
+        """
 
     @abstractmethod
     def fragment_of(self, whole: Tensor) -> Tensor:
-        """This rank's piece of a tensor of the parameter's shape, 1-D and real."""
+        """This rank's fragment of ``whole``, a tensor of the parameter's shape: ``(fragment_numel,)``, as reals."""
 
     @abstractmethod
-    def state_entry(self, slice_: Tensor) -> Tensor:
-        """``slice_`` ``(piece_numel,)``, this rank's part of sharded state, as ``optimizer.state`` shows it; a view."""
+    def state_entry(self, fragment: Tensor) -> Tensor:
+        """This rank's ``fragment`` ``(fragment_numel,)`` of sharded state as ``optimizer.state`` shows it; a view."""
 
     @property
     @abstractmethod
     def norm_owner(self) -> int:
-        """Ranks that name the same number hold, together and each once, the whole parameter; 0: nothing to count."""
+        """The number of the set of ranks that counts this parameter in the global norm.
+
+        Ranks with the same number hold disjoint fragments that add up to the whole parameter. 0: this rank's fragment
+        is empty or a copy, and is not counted.
+        """
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameter's dtype; the store's is its real counterpart."""
+        """The parameter's dtype; that of its bucket is the real counterpart."""
         return self.bucket.param_dtype
 
     @property
     def average(self) -> Tensor:
-        """This rank's 1-D slice of ``ax``, in memory order: ``(piece_numel,)``, complex for a complex parameter."""
+        """This rank's fragment of ``ax``: ``(fragment_numel,)`` in memory order, complex for a complex parameter."""
         reals = self.bucket.average[self.fragment.start : self.fragment.stop]
         return torch.view_as_complex(reals.view(-1, 2)) if self.bucket.param_dtype.is_complex else reals
 
-    def state_fragments(self) -> dict[str, Tensor]:
-        """The sharded state of this parameter by its key in state dicts: this rank's 1-D slice of each.
+    @property
+    def fragment_start(self) -> int:
+        """Where the fragment begins in memory order, in elements of the parameter's dtype: complex ones count once."""
+        return self.fragment.param_start // (2 if self.dtype.is_complex else 1)
 
-        ``ax`` is the live one, ``master`` a new float32 tensor.
+    def state_fragments(self) -> dict[str, Tensor]:
+        """This rank's fragment ``(fragment_numel,)`` of each sharded state, by its key in state dicts.
+
+        ``ax`` is the live state, ``master`` a new float32 tensor.
         """
-        slices = {"ax": self.average}
+        fragments = {"ax": self.average}
         if self.bucket.master is not None:
-            slices["master"] = self.masters()
-        return slices
+            fragments["master"] = self.masters()
+        return fragments
 
     def masters(self) -> Tensor:
-        """A copy of the float32 masters of the piece; only where there are masters."""
+        """The float32 masters of the fragment, ``(fragment_numel,)``, as a copy; only if the bucket has masters."""
         assert self.bucket.master is not None
         start, stop = self.fragment.start, self.fragment.stop
         out = torch.empty(stop - start, dtype=torch.float32, device=self.bucket.device)
         return masters.read(self.param_range(start, stop), self.bucket.master[start:stop], out)
 
     def set_masters(self, values: Tensor) -> None:
-        """Set the masters of the piece, and the parameter with them, to float32 ``values`` ``(piece_numel,)``."""
+        """Set the masters of the fragment to float32 ``values`` ``(fragment_numel,)``, and the parameter with them."""
         assert self.bucket.master is not None
         start, stop = self.fragment.start, self.fragment.stop
         masters.write(values, self.param_range(start, stop), self.bucket.master[start:stop])
 
 
 class BucketParam(ShardedParam):
-    """A parameter that was moved into a bucket: whole on every rank, which updates the piece in its shard.
+    """A parameter that was moved into a bucket: whole on every rank, which updates the fragment in its shard."""
 
-    ``pointer`` and ``view_strides`` are of the view that the parameter became.
-    """
-
-    __slots__ = ("_shape", "pointer", "view_strides")
+    __slots__ = ("_address", "_shape", "_view_strides")
 
     bucket: Bucket
 
     def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
         super().__init__(param, name, index, slot, bucket.layout.fragment(slot, rank), memory_strides(param))
         self.bucket = bucket
-        home = bucket.flat[slot.offset : slot.stop]
+        view = bucket.flat[slot.offset : slot.stop]
         if param.is_complex():
-            home = torch.view_as_complex(home.view(-1, 2))
-        home = home.as_strided(param.shape, self.strides)
-        home.copy_(param.detach())
-        param.data = home
-        self.pointer = param.data_ptr()
+            view = torch.view_as_complex(view.view(-1, 2))
+        # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
+        view = view.as_strided(param.shape, self.strides)
+        view.copy_(param.detach())
+        # Modules, hooks and autograd keep the parameter object; only its memory is another now.
+        param.data = view
+        self._address = param.data_ptr()
         self._shape = param.shape
-        self.view_strides = param.stride()
+        self._view_strides = param.stride()
 
     @property
     def is_unmoved(self) -> bool:
+        # If any of these differs, an update of the bucket would not reach the parameter.
         param = self.param
         return (
-            param.data_ptr() == self.pointer
+            param.data_ptr() == self._address
             and param.dtype == self.bucket.param_dtype
             and param.shape == self._shape
-            and param.stride() == self.view_strides
+            and param.stride() == self._view_strides
         )
 
     @property
@@ -182,26 +208,29 @@ class BucketParam(ShardedParam):
             self.fragment.param_start : self.fragment.param_start + self.fragment.numel
         ]
 
-    def state_entry(self, slice_: Tensor) -> Tensor:
-        return slice_
+    def state_entry(self, fragment: Tensor) -> Tensor:
+        return fragment
 
     @property
     def norm_owner(self) -> int:
+        # In hybrid sharding every replica has equal gradients: the first one counts.
         return int(self.fragment.numel > 0 and self.bucket.replica == 0)
 
 
 class StateBuffer:
-    """What is kept on this rank for parameters of one group, dtype and device.
+    """The state on this rank of parameters of one group, dtype and device.
 
-    average   (shard_numel,)            ``ax`` of what this rank updates, in ``average_dtype`` or, after a load, wider
-    master    (shard_numel,) or None    what is kept beside the parameters for float32 masters; see ``masters.py``
-
-    ``seed`` is that of stochastic rounding, None without it. ``gradient_dtype`` is what the update reads.
+    average         (shard_numel,)          ``ax`` of this rank's shard, in ``average_dtype`` or, after a load, wider
+    master          (shard_numel,) or None  the part of float32 masters that parameters do not hold, see ``masters.py``
+    members         the parameters, in the order of their slots
+    param_dtype     the parameters' dtype; ``dtype`` is its real counterpart, in which elements are stored
+    gradient_dtype  the dtype in which the update reads gradients
+    seed            the seed of stochastic rounding; None if parameters are rounded to nearest
     """
 
-    # The parameters, whole, where every rank has to get them after an update; None where nobody does.
+    # The whole parameters, if an all-gather has to bring them to every rank after an update; else None.
     flat: Tensor | None = None
-    # Whether every member's parameter is a tensor of its own.
+    # Whether each member's memory is its own, so that an update cannot run over several members at once.
     separate_params = True
 
     members: Sequence[ShardedParam]
@@ -214,8 +243,10 @@ class StateBuffer:
         self.gradient_dtype = self.dtype
         self.device = like.device
         narrow = self.dtype.itemsize == 2
+        # 16 bits cannot hold a running mean: after some hundred steps its changes are rounded away.
         asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
+        # State exists from construction on, with the same keys on every rank: saving needs no step before it.
         self.average = torch.zeros(layout.shard_numel, dtype=self.average_dtype, device=self.device)
         self.master: Tensor | None = None
         if narrow and precision.master_weights:
@@ -224,31 +255,35 @@ class StateBuffer:
 
     @property
     def updates_in_float32(self) -> bool:
-        """Whether 16-bit parameters are updated in float32 and rounded once: with masters, or stochastically."""
+        """Whether 16-bit parameters are updated in float32 and rounded once: with masters or stochastic rounding."""
         return self.master is not None or self.seed is not None
 
     def reset_masters(self) -> None:
-        """Let the parameters be their own masters."""
+        """Set the masters to the parameters' present values: at construction, and after a load without masters."""
         if self.master is not None:
             for member in self.members:
                 member.set_masters(member.param_range(member.fragment.start, member.fragment.stop).float())
 
     def reduced_gradient(self) -> Tensor | None:
-        """The reduced gradient ``(shard_numel,)``, where it is kept here; None where it stands on the parameters."""
+        """The reduced gradient ``(shard_numel,)`` if this optimizer reduced it (stage 2); None if ``p.grad`` has it."""
         return None
 
     def on_params_written(self) -> None:
-        """Called where parameters were changed outside of a step: whoever keeps copies of them drops those."""
+        """Make modules that keep copies of the parameters drop them.
+
+        Called after parameters were written outside of a step (averages, loads).
+        """
 
 
 class Bucket(StateBuffer):
-    """The storage of one bucket on this rank.
+    """One bucket: the state buffer of plain parameters, and the memory of those parameters.
 
-    flat      (world_size * shard_numel,)  the parameters, whole
-    shard     (shard_numel,)               this rank's part of ``flat``
-    gradient  (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
-
-    Gradients are sent in ``wire_dtype`` and kept in ``gradient_dtype``. ``replica`` numbers equal copies of all shards.
+    flat        (world_size * shard_numel,)  the whole parameters, with zeros as padding
+    shard       (shard_numel,)               this rank's shard of ``flat``, a view
+    gradient    (shard_numel,) or None       stage 2: the reduced gradient of the shard, kept between steps
+    wire_dtype  the dtype in which gradients are sent; they are kept in ``gradient_dtype``
+    replica     the number of this rank's copy of all shards in hybrid sharding, else 0
+    trainable   whether the parameters required gradients at construction: only such buckets take part in rounds
     """
 
     separate_params = False
@@ -264,7 +299,7 @@ class Bucket(StateBuffer):
         self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
         self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
         self.wire_dtype = precision.reduce_dtype or self.dtype
-        # A sum that is wider than a 16-bit parameter stays so; float32 and float64 ones need no wider.
+        # A sum that was made in a wider dtype than a 16-bit parameter's stays wide. float32 sums need no wider one.
         narrow = self.dtype.itemsize == 2
         self.gradient_dtype = torch.float32 if narrow and self.wire_dtype != self.dtype else self.dtype
         self.gradient: Tensor | None = None
@@ -272,6 +307,7 @@ class Bucket(StateBuffer):
         self._clear_padding()
 
     def _clear_padding(self) -> None:
+        # An update runs over the padding between parameters too, so there must be numbers and not stale memory.
         offset = 0
         for slot in self.layout.slots:
             self.flat[offset : slot.offset].zero_()
@@ -279,7 +315,8 @@ class Bucket(StateBuffer):
         self.flat[offset:].zero_()
 
     def gradient_shard(self) -> Tensor:
-        """The gradient shard, allocated on first use and kept: ``(shard_numel,)``."""
+        """The reduced gradient of the shard, ``(shard_numel,)``; allocated at the first call and kept from then on."""
+        # It is kept because fresh memory costs a page fault for every page, in every step.
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.shard, dtype=self.gradient_dtype)
         return self.gradient
@@ -288,7 +325,10 @@ class Bucket(StateBuffer):
         return self.gradient
 
     def state_shards(self) -> dict[str, Tensor]:
-        """This rank's shard ``(shard_numel,)`` of all state, by its key in state dicts; a new tensor for masters."""
+        """This rank's shard ``(shard_numel,)`` of each sharded state, by its key in state dicts.
+
+        ``ax`` is the live state, ``master`` a new float32 tensor.
+        """
         shards = {"ax": self.average}
         if self.master is not None:
             out = torch.empty_like(self.average, dtype=torch.float32)
@@ -296,11 +336,16 @@ class Bucket(StateBuffer):
         return shards
 
     def reset_masters(self) -> None:
+        # One call for the whole shard, instead of one for each member.
         if self.master is not None:
             masters.write(self.shard.float(), self.shard, self.master)
 
     def pack(self, gradients: Sequence[Tensor | None], packed: Sequence[tuple[int, int]], out: Tensor) -> None:
-        """Copy gradients to ``out``: (member, offset) pairs, in order. Zeros for None and wherever nothing goes."""
+        """Copy gradients to ``out``, a send buffer; called by the reducer before it sends the bucket.
+
+        ``gradients`` has one entry for each member, of any strides. ``packed`` has (position of a member, offset in
+        ``out``) pairs in the order of offsets; gradients that are None, and the gaps, become zeros.
+        """
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         zeros: list[Tensor] = []
@@ -316,8 +361,10 @@ class Bucket(StateBuffer):
                 targets.append(out[offset:stop])
                 sources.append(flattened(gradient, member.strides))
             filled = stop
+        # Stale values in the gaps would be summed into the padding of the shards.
         if filled < out.numel():
             zeros.append(out[filled:])
+        # One operator for all members: a bucket may have hundreds of small ones.
         if targets:
             torch._foreach_copy_(targets, sources)
         if zeros:
@@ -334,15 +381,15 @@ def build_buckets(
     cap_bytes: int,
     precision: Precision,
 ) -> list[Bucket]:
-    """Move plain parameters of one group, (index, name, parameter) each, into buckets.
+    """Move the plain parameters of one group, given as (index, name, parameter), into buckets.
 
-    Bucket by bucket: at most one is held twice meanwhile. Parameters of a bucket share dtype, device and
-    ``requires_grad``; they are taken in reverse registration order, which is about the order in which backward
-    produces their gradients.
+    The parameters of a bucket share dtype, device and ``requires_grad``. They are taken in reverse registration order,
+    which is about the order in which backward produces their gradients. Bucket sizes follow ``fill_buckets``.
     """
     classes: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
     for position in reversed(range(len(params))):
         param = params[position][2]
+        # A frozen parameter gets no gradient, and would keep a bucket of trainable ones from ever being full.
         classes.setdefault((param.dtype, param.device, param.requires_grad), []).append(position)
     buckets: list[Bucket] = []
     for (dtype, _, _), positions in classes.items():
@@ -352,6 +399,7 @@ def build_buckets(
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
             layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
             bucket = Bucket(layout, params[positions[chosen[0]]][2], group_index, rank, replica, precision)
+            # A parameter's old memory is freed as it moves: at most one bucket of parameters exists twice.
             for i, slot in zip(chosen, layout.slots, strict=True):
                 index, name, param = params[positions[i]]
                 bucket.members.append(BucketParam(param, name, index, bucket, slot, rank))
@@ -361,14 +409,15 @@ def build_buckets(
 
 
 def reduce_order(buckets: Sequence[Bucket], group_sizes: Sequence[int], first_indices: Sequence[int]) -> list[Bucket]:
-    """Buckets in the order in which backward is expected to fill them, the same on every rank.
+    """The buckets in the order in which backward is expected to fill them; the same on every rank.
 
-    A bucket is full when its earliest-registered parameter has its gradient; where groups were registered side
-    by side (weights and biases, say), a parameter's rng_offset is taken relative to its group.
+    ``group_sizes`` and ``first_indices`` give the number of parameters of each group, and the index of its first. A
+    bucket is full when its earliest registered parameter has its gradient. How early that is counts relative to the
+    parameter's group, because groups often cover the same layers (weights and biases, for example).
     """
 
-    def rng_offset(bucket: Bucket) -> float:
+    def earliest(bucket: Bucket) -> float:
         size, first = group_sizes[bucket.group_index], first_indices[bucket.group_index]
         return min((member.index - first + 0.5) / size for member in bucket.members)
 
-    return sorted(buckets, key=rng_offset, reverse=True)
+    return sorted(buckets, key=earliest, reverse=True)

@@ -1,14 +1,14 @@
-"""Integers only: which bucket holds a parameter, and which part of it each rank owns.
+"""The layout of buckets, in integers only: where each parameter lies, and which of its elements each rank owns.
 
-Vocabulary
-----------
-bucket   one flat buffer that holds several parameters of one group, dtype and device
-slot     where one parameter lies in its bucket
-shard    the equal, contiguous part of a bucket that one rank owns and updates
-piece    the part of one parameter that lies in one rank's shard
-padding  elements of a bucket that belong to no parameter
+bucket      one flat buffer that holds several parameters of one group, dtype and device
+slot        where one parameter lies in its bucket
+shard       the equal, contiguous range of a bucket that one rank owns and updates
+fragment    the elements of one parameter that lie in one rank's shard
+padding     elements of a bucket that belong to no parameter
+send range  a range of a shard that is sent in one message: from the gradient itself, or packed with its neighbours
 
-All counts are in real elements: a complex parameter of n elements counts 2·n.
+The sizes of buckets are decided here, by ``bucket_cap_bytes`` and ``fill_buckets``. All counts are in real elements: a
+complex parameter of n elements counts 2·n.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+# A cache line: no two parameters share one, and vector instructions of any width start aligned.
 ALIGN_BYTES = 64
 MIB = 1 << 20
-# What has at least this size is sent from where it lies, where the backend can; smaller pieces share a message.
+# A gradient of at least this size is sent from its own memory if the backend can; smaller ones are packed, because a
+# message costs more than a copy of this size.
 DIRECT_BYTES = 1 << 18
-# How many buckets a model makes at least, by stage. Stage 2: gradients in flight are a few buckets, and should be
-# small beside the shards. Stage 1: enough to gather one while another is updated.
+# How many buckets a model makes at least, by stage. In stage 2 the gradients of a few buckets are in flight, and they
+# should be small beside the shards. In stage 1 one bucket is gathered while another is updated.
 MIN_BUCKETS = {1: 4, 2: 20}
 
 
@@ -39,7 +41,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements of a parameter in a shard: ``shard[start:stop]`` is ``param[param_start:][:numel]``."""
+    """The elements of one parameter in one shard: ``shard[start:stop]`` is ``param[param_start:][:numel]``."""
 
     start: int
     stop: int
@@ -52,7 +54,7 @@ class Fragment:
 
 @dataclass(frozen=True, slots=True)
 class BucketLayout:
-    """The slots of a bucket and its cut into ``world_size`` equal shards, each a multiple of 64 bytes."""
+    """The slots of a bucket, in order, and its cut into ``world_size`` equal shards, each a multiple of 64 bytes."""
 
     slots: tuple[Slot, ...]
     shard_numel: int
@@ -67,27 +69,29 @@ class BucketLayout:
         return self.numel - sum(slot.numel for slot in self.slots)
 
     def fragment(self, slot: Slot, rank: int) -> Fragment:
-        """The part of ``slot`` in the shard of ``rank``; empty where that rank owns nothing of it."""
+        """The fragment of ``slot`` in the shard of ``rank``; empty if that rank owns no element of it."""
         shard_start = rank * self.shard_numel
         start = min(max(slot.offset, shard_start), slot.stop)
         stop = max(min(slot.stop, shard_start + self.shard_numel), start)
         if start == stop:
+            # All empty fragments are equal, and slice any shard to nothing.
             return Fragment(0, 0, 0)
         return Fragment(start - shard_start, stop - shard_start, start - slot.offset)
 
     def owners(self, slot: Slot) -> Iterator[tuple[int, Fragment]]:
-        """Every rank that owns some of ``slot``, in order, with its piece."""
+        """Every rank that owns elements of ``slot``, in order, with its fragment."""
         if slot.numel:
+            # Only the ranks in question: with thousands of ranks a walk over all would be slow.
             for rank in range(slot.offset // self.shard_numel, (slot.stop - 1) // self.shard_numel + 1):
                 yield rank, self.fragment(slot, rank)
 
 
 @dataclass(frozen=True, slots=True)
 class SendRange:
-    """Elements ``[start, stop)`` of a shard, and where their gradient comes from.
+    """The elements ``[start, stop)`` of a shard that go into one message, and where their gradient is read.
 
-    ``slot`` is the slot of a large parameter, whose gradient is sent from where it lies, from element ``source``
-    on; None for a stretch of small ones, which are packed: ``source`` counts in the packed buffer.
+    ``slot`` is the position of a large parameter, whose gradient is sent from its own memory, from element ``source``
+    on. It is None for small parameters, which are packed: ``source`` counts in the send buffer then.
     """
 
     start: int
@@ -98,18 +102,23 @@ class SendRange:
 
 @dataclass(frozen=True, slots=True)
 class SendLayout:
-    """What every rank sends of a bucket: the stretches of each rank's shard; and the packed buffer for small slots.
+    """How a bucket is sent, by every rank to every other; gathers of replica groups use it in the other direction.
 
-    ``packed`` gives (slot, offset in the packed buffer) of every small slot.
+    ranges        the send ranges of each rank's shard, by rank
+    packed        (position of a slot, offset in the send buffer) for every small slot
+    packed_numel  the number of elements of the send buffer
     """
 
-    stretches: tuple[tuple[SendRange, ...], ...]
+    ranges: tuple[tuple[SendRange, ...], ...]
     packed: tuple[tuple[int, int], ...]
     packed_numel: int
 
 
 def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
-    """Slots of at least ``direct_numel`` elements go as they lie; neighbouring smaller ones share a message."""
+    """Send slots of at least ``direct_numel`` elements from their own memory, and pack neighbouring smaller ones.
+
+    For backends that send to each rank separately (Gloo). Empty slots are sent nowhere.
+    """
     runs: list[tuple[int, int, int | None, int]] = []
     packed: list[tuple[int, int]] = []
     packed_numel = 0
@@ -117,6 +126,7 @@ def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
         if slot.numel >= direct_numel:
             runs.append((slot.offset, slot.stop, index, 0))
         elif slot.numel:
+            # Runs of small slots include the padding between them, so that a run stays one message for each rank.
             if runs and runs[-1][2] is None:
                 start, _, _, source = runs.pop()
             else:
@@ -134,11 +144,14 @@ def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
 
 
 def whole_layout(layout: BucketLayout) -> SendLayout:
-    """Everything packed, padding included, one stretch a rank: for backends that want one flat buffer."""
+    """Pack everything, padding included, with one send range for each rank.
+
+    For backends whose collectives take one contiguous buffer (NCCL).
+    """
     shard = layout.shard_numel
-    stretches = tuple((SendRange(0, shard, None, rank * shard),) for rank in range(layout.world_size))
+    ranges = tuple((SendRange(0, shard, None, rank * shard),) for rank in range(layout.world_size))
     packed = tuple((index, slot.offset) for index, slot in enumerate(layout.slots) if slot.numel)
-    return SendLayout(stretches, packed, layout.numel)
+    return SendLayout(ranges, packed, layout.numel)
 
 
 def round_up(numel: int, multiple: int) -> int:
@@ -147,18 +160,19 @@ def round_up(numel: int, multiple: int) -> int:
 
 
 def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int, min_buckets: int) -> int:
-    """The size at which a bucket is closed, in bytes: the user's cap, or that which makes ``min_buckets`` if smaller.
+    """The size in bytes that a bucket may have: the user's cap, or less so that there are ``min_buckets`` buckets.
 
-    Never below 1 MiB unless the user asks for less: smaller messages cost more than they save.
+    It is never below 1 MiB unless the user asks for less: smaller messages cost more than they save.
     """
     return int(min(bucket_cap_mb * MIB, max(MIB, total_bytes // min_buckets)))
 
 
 def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayout:
-    """One bucket of parameters with these element counts, in this order.
+    """The layout of one bucket of parameters with these numbers of elements, in this order.
 
-    Every parameter starts on a 64-byte boundary and every shard is a multiple of 64 bytes, so the padding is
-    below ``64 · (parameters + world_size)`` bytes. A bucket is never empty: shards hold at least one element.
+    Every parameter starts on a 64-byte boundary, for vector instructions, and every shard is a multiple of 64 bytes.
+    The padding is therefore below ``64 · (parameters + world_size)`` bytes. A bucket is never empty: shards have at
+    least one element.
     """
     align = ALIGN_BYTES // itemsize
     slots: list[Slot] = []
@@ -166,19 +180,22 @@ def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayo
     for numel in numels:
         slots.append(Slot(offset, numel))
         offset += round_up(numel, align)
+    # Equal shards: collectives that gather or reduce uneven ones are slow, or missing in some backends.
     shard_numel = round_up(-(-max(offset, 1) // world_size), align)
     return BucketLayout(tuple(slots), shard_numel, world_size)
 
 
 def fill_buckets(numels: Sequence[int], itemsize: int, cap_bytes: int) -> list[list[int]]:
-    """Positions of parameters, put into buckets in the order given; a bucket closes before it would pass the cap.
+    """Put parameters into buckets, in the order given; returns the positions of the parameters of each bucket.
 
-    A parameter is never cut by a bucket boundary: one larger than the cap has a bucket of its own.
+    A bucket is closed before it would exceed ``cap_bytes``. A parameter is never cut by a bucket boundary: one that is
+    larger than the cap has a bucket of its own.
     """
     buckets: list[list[int]] = []
     used_bytes = 0
     for position, numel in enumerate(numels):
         size = numel * itemsize
+        # A bucket is opened even if nothing fits, so a parameter above the cap gets one.
         if not buckets or used_bytes + size > cap_bytes:
             buckets.append([])
             used_bytes = 0

@@ -1,11 +1,12 @@
-"""Float32 masters of 16-bit parameters: the values that are updated, of which the parameters are roundings.
+"""Float32 masters of 16-bit parameters: the values that an update works on, and rounds to the parameters.
 
-held  what is kept beside a parameter. bfloat16: an int16 *remainder*, ``master bits = (parameter bits << 16) + held``,
-      so that a master costs two bytes. The parameter is the master rounded to nearest, ties away from zero: with ties
-      to even 65,537 masters would share a parameter, one more than 16 bits can tell apart. float16: the float32
-      master itself.
+held  the tensor from which, together with the parameter, the master is computed; a state buffer's ``master``.
+      For a bfloat16 parameter it is an int16 *remainder*: ``master bits = (parameter bits << 16) + held``, so that a
+      master costs two bytes. The parameter is the master rounded to nearest, ties away from zero: with ties to even
+      65,537 masters would share a parameter, one more than 16 bits can tell apart.
+      For a float16 parameter it is the float32 master itself
 
-In torch operators, which are also the compiled kernels' oracle.
+The functions use torch operators; tests hold the compiled kernels, which do the same, to their bits.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ NAN_BITS = 0x7FC00000
 
 
 def held_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of what is kept beside parameters of this 16-bit dtype."""
+    """The dtype of ``held`` for parameters of this 16-bit dtype."""
     return torch.int16 if param_dtype == torch.bfloat16 else torch.float32
 
 
 def read(param: Tensor, held: Tensor, out: Tensor) -> Tensor:
-    """The float32 masters ``(n,)`` of ``param`` and ``held``, into ``out``.
+    """Compute the float32 masters of ``param`` and ``held``, all ``(n,)``; returns ``out``, float32, which has them.
 
-    A parameter that somebody has set is its own master for float16, and one within half a unit in the last place for
-    bfloat16, whose remainder stays.
+    If the user has set a parameter since the last ``write``, its float16 master is the parameter. The remainder of a
+    bfloat16 parameter stays, so that its master is within half a unit in the last place of it.
     """
     if param.dtype == torch.bfloat16:
         bits = out.view(torch.int32)
@@ -35,11 +36,12 @@ def read(param: Tensor, held: Tensor, out: Tensor) -> Tensor:
 
 
 def write(master: Tensor, param: Tensor, held: Tensor) -> None:
-    """Set ``param`` to float32 ``master``, rounded, and ``held`` to what ``read`` needs to give every bit back.
+    """Round float32 ``master`` to ``param``, and set ``held`` so that ``read`` returns every bit of ``master``.
 
-    NaNs of bfloat16 parameters lose their payload.
+    All are ``(n,)``. A NaN of a bfloat16 parameter becomes the default NaN.
     """
     if param.dtype == torch.bfloat16:
+        # Rounding the bits of other NaNs up could carry into the sign.
         bits = torch.where(master.isnan(), NAN_BITS, master.view(torch.int32))
         rounded = bits + 0x8000 >> 16
         param.view(torch.int16).copy_(rounded)

@@ -1,6 +1,6 @@
-/* What snapshots.py asks of many tensors, in one pass each. A Python module without torch's headers: tensors are read
- * through the table of C functions that torch publishes for this (DLPack's exchange API, dlpack.h, major version 1).
- */
+/* The passes over many tensors that snapshots.py makes, each in one call. This Python module needs no torch headers: it
+ * reads tensors through the table of C functions that torch publishes for the purpose (DLPack's exchange API, dlpack.h,
+ * major version 1). A record describes one tensor; `described` is a sequence of records. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
@@ -22,10 +22,10 @@ typedef struct {
     struct { uint32_t major, minor; } version;
     void *previous;
     void *allocate, *export, *import;
-    int (*read)(void *tensor, dl_tensor *out); /* borrows shape and strides; -1 with an exception set */
+    int (*read)(void *tensor, dl_tensor *out); /* lends shape and strides; returns -1 with an exception set */
 } dl_exchange;
 
-/* What a tensor is; its shape and then its strides follow. */
+/* The head of a record; the shape and then the strides follow it, `ndim` numbers of 8 bytes each. */
 typedef struct {
     uint64_t address;
     int32_t device_type, device_id, ndim;
@@ -41,7 +41,7 @@ static const dl_exchange *exchange_of(PyObject *capsule) {
     return exchange;
 }
 
-/* Shape and strides; -1 with an exception set where the tensor has none that DLPack can tell. */
+/* Reads a tensor into `seen` and the head of its record. Returns -1 with an exception set if DLPack cannot read it. */
 static int look(const dl_exchange *exchange, PyObject *tensor, dl_tensor *seen, record *what) {
     if (exchange->read(tensor, seen)) return -1;
     if (seen->ndim < 0 || seen->ndim > MAX_DIMS) {
@@ -58,7 +58,8 @@ static int look(const dl_exchange *exchange, PyObject *tensor, dl_tensor *seen, 
     return 0;
 }
 
-/* Whether `seen` is of the kind that the record at `*at` describes, strides of dimensions of size 1 apart; moves on. */
+/* Whether `seen` has the device, dtype, shape and strides of a record. The strides of dimensions of size 1 do not
+ * matter. `sizes` has the shape and then the strides of the record. */
 static int is_alike(const dl_tensor *seen, const record *what, const record *wanted, const int64_t *sizes) {
     if (what->device_type != wanted->device_type || what->device_id != wanted->device_id ||
         what->ndim != wanted->ndim || what->dtype != wanted->dtype)
@@ -68,7 +69,8 @@ static int is_alike(const dl_tensor *seen, const record *what, const record *wan
     return 1;
 }
 
-/* The next record of `described`, its sizes in `sizes`; -1 with an exception set past the end. */
+/* Reads the record at `*at` and moves `*at` behind it; shape and strides go to `sizes`. Returns -1 with an exception
+ * set past the end. */
 static int next_record(const char **at, const char *end, record *wanted, int64_t *sizes) {
     if (end - *at < (Py_ssize_t)sizeof(record)) goto torn;
     memcpy(wanted, *at, sizeof(record));
@@ -85,7 +87,7 @@ torn:
     return -1;
 }
 
-/* describe(tensors, exchange) -> bytes: a record for each; of None, that there is no tensor. */
+/* describe(tensors, exchange) -> bytes: a record for each tensor; one with ndim NO_TENSOR for None. */
 static PyObject *describe(PyObject *module, PyObject *args) {
     PyObject *tensors, *capsule;
     if (!PyArg_ParseTuple(args, "O!O:describe", &PyList_Type, &tensors, &capsule)) return NULL;
@@ -117,7 +119,7 @@ static PyObject *describe(PyObject *module, PyObject *args) {
     return described;
 }
 
-/* unchanged(tensors, described, exchange) -> bool: whether all are what and where they were. */
+/* unchanged(tensors, described, exchange) -> bool: whether all tensors still have the properties in their records. */
 static PyObject *unchanged(PyObject *module, PyObject *args) {
     PyObject *tensors, *capsule;
     const char *at;
@@ -134,7 +136,7 @@ static PyObject *unchanged(PyObject *module, PyObject *args) {
         if (next_record(&at, end, &wanted, sizes)) return NULL;
         if (wanted.ndim == NO_TENSOR) continue;
         if (look(exchange, tensor, &seen, &what)) {
-            /* It had facts once. */
+            /* DLPack could read the tensor once, so it has changed. */
             PyErr_Clear();
             Py_RETURN_FALSE;
         }
@@ -143,14 +145,15 @@ static PyObject *unchanged(PyObject *module, PyObject *args) {
     Py_RETURN_TRUE;
 }
 
-/* Whether `gradient` is a plain tensor that lies in memory as it reads, of the wanted kind; -1 with an exception set. */
+/* Whether `gradient` is direct: a plain tensor of the wanted kind whose memory holds the values that it reads as. Sets
+ * `*address`. Returns -1 with an exception set. */
 static int is_direct(const dl_exchange *exchange, PyObject *gradient, PyObject *type, PyObject *is_neg,
                      const record *wanted, const int64_t *sizes, uint64_t *address) {
     dl_tensor seen;
     record what;
     if ((PyObject *)Py_TYPE(gradient) != type) return 0;
     if (look(exchange, gradient, &seen, &what)) {
-        PyErr_Clear(); /* sparse, say */
+        PyErr_Clear(); /* a sparse tensor, for example */
         return 0;
     }
     *address = what.address;
@@ -163,8 +166,9 @@ static int is_direct(const dl_exchange *exchange, PyObject *gradient, PyObject *
 
 /* gradients(params, described, exchange, type, is_neg, addresses) -> (list, bytes, bool)
  *
- * The gradient of each parameter, or None; a 1 for each that there is, else 0; and whether all of them are direct.
- * Only then are `addresses`, of 8 bytes for each parameter, all set: 0 where there is none. */
+ * Returns the gradient of each parameter, or None; a byte for each, 1 if it has a gradient; and whether all gradients
+ * are direct. `addresses` has 8 bytes for each parameter. It is complete only if all gradients are direct: the address
+ * of each, 0 for a parameter that has none. */
 static PyObject *gradients(PyObject *module, PyObject *args) {
     PyObject *params, *capsule, *type, *is_neg, *found = NULL, *present = NULL, *name = NULL, *result = NULL;
     const char *at;
@@ -213,8 +217,9 @@ done:
 
 /* shows(shown, keys, kept) -> bool
  *
- * Whether `shown` begins with the dicts, and those with the `keys` and values, that `kept` lists: key, values; key,
- * values; all the very objects, in this order. */
+ * `kept` lists a parameter and the values of its entries, one for each of `keys`; then the next parameter, and so on.
+ * Returns whether the dict `shown` begins with these parameters, and the dict of each with these keys and values: the
+ * very objects, in this order. */
 static PyObject *shows(PyObject *module, PyObject *args) {
     PyObject *shown, *keys, *kept, *key, *entries, *entry_key, *value;
     if (!PyArg_ParseTuple(args, "O!O!O!:shows", &PyDict_Type, &shown, &PyTuple_Type, &keys, &PyList_Type, &kept))
@@ -232,7 +237,8 @@ static PyObject *shows(PyObject *module, PyObject *args) {
     Py_RETURN_TRUE;
 }
 
-/* pick(addresses, picks, out): out[i] = addresses[index] + start of the pair picks[i] of 8-byte integers; 0 stays 0. */
+/* pick(addresses, picks, out): sets out[i] to addresses[index] + offset, where picks[i] is the pair (index, offset).
+ * All are 8-byte integers; an address 0 stays 0. IndexError if an index or a size does not fit. */
 static PyObject *pick(PyObject *module, PyObject *args) {
     Py_buffer addresses, picks, out;
     PyObject *result = NULL;
@@ -262,6 +268,8 @@ static PyMethodDef functions[] = {
 
 static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "VERSION", VERSION); }
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, set_up}, {0, NULL}};
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_snapshots", .m_methods = functions, .m_slots = slots};
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_snapshots", .m_methods = functions, .m_slots = slots,
+};
 
 PyMODINIT_FUNC PyInit__snapshots(void) { return PyModuleDef_Init(&definition); }

@@ -1,7 +1,12 @@
-"""What many tensors are, looked at all at once: one pass in C (snapshots.c), or a few in Python without it.
+"""Snapshots of many tensors: whether tensors, gradients and published state are still as they were at an earlier time.
+
+Users can move, re-cast and replace parameters, gradients and state at any time, and kernels are given bare addresses.
+So every step compares all of them first. One pass in C does that (snapshots.c), or a few passes in Python if the module
+was not compiled. Nothing here communicates.
 
 address  where the elements of a tensor begin in memory
-direct   of a gradient: a plain tensor that lies in memory as its parameter does, and as it reads (no lazy negation)
+direct   a gradient is direct if it is a plain tensor with the strides of its parameter, and its memory holds the values
+         that it reads as (torch can negate lazily)
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ _DTYPE = attrgetter("dtype")
 
 @cache
 def _compiled() -> ModuleType | None:
-    """``snapshots.c``; None where it was not compiled, or where torch has no exchange table that it can read."""
+    """The module ``snapshots.c``; None if it was not compiled, or if torch has no exchange table that it can read."""
     try:
         from . import _snapshots
     except ImportError:
@@ -33,6 +38,7 @@ def _compiled() -> ModuleType | None:
     if _snapshots.VERSION != VERSION:
         return None
     try:
+        # One read shows whether torch has the table, in a version that the module knows.
         _snapshots.describe([torch.empty(1, device="cpu")], Tensor.__dlpack_c_exchange_api__)
     except (AttributeError, ValueError, RuntimeError):
         return None
@@ -41,10 +47,11 @@ def _compiled() -> ModuleType | None:
 
 @dataclass(frozen=True, slots=True)
 class GradientTable:
-    """The gradients of some parameters, one entry for each.
+    """The gradients of some parameters, with one entry for each parameter in every field.
 
-    present    1 where there is a gradient, 0 where there is none
-    addresses  of 8 bytes each, 0 where there is no gradient; None unless all gradients are direct
+    gradients  ``p.grad``
+    present    1 if there is a gradient, 0 if there is none
+    addresses  the gradient's address as 8 bytes, 0 if there is none. None unless all gradients are direct
     """
 
     gradients: list[Tensor | None]
@@ -56,30 +63,34 @@ NO_GRADIENTS = GradientTable([], b"", None)
 
 
 class TensorSnapshot(ABC):
-    """What some tensors were when they were taken down: dtype, device, shape, strides, address; of None, nothing."""
+    """A snapshot of dtype, device, shape, strides and address of some tensors.
+
+    Entries may be None, and are not compared then. A snapshot keeps its tensors alive.
+    """
 
     @staticmethod
     def of(tensors: Sequence[Tensor | None]) -> TensorSnapshot:
-        """What ``tensors`` are now."""
+        """Take a snapshot of ``tensors``."""
         module = _compiled()
         if module is not None:
             try:
                 return _Records(module, tensors)
-            except RuntimeError:  # tensors that DLPack does not know, on the meta device, say
+            except RuntimeError:
+                # DLPack does not know tensors on the meta device, for example.
                 pass
         return _Lists(tensors)
 
     @abstractmethod
     def is_current(self) -> bool:
-        """Whether all tensors are what and where they were; one that was only cut short may go unseen."""
+        """Whether all tensors are as they were when the snapshot was taken."""
 
     @abstractmethod
     def gradients(self) -> GradientTable:
-        """What ``.grad`` of each tensor holds, compared with what that tensor was."""
+        """The ``.grad`` of each tensor; it is direct if it is compatible with the tensor as it was in the snapshot."""
 
 
 class _Records(TensorSnapshot):
-    """In C."""
+    """A snapshot as the records that snapshots.c makes and compares."""
 
     def __init__(self, module: ModuleType, tensors: Sequence[Tensor | None]) -> None:
         self._module = module
@@ -91,6 +102,7 @@ class _Records(TensorSnapshot):
         return bool(self._module.unchanged(self._tensors, self._described, self._exchange))
 
     def gradients(self) -> GradientTable:
+        # A new array each time: the caller keeps it for the whole step.
         addresses = array("Q", bytes(8 * len(self._tensors)))
         gradients, present, direct = self._module.gradients(
             self._tensors, self._described, self._exchange, Tensor, Tensor.is_neg, addresses
@@ -99,9 +111,10 @@ class _Records(TensorSnapshot):
 
 
 class _Lists(TensorSnapshot):
-    """In Python, a list of each fact.
+    """A snapshot as Python lists, one for each property, which are compared list by list.
 
-    For dense tensors the strides and the number of elements say the shape, dimensions of size 1 apart.
+    The shape is not among them: strides and number of elements determine the shape of a dense tensor, except for
+    dimensions of size 1, which do not matter.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -114,35 +127,46 @@ class _Lists(TensorSnapshot):
         self._dtypes = list(map(_DTYPE, held))
 
     def is_current(self) -> bool:
+        # A pass of map over one method is several times as fast as a loop over tensors.
         held = self._held
-        return list(map(Tensor.data_ptr, held)) == self._pointers and list(map(Tensor.stride, held)) == self._strides
+        return (
+            list(map(Tensor.data_ptr, held)) == self._pointers
+            and list(map(Tensor.stride, held)) == self._strides
+            and list(map(Tensor.numel, held)) == self._numels
+            and list(map(_DTYPE, held)) == self._dtypes
+        )
 
     def gradients(self) -> GradientTable:
         gradients = [None if tensor is None else tensor.grad for tensor in self._tensors]
         present = bytes(map(is_not, gradients, repeat(None)))
-        found = list(compress(cast(list[Tensor], gradients), present))
-        if not self._are_direct(found, list(compress(present, self._is_held))):
+        held = list(compress(cast(list[Tensor], gradients), present))
+        if not self._are_direct(held, list(compress(present, self._is_held))):
             return GradientTable(gradients, present, None)
-        pointers = map(Tensor.data_ptr, found)
+        pointers = map(Tensor.data_ptr, held)
         return GradientTable(gradients, present, array("Q", [next(pointers) if there else 0 for there in present]))
 
-    def _are_direct(self, found: list[Tensor], present: list[int]) -> bool:
-        if not set(map(type, found)) <= {Tensor}:
+    def _are_direct(self, gradients: list[Tensor], present: list[int]) -> bool:
+        """Whether ``gradients``, those of the held tensors with a 1 in ``present``, are all direct."""
+        if not set(map(type, gradients)) <= {Tensor}:
             return False
         try:
-            strides = list(map(Tensor.stride, found))
-        except RuntimeError:  # sparse tensors have none
+            strides = list(map(Tensor.stride, gradients))
+        except RuntimeError:
+            # Sparse tensors have no strides.
             return False
         return (
             strides == list(compress(self._strides, present))
-            and list(map(Tensor.numel, found)) == list(compress(self._numels, present))
-            and list(map(_DTYPE, found)) == list(compress(self._dtypes, present))
-            and True not in map(Tensor.is_neg, found)
+            and list(map(Tensor.numel, gradients)) == list(compress(self._numels, present))
+            and list(map(_DTYPE, gradients)) == list(compress(self._dtypes, present))
+            and True not in map(Tensor.is_neg, gradients)
         )
 
 
 class PublishedState:
-    """Dicts of tensors by key, one for each of some owners, as they were published: the very objects."""
+    """A snapshot of ``optimizer.state``: the tensor objects that it had for each parameter and key.
+
+    Users can replace entries of ``state``; a replaced tensor would not be the one that steps update.
+    """
 
     def __init__(self, keys: tuple[str, ...], published: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         self._keys = keys
@@ -152,32 +176,36 @@ class PublishedState:
         self._kept = list(chain.from_iterable(kept))
         self._flat = [one for owner, values in zip(self._owners, kept, strict=True) for one in (owner, *values)]
 
-    def matches(self, shown: dict[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether ``shown`` has these objects."""
+    def matches(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether ``state``, ``optimizer.state`` as it is now, still has these very objects; it may have more."""
+        # By identity: comparing values would read every scalar, and a replaced tensor may be equal.
         module = _compiled()
-        if module is not None and module.shows(shown, self._keys, self._flat):
+        if module is not None and module.shows(state, self._keys, self._flat):
             return True
-        # In another order, or among others.
+        # The C function compares entries in order. In another order, or among others, they are looked up.
         try:
-            values = list(chain.from_iterable(map(self._values, map(shown.__getitem__, self._owners))))
+            values = list(chain.from_iterable(map(self._values, map(state.__getitem__, self._owners))))
         except (KeyError, TypeError):
             return False
         return all(map(is_, values, self._kept))
 
 
 class AddressTable:
-    """Places in memory that tensors' addresses give: (which tensor, how many bytes past its start) each."""
+    """Places in memory relative to tensors whose addresses change, as (index of the tensor, offset in bytes) pairs.
+
+    A plan keeps the table, and each step fills in the addresses of its gradients.
+    """
 
     def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
         self._pairs = list(pairs)
         self._flat = array("q", chain.from_iterable(pairs))
 
     def of(self, addresses: array[int]) -> array[int]:
-        """The address of each place; 0 where that of its tensor is 0."""
+        """The address of each place, given ``addresses`` of all tensors; 0 if its tensor has the address 0."""
         module = _compiled()
         if module is None:
-            starts = ((addresses[index], start) for index, start in self._pairs)
-            return array("Q", [address + start if address else 0 for address, start in starts])
-        picked = array("Q", bytes(8 * len(self._pairs)))
-        module.pick(addresses, self._flat, picked)
-        return picked
+            offsets = ((addresses[index], offset) for index, offset in self._pairs)
+            return array("Q", [address + offset if address else 0 for address, offset in offsets])
+        places = array("Q", bytes(8 * len(self._pairs)))
+        module.pick(addresses, self._flat, places)
+        return places

@@ -1,7 +1,7 @@
-"""Text for training: files read as bytes, split into blocks of which some are held out.
+"""The text to train on: files are read as bytes and split into blocks, of which some are held out for evaluation.
 
-The same files give the same split everywhere, and the batch of a step depends on nothing but the seed, the
-step and the rank: a resumed run sees what an uninterrupted one would have seen.
+The same files give the same split everywhere, and the batch of a step depends on the seed, the step and the rank
+only. A resumed run therefore trains on the same batches as an uninterrupted one.
 """
 
 import sysconfig
@@ -24,32 +24,39 @@ _LARGEST_BLOCK_BYTES = 65536
 
 @dataclass(frozen=True)
 class Corpus:
-    """The bytes to train on and those held out."""
+    """The bytes to train on, and the bytes that are held out for evaluation."""
 
     train: Bytes  # (train_bytes,)
     held_out: Bytes  # (held_out_bytes,)
     num_files: int
-    fingerprint: int  # of the text and its split: equal on all ranks, or they train on different data
+    fingerprint: int  # a checksum of the text and its split, which has to be equal on all ranks
 
-    def batch(self, *, seed: int, step: int, slot: int, num_slots: int, windows: int, context: int) -> Tensor:
-        """Training windows, (windows, context + 1); each rank and accumulation of a step is one slot."""
+    def batch(self, *, seed: int, step: int, batch_index: int, num_batches: int, windows: int, context: int) -> Tensor:
+        """Draw the windows of one backward pass, (windows, context + 1).
+
+        A step has `num_batches` of these, one for each backward pass of each rank, numbered by `batch_index`.
+        """
         random = np.random.default_rng((seed, step))
-        starts = random.integers(len(self.train) - context, size=(num_slots, windows))[slot]
+        starts = random.integers(len(self.train) - context, size=(num_batches, windows))[batch_index]
         return _windows(self.train, starts, context)
 
     def held_out_windows(self, *, windows: int, context: int) -> Tensor:
-        """Windows spread evenly over the held-out bytes, at most `windows`, (windows, context + 1)."""
+        """At most `windows` windows, (windows, context + 1), spread evenly over the held-out bytes."""
         fitting = (len(self.held_out) - 1) // context
         starts = np.linspace(0, fitting - 1, min(windows, fitting)).astype(np.int64) * context
         return _windows(self.held_out, starts, context)
 
 
 def _windows(text: Bytes, starts: npt.NDArray[np.int64], context: int) -> Tensor:
+    """The windows that begin at `starts`, (len(starts), context + 1)."""
     return torch.from_numpy(text[starts[:, None] + np.arange(context + 1)].astype(np.int64))
 
 
 def read_corpus(paths: Sequence[Path] | None, context: int) -> Corpus:
-    """Reads and splits the files under `paths`, or Python's own library sources where there are none."""
+    """Read and split the files under `paths`, or Python's own library sources if `paths` is None.
+
+    Raises ValueError if there are no files, or too few bytes for a window of `context` bytes.
+    """
     files = list(_standard_library_files() if paths is None else _files_under(paths))
     if not files:
         raise ValueError("no files to train on: wanted at least one under " + ", ".join(map(str, paths or [])))
@@ -65,7 +72,7 @@ def read_corpus(paths: Sequence[Path] | None, context: int) -> Corpus:
 
 
 def _split(text: Bytes) -> tuple[Bytes, Bytes]:
-    """Every 20th block is held out; a short text has short blocks, so that both parts see all of it."""
+    """Split into bytes to train on and held-out bytes: every 20th block. Blocks of a short text are short, too."""
     block_bytes = max(1, min(_LARGEST_BLOCK_BYTES, len(text) // (2 * _BLOCKS_PER_HELD_OUT)))
     block = np.arange(len(text)) // block_bytes
     is_held_out = block % _BLOCKS_PER_HELD_OUT == _BLOCKS_PER_HELD_OUT // 2
@@ -74,7 +81,7 @@ def _split(text: Bytes) -> tuple[Bytes, Bytes]:
 
 def _standard_library_files() -> Iterator[Path]:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    installed = {"site-packages", "dist-packages"}  # what somebody installed differs between machines
+    installed = {"site-packages", "dist-packages"}  # installed packages differ between machines
     for file in sorted(folder.rglob("*.py")):
         if installed.isdisjoint(file.relative_to(folder).parts):
             yield file

@@ -1,4 +1,4 @@
-"""What a run measures, kept as JSON lines and as TensorBoard events."""
+"""Writes a run's metrics as JSON lines and as TensorBoard events, and reads them back."""
 
 import json
 from pathlib import Path
@@ -8,21 +8,21 @@ _FILE_NAME = "metrics.jsonl"
 
 
 def metrics_file(folder: Path) -> Path:
-    """Where the JSON lines of a run are: one object per line, each with its `step`."""
+    """The file with the JSON lines of a run: one object per line, each with its `step`."""
     return folder / _FILE_NAME
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every line of a run so far, oldest first."""
+    """Read every line of a run so far, oldest first."""
     with metrics_file(folder).open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 class MetricsLog:
-    """Written by rank 0 alone; a resumed run goes on where its checkpoint was, later lines are dropped."""
+    """The metrics of a run, which rank 0 alone writes. A resumed run drops lines that are later than its checkpoint."""
 
     def __init__(self, folder: Path, resumed_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # by the one rank that writes
+        from torch.utils.tensorboard import SummaryWriter  # imported late, as only rank 0 writes
 
         folder.mkdir(parents=True, exist_ok=True)
         kept = []
@@ -35,13 +35,13 @@ class MetricsLog:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
 
     def write(self, step: int, **values: float) -> None:
-        """Adds one line, on disk at once: whoever follows the file sees it, and a crash keeps it."""
+        """Add one line. It is flushed at once, so that one can follow the file and a crash does not lose it."""
         self._write_line({"step": step, **values})
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is still buffered."""
+        """Write buffered events and close both files."""
         self._file.close()
         self._events.close()
 

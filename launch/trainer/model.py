@@ -12,7 +12,7 @@ NUM_BYTE_VALUES = 256
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that decides the parameters' shapes."""
+    """The options that decide the shapes of the parameters."""
 
     d_model: int
     layers: int
@@ -22,10 +22,10 @@ class ModelShape:
 
 
 class QueryKeyValue(nn.Module):
-    """Three linear layers of one input in one product: queries, keys and values side by side in the output.
+    """The linear layers for queries, keys and values in one product, with their outputs side by side.
 
-    Parameters are stacked, so that ranks that split dimension 1 by heads (tensor parallelism) have the same heads of
-    all three; the output is of these.
+    The parameters of the three layers are stacked on dimension 0. Tensor parallelism splits dimension 1 by heads, so
+    that a rank has the same heads of all three, and the output has this rank's heads only.
     """
 
     def __init__(self, d_model: int) -> None:
@@ -62,14 +62,14 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, time, _ = x.shape
-        heads = self.query_key_value(x).view(batch, time, 3, -1, self.head_width)  # as many as this rank has
+        heads = self.query_key_value(x).view(batch, time, 3, -1, self.head_width)  # -1: this rank's heads
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, head_width)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.transpose(1, 2).reshape(batch, time, -1)
 
 
 class ByteTransformer(nn.Module):
-    """Pre-norm transformer with learned positions; `forward` returns the mean loss in nats per byte."""
+    """A pre-norm transformer with learned positions. `forward` returns the mean loss in nats per byte, 0-dim."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()

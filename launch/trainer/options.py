@@ -1,4 +1,4 @@
-"""The trainer's options: one frozen record, from which typer makes the command line."""
+"""The trainer's options: one frozen dataclass, from which typer makes the command line."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from parallel import WITH_FULLY_SHARD, WITH_REPLICAS, Mode
 
 
 class Precision(StrEnum):
-    """What is kept in which format."""
+    """The number formats of parameters, gradients, averages and activations; the help of --dtype explains each."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -27,7 +27,7 @@ class Schedule(StrEnum):
     LINEAR = "linear"
 
 
-# What a checkpoint brings along; another value on resuming would be ignored or would not fit.
+# Options that a checkpoint fixes: on resuming, another value would be ignored or would not fit.
 FIXED_BY_CHECKPOINT = (
     "d_model",
     "layers",
@@ -139,7 +139,7 @@ class TrainOptions:
             raise typer.BadParameter(
                 f"--tensor-parallel is for --parallel {' and '.join(WITH_FULLY_SHARD)}, not {self.mode}"
             )
-        # What divides the heads divides every width too.
+        # A divisor of the heads divides every width, too.
         if self.heads % self.tensor_parallel:
             raise typer.BadParameter(
                 f"--tensor-parallel {self.tensor_parallel} does not divide --heads {self.heads}, by which attention is "
@@ -159,23 +159,23 @@ class TrainOptions:
 
     @property
     def mode(self) -> Mode:
-        """What --parallel or --stage says."""
+        """The mode that --parallel or --stage selects."""
         return self.parallel or (Mode.ZERO2 if self.stage == 2 else Mode.ZERO1)
 
     @property
     def first_average_step(self) -> int:
-        """t0 in steps, whichever way it was given."""
+        """t0 in steps, which --t0 gives directly and --t0-share as a share of --steps."""
         if self.t0 is not None:
             return self.t0
         return round((0.5 if self.t0_share is None else self.t0_share) * self.steps)
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where checkpoints go, and where --resume looks."""
+        """The folder in which checkpoints are written, and in which --resume looks for one."""
         return self.out / "checkpoint" if self.checkpoint is None else self.checkpoint
 
     def lr_factor(self, step: int) -> float:
-        """What the learning rate is multiplied with in the step after `step` steps."""
+        """The factor of the learning rate in the step after `step` steps, for `LambdaLR`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -188,7 +188,7 @@ class TrainOptions:
                 return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
     def plain(self) -> dict[str, Any]:
-        """Every option as a plain value, for files: paths and names as strings."""
+        """Every option as a plain value for files; paths and enumeration members become strings."""
         return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
 
 

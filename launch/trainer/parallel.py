@@ -1,4 +1,4 @@
-"""How the model, its gradients and its optimizer's state are spread over the ranks: one plan for each `--parallel`."""
+"""Distributes the model, its gradients and its optimizer's state over the ranks, in one way for each `--parallel`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from tensor_parallel import split_layers
 
 
 class Mode(StrEnum):
-    """What is sharded: nothing; state; gradients and state; parameters too; the latter two inside a node only."""
+    """The values of --parallel; its help says what each of them shards."""
 
     DDP = "ddp"
     ZERO1 = "zero1"
@@ -38,9 +38,10 @@ WITH_FULLY_SHARD = (Mode.FSDP2, Mode.HSDP)
 
 @dataclass(frozen=True)
 class Spread:
-    """A model on its ranks: `network` to call in training, and what the optimizer is constructed with.
+    """A distributed model: the `network` to call in training, and keyword arguments for the optimizer.
 
-    Ranks with the same `data_rank` of `num_data_ranks` see the same data: they share layers (tensor parallelism).
+    Ranks with the same `data_rank` (of `num_data_ranks`) train on the same data, because they share layers by tensor
+    parallelism. `description` is for people.
     """
 
     network: nn.Module
@@ -51,7 +52,7 @@ class Spread:
 
     @contextmanager
     def no_sync(self, optimizer: ShardedASGD) -> Iterator[None]:
-        """Backwards inside add to gradients that stay local."""
+        """Inside the block, backward passes accumulate gradients locally, and no gradients are sent."""
         if isinstance(self.network, DistributedDataParallel):
             with self.network.no_sync():
                 yield
@@ -71,7 +72,7 @@ class Spread:
 def spread(
     model: ByteTransformer, mode: Mode, num_replicas: int | None, tensor_parallel: int, processes: Processes
 ) -> Spread:
-    """Wrap or shard `model` as `mode` says. Collective."""
+    """Wrap or shard `model` as `mode` says; raises TrainingError if the ranks do not allow it. Collective."""
     if not processes.is_distributed:
         if mode in WITH_REPLICAS or mode in WITH_FULLY_SHARD:
             raise TrainingError(f"--parallel {mode} needs process groups: start the trainer with torchrun")
@@ -83,7 +84,7 @@ def spread(
     options: dict[str, Any] = {"stage": 1 if mode in WRAPPED_IN_DDP else 2}
     text = str(mode)
     if mode is Mode.DDP:
-        # Every rank is a replica with all of the state.
+        # On a mesh with one shard every rank is a replica that keeps the whole state.
         options["mesh"] = _mesh(processes, replicate=world_size, shard=1)
     elif mode is Mode.HYBRID:
         options["mesh"] = _mesh(processes, replicate=replicas, shard=world_size // replicas)
@@ -95,18 +96,22 @@ def spread(
 
 
 def _mesh(processes: Processes, **axes: int) -> DeviceMesh:
+    """A mesh with dimensions of these names and sizes. Collective."""
     mesh = init_device_mesh(processes.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     for group in mesh.get_all_groups():
-        # A mesh's groups would wait for torch's half hour, whatever --timeout says.
+        # By default the groups of a mesh have torch's timeout of half an hour instead of --timeout.
         distributed_c10d._set_pg_timeout(processes.timeout, group)
     return mesh
 
 
-def _replicas(asked: int | None, tensor_parallel: int, processes: Processes) -> int:
-    """Collective: as many as asked for; else one for each node, and on a single one two, where ranks can be halved."""
+def _replicas(num_replicas: int | None, tensor_parallel: int, processes: Processes) -> int:
+    """The number of replicas. Collective.
+
+    By default there is one replica on each node, or two on a single node if its ranks can be halved.
+    """
     world_size = processes.world_size
-    if asked is not None:
-        replicas = asked
+    if num_replicas is not None:
+        replicas = num_replicas
     else:
         local_sizes = processes.gather(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         if len(set(local_sizes)) > 1:
@@ -126,7 +131,7 @@ def _counted(replicas: int) -> str:
 def _fully_shard(
     model: ByteTransformer, mode: Mode, replicas: int, tensor_parallel: int, processes: Processes
 ) -> Spread:
-    """FSDP2 over blocks and the rest, on `replicas` replicas, over layers of blocks that are split already."""
+    """Split layers by tensor parallelism, then apply FSDP2 to each block and to the rest of the model. Collective."""
     if processes.world_size % tensor_parallel:
         raise TrainingError(f"--tensor-parallel {tensor_parallel} does not divide the {processes.world_size} ranks")
     shards = processes.world_size // (replicas * tensor_parallel)
@@ -147,7 +152,11 @@ def _fully_shard(
 
 
 def _placement(block: Block, num_shards: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Rows of each of the stacked matrices where ranks divide them, as FSDP2 wants it there; else by dimension 0."""
+    """The dimension by which FSDP2 shards each parameter: 0 by default, for which None stands.
+
+    Stacked matrices are sharded by their rows, dimension 1, if `num_shards` divides these, as FSDP2 requires of every
+    dimension but 0.
+    """
     stacked = set(block.query_key_value.parameters())
 
     def placement(parameter: nn.Parameter) -> Shard | None:

@@ -1,6 +1,6 @@
-"""The ranks of a run: starting, agreeing on small things, failing together, ending.
+"""The processes of a run: they start, exchange small values, fail and end together.
 
-Small things travel over a Gloo group of their own, on the CPU: they never wait for a GPU's stream.
+Small values are exchanged over a Gloo group of their own, on the CPU, where they never wait for a GPU's stream.
 """
 
 import os
@@ -20,7 +20,7 @@ class TrainingError(Exception):
 
 
 class Processes:
-    """This process among the run's; without torchrun it is the only one and no process group exists."""
+    """This process and its group. Without torchrun it is the only process, and there is no process group."""
 
     def __init__(self, timeout: timedelta) -> None:
         self.timeout = timeout
@@ -41,22 +41,22 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes the run's files and speaks to the user."""
+        """Whether this rank writes the run's files and prints for the user."""
         return self.rank == 0
 
     def close(self) -> None:
-        """Collective: waits for all ranks, since one that leaves early can abort its peers."""
+        """Wait for all ranks, since one that leaves early can abort its peers, and leave the groups. Collective."""
         if self.is_distributed:
             dist.barrier(group=self._control)
             dist.destroy_process_group()
 
     def synchronize(self) -> None:
-        """Waits for the device, so that a clock can be read."""
+        """Wait until the device is idle, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def total(self, *values: float) -> list[float]:
-        """Collective: each value summed over the ranks."""
+        """The sum of each value over all ranks. Collective."""
         if not self.is_distributed:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -64,7 +64,7 @@ class Processes:
         return sums.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Collective: every rank's value, in rank order, on every rank."""
+        """Every rank's value, in rank order, on every rank. Collective."""
         if not self.is_distributed:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -72,7 +72,7 @@ class Processes:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """Collective: runs `action` everywhere; where it fails on any rank, every rank raises."""
+        """Run `action` on every rank and return its result; if one fails, all raise TrainingError. Collective."""
         result, failure = _attempt(action)
         failures: dict[str, list[int]] = {}
         for rank, text in enumerate(self.gather(failure)):
@@ -83,17 +83,18 @@ class Processes:
         return result  # type: ignore[return-value]  # no failure: there is a result
 
     def on_first(self, action: Callable[[], T]) -> T | None:
-        """Collective: runs `action` on rank 0; its failure is raised on every rank."""
+        """Run `action` on rank 0 only; if it fails, all ranks raise TrainingError. Other ranks get None. Collective."""
         return self.together(lambda: action() if self.is_first else None)
 
     def broadcast_parameters(self, module: nn.Module) -> None:
-        """Collective: rank 0's parameters on every rank."""
+        """Copy rank 0's parameters to every rank. Collective."""
         if self.is_distributed:
             for parameter in module.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `action`, and its failure as text if it failed in one of the usual ways."""
     try:
         return action(), None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as failure:

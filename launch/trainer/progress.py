@@ -1,4 +1,4 @@
-"""What rank 0 shows while a run trains: a bar on a terminal, plain lines anywhere else."""
+"""Displays the progress of a run on rank 0: a bar on a terminal, and plain lines elsewhere."""
 
 from types import TracebackType
 
@@ -9,7 +9,7 @@ _NUM_PLAIN_LINES = 20
 
 
 class ProgressDisplay:
-    """Silent where `console` is None, as on every rank but the first."""
+    """A progress bar or progress lines. It displays nothing if `console` is None, as on every rank but the first."""
 
     def __init__(self, console: Console | None, *, total: int, done: int) -> None:
         self._console = console
@@ -39,13 +39,13 @@ class ProgressDisplay:
             self._bar.stop()
 
     def show(self, step: int, *, text: str) -> None:
-        """Called after every step with the latest figures."""
+        """Display the latest figures as `text`; to be called after every step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif self._console is not None and (step % self._plain_every == 0 or step == self._total):
             self.note(f"step {step}/{self._total}  {text}")
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._console is not None:
             self._console.print(text, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the closing table, the summary as JSON and the picture of its losses."""
+"""Reports a run that has ended: a table, a summary as JSON, and a picture of its losses."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from metrics import read_metrics
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one rank holds."""
+    """The bytes that one rank holds; see `dist_asgd.MemoryReport` for the fields."""
 
     parameter_bytes: int
     state_bytes: int
@@ -25,7 +25,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out losses in nats per byte, of the last iterate and of the average."""
+    """The held-out losses after `step` steps, in nats per byte, of the last iterate and of the average."""
 
     step: int
     last: float
@@ -44,19 +44,19 @@ class Summary:
     first_average_step: int  # t0
     average_dtype: str
     memory_by_rank: list[Memory]
-    unsharded: Memory  # what torch.optim.ASGD and its gradients take on every rank
+    unsharded: Memory  # with torch.optim.ASGD, on every rank
 
 
 def write_summary(folder: Path, summary: Summary) -> Path:
-    """Writes summary.json."""
+    """Write summary.json and return its path."""
     file = folder / "summary.json"
     file.write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
     return file
 
 
 def draw_losses(folder: Path, first_average_step: int) -> Path | None:
-    """Writes losses.png: the training loss and both held-out losses; None where there are none yet."""
-    import matplotlib  # by the one rank that draws
+    """Draw the training loss and both held-out losses to losses.png; returns its path, or None without any metrics."""
+    import matplotlib  # imported late, as only rank 0 draws
     from matplotlib.figure import Figure
 
     lines = read_metrics(folder)
@@ -88,7 +88,7 @@ def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """The closing table."""
+    """Print the losses, the speed and the bytes that each rank holds, as two tables."""
     console.print(_outcome_table(summary))
     console.print(_memory_table(summary))
 

@@ -1,13 +1,13 @@
-"""Ending a run on Ctrl-C or SIGTERM without tearing the step that is under way."""
+"""Lets Ctrl-C and SIGTERM end a run after the step that is under way."""
 
 import signal
 from types import FrameType
 
 
 class StopRequest:
-    """Remembers the first signal that asked this process to end; later ones change nothing.
+    """Remembers the first signal that asked this process to end; later signals change nothing.
 
-    A signal may reach one rank only, so the ranks compare notes after every step before they stop together.
+    A signal may reach one rank only. Therefore the ranks exchange `signal_name` after every step, and stop together.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: ranks share the layers of a block, attention by heads, and see the same data."""
+"""Tensor parallelism: ranks that train on the same data share the layers of each block, attention by heads."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from model import Block
 
 
 def split_layers(block: Block, mesh: DeviceMesh) -> None:
-    """Collective: attention and feed-forward layer, each column-wise and then row-wise, with one sum over `mesh`."""
+    """Split attention and the feed-forward layer by columns, then by rows, so that each takes one sum. Collective."""
     layers = {
         "query_key_value": _ByHeads(),
         "attention_out": RowwiseParallel(),
@@ -22,7 +22,7 @@ def split_layers(block: Block, mesh: DeviceMesh) -> None:
 
 
 class _ByHeads(ParallelStyle):
-    """ColwiseParallel for the three stacked layers of QueryKeyValue."""
+    """What ColwiseParallel is for a linear layer, for the three stacked layers of QueryKeyValue."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, device_mesh, _shard_heads, _whole_input)
@@ -34,6 +34,6 @@ def _shard_heads(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _whole_input(_module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> Any:
-    """The input as it is; its gradient is the sum of what the heads of each rank make of it."""
+    """Pass the input on; in backward its gradient is summed over the ranks, each of which computes it for its heads."""
     whole = DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
     return (whole.to_local(grad_placements=[Partial()]),)

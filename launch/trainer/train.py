@@ -1,4 +1,8 @@
-"""Trains a byte-level language model with ShardedASGD, under torchrun or as `python launch/trainer/train.py`."""
+"""Trains a byte-level language model with ShardedASGD, under torchrun or as `python launch/trainer/train.py`.
+
+This is an example of every mode: `options.py` has the command line, `parallel.py` distributes the model, and
+`training.py` has the training loop. `launch/torchrun.sh` and `launch/demo.sh` start it.
+"""
 
 import functools
 import sys
@@ -22,7 +26,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 @functools.wraps(TrainOptions, updated=())
 def main(**values: Any) -> None:
-    """The command line: TrainOptions lists its options, see there."""
+    """Run the command line. `wraps` gives it the options and the help text of TrainOptions."""
     options = TrainOptions(**values)
     stop = StopRequest()
     processes = Processes(timedelta(seconds=options.timeout))
@@ -36,7 +40,7 @@ def main(**values: Any) -> None:
 
 
 def train(options: TrainOptions, processes: Processes, stop: StopRequest) -> None:
-    """One run from the text to the closing table. Collective."""
+    """Train from the beginning or from a checkpoint, and report the outcome. Collective."""
     console = Console() if processes.is_first else None
     corpus = processes.together(lambda: read_corpus(options.data, options.context))
     _check_same_corpus(corpus, processes)
@@ -45,7 +49,7 @@ def train(options: TrainOptions, processes: Processes, stop: StopRequest) -> Non
     log = processes.on_first(lambda: MetricsLog(options.out, resumed_step))
     if console is not None:
         console.print(
-            f"{training.num_parameters:,} parameters, {training.ways}, {processes.world_size} ranks on "
+            f"{training.num_parameters:,} parameters, {training.description}, {processes.world_size} ranks on "
             f"{processes.device.type}; {len(corpus.train) / 1e6:.1f} MB to train on and "
             f"{len(corpus.held_out) / 1e6:.1f} MB held out of {corpus.num_files} files",
             highlight=False,
@@ -58,6 +62,7 @@ def train(options: TrainOptions, processes: Processes, stop: StopRequest) -> Non
 
 
 def _check_same_corpus(corpus: Corpus, processes: Processes) -> None:
+    """Raise TrainingError on every rank if the ranks have read different text. Collective."""
     fingerprints = processes.gather(corpus.fingerprint)
     differing = [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
     if differing:
@@ -67,6 +72,7 @@ def _check_same_corpus(corpus: Corpus, processes: Processes) -> None:
 
 
 def _report(options: TrainOptions, summary: Summary) -> None:
+    """Write the picture and the summary, and print them. Rank 0 calls it."""
     picture = draw_losses(options.out, summary.first_average_step)
     write_summary(options.out, summary)
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""The training run: steps, evaluations, checkpoints, and the summary of it all."""
+"""Runs the training: steps, evaluations, checkpoints and, at the end, a summary."""
 
 import math
 import shutil
@@ -26,12 +26,16 @@ from report import Evaluation, Memory, Summary
 from stopping import StopRequest
 
 _FORMAT = "byte-transformer training checkpoint 3"
-_OF_THE_START = ("resume", "resume_from", "overwrite")
+# Options that say how a run starts, and may differ when it is resumed.
+_START_OPTIONS = ("resume", "resume_from", "overwrite")
 _NUM_ASGD_SCALARS = 3  # step, eta and mu, which torch.optim.ASGD keeps for each parameter as float32 tensors
 
 
 class Training:
-    """A model, its optimizer and where they stand. All methods are collective: all ranks, same order."""
+    """A model, its optimizer, and the number of steps they have taken.
+
+    Construction and all public methods are collective: every rank calls them, in the same order.
+    """
 
     def __init__(self, options: TrainOptions, processes: Processes, corpus: Corpus, console: Console | None) -> None:
         self._options = options
@@ -51,7 +55,7 @@ class Training:
         self._model = ByteTransformer(shape).to(processes.device)
         if options.dtype is Precision.BFLOAT16:
             self._model.to(torch.bfloat16)
-        processes.broadcast_parameters(self._model)  # one start, also where ranks' random numbers differ
+        processes.broadcast_parameters(self._model)  # ranks may draw different random numbers
 
         self._spread = spread(self._model, options.mode, options.replicas, options.tensor_parallel, processes)
         self._optimizer = ShardedASGD(
@@ -68,22 +72,22 @@ class Training:
         self._scheduler = LambdaLR(self._optimizer, options.lr_factor)
 
     @property
-    def ways(self) -> str:
-        """How the model is spread over the ranks, in words."""
+    def description(self) -> str:
+        """The way in which the model is distributed, for people."""
         return self._spread.description
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all parameters."""
+        """The number of elements of all parameters."""
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     @property
     def first_average_step(self) -> int:
-        """The optimizer's t0: after --resume that of the checkpoint."""
+        """The optimizer's t0, which a checkpoint restores."""
         return int(self._optimizer.param_groups[0]["t0"])
 
     def start(self) -> int | None:
-        """Restores the checkpoint that the options ask for and returns its step; None for a run from the beginning."""
+        """Restore the checkpoint that the options ask for, and return its step; None for a run from the beginning."""
         path = self._processes.gather(self._processes.on_first(self._find_checkpoint))[0]
         if path is not None:
             self._resume(path)
@@ -91,6 +95,7 @@ class Training:
         return None if path is None else self._step
 
     def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, or None. Removes checkpoints if --overwrite asks for it. Rank 0 calls it."""
         options = self._options
         if options.overwrite:
             for step in self._checkpoints.steps():
@@ -106,7 +111,7 @@ class Training:
         return latest
 
     def _check_folder(self) -> None:
-        """Later checkpoints would hide those of this run."""
+        """Raise ValueError if the folder has later checkpoints, which would hide those of this run. Rank 0 calls it."""
         steps = self._checkpoints.steps()
         if steps and steps[-1] > self._step:
             raise ValueError(
@@ -132,7 +137,7 @@ class Training:
             )
 
     def run(self, log: MetricsLog | None, stop: StopRequest) -> Summary:
-        """Trains to the last step, or to the end of the step in which a signal came."""
+        """Train up to the last step, or to the end of the step in which a signal arrived, and save a checkpoint."""
         options = self._options
         signal_name = None
         self._model.train()
@@ -160,7 +165,7 @@ class Training:
         return self._summary(signal_name)
 
     def _train_step(self) -> Tensor:
-        """One optimizer step over `accumulation` backward passes; returns this rank's mean loss, 0-dim."""
+        """Take one optimizer step after `accumulation` backward passes; returns this rank's mean loss, 0-dim."""
         options, spread = self._options, self._spread
         self._optimizer.zero_grad()
         losses = torch.zeros((), device=self._processes.device)
@@ -168,11 +173,12 @@ class Training:
             windows = self._corpus.batch(
                 seed=options.seed,
                 step=self._step,
-                slot=accumulated * spread.num_data_ranks + spread.data_rank,
-                num_slots=options.accumulation * spread.num_data_ranks,
+                batch_index=accumulated * spread.num_data_ranks + spread.data_rank,
+                num_batches=options.accumulation * spread.num_data_ranks,
                 windows=options.batch,
                 context=options.context,
             )
+            # Only the last backward pass reduces gradients; it reduces the sum of all of them.
             is_last = accumulated == options.accumulation - 1
             with nullcontext() if is_last else spread.no_sync(self._optimizer):
                 loss = self._loss(spread.network, windows) / options.accumulation
@@ -213,7 +219,7 @@ class Training:
     def _evaluate(self, log: MetricsLog | None, progress: ProgressDisplay) -> None:
         last = average = self._held_out_loss()
         note = "averaging has not begun"
-        # mu acts two steps late: up to t0 + 2 the average is the last iterate.
+        # Up to step t0 + 2 the average is the last iterate, because mu is stored and acts in the next step.
         if self._step > self.first_average_step + 2:
             with self._optimizer.averaged_parameters():
                 average = self._held_out_loss()
@@ -225,11 +231,12 @@ class Training:
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        """Mean over the held-out windows, of which every rank takes its share."""
+        """The mean loss over the held-out windows, which the ranks divide among them, in nats per byte."""
         options, ranks = self._options, self._spread.num_data_ranks
         windows = self._corpus.held_out_windows(windows=options.eval_windows, context=options.context)
         loss_sum, num_windows = 0.0, 0
-        # Equally many batches on all ranks, as sharded parameters are gathered for each: some ranks repeat a window.
+        # Sharded parameters are gathered for each batch, so all ranks need equally many: some repeat a window, which
+        # does not count.
         for first in range(0, len(windows), options.batch * ranks):
             batch = windows[first : first + options.batch * ranks][self._spread.data_rank :: ranks]
             loss = self._loss(self._model, batch if len(batch) else windows[:1]).item()
@@ -239,12 +246,12 @@ class Training:
         return total / count
 
     def _position(self) -> dict[str, Any]:
-        """Where the run stands, beside model and optimizer; data and learning rates follow from the step."""
+        """The arguments for a checkpoint besides model and optimizer. The data of a step follows from its number."""
         extra = {"step": self._step, "options": self._options.plain(), "scheduler": self._scheduler.state_dict()}
         return {"step": self._step, "extra": {"format": _FORMAT, **extra}}
 
     def _checked(self, content: Any) -> dict[str, Any]:
-        """Refuses options that the checkpoint would silently overrule."""
+        """Return `content`; raises ValueError if the checkpoint is of another program or would overrule an option."""
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"not a checkpoint of this trainer: wanted the format {_FORMAT!r}")
         changes = self._changes(content, FIXED_BY_CHECKPOINT)
@@ -260,7 +267,7 @@ class Training:
         return [
             f"--{name.replace('_', '-')} is {now[name]}, was {then[name]}"
             for name in names
-            if name not in _OF_THE_START and now[name] != then.get(name)
+            if name not in _START_OPTIONS and now[name] != then.get(name)
         ]
 
     def _summary(self, signal_name: str | None) -> Summary:
@@ -288,13 +295,14 @@ class Training:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """Counts the time of a training step, of which evaluations and checkpoints are no part."""
+        """Add the time of the block to the training time, which leaves out evaluations and checkpoints."""
         start = time.perf_counter()
         yield
         self._timed_seconds += time.perf_counter() - start
         self._num_timed_steps += 1
 
     def _speed(self) -> float:
+        """Tokens (bytes) per second, over all ranks."""
         options = self._options
         step_tokens = options.batch * options.accumulation * options.context * self._spread.num_data_ranks
         return step_tokens * self._num_timed_steps / self._timed_seconds if self._num_timed_steps else 0.0
@@ -306,7 +314,7 @@ class Training:
 
 @contextmanager
 def _for_the_user() -> Iterator[None]:
-    """What every rank raises alike in a collective call, as a failure with a message for the user."""
+    """Turn an error that a collective call raises on every rank into a TrainingError with the same message."""
     try:
         yield
     except PeerError:

@@ -1,4 +1,4 @@
-"""The command line, on checkpoints of one process, of sharded optimizers, of FSDP2 and of tensor parallelism."""
+"""Tests the command line on checkpoints of one process, sharded optimizers, FSDP2 and tensor parallelism."""
 
 import json
 import os
@@ -34,7 +34,7 @@ Saved = tuple[Path, dict[str, Tensor]]
 
 
 def write(rank: int, _world_size: int, topology: str, kind: str, flatten: bool, folder: str) -> dict[str, Tensor]:
-    """Job: train, save, and export live where that can be; the whole state."""
+    """Job: train, save, and export from the running job unless it is FSDP2 alone; returns the whole state."""
     live = build(topology, kind).train(5)
     if topology == "fsdp2":
         options = StateDictOptions(flatten_optimizer_state_dict=flatten)
@@ -50,7 +50,7 @@ def write(rank: int, _world_size: int, topology: str, kind: str, flatten: bool, 
 def written(
     folder: Path, backend: str, world_size: int, topology: str, kind: str = "mlp", flatten: bool = True
 ) -> Saved:
-    """A checkpoint, and what is in it."""
+    """Write a checkpoint; returns its path, and the whole state that was saved."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return folder / "checkpoint", run(backend, world_size, write, topology, kind, flatten, str(folder))[0]
@@ -58,36 +58,36 @@ def written(
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Of one process."""
+    """A checkpoint of one process."""
     return written(tmp_path_factory.mktemp("one"), "none", 1, "single")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Of two ranks, stage 2."""
+    """A checkpoint of two ranks in stage 2."""
     return written(tmp_path_factory.mktemp("two"), "gloo", 2, "stage2")
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Of three ranks: tied, frozen, transposed, 0-dim, empty and unused parameters."""
+    """A checkpoint of three ranks, with tied, frozen, transposed, 0-dim, empty and unused parameters."""
     return written(tmp_path_factory.mktemp("odd"), "gloo", 3, "stage1", "odd")
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Of FSDP2 on two ranks, without a manifest."""
+    """A checkpoint of FSDP2 on two ranks, without a manifest."""
     return written(tmp_path_factory.mktemp("fsdp2"), "gloo", 2, "fsdp2")
 
 
 @pytest.fixture(scope="module")
 def tp(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Of tensor parallelism on three ranks, of which one has nothing of a layer; norms are plain parameters."""
+    """A checkpoint of tensor parallelism on three ranks, one of which has no row of a layer; norms are plain."""
     return written(tmp_path_factory.mktemp("tp"), "gloo", 3, "tp")
 
 
 def cli(*args: object, status: int = 0) -> Result:
-    """Run a command in this process."""
+    """Run a command in this process, and check its exit status."""
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -96,12 +96,12 @@ def cli(*args: object, status: int = 0) -> Result:
 
 
 def from_json(*args: object, status: int = 0) -> Any:
-    """What a command prints with ``--json``."""
+    """The document that a command prints with ``--json``."""
     return json.loads(cli(*args, "--json", status=status).stdout)
 
 
 def one_line(result: Result) -> str:
-    """The one line that an error is; nothing on standard output."""
+    """The line that reports an error; there is no other line, and nothing on standard output."""
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
@@ -114,7 +114,7 @@ def one_line(result: Result) -> str:
 
 @pytest.mark.parametrize(("source", "num_ranks"), [("two", 2), ("tp", 3)])
 def test_inspect_says_what_is_there(source: str, num_ranks: int, request: pytest.FixtureRequest) -> None:
-    """Names, shapes, dtypes, scalars, step, ranks; as text and as JSON."""
+    """``inspect`` prints names, shapes, dtypes, scalars, the step and the ranks, as text and as JSON."""
     path, state = request.getfixturevalue(source)
     found = from_json("inspect", path)
     assert (found["step"], found["num_ranks"], found["verified"]) == (5, num_ranks, True)
@@ -142,7 +142,7 @@ def test_inspect_says_what_is_there(source: str, num_ranks: int, request: pytest
 
 
 def test_inspect_reads_no_tensor_data(one: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only scalars and plain values: a checkpoint of any size is quick."""
+    """``inspect`` reads only scalars and plain values, so that it is quick for a checkpoint of any size."""
     from dist_asgd.checkpoint.offline import contents
 
     asked = []
@@ -159,7 +159,7 @@ def test_inspect_reads_no_tensor_data(one: Saved, monkeypatch: pytest.MonkeyPatc
 
 
 def test_inspect_of_parameters_without_average(odd: Saved) -> None:
-    """Unused and frozen ones, and those that the optimizer does not have."""
+    """Unused and frozen parameters are listed without an average, in the order of the model."""
     found = {p["name"]: p for p in from_json("inspect", odd[0])["parameters"]}
     assert (found["unused"]["step"], found["unused"]["averaging"]) == (0, False)
     assert found["scale"]["shape"] == []
@@ -173,7 +173,7 @@ def test_inspect_of_parameters_without_average(odd: Saved) -> None:
 
 @pytest.mark.parametrize("flatten", [True, False])
 def test_inspect_of_another_programs_checkpoint(tmp_path: Path, flatten: bool) -> None:
-    """FSDP2's, flattened or not: without a manifest it has to be asked for."""
+    """A checkpoint of FSDP2, flattened or not, has no manifest, so it needs ``--no-verify``."""
     path, _ = written(tmp_path, "gloo", 2, "fsdp2", flatten=flatten)
     assert "--no-verify" in one_line(cli("inspect", path, status=1))
     found = from_json("inspect", path, "--no-verify")
@@ -184,7 +184,7 @@ def test_inspect_of_another_programs_checkpoint(tmp_path: Path, flatten: bool) -
 
 
 def test_names_cannot_paint_the_terminal(one: Saved, tmp_path: Path) -> None:
-    """Escape sequences and markup in names are shown, not followed."""
+    """Escape sequences and markup in names are printed as text and have no effect."""
     path = Path(shutil.copytree(one[0], tmp_path / "checkpoint"))
     name = "model.\x1b[31mred\x1b]0;title\x07[bold]"
     with edited_metadata(path) as metadata:
@@ -202,7 +202,7 @@ def test_names_cannot_paint_the_terminal(one: Saved, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("source", "num_files"), [("two", 3), ("tp", 4)])
 def test_verify_says_good(source: str, num_files: int, request: pytest.FixtureRequest) -> None:
-    """With exit status 0."""
+    """``verify`` reports a good checkpoint with exit status 0."""
     path, _ = request.getfixturevalue(source)
     assert "good" in cli("verify", path).stdout
     found = from_json("verify", path)
@@ -213,7 +213,7 @@ def test_verify_says_good(source: str, num_files: int, request: pytest.FixtureRe
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
 def test_verify_finds_damage(two: Saved, tmp_path: Path, name: str) -> None:
-    """Names the file, exit status 1, as JSON too."""
+    """``verify`` names the damaged file, with exit status 1, as JSON too."""
     path = Path(shutil.copytree(two[0], tmp_path / "checkpoint"))
     data = bytearray((path / name).read_bytes())
     data[len(data) // 2] ^= 16
@@ -227,7 +227,7 @@ def test_verify_finds_damage(two: Saved, tmp_path: Path, name: str) -> None:
 
 
 def test_verify_says_all_that_is_wrong(two: Saved, tmp_path: Path) -> None:
-    """Missing, too many, truncated, changed."""
+    """``verify`` reports missing, superfluous and truncated files in one run."""
     path = Path(shutil.copytree(two[0], tmp_path / "checkpoint"))
     (path / "__0_0.distcp").unlink()
     (path / "more").touch()
@@ -241,7 +241,7 @@ def test_verify_says_all_that_is_wrong(two: Saved, tmp_path: Path) -> None:
 
 
 def test_verify_reads_hashes_of_chunks_too(two: Saved, tmp_path: Path) -> None:
-    """A manifest whose chunks are of another step fails on loading, so it fails here."""
+    """A manifest with the chunks of another step fails on loading, so ``verify`` reports it."""
     from dataclasses import replace
 
     from dist_asgd.checkpoint.format.manifest import read_manifest, write_manifest
@@ -261,14 +261,14 @@ def test_verify_reads_hashes_of_chunks_too(two: Saved, tmp_path: Path) -> None:
 
 
 def consolidated(path: Path, out: Path, *options: str) -> dict[str, Any]:
-    """The ``.pt`` file, loaded as the help says."""
+    """The content of the ``.pt`` file, loaded as the help says."""
     cli("consolidate", path, out, *options)
     return torch.load(out)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("source", ["one", "two", "fsdp2", "tp"])
 def test_consolidated_state_goes_on_in_torch(source: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The very next steps of ``torch.optim.ASGD`` are those of the job that was saved."""
+    """``torch.optim.ASGD`` loads the file and takes the next steps as the saved job would, to the bit."""
     path, state = request.getfixturevalue(source)
     whole = consolidated(path, tmp_path / "out.pt", *(["--no-verify"] if source == "fsdp2" else []))
     model = mlp(width=8, depth=1, seed=5)
@@ -287,7 +287,7 @@ def test_consolidated_state_goes_on_in_torch(source: str, tmp_path: Path, reques
 
 
 def test_consolidated_state_is_that_of_the_optimizer(odd: Saved, tmp_path: Path) -> None:
-    """With odd parameters: those that never stepped have no entry, groups are named."""
+    """The state is that of ``consolidated_state_dict()``; parameters that never stepped have no entry."""
     whole = consolidated(odd[0], tmp_path / "out.pt")
     live = build("single", "odd").train(5)
     expected = live.optimizer.consolidated_state_dict()  # type: ignore[operator]
@@ -301,7 +301,7 @@ def test_consolidated_state_is_that_of_the_optimizer(odd: Saved, tmp_path: Path)
 
 
 def test_groups_come_back(tmp_path: Path) -> None:
-    """Parameters with equal hyperparameters make a group, in the order of the model; a Tensor lr stays one."""
+    """Parameters with equal hyperparameters make a group, in the order of the model; a Tensor lr stays a Tensor."""
     model = mlp(width=8, depth=1)
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -320,7 +320,7 @@ def test_groups_come_back(tmp_path: Path) -> None:
 
 
 def test_consolidate_to_safetensors(two: Saved, fsdp2: Saved, tmp_path: Path) -> None:
-    """The tensors under the checkpoint's keys, the groups in the metadata."""
+    """The file has the tensors under the checkpoint's keys, and the groups in its metadata."""
     for source, options in ((two, []), (fsdp2, ["--no-verify"])):
         out = tmp_path / "out.safetensors"
         cli("consolidate", source[0], out, "--force", *options)
@@ -335,7 +335,7 @@ def test_consolidate_to_safetensors(two: Saved, fsdp2: Saved, tmp_path: Path) ->
 
 
 def test_consolidate_wants_an_optimizer(tmp_path: Path) -> None:
-    """A checkpoint of a model alone has nothing to consolidate, but can be exported."""
+    """A checkpoint of a model alone cannot be consolidated, but it can be exported."""
     model = nn.Linear(3, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -352,7 +352,7 @@ def test_consolidate_wants_an_optimizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["one", "two", "odd", "tp"])
 def test_export_is_what_the_job_would_export(source: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The same tensors to the bit as ``export_averaged`` of the running job, tied parameters too."""
+    """``export`` writes the same bits as ``export_averaged`` of the running job, tied parameters included."""
     path, state = request.getfixturevalue(source)
     found = from_json("export", path, tmp_path / "out.safetensors")
     live = load_file(path.parent / "live.safetensors")
@@ -366,7 +366,7 @@ def test_export_is_what_the_job_would_export(source: str, tmp_path: Path, reques
 
 
 def test_export_of_fsdp2_is_its_average(fsdp2: Saved, tmp_path: Path) -> None:
-    """From the chunks of another program."""
+    """``export`` assembles tensors from the chunks of another program."""
     path, state = fsdp2
     cli("export", path, tmp_path / "out.safetensors", "--no-verify")
     for name, value in load_file(tmp_path / "out.safetensors").items():
@@ -374,7 +374,7 @@ def test_export_of_fsdp2_is_its_average(fsdp2: Saved, tmp_path: Path) -> None:
 
 
 def test_export_options(two: Saved, tmp_path: Path) -> None:
-    """The last iterate, another dtype, several files."""
+    """``export`` writes the last iterate, another dtype, or several files on request."""
     path, state = two
     out = tmp_path / "model.safetensors"
     assert from_json("export", path, out, "--last")["averaged"] == 0
@@ -402,7 +402,7 @@ def test_export_options(two: Saved, tmp_path: Path) -> None:
 
 
 def test_diff_of_equal_checkpoints(two: Saved, tmp_path: Path) -> None:
-    """Whatever the number of ranks that wrote them: exit status 0; only the user's own values per rank differ."""
+    """Checkpoints of different numbers of ranks are equal, except for the user's values of each rank."""
     other, _ = written(tmp_path, "gloo", 3, "stage1")
     found = from_json("diff", two[0], other, status=1)
     assert [d["key"] for d in found["differences"]] == ["extra.2"]
@@ -411,7 +411,7 @@ def test_diff_of_equal_checkpoints(two: Saved, tmp_path: Path) -> None:
 
 
 def test_diff_says_what_differs(one: Saved, tmp_path: Path) -> None:
-    """How many elements and by how much, shapes, values, keys on one side: exit status 1, and 2 on errors."""
+    """``diff`` prints how many elements differ and by how much, shapes, values and missing keys, with status 1 or 2."""
     run_ = build("single").train(5)
     with torch.no_grad():
         run_.model[0].weight[0, 3] += 0.5  # type: ignore[index, union-attr]
@@ -434,7 +434,7 @@ def test_diff_says_what_differs(one: Saved, tmp_path: Path) -> None:
 
 
 def test_diff_is_to_the_bit(tmp_path: Path) -> None:
-    """The sign of zero is a difference, NaN is none, infinity is as far as can be."""
+    """The sign of zero is a difference, equal NaNs are none, and infinity has no largest difference in JSON."""
     values = {"a": [0.0, 1.0], "b": [float("nan"), 1.0], "c": [1.0, 2.0]}
     changed = {"a": [-0.0, 1.0], "b": [float("nan"), 1.0], "c": [float("inf"), 2.0]}
     with warnings.catch_warnings():
@@ -454,7 +454,7 @@ def test_diff_is_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
 @pytest.mark.parametrize("command", ["consolidate", "export"])
 def test_nothing_is_overwritten_unasked(two: Saved, tmp_path: Path, command: str, name: str) -> None:
-    """With --force the old one is there until the new one is whole."""
+    """An existing file is replaced only with ``--force``, and no other file is left behind."""
     if command == "export" and name == "out.pt":
         assert "must end in .safetensors" in one_line(cli(command, two[0], tmp_path / name, status=1))
         return
@@ -470,7 +470,7 @@ def test_nothing_is_overwritten_unasked(two: Saved, tmp_path: Path, command: str
 @pytest.mark.parametrize("out", ["none/out.safetensors", "folder.safetensors", "out.bin"])
 @pytest.mark.parametrize("command", ["consolidate", "export"])
 def test_where_nothing_can_be_written(two: Saved, tmp_path: Path, command: str, out: str) -> None:
-    """One line and exit status 1."""
+    """A path that cannot be written is an error in one line, with exit status 1."""
     (tmp_path / "folder.safetensors").mkdir()
     line = one_line(cli(command, two[0], tmp_path / out, status=1))
     assert re.search(r"there is no directory|is a directory|must end in", line)
@@ -491,7 +491,7 @@ for out in outs:
 
 
 def test_a_full_disk_leaves_nothing(two: Saved, tmp_path: Path) -> None:
-    """Said in one line for each, by a process of its own."""
+    """If the disk is full, each command reports it in one line and leaves no file behind."""
     done = python("-c", FILL, str(two[0]), *(str(tmp_path / out) for out in ("out.pt", "out.safetensors")))
     assert done.stdout.split() == ["1", "1"]
     assert all("File too large" in line for line in done.stderr.splitlines())
@@ -501,7 +501,7 @@ def test_a_full_disk_leaves_nothing(two: Saved, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "consolidate", "export", "diff"])
 def test_commands_run_nothing_and_load_no_damage(one: Saved, tmp_path: Path, command: str) -> None:
-    """A payload in an object and a flipped bit in a tensor: an error, no output, nothing executed."""
+    """A payload in an object, or a flipped bit in a tensor, is an error; nothing is written or executed."""
     canary = tmp_path / "canary"
     hostile = Path(shutil.copytree(one[0], tmp_path / "hostile"))
     put_chunk(hostile, "optim.param_groups.0.weight.lr", saved(Payload(canary)))
@@ -520,7 +520,7 @@ def test_commands_run_nothing_and_load_no_damage(one: Saved, tmp_path: Path, com
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_teaches(command: str) -> None:
-    """Each command says what it does, and what its options are for."""
+    """The help of each command explains the command and its options."""
     text = cli(*([command] if command else []), "--help").stdout
     if not command:
         assert all(name in text for name in COMMANDS)
@@ -538,14 +538,14 @@ def test_help_teaches(command: str) -> None:
 
 
 def test_a_wrong_command_line_is_status_2(two: Saved) -> None:
-    """As is usual."""
+    """A wrong command line ends with exit status 2."""
     for args in (["frobnicate"], ["inspect"], ["export", two[0]], ["inspect", two[0], "--force"]):
         cli(*args, status=2)
     assert "dist-asgd" in cli("--version").stdout
 
 
 def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python process with the package, in the folder of the repository."""
+    """Run a Python process in the folder of the repository."""
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), **environment}
     command = [sys.executable, "-W", "ignore", *args]
@@ -553,7 +553,7 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_python_m_dist_asgd(two: Saved, tmp_path: Path) -> None:
-    """A real process: the same commands, and a bar on a terminal."""
+    """``python -m dist_asgd`` runs the same commands, and draws a bar on a terminal."""
     out = str(tmp_path / "model.safetensors")
     done = python("-m", "dist_asgd", "export", str(two[0]), out, FORCE_COLOR="1")
     assert done.returncode == 0, done.stderr
@@ -563,7 +563,7 @@ def test_python_m_dist_asgd(two: Saved, tmp_path: Path) -> None:
 
 
 def test_the_console_script_is_the_same() -> None:
-    """Declared in pyproject.toml."""
+    """The console script in ``pyproject.toml`` is the same program, and its dependencies are declared."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, name = project["scripts"]["dist-asgd"].split(":")
     assert getattr(import_module(module), name) is import_module("dist_asgd.__main__".rpartition(".")[0] + ".cli").run
@@ -589,7 +589,7 @@ print(json.dumps(found))
 
 
 def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
-    """24 tensors of 4 MB in the model and as many averages: one is in memory, and the bytes it comes from."""
+    """Of 48 tensors of 4 MB, one is in memory at a time, and the bytes it was read from."""
     for name, count, size in (("large", 24, 1024), ("large-small", 1, 8)):
         model = nn.ParameterList(nn.Parameter(torch.randn(size, 1024)) for _ in range(count))
         optimizer = ShardedASGD(model.parameters(), t0=0, foreach=False)

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dist_asgd.checkpoint.format.files import CheckpointError
-from dist_asgd.checkpoint.format.manifest import MANIFEST_NAME, check_files, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST_NAME, CheckpointError, check_files, read_manifest
 from dist_asgd.checkpoint.format.metadata import METADATA_NAME
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
 from tests.harness.checkpoints import blank, load, read_all, write_sample

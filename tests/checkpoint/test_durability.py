@@ -70,16 +70,16 @@ def vanishing_folder(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def bad_manifest(_folder: Path) -> Iterator[None]:
     """The last file cannot be written; on rank 0 only, as the others write none."""
-    original = writer.write_manifest
+    original = directory.write_manifest
 
     def refuse(*_args: Any) -> None:
         raise OSError(5, "Input/output error", "manifest.json")
 
-    writer.write_manifest = refuse
+    directory.write_manifest = refuse
     try:
         yield
     finally:
-        writer.write_manifest = original
+        directory.write_manifest = original
 
 
 @contextlib.contextmanager
@@ -311,7 +311,7 @@ def saved_in_the_background() -> tuple[PendingSave, weakref.ref[Tensor]]:
     live = build("single").train(1)
     with tempfile.TemporaryDirectory() as folder:
         pending = async_save_checkpoint(f"{folder}/1", live.model, live.optimizer, step=1)
-        staged = next(iter(Saver.of(live.optimizer)._stage._staged.values())).local
+        staged = next(iter(Saver.of(live.optimizer)._staging._buffers.values())).local
         pending.wait()
         return pending, weakref.ref(staged)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.utils.serialization import config
 
-from dist_asgd.checkpoint.format.archives import KnownFrames, load_tensor
+from dist_asgd.checkpoint.format.archives import FrameCache, load_tensor
 from tests.harness.bits import assert_same_bits
 
 
@@ -33,7 +33,7 @@ def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytes:
     return said.getvalue().replace(checksums[0], bytes(4))
 
 
-def loaded(data: bytes, like: Tensor, frames: KnownFrames) -> Tensor:
+def loaded(data: bytes, like: Tensor, frames: FrameCache) -> Tensor:
     """``data`` as the reader has it."""
     return load_tensor(data, like.shape, TensorProperties(dtype=like.dtype), "a chunk", frames)
 
@@ -68,7 +68,7 @@ def drawn(kind: str, dtype: torch.dtype, seed: int) -> Tensor:
 )
 def test_like_archives_come_to_the_same(kind: str, known: bool | None, dtype: torch.dtype) -> None:
     """Of several shapes in turn; what is not dense, or not as it lies, is unpickled each time."""
-    frames = KnownFrames()
+    frames = FrameCache()
     for seed in range(3):
         for tensor in (drawn(kind, dtype, seed), drawn(kind, dtype, seed).unsqueeze(0)):
             data = archive_of(tensor)
@@ -83,7 +83,7 @@ def test_like_archives_come_to_the_same(kind: str, known: bool | None, dtype: to
 def test_the_other_byte_order_is_turned_around_each_time() -> None:
     """Zeros are the same both ways, so that they say nothing of the next."""
     other = "big" if sys.byteorder == "little" else "little"
-    frames = KnownFrames()
+    frames = FrameCache()
     for tensor in (torch.zeros(4), torch.arange(4.0)):
         data = archive_of(tensor, other)
         assert_same_bits(loaded(data, tensor, frames), torch.load(io.BytesIO(data), weights_only=True), "turned around")
@@ -91,7 +91,7 @@ def test_the_other_byte_order_is_turned_around_each_time() -> None:
 
 def test_elements_that_are_there_twice_are_not_known() -> None:
     """Of two records with one name a reader takes either."""
-    frames, tensor = KnownFrames(), torch.arange(6.0)
+    frames, tensor = FrameCache(), torch.arange(6.0)
     stream = io.BytesIO(archive_of(tensor))
     with zipfile.ZipFile(stream, "a", zipfile.ZIP_STORED) as archive:
         name = next(name for name in archive.namelist() if "/data/" in name)
@@ -103,7 +103,7 @@ def test_elements_that_are_there_twice_are_not_known() -> None:
 
 def test_an_archive_that_differs_around_its_elements_is_unpickled() -> None:
     """One bit in the pickle or in the directory at the end, and it is loaded as if nothing were known."""
-    frames, tensor = KnownFrames(), torch.arange(6.0)
+    frames, tensor = FrameCache(), torch.arange(6.0)
     good = archive_of(tensor)
     loaded(good, tensor, frames)
     assert frames.tensor_in(good, tensor.dtype, tensor.shape) is not None

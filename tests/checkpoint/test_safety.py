@@ -23,8 +23,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from dist_asgd.checkpoint.format.archives import load_object
-from dist_asgd.checkpoint.format.files import CheckpointError
-from dist_asgd.checkpoint.format.manifest import MANIFEST_NAME, decode, encode, hash_of, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST_NAME, CheckpointError, decode, encode, hash_of, read_manifest
 from dist_asgd.checkpoint.format.metadata import METADATA_NAME
 from dist_asgd.checkpoint.format.reader import OpenCheckpoint
 from tests.harness.bits import same_tree

@@ -22,11 +22,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.serialization import config
 
 from dist_asgd import ShardedASGD, save_checkpoint
-from dist_asgd.checkpoint.entries import describe
+from dist_asgd.checkpoint.entries import state_to_save
 from dist_asgd.checkpoint.format import writer
-from dist_asgd.checkpoint.format.archives import Archives
 from dist_asgd.checkpoint.format.manifest import Chunk, read_manifest
 from dist_asgd.checkpoint.format.reader import OpenCheckpoint
+from dist_asgd.checkpoint.format.writer import ArchiveWriter
 from dist_asgd.checkpoint.staging import StagingArea
 from dist_asgd.placements.shard_tensor import ShardTensor
 from dist_asgd.state_dict.sharded import ShardTensorCache
@@ -76,7 +76,7 @@ def saved_both_ways(rank: int, _world_size: int, kind: str, folder: str) -> list
     model, optimizer = trained(kind)
     model.add_module("memory", Memory())
     save_checkpoint(f"{folder}/ours", model, optimizer, step=2, extra=(rank, "mine"))
-    state: dict[str, Any] = dict(describe(model, optimizer, (rank, "mine"), rank))  # DCP finds the copies itself
+    state: dict[str, Any] = dict(state_to_save(model, optimizer, (rank, "mine"), rank))  # DCP finds the copies itself
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     dcp.save(state, checkpoint_id=f"{folder}/theirs", planner=planner, no_dist=not dist.is_initialized())
     return [name for name, value in model.state_dict().items() if isinstance(value, Tensor)]
@@ -145,7 +145,7 @@ LAYOUTS = {
 def test_a_frame_around_elements_is_an_archive(layout: str, dtype: torch.dtype) -> None:
     """Byte for byte what ``torch.save`` writes, for the first of a shape and for those that reuse its frame."""
     stream = io.BytesIO()
-    archives = Archives(stream, {})
+    archives = ArchiveWriter(stream, {})
     for _ in range(3):
         tensor: Tensor = LAYOUTS[layout](dtype)
         start = stream.tell()
@@ -170,7 +170,7 @@ def test_frames_are_told_apart() -> None:
         torch.randn(4, 3, 1),
     ]
     stream = io.BytesIO()
-    archives = Archives(stream, {})
+    archives = ArchiveWriter(stream, {})
     for tensor in tensors * 2:
         start = stream.tell()
         archives.write(tensor)
@@ -182,7 +182,7 @@ def test_frames_are_told_apart() -> None:
 def test_elements_that_look_like_the_frame_are_found() -> None:
     """A tensor whose bytes also stand elsewhere in its archive has no frame, and is right all the same."""
     stream = io.BytesIO()
-    archives = Archives(stream, {})
+    archives = ArchiveWriter(stream, {})
     for text in (b"3\n", b"ab", b"3\n"):
         start = stream.tell()
         archives.write(torch.tensor(list(text), dtype=torch.uint8))
@@ -212,7 +212,7 @@ def describes_what_is_live(rank: int, _world_size: int) -> int:
                 param.data = param.data.as_strided(param.shape, (1, param.shape[0]))
             elif change == "shape":
                 param.data = param.data[:-1]
-        state = describe(model, optimizer, None, rank, 0, known)
+        state = state_to_save(model, optimizer, None, rank, 0, known)
         for name, param in model.named_parameters():
             average = state["optim"][f"state.{name}.ax"]
             assert average.shares_memory_with(optimizer.state[param]["ax"]), (change, name)
@@ -220,7 +220,7 @@ def describes_what_is_live(rank: int, _world_size: int) -> int:
             if isinstance(own, ShardTensor):
                 num_parts += 1
                 assert own.extent == average.extent
-                assert own.shares_memory_with(average.fragment_of(param)), (change, name)
+                assert own.shares_memory_with(average.fragment_view(param)), (change, name)
             else:
                 # Whole, and rank 0's to write, where it does not lie as its average does.
                 assert change in ("strides", "shape")
@@ -302,7 +302,7 @@ def test_what_shares_memory_is_staged_at_once_and_lies_as_it_did() -> None:
                 assert addresses == {value.data_ptr() for value in copied["model"].values() if value.dim()}
             addresses = {value.data_ptr() for value in copied["model"].values() if value.dim()}
     # Not the 40,000 bytes that all of it is in.
-    assert sum(stretch.room.numel() for stretch in stage._stretches) < 8300
+    assert sum(copy_range.buffer.numel() for copy_range in stage._ranges) < 8300
 
 
 def test_a_stage_notices_that_a_tensor_has_moved() -> None:
@@ -350,7 +350,7 @@ def test_what_stays_keeps_its_room_when_another_tensor_moves() -> None:
     assert copied.keys() == live.keys()
     assert all(torch.equal(copied[key], live[key]) for key in live)
     # The room of what is gone is gone.
-    assert sum(stretch.room.numel() for stretch in stage._stretches) < 300
+    assert sum(copy_range.buffer.numel() for copy_range in stage._ranges) < 300
 
 
 def test_a_stage_notices_that_storage_is_another() -> None:

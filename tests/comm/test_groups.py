@@ -177,21 +177,21 @@ def test_ranks_may_be_in_different_numbers_of_groups(tmp_path: Path) -> None:
     run("gloo", 3, uneven, str(tmp_path / "checkpoint"))
 
 
-def brings(rank: int, world_size: int, to: int | None) -> None:
-    """Job: pieces of 0, 3, 6, ... elements."""
+def gathers(rank: int, _world_size: int, to: int | None, numels: list[int]) -> None:
+    """Job: rank r sends ``numels[r]`` elements, twice."""
     communicator = Communicators(None).on(torch.device("cpu"))
-    numels = [3 * r for r in range(world_size)]
     here = to is None or to == rank
     places = [torch.full((numel,), -1.0) for numel in numels] if here else None
     for round_ in range(2):
-        piece = torch.arange(numels[rank], dtype=torch.float32) + 100 * rank + round_
-        communicator.bring(piece, places, numels, to)
+        fragment = torch.arange(numels[rank], dtype=torch.float32) + 100 * rank + round_
+        communicator.gather(fragment, places, numels, to)
         for r, place in enumerate(places or ()):
             assert torch.equal(place, torch.arange(numels[r], dtype=torch.float32) + 100 * r + round_)
 
 
+@pytest.mark.parametrize("numels", [[0, 3, 6], [4, 4, 4], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("to", [None, 0, 2])
 @pytest.mark.parametrize("backend", ["threads", "gloo"])
-def test_pieces_of_any_size_are_brought_to_one_rank_or_to_all(backend: str, to: int | None) -> None:
-    """By broadcasts and by messages."""
-    run(backend, 3, brings, to)
+def test_gather_takes_fragments_of_any_size(backend: str, to: int | None, numels: list[int]) -> None:
+    """They arrive on one rank or on all, by named collectives and by messages."""
+    run(backend, 3, gathers, to, numels)

@@ -1,1 +1,1 @@
-"""What the tests run on: ranks as threads, ranks as Gloo processes, and the oracle."""
+"""The test harness: ranks as threads or as Gloo processes, random histories, and the oracle to compare with."""

@@ -11,16 +11,16 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Same dtype, shape and bits, whatever the strides; of a sharded tensor, the same part."""
+    """Whether dtype, shape and bits are the same; strides may differ. ShardTensors need the same fragment."""
     if isinstance(a, ShardTensor) and isinstance(b, ShardTensor):
-        return a.place == b.place and same_bits(a.to_local(), b.to_local())
+        return a.extent == b.extent and same_bits(a.to_local(), b.to_local())
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(_as_integers(a), _as_integers(b))
 
 
 def assert_same_bits(found: Tensor, expected: Tensor, what: str) -> None:
-    """Fail with the first element that differs."""
+    """Fail and name the first element that differs, unless ``same_bits``; ``what`` names the tensor."""
     assert found.dtype == expected.dtype, f"{what}: dtype {found.dtype}, expected {expected.dtype}"
     assert found.shape == expected.shape, f"{what}: shape {found.shape}, expected {expected.shape}"
     if same_bits(found, expected):
@@ -35,7 +35,7 @@ def assert_same_bits(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 def same_tree(a: Any, b: Any) -> bool:
-    """Deep equality of nested dicts, lists and tuples; tensors to the bit."""
+    """Whether nested dicts, lists and tuples are equal; tensors are compared to the bit."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and same_bits(a, b)
     if type(a) is not type(b):

@@ -1,4 +1,4 @@
-"""Cases of a test over several axes: some in which every value or every pair of values occurs, or all of them.
+"""Parametrizes a test over several axes by cases in which every value, or every pair of values, occurs.
 
 ``ALL_CASES=1`` in the environment runs every combination.
 """
@@ -21,7 +21,10 @@ def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
 
 
 def every_value(**axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """The same with as few cases as the longest axis has values; each occurs, as often as its axis repeats it."""
+    """Parametrizes a test by as many cases as the longest axis has values.
+
+    Each value occurs, and those that an axis repeats occur more often.
+    """
     values = [list(axis) for axis in axes.values()]
     rows = ([axis[row % len(axis)] for axis in values] for row in range(max(map(len, values))))
     return _parametrize(axes, product(*map(_distinct, values)) if ALL_CASES else rows)

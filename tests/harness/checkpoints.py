@@ -34,7 +34,7 @@ from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
 
 
 def sample_state(seed: int = 0) -> dict[str, Any]:
-    """One of everything that a checkpoint holds: dtypes, a 0-dim and an empty tensor, plain values, user state."""
+    """One value of each kind that a checkpoint holds: dtypes, 0-dim and empty tensors, plain values, user state."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 5, generator=draw)
     return {
@@ -56,17 +56,17 @@ def sample_state(seed: int = 0) -> dict[str, Any]:
 
 
 def write_sample(directory: Path, seed: int = 0) -> Path:
-    """``sample_state`` in one process, with a manifest."""
+    """Save ``sample_state`` in one process, with a manifest; returns ``directory``."""
     dcp.save(sample_state(seed), checkpoint_id=directory, no_dist=True)
     sign(directory, step=4 + seed)
     return directory
 
 
 def sign(directory: Path, step: int = 4, world_size: int = 1) -> None:
-    """Write the manifest of what lies in ``directory``; chunks as the metadata gives them, where it can be read."""
+    """Write a manifest that fits the files in ``directory``, with the chunks that the metadata lists."""
     names = [name for name in os.listdir(directory) if name != MANIFEST_NAME]
     chunks: dict[str, list[Chunk]] = {}
-    # Equal values may share one place.
+    # Equal values may share one chunk.
     places = {(i.relative_path, i.offset, i.length) for i in read_metadata(directory).storage_data.values()}
     for name, offset, length in sorted(places):
         if name in names:
@@ -77,32 +77,32 @@ def sign(directory: Path, step: int = 4, world_size: int = 1) -> None:
 
 
 def resign(directory: Path) -> None:
-    """Like ``sign``, for a ``.metadata`` that cannot be unpickled: new hashes of files, old chunks."""
+    """Write a manifest with new hashes of files and the old chunks, for a ``.metadata`` that cannot be unpickled."""
     old = read_manifest(directory)
     assert old is not None
     write_manifest(directory, replace(old, files={name: hash_file(directory, name) for name in old.files}))
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Unpickle ``.metadata``; only of checkpoints that these tests wrote."""
+    """Unpickle ``.metadata``, which is safe only for checkpoints that these tests wrote."""
     return pickle.loads((directory / METADATA_NAME).read_bytes())  # type: ignore[no-any-return]
 
 
 @contextmanager
 def edited_metadata(directory: Path) -> Iterator[Metadata]:
-    """Change the metadata in place; it is written back on the way out, without a new manifest."""
+    """Yield the metadata to be changed in place; it is written back at the end of the block, without a new manifest."""
     metadata = read_metadata(directory)
     yield metadata
     (directory / METADATA_NAME).write_bytes(pickle.dumps(metadata))
 
 
 def index_of(metadata: Metadata, key: str) -> MetadataIndex:
-    """The first chunk of ``key``."""
+    """The index of the first chunk of ``key``."""
     return next(index for index in metadata.storage_data if index.fqn == key)
 
 
 def put_chunk(directory: Path, key: str, data: bytes) -> None:
-    """Let ``data`` be the bytes of ``key``: appended to its file, and the metadata led there; signed."""
+    """Make ``data`` the bytes of ``key``: append it to the file, point the metadata to it, and sign the checkpoint."""
     with edited_metadata(directory) as metadata:
         index = index_of(metadata, key)
         path = directory / metadata.storage_data[index].relative_path
@@ -114,7 +114,7 @@ def put_chunk(directory: Path, key: str, data: bytes) -> None:
 
 
 def archive(data_pkl: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A ``torch.save`` archive with this pickle, and these storages."""
+    """A ``torch.save`` archive with the pickle ``data_pkl`` and the storages ``records``."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:
         file.writestr("archive/data.pkl", data_pkl)
@@ -126,14 +126,14 @@ def archive(data_pkl: bytes, records: dict[str, bytes] | None = None, compressio
 
 
 def saved(value: Any) -> bytes:
-    """``torch.save`` to bytes."""
+    """The bytes that ``torch.save`` writes for ``value``."""
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
 
 
 def blank() -> dict[str, Any]:
-    """What ``sample_state`` is loaded into."""
+    """A state with zeros and None, into which ``sample_state`` can be loaded."""
     return {
         group: {k: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for k, v in values.items()}
         for group, values in sample_state().items()
@@ -141,7 +141,7 @@ def blank() -> dict[str, Any]:
 
 
 def load(directory: Path, **options: Any) -> dict[str, Any]:
-    """All of it, as ``dcp.load`` does."""
+    """Load a whole checkpoint with ``dcp.load`` and a CheckedReader."""
     reader = CheckedReader(directory, **options)
     reader.read_metadata()
     state = blank()
@@ -150,7 +150,7 @@ def load(directory: Path, **options: Any) -> dict[str, Any]:
 
 
 def read_all(directory: Path, *, verify: bool = True) -> None:
-    """Every chunk, without process groups."""
+    """Read every chunk, without a process group."""
     opened = OpenCheckpoint(directory, verify=verify)
     for index, data in opened.chunks(list(opened.metadata.storage_data)):
         if isinstance(opened.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
@@ -160,7 +160,7 @@ def read_all(directory: Path, *, verify: bool = True) -> None:
 
 
 class Payload:
-    """Unpickling it makes the directory ``canary``."""
+    """An object whose unpickling creates the directory ``canary``."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary

@@ -1,12 +1,14 @@
-"""A history: a model of odd shapes and what happens to it, the same on every rank and for every world size.
+"""Histories of training: a model of odd shapes and events, the same on every rank and for every world size.
 
-Vocabulary: a *group* is one optimizer parameter group, an *event* is one thing that happens (a step, a
-changed learning rate, a save and load, ...), and *who* says which ranks hold a gradient of a parameter in a
-step.
+Vocabulary
+    group   one parameter group of the optimizer
+    event   a step, a changed learning rate, a save and load, or the like
+    who     the ranks that have a gradient of a parameter in a step
+    share   the gradient of one rank in stage 2; the mean of all shares is the mean gradient
 
-The gradient that a step applies (the *mean gradient*) depends on the seed, the step and the parameter only.
-In stage 2 each rank holds a share of it: all shares are small multiples of ``world_size / 16``, so that
-every way to sum and scale them is exact and gives the mean gradient to the bit, in 16-bit dtypes too.
+The gradient that a step applies (the *mean gradient*) depends on the seed, the step and the parameter only. Shares are
+small multiples of ``world_size / 16``, so that they can be summed and scaled in any order without rounding, and give
+the mean gradient to the bit, in 16-bit dtypes too.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter. ``layout``: contiguous, transposed, channels_last or sliced (every second element)."""
+    """One parameter. ``layout`` is contiguous, transposed, channels_last or sliced (every second element)."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -64,7 +66,7 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. ``who`` and ``by_hand`` are per parameter, repeated over longer lists.
+    """One optimizer step. ``who`` and ``by_hand`` have an entry for each parameter; shorter ones are repeated.
 
     ``who`` is ``all``, ``none`` or ``some`` (stage 2; ``all`` in stage 1). In stage 2 ``by_hand`` parameters
     get their gradient set before ``step()``, the others from ``num_backwards`` backwards, of which all but
@@ -79,7 +81,7 @@ class Step:
 
 @dataclass(frozen=True)
 class SetLr:
-    """``group["lr"]`` changes, in place if it is a tensor."""
+    """Set ``group["lr"]``, in place if it is a tensor."""
 
     group: int
     lr: float
@@ -87,7 +89,7 @@ class SetLr:
 
 @dataclass(frozen=True)
 class SetT0:
-    """``group["t0"]`` changes."""
+    """Set ``group["t0"]``."""
 
     group: int
     t0: float
@@ -95,22 +97,22 @@ class SetT0:
 
 @dataclass(frozen=True)
 class StartAveraging:
-    """``start_averaging()``."""
+    """Call ``start_averaging()``."""
 
 
 @dataclass(frozen=True)
 class AddGroup:
-    """``add_param_group``."""
+    """Call ``add_param_group()``."""
 
     group: GroupSpec
 
 
 @dataclass(frozen=True)
 class Reload:
-    """Go on with a new optimizer that loads the state.
+    """Continue with a new optimizer that loads the state.
 
-    ``kind`` is what it loads: ``own`` (shards), ``consolidated``, ``torch`` (the oracle's), or what torch's
-    ``get_optimizer_state_dict`` makes of it, ``by name``, there also ``full``.
+    ``kind`` is the state dict that it loads: ``own`` (the rank's shards), ``consolidated``, ``torch`` (the oracle's),
+    or the result of torch's ``get_optimizer_state_dict``: ``by name``, or ``full``.
     """
 
     kind: str
@@ -121,7 +123,7 @@ Event = Step | SetLr | SetT0 | StartAveraging | AddGroup | Reload
 
 @dataclass(frozen=True)
 class History:
-    """Groups at construction, and the events after it."""
+    """The groups at construction, and the events after it. With ``named``, parameters are given with names."""
 
     groups: tuple[GroupSpec, ...]
     events: tuple[Event, ...]
@@ -140,7 +142,7 @@ def like(param: Tensor) -> Tensor:
 
 
 def mean_gradient(param: Tensor, seed: int, step: int, index: int, *, dyadic: bool) -> Tensor:
-    """The gradient that step ``step`` applies to parameter ``index``: contiguous, of its dtype."""
+    """The gradient that step ``step`` applies to parameter ``index``: contiguous, with the parameter's dtype."""
     generator = _generator(seed, step, index)
     if dyadic:
         return _small_integers(param, generator, 8) / 16
@@ -148,7 +150,7 @@ def mean_gradient(param: Tensor, seed: int, step: int, index: int, *, dyadic: bo
 
 
 def shares(mean: Tensor, ranks: tuple[int, ...], world_size: int, seed: int) -> dict[int, Tensor]:
-    """One gradient for each of ``ranks`` whose sum over ``world_size`` is exactly ``mean``."""
+    """Gradients for ``ranks``, by rank. Their sum divided by ``world_size`` is exactly ``mean``."""
     generator = torch.Generator().manual_seed(seed)
     first, *others = ranks
     given = {rank: exact_share(mean, world_size, generator) for rank in others}
@@ -159,7 +161,7 @@ def shares(mean: Tensor, ranks: tuple[int, ...], world_size: int, seed: int) -> 
 
 
 def exact_share(like_: Tensor, world_size: int, generator: torch.Generator) -> Tensor:
-    """A gradient that can be added to and taken from shares without rounding."""
+    """A gradient that can be added to shares, and subtracted from them, without rounding."""
     return _small_integers(like_, generator, 2) * world_size / 16
 
 

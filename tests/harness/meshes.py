@@ -1,4 +1,4 @@
-"""A small model, sharded every way that makes DTensors of its parameters, and the same model whole."""
+"""A small model whose parameters become DTensors in every way that torch offers, and the same model unsharded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tests.harness.bits import assert_same_bits
 
 KINDS = ("fsdp2", "fsdp2_mixed", "fsdp2_offload", "tp", "fsdp2_tp", "hsdp", "replicas", "hsdp_tp")
-# Those in which several of 4 ranks hold the same local tensors.
+# The kinds with replica groups on 4 ranks.
 REPLICATED = ("tp", "fsdp2_tp", "hsdp", "replicas", "hsdp_tp")
 
 
 class Net(nn.Module):
-    """Two residual blocks between uneven ends; ``extra`` is for ``ignored_params``, ``unused`` takes no part."""
+    """Two residual blocks between uneven layers. ``extra`` is for ``ignored_params``; ``unused`` gets no gradient."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -55,9 +55,10 @@ class Block(nn.Module):
 
 
 def mesh_of(kind: str, world_size: int) -> DeviceMesh:
-    """Collective: 1-D for fsdp2 and tp; more for the others, two of them of 2 ranks each where there are 4.
+    """The mesh for a kind. Collective.
 
-    ``replicas`` is HSDP that shards over nobody.
+    It has one dimension for fsdp2 and tp, and more for the others; on 4 ranks two of them have 2 ranks each.
+    ``replicas`` is HSDP with a single shard.
     """
     if kind == "fsdp2_tp":
         shape = (2, 2) if world_size == 4 else (1, world_size) if world_size == 2 else (world_size, 1)
@@ -74,12 +75,12 @@ def mesh_of(kind: str, world_size: int) -> DeviceMesh:
 
 
 def hybrid_mesh(shape: tuple[int, int]) -> DeviceMesh:
-    """Collective: (replicas, shards), over all ranks."""
+    """A mesh of ``shape`` (replicas, shards) over all ranks. Collective."""
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
 
 
 def sharded(kind: str, world_size: int, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """Collective: the ``Net`` of ``seed``, sharded as ``kind`` says; ``options`` are for the root's ``fully_shard``."""
+    """The ``Net`` of ``seed``, sharded as ``kind`` says; ``options`` are for the root's ``fully_shard``. Collective."""
     model: nn.Module = Net(seed).to(dtype)
     mesh = mesh_of(kind, world_size)
     if kind in ("tp", "fsdp2_tp", "hsdp_tp"):
@@ -108,7 +109,7 @@ def _plain(_: nn.Module, output: Any, __: DeviceMesh) -> Any:
 
 
 def batch(step: int, rank: int = 0) -> Tensor:
-    """Inputs ``(4, 5)``."""
+    """The inputs of a step, ``(4, 5)``."""
     return torch.randn(4, 5, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
@@ -119,39 +120,39 @@ def gradient(name: str, step: int, param: Tensor) -> Tensor:
 
 
 def placed(value: Tensor, param: Tensor) -> Tensor:
-    """``value`` as ``param`` is placed."""
+    """The whole tensor ``value`` as a DTensor placed like ``param``, or a copy of it if ``param`` is plain."""
     if not isinstance(param, DTensor):
         return value.clone()
     return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Collective: the whole of a DTensor; a plain tensor as it is."""
+    """The full tensor of a DTensor, or a plain tensor itself. Collective."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def set_gradients(model: nn.Module, step: int, skipped: tuple[str, ...] = ()) -> None:
-    """Known gradients on every trainable parameter but the ``skipped`` ones."""
+    """Set the gradient of step ``step`` on every trainable parameter except the ``skipped`` ones."""
     for name, param in model.named_parameters():
         full = gradient(name, step, param)
         param.grad = None if name in skipped or not param.requires_grad else placed(full, param)
 
 
 def assert_same_params(model: nn.Module, plain: nn.Module, when: str) -> None:
-    """Collective: every parameter, to the bit."""
+    """Assert that every parameter is the same to the bit. Collective."""
     for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert_same_bits(whole(found), expected.detach(), f"{name} {when}")
 
 
 def assert_same_state(optimizer: Any, oracle: Any, model: nn.Module, plain: nn.Module, when: str) -> None:
-    """Collective: every entry of the state of what has stepped, to the bit."""
+    """Assert that the state of every parameter that has stepped is the same to the bit. Collective."""
     for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         for key, expected in oracle.state.get(other, {}).items():
             found = optimizer.state[param][key]
             if key != "ax" and found._base is not None:
                 found = found.to(expected.dtype)  # a view of the table of scalars, as on a GPU
             if key == "ax" and not isinstance(param, DTensor):
-                continue  # this rank's part of a bucket
+                continue  # this rank's fragment
             if key == "ax":
                 assert isinstance(found, DTensor), name
                 assert found.placements == param.placements, name
@@ -160,10 +161,10 @@ def assert_same_state(optimizer: Any, oracle: Any, model: nn.Module, plain: nn.M
 
 
 def dtensors(model: nn.Module) -> Iterator[tuple[str, DTensor]]:
-    """The parameters that are DTensors."""
+    """The parameters that are DTensors, with their names."""
     return ((name, param) for name, param in model.named_parameters() if isinstance(param, DTensor))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds."""
+    """The local tensor of a DTensor, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,12 +1,12 @@
 """The oracle: a history run by ``torch.optim.ASGD`` itself, in one process, on the mean gradients.
 
-Memory layout matters to torch on 16-bit CPU tensors: ``x.add_(g, alpha=a)`` rounds the product first in the
-last ``numel % 32`` elements and in everything strided, but not in full vector lanes. So gradients lie in
-memory as their parameters do, which is how backward lays them, and a 16-bit parameter that is not dense in
-memory is made dense, which is what moving into a bucket does to it. All else is torch as it is.
+The bits of torch on 16-bit CPU tensors depend on the memory layout: ``x.add_(g, alpha=a)`` rounds the product first in
+the last ``numel % 32`` elements and in strided tensors, but not in full vector lanes. Therefore gradients have the
+strides of their parameters, as backward gives them, and a 16-bit parameter that is not dense in memory is made dense,
+as moving it into a bucket makes it.
 
-Of a 16-bit DTensor, then, torch's bits are those of ``torch.optim.ASGD`` on its local tensors, which is also what torch
-itself makes of DTensors: such a parameter is this rank's part here. All others are whole.
+For the same reason the bits of a 16-bit DTensor are those of ``torch.optim.ASGD`` on its local tensors, so such a
+parameter is this rank's local tensor here. All other parameters are whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.harness.placements import Placements
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:
-    """As torch's schedulers do: in place where the learning rate is a tensor."""
+    """Set the learning rate as torch's schedulers do: in place if it is a tensor."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
     else:
@@ -41,16 +41,16 @@ def set_lr(group: dict[str, Any], lr: float) -> None:
 
 
 def group_dict(history: History, spec: GroupSpec, params: list[Tensor], first_index: int) -> dict[str, Any]:
-    """What the optimizer gets for one group: tensors, or (name, tensor) pairs."""
+    """The argument for one group: its options, and parameters as tensors or as (name, tensor) pairs."""
     named = [(f"p{first_index + i}", p) for i, p in enumerate(params)]
     return {"params": named if history.named else params, **spec.options()}
 
 
 class Oracle:
-    """``torch.optim.ASGD(foreach=foreach)`` living through a history, one event at a time.
+    """Runs a history with ``torch.optim.ASGD(foreach=foreach)``, one event at a time.
 
-    ``widened``: with float32 copies of 16-bit parameters, which still get 16-bit gradients. ``placements`` tell what
-    of a parameter is this rank's part.
+    With ``widened`` it trains float32 copies of 16-bit parameters, which still get 16-bit gradients. ``placements``
+    give the local tensors of DTensors.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Oracle:
         self.placements = placements
         self.dyadic = dyadic
         self.widened = widened
-        # Of the shapes and dtypes of the history, which gradients have.
+        # The parameters with the shapes and dtypes of the history, which their gradients have, too.
         self.originals: list[Tensor] = []
         self.params: list[Tensor] = []
         self.num_steps = 0
@@ -68,7 +68,7 @@ class Oracle:
         self.optimizer = torch.optim.ASGD(groups, foreach=foreach)
 
     def apply(self, event: Event) -> None:
-        """One event; ``Reload`` changes nothing here."""
+        """Run one event. ``Reload`` changes nothing here."""
         groups = self.optimizer.param_groups
         if isinstance(event, Step):
             self._step(event)
@@ -91,7 +91,7 @@ class Oracle:
         return group
 
     def is_part(self, index: int) -> bool:
-        """Whether this parameter may be a part, as that of a 16-bit DTensor is."""
+        """Whether the oracle has the local tensor of this parameter if it is a DTensor: it is a 16-bit one."""
         return self.originals[index].element_size() == 2 and not self.widened
 
     def _own(self, index: int) -> Tensor:

@@ -1,9 +1,11 @@
-"""What one rank of a job ended with, shared by the thread and the process harness.
+"""The outcome of a job on each rank, which the thread and the process harness share.
 
-Vocabulary: a *job* is one function that every rank runs as ``fn(rank, world_size, *args)``; its *outcome* is,
-per rank, a value or an error. Tests either want every value (``values``) or every error (``errors``): an
-error that only some ranks saw is always a failure of the test, because the other ranks would hang in
-production.
+Vocabulary
+    job      a function that every rank runs as ``fn(rank, world_size, *args)``
+    outcome  the value that a job returned on one rank, or the error that it raised
+
+A test expects a value on every rank (``values``) or an error on every rank (``errors``). An error on some ranks only is
+always a failure, because the other ranks would hang in production.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RankError:
-    """The exception of one rank, as text, so that it crosses process borders whatever its type."""
+    """The exception of one rank, as text, so that it can be sent between processes whatever its type is."""
 
     rank: int
     type_name: str
@@ -25,13 +27,13 @@ class RankError:
 
     @staticmethod
     def of(rank: int, error: BaseException) -> RankError:
-        """Describe the exception that is being handled on ``rank``."""
+        """Describe the exception ``error`` of ``rank``."""
         return RankError(rank, type(error).__name__, str(error), "".join(traceback.format_exception(error)))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rank ``rank`` ended with, ``seconds`` after the job began."""
+    """The value or the error of rank ``rank``, which ended ``seconds`` after the job began."""
 
     rank: int
     value: Any
@@ -40,7 +42,7 @@ class Outcome:
 
 
 class RanksFailed(AssertionError):
-    """A job that should have returned on every rank raised, hung or died on some."""
+    """Raised if a job that should have returned on every rank raised an error, hung or died on some of them."""
 
     def __init__(self, errors: Sequence[RankError]) -> None:
         self.errors = list(errors)
@@ -49,7 +51,7 @@ class RanksFailed(AssertionError):
 
 
 def values(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Every rank's return value, in rank order; raises ``RanksFailed`` if any rank has none."""
+    """The return value of every rank, in rank order. Raises ``RanksFailed`` if a rank has none."""
     failed = [o.error for o in outcomes if o.error is not None]
     if failed:
         raise RanksFailed(failed)
@@ -57,7 +59,7 @@ def values(outcomes: Sequence[Outcome]) -> list[Any]:
 
 
 def errors(outcomes: Sequence[Outcome], within_s: float = 10.0) -> list[RankError]:
-    """Every rank's error, in rank order; fails if a rank returned, hung, died, or took over ``within_s``."""
+    """The error of every rank, in rank order. Fails if a rank returned, hung, died, or took over ``within_s``."""
     returned = [o.rank for o in outcomes if o.error is None]
     assert not returned, f"ranks {returned} returned, but every rank should have raised; the others: " + "; ".join(
         f"rank {o.rank}: {o.error.type_name}: {o.error.message}" for o in outcomes if o.error

@@ -1,11 +1,11 @@
-"""Where the parameters of a history lie before the optimizer sees them: plain, or sharded already, as DTensors.
+"""The placements of a history's parameters before the optimizer is constructed: plain tensors, or DTensors.
 
-Every rank has the whole of a parameter from the history and keeps its part of it, so nothing is sent. Which placement a
-parameter gets goes by its index and the history's seed. A dimension that it does not have is not sharded:
-tensor parallelism replicates such parameters too.
+Every rank makes the whole parameter from the history and keeps its local tensor, so nothing is sent. The index of a
+parameter and the seed of the history choose its placement. A dimension that a parameter does not have is not sharded;
+tensor parallelism replicates such parameters, too.
 
-Only on Gloo: torch keeps what it has planned for a mesh, and threads, which share that, go on with the plan of another
-rank, and hang.
+Placements need Gloo processes. Threads share torch's cache of plans for a mesh, take the plan of another rank from it,
+and hang.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.harness.meshes import hybrid_mesh, local
 
-# At which world sizes each kind can be.
+# The world sizes of each kind.
 KINDS = {"shard": (2, 3, 4), "hsdp": (2, 3, 4), "tp": (2, 3, 4), "2d": (2, 4), "mixed": (2, 3, 4)}
 
 _Layout = tuple[DeviceMesh, Sequence[Placement]] | None
 
 
 class Placements:
-    """Collective: the meshes of ``kind`` over all ranks; None leaves every parameter plain.
+    """The placements of one ``kind`` over all ranks; None leaves every parameter plain. Construction is collective.
 
-    shard   FSDP2: rows, of which the last ranks may have none
+    shard   FSDP2: by rows; the last ranks may have none
     hsdp    the same rows in several replicas
-    tp      rows, columns or everything, on one axis
-    2d      FSDP2 over tensor parallelism: rows and columns, rows of rows, rows with replicas
-    mixed   plain parameters beside rows and columns, on meshes of one and of two dimensions
+    tp      by rows, by columns or replicated, on one axis
+    2d      FSDP2 over tensor parallelism: by rows and columns, by rows twice, by rows with replicas
+    mixed   plain parameters beside DTensors by rows or columns, on meshes with one and with two dimensions
     """
 
     def __init__(self, kind: str | None, world_size: int, seed: int) -> None:
@@ -41,37 +41,37 @@ class Placements:
         self._layouts = [None] if kind is None else _layouts(kind, world_size, seed)
 
     def place(self, index: int, whole: Tensor) -> Tensor:
-        """``whole`` as parameter ``index`` lies: a new parameter, or ``whole`` itself where that is plain."""
+        """``whole`` with the placement of parameter ``index``: a new parameter, or ``whole`` itself if plain."""
         layout = self._layouts[(self._seed + index) % len(self._layouts)]
         if layout is None:
             return whole
         mesh, placements = layout
         fitting = [Replicate() if _dim(p) >= whole.dim() else p for p in placements]
-        # What is not dense in memory cannot be updated where it lies.
+        # A local tensor that is not dense in memory cannot be updated in place.
         dense = whole.detach().clone(memory_format=torch.preserve_format)
         return nn.Parameter(distribute_tensor(dense, mesh, fitting, src_data_rank=None), whole.requires_grad)
 
     def part(self, index: int, whole: Tensor) -> Tensor:
-        """What this rank holds of ``whole`` where that lies as parameter ``index`` does."""
+        """This rank's local tensor of ``whole`` with the placement of parameter ``index``."""
         return held(self.place(index, whole))
 
 
 def held(param: Tensor) -> Tensor:
-    """What this rank holds of a parameter; shares memory."""
+    """This rank's local tensor of a parameter, or a plain parameter's data; it shares memory."""
     return local(param.detach())
 
 
 def placed_like(param: Tensor, part: Tensor) -> Tensor:
-    """What the ranks hold as their ``part`` s, as a tensor that lies as ``param`` does."""
+    """A tensor with the placement of ``param`` whose local tensor on this rank is ``part``."""
     placed = param.detach().clone()
     held(placed).copy_(part)
     return placed
 
 
 def loads_in_full(params: Sequence[Tensor]) -> bool:
-    """Whether torch's helpers take whole state for these parameters, some of which are DTensors.
+    """Whether torch's helpers load full state for these parameters, some of which are DTensors.
 
-    They take the device from state that has dimensions, and scatter rows of rows only where these are even.
+    The helpers take the device from state with dimensions, and cannot scatter rows that are sharded twice.
     """
     dtensors = [p for p in params if isinstance(p, DTensor)]
     strided = any(isinstance(placement, _StridedShard) for p in dtensors for placement in p.placements)

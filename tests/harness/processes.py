@@ -1,9 +1,9 @@
-"""Ranks as processes on Gloo: a pool per world size, started once per test session, about 0.02 s a job.
+"""Runs ranks as processes on Gloo, in one pool per world size and test session. A job takes about 0.02 s.
 
-Processes come from a ``forkserver`` that has torch and DTensors loaded, meet through a ``FileStore`` (no ports) and run
-one thread each. A job is a picklable module-level function. A job that raised leaves the process group in
-doubt, so the group is made anew (same processes); a job in which a rank hung or died costs the whole pool,
-which is killed and started again by the next job.
+Processes come from a ``forkserver`` that has torch and DTensors loaded. They rendezvous by a ``FileStore``, without
+ports, and have one thread each. A job is a picklable module-level function. A job that raised an error may leave the
+process group in any state, so the processes then make a new group. A job in which a rank hung or died ends the whole
+pool; the next job starts a new one.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tests.harness.outcome import Outcome, RankError
 
 GROUP_TIMEOUT_S = 20.0
 JOB_TIMEOUT_S = 60.0
-# Groups that jobs have made (meshes, checkpoints) keep threads and connections, and fill the store: beyond this many
-# the pool starts afresh.
+# Groups that jobs have made (for meshes and checkpoints) keep threads and connections, and fill the store. Beyond this
+# number of groups the ranks destroy all of them and make a new default group.
 MAX_GROUPS = 16
 _STOP, _REGROUP, _JOB = "stop", "regroup", "job"
-# What jobs would load in every rank. The compiler: torch's optimizers load it in their first step.
-_PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis", "dist_asgd.checkpoint.saving"]
+# Modules that jobs would otherwise load in every rank. torch's optimizers load the compiler in their first step.
+_PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis", "dist_asgd.checkpoint.save"]
 
 _pools: dict[int, ProcessPool] = {}
 
@@ -47,7 +47,7 @@ _pools: dict[int, ProcessPool] = {}
 def outcomes_of_processes(
     world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = JOB_TIMEOUT_S
 ) -> list[Outcome]:
-    """Run ``fn(rank, world_size, *args)`` on every rank of the pool; every outcome, in rank order."""
+    """Run ``fn(rank, world_size, *args)`` on every rank of a pool, and return the outcomes in rank order."""
     pool = _pools.get(world_size)
     if pool is None:
         pool = _pools[world_size] = ProcessPool(world_size)
@@ -59,13 +59,13 @@ def outcomes_of_processes(
 
 @atexit.register
 def close_pools() -> None:
-    """End every pool of this session: barrier, destroy, exit."""
+    """End the processes of every pool of this session."""
     while _pools:
         _pools.popitem()[1].close()
 
 
 class ProcessPool:
-    """``world_size`` processes with one Gloo group, which run one job after another."""
+    """``world_size`` processes with one Gloo group, which run one job after the other."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -89,7 +89,7 @@ class ProcessPool:
         self._command(_REGROUP, self._next_group_path())
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Outcome]:
-        """One job on every rank; on return the pool is ready for the next, or ``broken``."""
+        """Run one job on every rank. On return the pool is ready for the next job, or ``broken``."""
         outcomes = self._command(_JOB, (fn, args), timeout_s)
         if self.broken:
             self._kill()
@@ -98,7 +98,7 @@ class ProcessPool:
         return outcomes
 
     def close(self) -> None:
-        """Let every rank destroy its group and exit; kill what does not."""
+        """Make every rank destroy its group and exit; kill processes that do not."""
         with contextlib.suppress(OSError):
             for connection in self._connections:
                 connection.send_bytes(pickle.dumps((_STOP, None)))
@@ -107,7 +107,7 @@ class ProcessPool:
         self._kill()
 
     def _command(self, kind: str, payload: Any, timeout_s: float = JOB_TIMEOUT_S) -> list[Outcome]:
-        """Send to every rank, collect one reply from each; ranks that hang or die get an error instead."""
+        """Send a command to every rank and collect one reply from each; a rank that hangs or dies gets an error."""
         started = time.monotonic()
         message = pickle.dumps((kind, payload))
         for connection in self._connections:
@@ -140,7 +140,7 @@ class ProcessPool:
         return str(self._folder / f"group{self._num_groups}")
 
     def _stack_of(self, rank: int) -> str:
-        """Where a hung rank is, as its own faulthandler writes it."""
+        """The stack of a hung rank, as its own faulthandler writes it."""
         path = _stack_path(self._folder, rank)
         pid = self._processes[rank].pid
         if pid is not None:
@@ -161,7 +161,7 @@ class ProcessPool:
 
 
 def loaded_context() -> ForkServerContext:
-    """Starts processes that have all of torch loaded that jobs use."""
+    """A context that starts processes which have loaded the modules that jobs use."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
@@ -186,7 +186,7 @@ def _stack_path(folder: Path, rank: int) -> Path:
 
 
 def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> None:
-    """A rank's life: read a command, obey, answer, until told to stop or the parent is gone."""
+    """The main function of a rank: read commands, run them and reply, until a stop command or the parent's end."""
     torch.set_num_threads(1)
     gc.freeze()
     with _stack_path(Path(folder), rank).open("w") as stack:
@@ -216,12 +216,12 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> N
 
 
 def _regroup(rank: int, world_size: int, path: str) -> None:
-    """A new default group; every rank is known to be out of the old one's collectives."""
+    """Make a new default group. No rank is in a collective call of the old one any more."""
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()
-        # Loaded in every rank, and not in the parent. DTensors keep what they know of a mesh for others like it, down
-        # to the names of its groups.
+        # Imported here because the ranks need it and the parent does not. DTensors cache facts about a mesh for equal
+        # meshes, including the names of its groups, which do not exist any more.
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()

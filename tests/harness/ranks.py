@@ -1,4 +1,4 @@
-"""One door to both harnesses: ``run`` for values, ``run_errors`` for errors, on threads or Gloo processes.
+"""Runs a job on ranks that are threads or Gloo processes: ``run`` returns values, ``run_errors`` errors.
 
 A world size of 1 with backend ``"none"`` runs in the calling process without a process group.
 """
@@ -17,7 +17,7 @@ from tests.harness.threads import outcomes_of_threads
 def outcomes(
     backend: str, world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0
 ) -> list[Outcome]:
-    """Every rank's outcome of ``fn(rank, world_size, *args)``, in rank order."""
+    """Run ``fn(rank, world_size, *args)`` on every rank and return the outcomes in rank order."""
     if backend == "threads":
         return outcomes_of_threads(world_size, fn, *args, timeout_s=timeout_s)
     if backend == "gloo":
@@ -32,12 +32,12 @@ def outcomes(
 
 
 def run(backend: str, world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """Every rank's value; fails with every traceback if a rank raised, hung or died."""
+    """Run a job and return every rank's value; fails with every traceback if a rank raised, hung or died."""
     return values(outcomes(backend, world_size, fn, *args, timeout_s=timeout_s))
 
 
 def run_errors(
     backend: str, world_size: int, fn: Callable[..., Any], *args: Any, within_s: float = 10.0
 ) -> list[RankError]:
-    """Every rank's error; fails unless every rank raised within ``within_s`` seconds."""
+    """Run a job and return every rank's error; fails unless every rank raised within ``within_s`` seconds."""
     return errors(outcomes(backend, world_size, fn, *args), within_s)

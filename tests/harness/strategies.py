@@ -1,4 +1,4 @@
-"""Hypothesis strategies for histories."""
+"""Hypothesis strategies that draw histories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LRS = st.sampled_from([1e-3, 0.01, 0.05, 0.1, 0.3])
 
 @st.composite
 def param_specs(draw: st.DrawFn, dtype: str) -> ParamSpec:
-    """One parameter of an odd shape, sometimes non-contiguous or frozen."""
+    """Draw one parameter of an odd shape, sometimes non-contiguous or frozen."""
     shape = draw(_SHAPES)
     layouts = ["contiguous"]
     if len(shape) >= 1:
@@ -42,7 +42,7 @@ def param_specs(draw: st.DrawFn, dtype: str) -> ParamSpec:
 
 @st.composite
 def group_specs(draw: st.DrawFn, dtypes: tuple[str, ...]) -> GroupSpec:
-    """One group of one to five parameters with its own hyperparameters."""
+    """Draw one group of one to five parameters with its own hyperparameters."""
     params = st.sampled_from(dtypes).flatmap(param_specs)
     return GroupSpec(
         params=tuple(draw(st.lists(params, min_size=1, max_size=5))),
@@ -58,7 +58,7 @@ def group_specs(draw: st.DrawFn, dtypes: tuple[str, ...]) -> GroupSpec:
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    """One step; most parameters have gradients on all ranks."""
+    """Draw one step; most parameters have gradients on all ranks."""
     who = st.sampled_from(["all", "all", "all", "some", "none"])
     return Step(
         who=tuple(draw(st.lists(who, min_size=1, max_size=5))),
@@ -75,7 +75,7 @@ def histories(
     max_events: int = 10,
     reloads: tuple[str, ...] = RELOADS,
 ) -> History:
-    """A model of one to three groups, of dtypes drawn from ``dtypes``, and what happens to it."""
+    """Draw one to three groups, with dtypes drawn from ``dtypes``, and at most ``max_events`` events."""
     groups = tuple(draw(st.lists(group_specs(dtypes), min_size=1, max_size=3)))
     group = st.integers(0, len(groups) - 1)
     rare: st.SearchStrategy[Event] = st.one_of(

@@ -1,4 +1,4 @@
-"""The subject: a history run by ``ShardedASGD`` on every rank, compared with the oracle after each event."""
+"""The subject: it runs a history with ``ShardedASGD`` on every rank, and compares with the oracle after each event."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.harness.placements import Placements, held, loads_in_full, placed_lik
 
 @dataclass(frozen=True)
 class Setting:
-    """What a history runs under; ``placement`` is one of ``placements.KINDS``, or None for plain parameters."""
+    """The optimizer's options in a history. ``placement`` is one of ``placements.KINDS``; None: plain parameters."""
 
     stage: int = 1
     form: str = "forloop"
@@ -55,13 +55,13 @@ class Setting:
 
     @property
     def forms(self) -> dict[str, bool]:
-        """The optimizer's options for ``form``: forloop, foreach or fused."""
+        """The optimizer's options for the implementation ``form``: forloop, foreach or fused."""
         return {"foreach": self.form == "foreach", "fused": self.form == "fused"}
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Where a history stopped: whole parameters and the consolidated optimizer state."""
+    """The state of a history after ``num_events``: whole parameters and the consolidated optimizer state."""
 
     num_events: int
     params: list[Tensor]
@@ -76,7 +76,7 @@ def check_history(
     stop_after: int | None = None,
     resume: Saved | None = None,
 ) -> Saved:
-    """Job: live through ``history`` beside the oracle from ``resume`` to ``stop_after`` events."""
+    """Job: run ``history`` beside the oracle, from ``resume`` (None: from the beginning) to ``stop_after`` events."""
     placements = Placements(setting.placement, world_size, history.seed)
     oracle = Oracle(
         history, placements, foreach=setting.form == "foreach", dyadic=setting.stage == 2, widened=setting.masters
@@ -95,7 +95,7 @@ def check_history(
 
 
 class Subject:
-    """One rank's ``ShardedASGD``, with the oracle beside it."""
+    """One rank's ``ShardedASGD``, and the oracle that it is compared with."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Subject:
             self.optimizer.load_state_dict(resume.state)
 
     def apply(self, event: Event) -> None:
-        """One event."""
+        """Run one event."""
         groups = self.optimizer.param_groups
         if isinstance(event, Step):
             self._step(event)
@@ -147,7 +147,7 @@ class Subject:
             self._reload(event)
 
     def compare_params(self, when: str) -> None:
-        """What this rank holds of every parameter, to the bit: of replicas too."""
+        """Assert that this rank's data of every parameter has the oracle's bits, on every replica."""
         for index, (found, expected) in enumerate(zip(self.params, self.oracle.params, strict=True)):
             if found.dtype != expected.dtype:
                 expected = _rounded(expected.detach(), found.dtype)
@@ -156,7 +156,7 @@ class Subject:
             assert_same_bits(held(found), expected, f"parameter {index} {when}")
 
     def compare_state(self) -> dict[str, Any]:
-        """Collective: the state, whole and as it is shown, against the oracle's, to the bit; returns the whole."""
+        """Assert that the state, consolidated and in ``optimizer.state``, has the oracle's bits. Collective."""
         found = self.optimizer.consolidated_state_dict(to=None)
         expected = self.oracle.optimizer.state_dict()
         assert found["state"].keys() == expected["state"].keys()
@@ -176,7 +176,7 @@ class Subject:
         return found
 
     def _compare_shown(self, index: int, average: Tensor) -> None:
-        """Collective: the average of a DTensor is one that lies as it does."""
+        """Assert that ``ax`` of a DTensor is a DTensor with the same placement. Collective."""
         param = self.params[index]
         if isinstance(param, DTensor):
             shown = self.optimizer.state[param]["ax"]
@@ -184,7 +184,7 @@ class Subject:
             assert_same_bits(shown.full_tensor(), average, f"shown ax of parameter {index}")
 
     def _make_params(self, spec: GroupSpec) -> None:
-        """The parameters of one more group, as they lie."""
+        """Make the parameters of one more group, with their placements."""
         first = len(self.params)
         made = make_params(spec, self.history.seed, first)
         self.params += [self.placements.place(index, param) for index, param in enumerate(made, first)]
@@ -198,7 +198,7 @@ class Subject:
         setting = self.setting
         added = [event.group for event in self.history.events if isinstance(event, AddGroup)]
         narrow = {s.dtype for g in (*self.history.groups, *added) for s in g.params} & {"bfloat16", "float16"}
-        # torch's own, so that its bits come back; float32 beside masters.
+        # The dtype of torch's average, so that its bits come back; beside masters the average is float32.
         average_dtype = DTYPES[narrow.pop()] if narrow and not setting.masters else None
         return ShardedASGD(
             groups,
@@ -226,7 +226,7 @@ class Subject:
         self.optimizer.load_state_dict(saved)
 
     def _reload_by_name(self, full: bool) -> None:
-        """Collective: through torch's helpers, in their full form where that can be."""
+        """Reload by torch's helpers, in their full form if ``full`` and if they support it. Collective."""
         options = StateDictOptions(full_state_dict=full and self.mesh is None and loads_in_full(self.params))
         saved = get_optimizer_state_dict(self._module(), self.optimizer, options=options)
         self.params = [like(p) for p in self.params]
@@ -234,11 +234,11 @@ class Subject:
         set_optimizer_state_dict(self._module(), self.optimizer, saved, options=options)
 
     def _module(self) -> nn.Module:
-        """Of which the parameters are, for what asks a module for their names."""
+        """A module that has the parameters, for helpers that ask a module for names."""
         return nn.ParameterList(self.params)
 
     def _state_of_torch(self) -> dict[str, Any]:
-        """``torch.optim.ASGD``'s own dict: whole tensors, or DTensors where the oracle has a part of them."""
+        """The oracle's state dict, with DTensors in place of the local tensors that the oracle has."""
         saved = copy.deepcopy(self.oracle.optimizer.state_dict())
         for index, state in saved["state"].items():
             if self.oracle.is_part(index):
@@ -257,7 +257,7 @@ class Subject:
         self.optimizer.step()
 
     def _backwards(self, event: Step) -> None:
-        """Deliver this rank's shares: by backward, in one or more parts, or by hand."""
+        """Give the parameters this rank's shares, by one or more backward passes or by hand."""
         by_backward, by_hand = self._my_shares(event)
         parts: list[dict[int, Tensor]] = [{} for _ in range(event.num_backwards)]
         generator = torch.Generator().manual_seed(self.history.seed + self.oracle.num_steps + self.rank)
@@ -303,7 +303,7 @@ def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def backward(params: list[Tensor], gradients: dict[int, Tensor]) -> None:
-    """One real backward that gives each parameter exactly its gradient; none if there are no gradients."""
+    """Run one backward pass that gives each parameter exactly its gradient; none if there are no gradients."""
     products = [params[index] * gradient.conj() for index, gradient in gradients.items()]
     terms = [torch.real(product).sum().double() for product in products]
     if terms:

@@ -1,11 +1,11 @@
-"""Ranks as threads of this process, on torch's threaded process group: about 0.01 s a job.
+"""Runs ranks as threads of this process, on torch's threaded process group. A job takes about 0.01 s.
 
-The only file that touches ``torch.testing._internal``. What does *not* work here: peer-to-peer operations and
-``DistributedDataParallel`` (use ``processes``). Backward on CPU tensors runs in the thread that called it, so
-autograd hooks see their own rank.
+This is the only file that uses ``torch.testing._internal``. Peer-to-peer operations and ``DistributedDataParallel`` do
+not work here; use ``processes``. Backward on CPU tensors runs in the thread that called it, so autograd hooks run in
+the thread of their rank.
 
-A rank that raises does not end the others at once, as torch's own harness does: they get ``GRACE_S`` to raise
-too, so that tests can tell "every rank raised" from "one raised and the rest hung".
+A rank that raises does not end the others at once, as in torch's own harness. The others get ``GRACE_S`` seconds to
+raise too, so that tests can distinguish an error on every rank from an error on one while the others hang.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def outcomes_of_threads(world_size: int, fn: Callable[..., Any], *args: Any, tim
 
 
 def _wait(threads: list[threading.Thread], found: list[Outcome | None], deadline: float) -> None:
-    """Join all; once one rank has failed the rest have ``GRACE_S``, then their collectives are ended."""
+    """Join all threads. Once a rank has failed, the others have ``GRACE_S``; then their collective calls are ended."""
     while any(t.is_alive() for t in threads):
         for thread in threads:
             thread.join(0.002)

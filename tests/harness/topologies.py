@@ -1,11 +1,11 @@
 """One model and optimizer under any topology, trained on the same gradients to the same bits, for checkpoint tests.
 
 A topology is ``single`` (one process), ``stage1``, ``stage2``, ``fsdp2`` (``fully_shard`` and ``torch.optim.ASGD``),
-``fsdp2-sharded`` (the same and ``ShardedASGD``), ``hsdp`` and ``hsdp-sharded`` (the like on 2 replicas), ``hybrid``
-(stage 2 on a mesh: 1 or 2 shards, the rest replicas), ``torch`` (``torch.optim.ASGD`` alone), ``tp`` (tensor
+``fsdp2-sharded`` (the same and ``ShardedASGD``), ``hsdp`` and ``hsdp-sharded`` (both on 2 replicas), ``hybrid``
+(stage 2 on a mesh with 1 or 2 shards and 2 or more replicas), ``torch`` (``torch.optim.ASGD`` alone), ``tp`` (tensor
 parallelism over all ranks and ``ShardedASGD``), ``tp-torch`` (the same and ``torch.optim.ASGD``), or ``fsdp2-tp1`` and
 ``fsdp2-tp2`` (``fully_shard`` on tensor parallelism over 1 or 2 ranks, and ``ShardedASGD``).
-Gradients are set by hand: small multiples of a power of two, so that means over ranks are exact.
+Gradients are set by hand. They are small multiples of a power of two, so that means over ranks are exact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WITH_TORCHS_OPTIMIZER = ("torch", "fsdp2", "hsdp", "tp-torch")
 
 @dataclass
 class Run:
-    """A model, its optimizer, and how many steps they took."""
+    """A model, its optimizer, and the number of steps that they have taken."""
 
     topology: str
     model: nn.Module
@@ -37,7 +37,7 @@ class Run:
     num_steps: int = 0
 
     def train(self, num_steps: int) -> Run:
-        """Steps on gradients that depend on the step and the parameter's name only."""
+        """Take steps with gradients that depend on the step and the parameter's name only; returns itself."""
         for _ in range(num_steps):
             self.optimizer.zero_grad()
             for name, param in self.model.named_parameters():
@@ -49,7 +49,7 @@ class Run:
 
 
 def gradient(name: str, step: int, param: Tensor) -> Tensor:
-    """A whole gradient, the same everywhere, laid out as its parameter."""
+    """A whole gradient, which is the same on every rank, with the strides of its parameter."""
     generator = torch.Generator().manual_seed(1000 * step + sum(name.encode()))
     values = torch.randint(-64, 65, param.shape, generator=generator).to(param.dtype) / 256
     return torch.empty_like(param, layout=torch.strided).copy_(values) if type(param) is nn.Parameter else values
@@ -79,7 +79,7 @@ def build(topology: str, kind: str = "mlp", seed: int = 0) -> Run:
 
 
 def _shard(model: nn.Module, topology: str) -> None:
-    """Collective: its parameters become DTensors; under tensor parallelism alone the norms stay plain."""
+    """Make DTensors of the parameters; under tensor parallelism alone the norms stay plain. Collective."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -91,7 +91,7 @@ def _shard(model: nn.Module, topology: str) -> None:
     axes = ("replicate", "shard", "tensor")
     mesh = init_device_mesh("cpu", (replicas, world_size // replicas // tensor, tensor), mesh_dim_names=axes)
     if "tp" in topology:
-        # On 3 ranks one has no row of the last layer; of narrow models no column of any, on 4 ranks.
+        # One of 3 ranks has no row of the last layer. In narrow models one of 4 ranks has no column of any layer.
         plan = {"0": ColwiseParallel(), "1.up": ColwiseParallel(), "1.down": RowwiseParallel(), "2": ColwiseParallel()}
         parallelize_module(model, mesh["tensor"], plan)
     if not topology.startswith("tp"):
@@ -99,7 +99,7 @@ def _shard(model: nn.Module, topology: str) -> None:
 
 
 def _like(whole: Tensor, param: Tensor) -> Tensor:
-    """Without communication, which torch has not for uneven shards of FSDP2 on tensor parallelism."""
+    """``whole`` with the placement of ``param``. Nothing is sent: torch cannot scatter uneven shards of FSDP2 on TP."""
     if not hasattr(param, "device_mesh"):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -108,7 +108,7 @@ def _like(whole: Tensor, param: Tensor) -> Tensor:
 
 
 def whole_state(run: Run) -> dict[str, Tensor]:
-    """Every parameter, buffer and state tensor by name, whole. Collective."""
+    """Every parameter, buffer and state tensor, whole and by name. Collective."""
     found = {f"model.{name}": _whole(value) for name, value in run.model.state_dict().items()}
     names = [name for name, _ in run.model.named_parameters()]
     if isinstance(run.optimizer, ShardedASGD):
@@ -126,7 +126,7 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def assert_same_state(run: Run, expected: dict[str, Tensor]) -> None:
-    """Collective: all of it, to the bit."""
+    """Assert that ``whole_state`` is ``expected`` to the bit. Collective."""
     found = whole_state(run)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

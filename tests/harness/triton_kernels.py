@@ -1,7 +1,7 @@
 """Cases for the Triton kernels, run in a process of their own: Triton reads its settings when it is first imported.
 
-``python -m tests.harness.triton_kernels cpu`` interprets the kernels and ``cuda`` runs them on a GPU; both print a line
-``name<TAB>what went wrong`` a case. ``ahead`` compiles for an H100, without one, and prints what its code holds.
+``python -m tests.harness.triton_kernels cpu`` interprets the kernels, and ``cuda`` runs them on a GPU; both print a
+line ``name<TAB>error`` for each case. ``ahead`` compiles for an H100 without one, and prints facts about the code.
 """
 
 import json
@@ -80,7 +80,7 @@ SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -3e-41, 
 
 
 def values(numel: int, dtype: torch.dtype, generator: torch.Generator, special: bool = True) -> Tensor:
-    """``(numel,)`` normal numbers of many magnitudes, and now and then a special one."""
+    """Random numbers of many magnitudes, ``(numel,)``; one in fifty is a special one if ``special``."""
     exponents = torch.randint(-12, 4, (numel,), generator=generator)
     x = torch.randn(numel, generator=generator, dtype=F64) * 2.0**exponents
     if special:
@@ -96,7 +96,7 @@ def bits_of_nan(x: Tensor) -> Tensor:
 
 @dataclass
 class Arrays:
-    """One segment's tensors; ``gradient`` may lie at an odd address."""
+    """The tensors of one segment. ``gradient`` may begin at an odd address."""
 
     param: Tensor
     gradient: Tensor
@@ -127,7 +127,7 @@ class Arrays:
         return cls(param, gradient[start : start + numel], average, master, index % 3, first, 0x9E3779B1 + index)
 
     def on(self, device: torch.device, given: bool, aligned: bool = True) -> Segment:
-        """A segment of copies on ``device``; the parameter at an odd address unless ``aligned``."""
+        """A segment of copies on ``device``. The parameter begins at an odd address unless ``aligned``."""
         gradient = self.gradient.to(device) if given else None
         master = None if self.master is None else self.master.to(device, copy=True)
         param = self.param.to(device, copy=True) if aligned else shifted(self.param, device)
@@ -137,7 +137,7 @@ class Arrays:
 def expected(arrays: Arrays, dtypes: KernelDtypes, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
     """Parameter, average and master after one step, in torch operators on the CPU.
 
-    ``add`` with ``alpha`` is fused there in float32 and float64 (not under ``ATEN_CPU_CAPABILITY=default``).
+    There ``add`` with ``alpha`` is fused in float32 and float64 (not under ``ATEN_CPU_CAPABILITY=default``).
     """
     if options.found_inf:
         return arrays.param, arrays.average, arrays.master
@@ -235,7 +235,7 @@ def table_of(hypers: Sequence[StepHyperparameters], active: Sequence[bool], init
 
 
 def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
-    """torch.optim.ASGD(foreach=False) over seven steps: two groups, an lr that changes, skips of both sorts."""
+    """Compare with torch.optim.ASGD(foreach=False) over seven steps: two groups, a changing lr, skipped steps."""
     from dist_asgd.update.cuda import Launch, advance
 
     generator = torch.Generator().manual_seed(3)
@@ -322,7 +322,7 @@ def compare_schedules(double: bool, device: torch.device) -> None:
 
 
 def skip_inactive_rows(device: torch.device) -> None:
-    """Neither a row that is not active nor any row after an overflow changes, and factors stay."""
+    """Rows that are not active do not change; after an overflow no row changes, and factors stay."""
     from dist_asgd.update.cuda import advance
 
     hyper = StepHyperparameters(0.1, 1e-4, 0.75, 1e6, 0.0, False, False)
@@ -341,7 +341,7 @@ def skip_inactive_rows(device: torch.device) -> None:
 
 
 def update_large(device: torch.device) -> None:
-    """A million elements, an odd number."""
+    """Check a segment with a million elements, an odd number."""
     from dist_asgd.update.cuda import Launch
 
     dtypes = KERNEL_DTYPES["fp32"]
@@ -352,7 +352,7 @@ def update_large(device: torch.device) -> None:
 
 
 def update_far_elements(device: torch.device) -> None:
-    """The block at element 2^33 of a segment: addresses so that it falls on the arrays, which are that block only."""
+    """Check the block at element 2^33 of a segment. The arrays hold this block only, and addresses are set to fit."""
     from dist_asgd.update import cuda
 
     dtypes, numel, place = KERNEL_DTYPES["bf16-stochastic"], 777, 2**33 // BLOCK_NUMEL
@@ -371,7 +371,7 @@ def update_far_elements(device: torch.device) -> None:
 
 
 def follow_gradients(device: torch.device) -> None:
-    """Pointers are uploaded when they change, and only then; unaligned ones are noticed."""
+    """Pointers are uploaded only when they change, and unaligned ones are noticed."""
     from dist_asgd.update.cuda import Launch
 
     dtypes = KERNEL_DTYPES["fp32"]
@@ -416,7 +416,7 @@ def keep_columns_of_graphs(device: torch.device) -> None:
 
 
 def refuse(device: torch.device) -> None:
-    """Errors at construction and at the call, each saying what is wrong."""
+    """Wrong arguments raise errors that name the problem, at construction and at the call."""
     from dist_asgd.update.cuda import Launch
 
     dtypes = KERNEL_DTYPES["fp32"]
@@ -448,7 +448,7 @@ def refuse(device: torch.device) -> None:
 
 
 def all_cases() -> dict[str, Case]:
-    """Every case by name."""
+    """All cases by name."""
     cases: dict[str, Case] = {
         f"{dtypes}/{name}": partial(compare_with_operators, KERNEL_DTYPES[dtypes], options, name == "plain")
         for dtypes in KERNEL_DTYPES
@@ -461,7 +461,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def round_as_hardware() -> None:
-    """Teach Triton's interpreter the conversions of the device.
+    """Make Triton's interpreter round as the device does.
 
     It truncates float32 to bfloat16 where PTX rounds to nearest even, and loses bfloat16 subnormals. Before 3.9 its
     fma rounds twice.
@@ -526,7 +526,7 @@ def compiled(dtypes: KernelDtypes, aligned: bool = True, options: bool = False) 
 
 
 def compiled_advance() -> Any:
-    """``advance_kernel`` for an H100."""
+    """``advance_kernel``, compiled for an H100."""
     from dist_asgd.update import cuda
 
     signature = {"scalars": "*fp64", "hyper": "*fp64", "factors": "*fp64", "found_inf": "*fp32", "num_rows": "i32"}
@@ -535,7 +535,7 @@ def compiled_advance() -> Any:
 
 
 def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], attributes: Any, num_warps: int) -> Any:
-    """Compile ``kernel`` without a GPU, as its launch would."""
+    """Compile ``kernel`` as a launch would, but without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -553,7 +553,7 @@ def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], att
 
 
 def machine_code(kernel: Any) -> dict[str, int]:
-    """How often each instruction stands in the SASS, and REG, STACK and LOCAL as cuobjdump gives them."""
+    """How often each instruction occurs in the SASS, and REG, STACK and LOCAL as cuobjdump prints them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -581,7 +581,7 @@ AHEAD = ("fp32", "fp64", "bf16", "bf16-average16", "bf16-master", "fp16-master",
 
 
 def main(what: str) -> None:
-    """Run what the process was started for."""
+    """Run the cases that ``what`` names: cpu, cuda or ahead."""
     torch.set_num_threads(1)
     if what == "ahead":
         print(json.dumps(ahead_of_time()))
@@ -598,7 +598,7 @@ def main(what: str) -> None:
 
 
 def start(what: str, module: str = "tests.harness.triton_kernels") -> str:
-    """Run ``module`` in a process of its own with Triton's settings for ``what``; its output."""
+    """Run ``module`` in a process of its own, with Triton's settings for ``what``, and return its output."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": str(int(what == "cpu"))}
         command = [sys.executable, "-W", "ignore", "-m", module, what]

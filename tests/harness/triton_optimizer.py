@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "t0": 2, "weight_decay": 0.01}
 
 
 def history_of(dtype: str) -> History:
-    """Skips that split cohorts, changed hyperparameters, an added group, three reloads, odd shapes and layouts."""
+    """A history: skips that split cohorts, changed hyperparameters, an added group, three reloads, odd layouts."""
     spec = partial(ParamSpec, dtype=dtype)
     return History(
         (
@@ -64,26 +64,26 @@ def history_of(dtype: str) -> History:
 
 
 def lives_a_history(dtype: str, stage: int, masters: bool, _device: torch.device) -> None:
-    """One process."""
+    """Check the history in one process."""
     check_history(0, 1, history_of(dtype), Setting(stage, "fused", 0.001, masters))
 
 
 def check_as_device(rank: int, world_size: int, *args: Any) -> None:
-    """Job: a history in a process of the pool, whose interpreter has to be taught too."""
+    """Job: run a history in a process of the pool, whose interpreter has to round as the device does, too."""
     round_as_hardware()
     with mock.patch.object(backend, "of", return_value=backend.TRITON):
         check_history(rank, world_size, *args)
 
 
 def lives_on_ranks(stage: int, _device: torch.device) -> None:
-    """Two Gloo processes."""
+    """Check the history on two Gloo processes."""
     from tests.harness.triton_optimizer import check_as_device as job  # by a name that other processes know
 
     run("gloo", 2, job, history_of("float32"), Setting(stage, "fused", 0.001), timeout_s=300.0)
 
 
 def lives_sharded_as_device(rank: int, world_size: int) -> None:
-    """Job: FSDP2's local tensors, at addresses of their own."""
+    """Job: update the local tensors of FSDP2, each of which has an address of its own."""
     from tests.placements.test_dtensor import _lives_as_torch
 
     round_as_hardware()
@@ -92,27 +92,27 @@ def lives_sharded_as_device(rank: int, world_size: int) -> None:
 
 
 def lives_sharded(_device: torch.device) -> None:
-    """DTensors on two Gloo processes."""
+    """Check DTensors on two Gloo processes."""
     from tests.harness.triton_optimizer import lives_sharded_as_device as job
 
     run("gloo", 2, job, timeout_s=300.0)
 
 
 def parameters(device: torch.device) -> list[torch.nn.Parameter]:
-    """Three of them."""
+    """Three parameters on ``device``."""
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(n, generator=generator).to(device)) for n in (33, 1, 4099)]
 
 
 def gradients(params: list[torch.nn.Parameter], step: int) -> None:
-    """The same for equal steps."""
+    """Set gradients, which are the same in equal steps."""
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(p.device)
 
 
 def changes_its_form(device: torch.device) -> None:
-    """Scalars go to the device, come home for the for-loop form, and go there again."""
+    """Scalars move to the device, back to the host for the for-loop implementation, and to the device again."""
     ours, theirs = parameters(device), parameters(device)
     optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
     oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
@@ -128,7 +128,7 @@ def changes_its_form(device: torch.device) -> None:
 
 
 def skips_on_the_device(device: torch.device) -> None:
-    """A scaler's found_inf is read by the kernels: nothing changes on overflow, in the first step neither."""
+    """The kernels read a scaler's found_inf: on overflow nothing changes, in the first step neither."""
     ours, theirs = parameters(device), parameters(device)
     optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
     oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
@@ -153,7 +153,7 @@ def skips_on_the_device(device: torch.device) -> None:
 
 
 def reads_its_lr_on_the_device(device: torch.device) -> None:
-    """Nothing asks a tensor there for its value."""
+    """No tensor on the device is asked for its value."""
     ours, theirs = parameters(device), parameters(device)
     lr = torch.tensor(0.1, device=device)
     optimizer = ShardedASGD(ours, **{**OPTIONS, "lr": lr}, fused=True)
@@ -173,7 +173,7 @@ def reads_its_lr_on_the_device(device: torch.device) -> None:
 
 
 def loads_its_own_state(device: torch.device) -> None:
-    """Again and again: rows of the table are taken anew."""
+    """Loading its own state repeatedly assigns new rows of the table and changes no bit."""
     ours, theirs = parameters(device), parameters(device)
     optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
     oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
@@ -189,7 +189,7 @@ def loads_its_own_state(device: torch.device) -> None:
 
 
 def averages_and_clips(device: torch.device) -> None:
-    """``averaged_parameters()``, ``clip_grad_norm_`` in stage 2."""
+    """``averaged_parameters()`` and ``clip_grad_norm_`` in stage 2 give torch's results."""
     ours, theirs = parameters(device), parameters(device)
     optimizer = ShardedASGD(ours, **OPTIONS, fused=True, stage=2)
     oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
@@ -213,7 +213,7 @@ Case = Callable[[torch.device], None]
 
 
 def all_cases(kind: str) -> dict[str, Case]:
-    """Every case by name. Histories compare with torch on the CPU, so they are interpreted only."""
+    """All cases by name. Histories compare with torch on the CPU, so they run in the interpreter only."""
     cases: list[Case] = [changes_its_form, skips_on_the_device, reads_its_lr_on_the_device, averages_and_clips]
     cases.append(loads_its_own_state)
     found: dict[str, Case] = {case.__name__: case for case in cases}  # type: ignore[attr-defined]
@@ -227,7 +227,7 @@ def all_cases(kind: str) -> dict[str, Case]:
 
 
 def main(kind: str) -> None:
-    """Run all cases on ``kind`` of device."""
+    """Run all cases on a device of ``kind``."""
     device = torch.device(kind)
     if kind == "cpu":
         round_as_hardware()

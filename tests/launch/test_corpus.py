@@ -39,15 +39,15 @@ def test_every_byte_is_trained_on_or_held_out(corpus: ModuleType, numbers: Path)
     assert corpus.read_corpus([numbers], CONTEXT).fingerprint == text.fingerprint
 
 
-def test_windows_depend_on_seed_step_and_slot_alone(corpus: ModuleType, numbers: Path) -> None:
+def test_windows_depend_on_seed_step_and_index_alone(corpus: ModuleType, numbers: Path) -> None:
     text = corpus.read_corpus([numbers], CONTEXT)
 
-    def batch(seed: int = 0, step: int = 5, slot: int = 0) -> torch.Tensor:
-        return text.batch(seed=seed, step=step, slot=slot, num_slots=4, windows=3, context=CONTEXT)
+    def batch(seed: int = 0, step: int = 5, batch_index: int = 0) -> torch.Tensor:
+        return text.batch(seed=seed, step=step, batch_index=batch_index, num_batches=4, windows=3, context=CONTEXT)
 
     assert batch().shape == (3, CONTEXT + 1)
     assert torch.equal(batch(), batch())
-    for other in (batch(seed=1), batch(step=6), batch(slot=1)):
+    for other in (batch(seed=1), batch(step=6), batch(batch_index=1)):
         assert not torch.equal(batch(), other)
 
 

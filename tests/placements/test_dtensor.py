@@ -1,9 +1,10 @@
-"""Parameters that FSDP2 and tensor parallelism have sharded, against torch.optim.ASGD on whole ones, bit by bit."""
+"""DTensors of FSDP2 and tensor parallelism get the bits of torch.optim.ASGD on whole parameters."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 
 from dist_asgd import ShardedASGD
+from dist_asgd.placements import dtensor
 from tests.harness.bits import assert_same_bits
 from tests.harness.cases import every_value
 from tests.harness.meshes import (
@@ -63,7 +65,7 @@ def _lives_as_torch(_: int, world_size: int, kind: str, form: str) -> int:
 
 @every_value(kind=KINDS, world_size=(4, 2, 3, 4), form=FORMS)
 def test_lives_as_torch_on_the_whole_model(kind: str, world_size: int, form: str) -> None:
-    """Skipped gradients, a changed lr, averaging from the middle on, a reload; in every form of the update."""
+    """Every implementation takes skipped gradients, a changed lr, averaging from the middle on, and a reload."""
     assert min(run("gloo", world_size, _lives_as_torch, kind, form)) >= 8
 
 
@@ -80,13 +82,13 @@ def _values(dtype: torch.dtype) -> list[Tensor]:
 def _list_of(
     world_size: int, dtype: torch.dtype, placements: tuple[Placement, ...] = (Shard(0),)
 ) -> list[nn.Parameter]:
-    """Parameters of odd shapes, on a mesh of all ranks."""
+    """Make parameters of odd shapes on a mesh of all ranks."""
     mesh = init_device_mesh("cpu", (world_size,))
     return [nn.Parameter(distribute_tensor(v, mesh, placements, src_data_rank=None)) for v in _values(dtype)]
 
 
 def _run_both(params: list[Any], others: list[Any], optimizers: tuple[Any, Any], num_steps: int = 6) -> None:
-    """The same gradients for both."""
+    """Step both optimizers with the same gradients."""
     for step in range(num_steps):
         for index, (param, other) in enumerate(zip(params, others, strict=True)):
             full = gradient(f"p{index}", step, other)
@@ -101,30 +103,30 @@ def _dtypes(_: int, world_size: int) -> None:
             params, plain = _list_of(world_size, dtype), [nn.Parameter(v) for v in _values(dtype)]
             average_dtype = dtype if dtype.itemsize == 2 else None
             optimizer = ShardedASGD(params, **OPTIONS, **options, average_dtype=average_dtype)
-            # Where torch rounds 16-bit numbers depends on their place in the tensor, so on the local one.
-            pieces = [nn.Parameter(p.to_local().detach().clone()) for p in params]
+            # torch rounds 16-bit elements by their place in the tensor, so the oracle works on local tensors.
+            locals_ = [nn.Parameter(p.to_local().detach().clone()) for p in params]
             local = dtype.itemsize == 2
-            oracle = torch.optim.ASGD(pieces if local else plain, **OPTIONS, foreach=form == "foreach")
+            oracle = torch.optim.ASGD(locals_ if local else plain, **OPTIONS, foreach=form == "foreach")
             for step in range(6):
-                for index, (param, piece, other) in enumerate(zip(params, pieces, plain, strict=True)):
+                for index, (param, local_param, other) in enumerate(zip(params, locals_, plain, strict=True)):
                     other.grad = gradient(f"p{index}", step, other)
                     param.grad = placed(other.grad, param)
-                    piece.grad = param.grad.to_local().clone()
+                    local_param.grad = param.grad.to_local().clone()
                 optimizer.step()
                 oracle.step()
-            for param, piece, other in zip(params, pieces, plain, strict=True):
+            for param, local_param, other in zip(params, locals_, plain, strict=True):
                 what = f"{dtype} {form} {tuple(param.shape)}"
                 average = optimizer.state[param]["ax"]
                 if local:
-                    assert_same_bits(param.to_local(), piece, what)
-                    assert_same_bits(average.to_local(), oracle.state[piece]["ax"], f"ax of {what}")
+                    assert_same_bits(param.to_local(), local_param, what)
+                    assert_same_bits(average.to_local(), oracle.state[local_param]["ax"], f"ax of {what}")
                 else:
                     assert_same_bits(whole(param), other, what)
                     assert_same_bits(whole(average), oracle.state[other]["ax"], f"ax of {what}")
 
 
 def test_every_dtype_has_torchs_bits() -> None:
-    """float64, 16-bit with averages of their own dtype, and complex; a shape without elements among them."""
+    """The dtypes are float64, 16-bit with averages of the same dtype, and complex; one shape has no elements."""
     run("gloo", 2, _dtypes)
 
 
@@ -136,7 +138,7 @@ PRECISIONS: list[dict[str, Any]] = [
 
 
 def _precision(_: int, world_size: int, options: dict[str, Any]) -> list[Tensor]:
-    """DTensors against flat shards of the same parameters, to the bit."""
+    """Compare DTensors with the same parameters in buckets, bit by bit."""
     for form in ({"foreach": False, "fused": False}, {"foreach": False, "fused": True}):
         params, plain = _list_of(world_size, torch.bfloat16), [nn.Parameter(v) for v in _values(torch.bfloat16)]
         optimizer = ShardedASGD(params, **OPTIONS, **form, **options)
@@ -155,7 +157,7 @@ def _precision(_: int, world_size: int, options: dict[str, Any]) -> list[Tensor]
 @pytest.mark.parametrize("options", PRECISIONS, ids=str)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_precision_options_give_the_bits_of_flat_shards(world_size: int, options: dict[str, Any]) -> None:
-    """float32 averages, masters, and random numbers that do not depend on who holds an element."""
+    """float32 averages, masters and random numbers do not depend on which rank holds an element."""
     ranks = run("gloo", world_size, _precision, options)
     for params in ranks[1:]:
         for mine, theirs in zip(ranks[0], params, strict=True):
@@ -186,7 +188,7 @@ def _sequence_parallel(_: int, world_size: int, stage: int) -> list[bool]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_partial_gradients_are_summed_as_torch_does(stage: int) -> None:
-    """Sequence parallelism leaves gradients of replicated parameters as partial sums."""
+    """Sequence parallelism leaves partial sums as the gradients of replicated parameters."""
     assert run("gloo", 2, _sequence_parallel, stage) == [[True, True, False, False]] * 2
 
 
@@ -220,7 +222,7 @@ def _step_with(rank: int, world_size: int, what: str, stage: int) -> None:
 )
 @pytest.mark.parametrize("stage", [1, 2])
 def test_wrong_gradients_raise_on_every_rank(stage: int, what: str, said: str) -> None:
-    """What differs between ranks, and what is not a gradient of its parameter."""
+    """The errors are about gradients that differ between ranks, and tensors that are no gradient of their parameter."""
     for error in run_errors("gloo", 2, _step_with, what, stage, within_s=20.0):
         assert said in error.message, error.message
 
@@ -274,11 +276,46 @@ def _moves(_: int, world_size: int) -> None:
     _run_both(params, plain, (optimizer, oracle), 2)
     for param, other in zip(params, plain, strict=True):
         assert_same_bits(whole(param), other, "after moving")
-    params[0]._local_tensor = params[0]._local_tensor.double()
-    with pytest.raises(RuntimeError, match="was moved, re-cast or re-bound"):
-        optimizer.step()
+    for form in FORMS.values():
+        optimizer.param_groups[0].update(form)
+        oracle.param_groups[0]["foreach"] = form["foreach"]
+        _run_both(params, plain, (optimizer, oracle), 1)
+        # No local tensor is followed while another one is refused, whichever comes first.
+        for moved, cast in ((0, 1), (1, 0)):
+            params[moved]._local_tensor = params[moved]._local_tensor.clone()
+            held = params[cast]._local_tensor
+            params[cast]._local_tensor = held.double()
+            with pytest.raises(RuntimeError, match="was moved, re-cast or re-bound"):
+                optimizer.step()
+            params[cast]._local_tensor = held
+            _run_both(params, plain, (optimizer, oracle), 1)
+        for param, other in zip(params, plain, strict=True):
+            assert_same_bits(whole(param), other, f"after an error, {form}")
 
 
 def test_a_local_tensor_that_moves_is_followed() -> None:
-    """And one that is something else is refused."""
+    """A local tensor of another dtype is refused; once the old one is back, training goes on."""
     run("gloo", 2, _moves)
+
+
+def _looks(_: int, world_size: int, stage: int) -> None:
+    params = _list_of(world_size, torch.float32)
+    optimizer = ShardedASGD(params, lr=0.1, stage=stage)
+    for step in range(3):
+        for param in params:
+            # FSDP2 makes gradients with the spec of the parameter.
+            param.grad = DTensor(torch.ones_like(param.to_local()), param._spec, requires_grad=False)
+        kinds = mock.patch.object(dtensor, "is_dtensor", side_effect=dtensor.is_dtensor)
+        locals_ = mock.patch.object(dtensor, "local_tensor", side_effect=dtensor.local_tensor)
+        with kinds as asked, locals_ as read:
+            optimizer.step()
+        if step:
+            assert asked.call_count == 0
+            # One read is of the parameter; the check and the update read the gradient once each.
+            assert read.call_count <= 3 * len(params)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_looks_at_each_dtensor_once(stage: int) -> None:
+    """A step reads each local tensor and each gradient once, and never asks whether a tensor is a DTensor."""
+    run("gloo", 2, _looks, stage)

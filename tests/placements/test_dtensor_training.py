@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallelism with real backwards: losses, clipping, averages, stage 2, state dicts."""
+"""FSDP2 and tensor parallelism train with real backwards: losses, clipping, averages, stage 2, state dicts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _trains(rank: int, world_size: int, kind: str, stage: int) -> tuple[list[flo
     oracle = torch.optim.ASGD(plain.parameters(), **OPTIONS)
     losses: tuple[list[float], list[float]] = ([], [])
     for step in range(5):
-        # In stage 2 each rank has data of its own, where ranks are replicas of the data.
+        # In stage 2 each rank that is a replica of the data has data of its own.
         ranks = range(world_size) if stage == 2 else [0]
         mine = batch(step, rank if stage == 2 else 0)
         model(mine).square().mean().backward()
@@ -75,7 +75,7 @@ def _trains(rank: int, world_size: int, kind: str, stage: int) -> tuple[list[flo
     [*((kind, 1, 4) for kind in KINDS), ("tp", 1, 3), ("hsdp", 1, 2), ("fsdp2", 2, 2), ("fsdp2", 2, 3), ("hsdp", 2, 4)],
 )
 def test_trains_as_torch_does(kind: str, stage: int, world_size: int) -> None:
-    """Losses' gradients, clipped: norms and parameters to the rounding of sums. Stage 2: each rank has its own data."""
+    """Norms and parameters are torch's up to the rounding of sums. In stage 2 each rank has data of its own."""
     ranks = run("gloo", world_size, _trains, kind, stage)
     for found, expected in ranks:
         assert found == ranks[0][0]
@@ -129,7 +129,7 @@ def _clips(_: int, world_size: int, kind: str, stage: int, norm_types: tuple[flo
 def test_one_norm_over_plain_and_sharded_parameters(
     place: tuple[str, int], stage: int, norm_types: tuple[float, ...]
 ) -> None:
-    """Every norm type that torch takes, twice in a row; replicas count once."""
+    """Each norm type that torch accepts is taken twice in a row; replicas count once."""
     kind, world_size = place
     run("gloo", world_size, _clips, kind, stage, norm_types)
 
@@ -144,7 +144,7 @@ def _clips_infinite(rank: int, world_size: int) -> None:
 
 
 def test_a_norm_that_is_not_finite_raises_on_every_rank() -> None:
-    """Also where one rank's part is finite."""
+    """A rank raises even if its own fragments are finite."""
     for error in run_errors("gloo", 2, _clips_infinite, within_s=20.0):
         assert "total norm of order 2.0 of the gradients is inf" in error.message
 
@@ -174,7 +174,7 @@ def _scales(rank: int, world_size: int, stage: int, explicitly: bool, overflows:
 @pytest.mark.parametrize("explicitly", [False, True])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradients_are_unscaled_wherever_they_stand(stage: int, explicitly: bool, overflows: bool) -> None:
-    """Reduced shards at the update, DTensors at once; what one rank finds all ranks skip for."""
+    """Reduced shards are unscaled at the update, DTensors at once; all ranks skip if one rank overflows."""
     assert run("gloo", 2, _scales, stage, explicitly, overflows) == [4.0 if overflows else 8.0] * 2
 
 
@@ -182,7 +182,7 @@ def test_gradients_are_unscaled_wherever_they_stand(stage: int, explicitly: bool
 
 
 class _Sent(TorchDispatchMode):
-    """Adds up the bytes that collectives are given."""
+    """Adds up the bytes of the arguments of collectives."""
 
     nbytes = 0
 
@@ -234,8 +234,8 @@ def _averages(_: int, world_size: int, kind: str, dtype: torch.dtype) -> int:
     ("kind", "dtype"), [*((kind, torch.float32) for kind in KINDS), ("fsdp2", torch.bfloat16)], ids=str
 )
 def test_averages_are_swapped_where_they_lie(kind: str, dtype: torch.dtype) -> None:
-    """Nothing is sent where replicas share nothing; modules that FSDP2 left gathered after a forward see both swaps."""
-    # Agreement on the call is all that ranks tell each other.
+    """Nothing is sent if replicas share nothing. Modules that FSDP2 left gathered after a forward see both swaps."""
+    # The ranks only agree on the call.
     assert max(run("gloo", 4, _averages, kind, dtype)) < 1024
 
 
@@ -288,14 +288,14 @@ HELPER_FORMS = [(False, False), (True, False), (True, True)]
 
 @every_value(place=[*((kind, 2) for kind in EXACT), ("fsdp2_tp", 4), ("fsdp2", 3)], form=HELPER_FORMS)
 def test_torchs_state_dict_helpers(place: tuple[str, int], form: tuple[bool, bool]) -> None:
-    """Sharded and full, on a fresh optimizer, which they leave alone, and on a used one."""
+    """The helpers make sharded and full state dicts, of a fresh optimizer without changing it, and of a used one."""
     kind, world_size = place
     run("gloo", world_size, _as_torch_helpers_do, kind, *form, False)
 
 
 @every_pair(place=[("tp", 2), ("fsdp2", 3)], form=HELPER_FORMS)
 def test_torchs_state_dict_helpers_with_plain_parameters(place: tuple[str, int], form: tuple[bool, bool]) -> None:
-    """The like, of a model that has both."""
+    """The helpers also serve a model that has DTensors and plain parameters."""
     kind, world_size = place
     run("gloo", world_size, _as_torch_helpers_do, kind, *form, True)
 
@@ -330,7 +330,7 @@ def _loads(rank: int, world_size: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_loads_whole_and_sharded(kind: str) -> None:
-    """consolidated_state_dict, torch.optim.ASGD's own dict, and state_dict."""
+    """The optimizer loads consolidated_state_dict(), torch.optim.ASGD's own state dict, and state_dict()."""
     run("gloo", 4, _loads, kind)
 
 
@@ -360,7 +360,7 @@ def _loads_misfits(_: int, world_size: int, what: str) -> None:
         ("mesh", "is a DTensor placed as"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(what: str, said: str) -> None:
+def test_fragments_that_do_not_fit_are_refused(what: str, said: str) -> None:
     """On every rank, with the remedy."""
     for error in run_errors("gloo", 2, _loads_misfits, what, within_s=20.0):
         assert said in error.message, error.message
@@ -383,7 +383,7 @@ def _exports(_: int, world_size: int, kind: str, path: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_tp", "hsdp"])
 def test_averages_are_exported(kind: str, tmp_path: Path) -> None:
-    """Whole ones, and parameters of which no average has begun as they are."""
+    """Averages are exported whole; parameters whose averaging has not begun are exported as they are."""
     run("gloo", 4, _exports, kind, str(tmp_path / "averaged.safetensors"))
 
 
@@ -409,6 +409,6 @@ def _starts_averaging(_: int, world_size: int) -> None:
             assert_same_bits(whole(optimizer.state[param]["ax"]), oracle.state[other]["ax"], name)
 
 
-def test_averaging_starts_when_told_and_hooks_run() -> None:
-    """As with plain parameters."""
+def test_averaging_starts_on_request_and_hooks_run() -> None:
+    """start_averaging() and hooks work as with plain parameters."""
     run("gloo", 2, _starts_averaging)

@@ -1,4 +1,4 @@
-"""Parameters that FullyShardedDataParallel (FSDP1) manages, beside torch.optim.ASGD on a twin, bit by bit."""
+"""Parameters of FullyShardedDataParallel (FSDP1) get the bits of torch.optim.ASGD on a twin of the module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "lambd": 0.01, "t0": 2, "weight_decay": 0.
 
 
 def wrapped(orig: bool, **options: Any) -> Fsdp:
-    """Collective: a ``Net`` with a module of its own for each block."""
+    """Make a ``Net`` with an FSDP1 module for each block. Collective."""
     model = Net()
     options = {"use_orig_params": orig, "device_id": torch.device("cpu"), **options}
     for position, block in enumerate(model.blocks):
@@ -32,7 +32,7 @@ def wrapped(orig: bool, **options: Any) -> Fsdp:
 
 
 def train(model: Fsdp, optimizer: Any, rank: int, steps: range) -> None:
-    """Steps on data of each rank's own; one of them clipped by the module, one without blocks."""
+    """Train on data of each rank's own; one step is clipped by the module, and one has no gradients of blocks."""
     for step in steps:
         optimizer.zero_grad()
         model(batch(step, rank)).square().mean().backward()
@@ -48,7 +48,7 @@ def train(model: Fsdp, optimizer: Any, rank: int, steps: range) -> None:
 
 
 def states(model: Fsdp, optimizer: Any) -> dict[str, Any]:
-    """Collective: whole state by name."""
+    """The whole state by parameter name. Collective."""
     with warnings.catch_warnings(), Fsdp.state_dict_type(model, torch.distributed.fsdp.StateDictType.FULL_STATE_DICT):
         warnings.simplefilter("ignore")
         return Fsdp.optim_state_dict(model, optimizer)["state"]
@@ -86,7 +86,7 @@ def beside_torch(rank: int, _world_size: int, orig: bool, options: dict[str, Any
 def test_trains_saves_and_loads_as_torch(
     options: dict[str, Any], use_orig_params: bool, world: tuple[int, str]
 ) -> None:
-    """Skipped modules, clipping by the module, a changed lr, a reload."""
+    """The history has skipped modules, clipping by the module, a changed lr and a reload."""
     world_size, strategy = world
     run("gloo", world_size, beside_torch, use_orig_params, options, strategy)
 
@@ -104,12 +104,12 @@ def narrow(rank: int, _world_size: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_mixed_precision() -> None:
-    """What is between steps has the parameters' own dtype."""
+    """Between steps parameters and gradients have the parameters' own dtype."""
     run("gloo", 2, narrow)
 
 
 def misused(rank: int, _world_size: int, how: str, path: str) -> None:
-    """Job: what cannot be done."""
+    """Job: make the call named ``how``, which is refused."""
     model = wrapped(True)
     if how == "differentiable":
         ShardedASGD(
@@ -162,7 +162,7 @@ def test_what_only_the_module_could_do_is_refused(how: str, says: str, tmp_path:
 
 
 def plain_beside(rank: int, _world_size: int) -> nn.Module:
-    """Job: a part of the model is ignored by FSDP1: its parameters are plain ones, in stage 2."""
+    """Job: FSDP1 ignores one layer, whose parameters are plain ones, in stage 2."""
     model = Net()
     root = Fsdp(model, use_orig_params=True, device_id=torch.device("cpu"), ignored_states=[model.last])
     optimizer = ShardedASGD(root.parameters(), **OPTIONS, stage=2)
@@ -175,7 +175,7 @@ def plain_beside(rank: int, _world_size: int) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore")
 def test_plain_parameters_beside_it_are_sharded_as_ever() -> None:
-    """Ranks see different data, and have the same weights."""
+    """Ranks with different data end with the same weights."""
     (first, mine), (second, other) = run("gloo", 2, plain_beside)
     assert_same_bits(first, second, "weight")
     assert mine + other == first.numel()

@@ -25,9 +25,9 @@ EXAMPLES = int(os.environ.get("PARITY_EXAMPLES", "2"))
 DTYPES = [("float64", "complex64"), ("bfloat16",), ("float16",), ("float32", "bfloat16", "complex64")]
 NARROW = [("bfloat16",), ("bfloat16", "float16")]
 
-# And through torch's helpers, which FSDP2 is saved and loaded with.
+# FSDP2 is saved and loaded through torch's helpers, too.
 RELOADS_OF_DTENSORS = (*RELOADS, "by name", "full")
-# With parts that are empty, of strides that no dense tensor has.
+# Some fragments are empty, or have strides that no dense tensor has.
 STRIDED = GroupSpec((ParamSpec((0,), layout="sliced"), ParamSpec((2, 7), layout="transposed")))
 BY_NAME = (AddGroup(STRIDED), Step(), Reload("by name"), Step(), Reload("full"), Step())
 ALL_OF_IT = replace(EVERYTHING, events=(*EVERYTHING.events, *BY_NAME))
@@ -39,10 +39,10 @@ forms = pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
 def worlds(
     draw: st.DrawFn, form: str, kinds: tuple[str, ...] = tuple(KINDS), masters: bool = False
 ) -> tuple[int, Setting]:
-    """A world size and what a history runs under there, with parameters placed in one of ``kinds`` of ways."""
+    """Draw a world size and the options of a history there, with parameters placed in one of ``kinds``."""
     kind = draw(st.sampled_from(kinds))
     world_size = draw(st.sampled_from(KINDS[kind]))
-    # Plain parameters beside DTensors may be in hybrid sharding of their own.
+    # Plain parameters beside DTensors may be sharded in hybrid.
     hybrid = kind == "mixed" and world_size == 4 and draw(st.booleans())
     setting = Setting(
         stage=draw(st.sampled_from([1, 2])),
@@ -57,12 +57,12 @@ def worlds(
 
 
 def placed_histories(dtypes: tuple[str, ...] = ("float32",)) -> st.SearchStrategy[History]:
-    """Histories of what may be DTensors."""
+    """Draw histories whose parameters may be DTensors."""
     return histories(dtypes, reloads=RELOADS_OF_DTENSORS)
 
 
 def check(world: tuple[int, Setting], history: History) -> None:
-    """The history, beside torch."""
+    """Run the history beside torch's."""
     world_size, setting = world
     run("gloo", world_size, check_history, history, setting)
 
@@ -72,13 +72,13 @@ def check(world: tuple[int, Setting], history: History) -> None:
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_histories_are_torch_to_the_bit(kind: str, form: str, data: st.DataObject) -> None:
-    """Every kind of placement and form, in float32."""
+    """Histories run with every kind of placement and every implementation, in float32."""
     check(data.draw(worlds(form, (kind,))), data.draw(placed_histories()))
 
 
 @pytest.mark.parametrize(("kind", "shares"), [*((kind, True) for kind in KINDS), ("hsdp", False)])
 def test_all_that_happens_on_as_many_ranks_as_there_can_be(kind: str, shares: bool) -> None:
-    """One history with every event, of parameters of which some of 4 ranks have nothing."""
+    """One history has every event, and parameters of which some of the 4 ranks have no element."""
     setting = Setting(2, "fused", TINY_BUCKETS_MB, placement=kind, shard_replicated=shares)
     check((4, setting), ALL_OF_IT)
 
@@ -86,7 +86,7 @@ def test_all_that_happens_on_as_many_ranks_as_there_can_be(kind: str, shares: bo
 @forms
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_elements_are_rounded_by_their_place_in_the_local_tensor(dtype: str, form: str) -> None:
-    """Local tensors of full vector lanes, and of some and a rest, cut between replicas; drawn ones are mostly small."""
+    """Local tensors fill vector lanes or leave a rest, and are cut between replicas; drawn ones are often too small."""
     shapes = ((64,), (65, 3), (130,), (33,))
     group = GroupSpec(tuple(ParamSpec(shape, dtype) for shape in shapes), t0=0, weight_decay=0.1)
     history = History((group,), (Step(), Step(), Step()))
@@ -98,7 +98,7 @@ def test_16_bit_elements_are_rounded_by_their_place_in_the_local_tensor(dtype: s
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_histories_of_every_dtype_are_torch_to_the_bit(dtypes: tuple[str, ...], form: str, data: st.DataObject) -> None:
-    """Every dtype, and several in one group, placed in a drawn way."""
+    """Histories run with every dtype, and with several in one group, in drawn placements."""
     check(data.draw(worlds(form)), data.draw(placed_histories(dtypes)))
 
 
@@ -115,10 +115,10 @@ def test_masters_are_float32_parameters_to_the_bit(dtypes: tuple[str, ...], form
 @settings(max_examples=EXAMPLES)
 @given(history=placed_histories(("float32", "complex64")), data=st.data())
 def test_a_history_goes_on_placed_otherwise(form: str, history: History, data: st.DataObject) -> None:
-    """Saved consolidated, and loaded at another world size by parameters that are placed otherwise, or plain."""
+    """A consolidated state dict is loaded at another world size, by plain parameters or ones with other placements."""
     stop = data.draw(st.integers(1, len(history.events) - 1))
     (ranks, first), (other_ranks, other) = data.draw(worlds(form)), data.draw(worlds(form))
-    # The oracle lives through all of it with the gradients of one stage.
+    # The oracle goes through the whole history with the gradients of one stage.
     other = replace(other, stage=first.stage, placement=data.draw(st.sampled_from([other.placement, None])))
     saved: list[Saved] = run("gloo", ranks, check_history, history, first, stop)
     run("gloo", other_ranks, check_history, history, other, None, saved[0])

@@ -1,4 +1,4 @@
-"""Replicas of DTensors share their state: bit by bit torch.optim.ASGD, in 1/R of its memory."""
+"""Replica groups share the state of DTensors: the bits of torch.optim.ASGD in 1/R of its memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.harness.ranks import run, run_errors
 OPTIONS: dict[str, Any] = {"lr": 0.1, "lambd": 0.01, "t0": 3, "weight_decay": 0.02}
 FORMS: list[dict[str, Any]] = [{"fused": True}, {"foreach": False, "fused": False}, {"foreach": True}]
 R, S = Replicate(), Shard(0)
-# Ranks, the mesh's shape, placements, and how many hold the same.
+# The number of ranks, the mesh's shape, the placements, and the size of a replica group.
 MESHES: list[tuple[int, tuple[int, ...], tuple[Placement, ...], int]] = [
     (4, (2, 2), (R, S), 2),
     (4, (2, 2), (S, R), 2),
@@ -35,7 +35,7 @@ MESHES: list[tuple[int, tuple[int, ...], tuple[Placement, ...], int]] = [
     (2, (2, 1), (R, S), 2),
     (4, (1, 4), (R, S), 1),
 ]
-# Small ones that share a message, some without elements somewhere, and large ones that are sent from where they lie.
+# Small shapes are packed, some have no elements on some rank, and large ones are sent from their own memory.
 SHAPES = ((7, 5), (33,), (), (1,), (2, 3, 4), (0, 3), (301, 517), (64, 2), (3, 90_001))
 
 
@@ -46,7 +46,7 @@ def _values(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], .
 
 
 def _placed(values: list[Tensor], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[nn.Parameter]:
-    """As ``placements`` say, where there are the dimensions for that; else replicated."""
+    """Place ``value`` by ``placements`` if it has their dimensions, else replicated."""
     params = []
     for value in values:
         fitting = [p if not isinstance(p, Shard) or p.dim < value.dim() else R for p in placements]
@@ -61,7 +61,7 @@ def _set(params: list[Any], step: int, skipped: set[int]) -> None:
 
 
 def _history(seed: int, count: int, num_steps: int = 9) -> list[tuple[set[int], float]]:
-    """Which of ``count`` parameters have no gradient, and the lr, by step."""
+    """Draw which of ``count`` parameters have no gradient, and the lr, for each step."""
     generator = torch.Generator().manual_seed(seed)
     steps = []
     for _ in range(num_steps):
@@ -96,36 +96,36 @@ def _lives(
             _set(of, step, skipped)
             its.step()
         for param, other in zip(params, apart, strict=True):
-            # Also what this rank has not updated itself.
+            # The other replicas' fragments have arrived, too.
             assert_same_bits(local(param), local(other), f"local tensor after {step}")
     _assert_same(params, optimizer, plain, oracle, f"with {form}")
     _assert_same(apart, unshared, plain, oracle, f"with {form}, unshared")
     all_bytes = sum(local(param).nbytes for param in params)
-    # 64 bytes a parameter, and a rank in every store.
+    # The padding has 64 bytes for each parameter, and for each rank in every state buffer.
     padding = 64 * (len(params) + copies * len(optimizer.shards.presharded))
     assert optimizer.memory_report().state_bytes <= all_bytes / copies + padding
     assert unshared.memory_report().state_bytes >= all_bytes
     report = optimizer.memory_report()
     assert report.parameter_bytes == all_bytes
-    largest = max(store.layout.numel * store.dtype.itemsize for store in optimizer.shards.presharded)
+    largest = max(buffer.layout.numel * buffer.dtype.itemsize for buffer in optimizer.shards.presharded)
     assert optimizer.gatherer.scratch_bytes <= 2 * largest
 
 
 @every_value(world=MESHES, form=FORMS)
-def test_lives_as_torch_in_a_part_of_the_memory(world: tuple[int, Any, Any, int], form: dict[str, bool]) -> None:
-    """Random histories in every form, also against replicas that share nothing."""
+def test_lives_as_torch_in_a_fraction_of_the_memory(world: tuple[int, Any, Any, int], form: dict[str, bool]) -> None:
+    """Random histories run in every implementation, and are compared with replicas that share nothing, too."""
     world_size, *mesh = world
     run("gloo", world_size, _lives, *mesh, form)
 
 
 def test_other_backends_gather_one_flat_buffer() -> None:
-    """As NCCL does; here the threads' own."""
+    """NCCL gathers so; the communicator of the harness's threads stands in for it."""
     run("threads", 4, _lives, (2, 2), (R, S), 2, FORMS[0])
     run("threads", 4, _lives, (2, 1, 2), (R, Shard(1), R), 4, FORMS[1])
 
 
-def _several_stores(_: int, __: int) -> None:
-    """More stores than may be on their way, so that buffers are used again."""
+def _several_state_buffers(_: int, __: int) -> None:
+    """Make more state buffers than may be in flight, so that send buffers are used again."""
     mesh = init_device_mesh("cpu", (2, 2))
     values = [torch.full((50, 100), float(index)) for index in range(12)]
     params = _placed(values, mesh, (R, S))
@@ -138,13 +138,13 @@ def _several_stores(_: int, __: int) -> None:
         _set(plain, step, set())
         optimizer.step()
         oracle.step()
-    _assert_same(params, optimizer, plain, oracle, "in several stores")
+    _assert_same(params, optimizer, plain, oracle, "in several state buffers")
 
 
 @pytest.mark.parametrize("backend", ["gloo", "threads"])
-def test_stores_are_sent_one_after_the_other(backend: str) -> None:
-    """Two at a time."""
-    run(backend, 4, _several_stores)
+def test_state_buffers_are_gathered_one_after_the_other(backend: str) -> None:
+    """At most two state buffers are in flight."""
+    run(backend, 4, _several_state_buffers)
 
 
 # --- precision --------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _precision(
     form: dict[str, bool],
 ) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
-    # Random numbers go by place, so parameters that lie transposed in memory are refused.
+    # Random numbers are drawn by place, so parameters that lie transposed in memory are refused.
     values = [value.contiguous() if options.get("stochastic_rounding") else value for value in _values(dtype)]
     params, apart = (_placed([v.clone() for v in values], mesh, placements) for _ in range(2))
     optimizer = ShardedASGD(params, **OPTIONS, **form, **options)
@@ -183,13 +183,13 @@ def _precision(
             param.zero_()
     again.load_state_dict(theirs_with_groups(unshared, theirs))
     if options.get("master_weights"):
-        # Masters set the parameters, of which each replica has only its part.
+        # Masters set the parameters, but each replica has masters of its fragment only.
         for param, other in zip(params, apart, strict=True):
             assert_same_bits(local(param), local(other), "after loading masters")
 
 
 def theirs_with_groups(optimizer: Any, state: Any) -> dict[str, Any]:
-    """``state`` as a whole state dict."""
+    """Make a whole state dict from ``state``."""
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
@@ -210,11 +210,11 @@ def theirs_with_groups(optimizer: Any, state: Any) -> dict[str, Any]:
 def test_precision_does_not_depend_on_who_updates(
     kind: tuple[torch.dtype, dict[str, Any]], placements: tuple[Placement, ...], form: dict[str, bool]
 ) -> None:
-    """Masters, random numbers, wider averages, 16-bit lanes, complex."""
+    """Masters, random numbers, wider averages, 16-bit lanes and complex parameters are the same for every sharding."""
     run("gloo", 4, _precision, *kind, placements, form)
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------
+# --- state entries -----------------------------------------------------------------------------------------------
 
 
 def _stepped(mesh_shape: tuple[int, ...] = (2, 2), **options: Any) -> tuple[list[nn.Parameter], ShardedASGD]:
@@ -252,7 +252,7 @@ def _shows(_: int, __: int) -> None:
         assert_same_bits(whole(same), everything, "a copy")
     assert_same_bits(whole(shown.redistribute(placements=[Shard(1), R])), everything, "redistributed")
     taken = shown.clone()
-    # As loaders of full state dicts do: this rank's rows of the whole, into what is a part of them.
+    # Loaders of full state dicts copy the whole local tensor into the fragment.
     taken.to_local().copy_(placed(everything + 1, param).to_local())
     assert_same_bits(whole(taken), everything + 1, "copied into")
     taken.to_local().zero_()
@@ -269,7 +269,7 @@ def _shows(_: int, __: int) -> None:
 
 
 def test_state_is_a_dtensor_placed_like_its_parameter() -> None:
-    """Of which each replica has a part: it can be copied, saved and gathered, and nothing takes it for the whole."""
+    """Each replica has a fragment of it, which can be copied, saved and gathered; nothing takes it for the whole."""
     run("gloo", 4, _shows)
 
 
@@ -288,15 +288,15 @@ def _boxes(_: int, world_size: int) -> None:
                 assert tuple(view.shape) == sizes
                 places[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] += 1
             dist.all_reduce(places)
-            # What FSDP2 alone has sharded is on a mesh for each rank of tensor parallelism.
+            # Parameters that only FSDP2 has sharded have a mesh for each rank of tensor parallelism.
             num_meshes = world_size // param.device_mesh.size()
             assert (places == num_meshes).all(), f"{kind} {name}: {places}"
             num_shared += 1
         assert num_shared, kind
 
 
-def test_boxes_of_all_ranks_tile_every_parameter() -> None:
-    """Also FSDP2 on top of tensor parallelism."""
+def test_regions_of_all_ranks_tile_every_parameter() -> None:
+    """They do so for FSDP2 on top of tensor parallelism, too."""
     run("gloo", 4, _boxes)
 
 
@@ -306,7 +306,7 @@ def test_boxes_of_all_ranks_tile_every_parameter() -> None:
 def _loads_of_others(_: int, __: int, what: str) -> None:
     params, optimizer = _stepped(shard_replicated=what != "unshared")
     saved = copy.deepcopy(optimizer.state_dict())
-    if what == "other stores":
+    if what == "other state buffers":
         ShardedASGD(params, lr=7.0, bucket_cap_mb=0.3).load_state_dict(saved)
     if what == "into unshared":
         ShardedASGD(params, lr=7.0, shard_replicated=False).load_state_dict(saved)
@@ -316,13 +316,13 @@ def _loads_of_others(_: int, __: int, what: str) -> None:
 
 
 def test_loads_what_unshared_replicas_saved() -> None:
-    """Their local tensors are whole."""
+    """Those state dicts have whole local tensors."""
     run("gloo", 4, _loads_of_others, "unshared")
 
 
-@pytest.mark.parametrize("what", ["other stores", "into unshared"])
-def test_parts_that_do_not_fit_are_refused(what: str) -> None:
-    """With what to do instead."""
+@pytest.mark.parametrize("what", ["other state buffers", "into unshared"])
+def test_fragments_that_do_not_fit_are_refused(what: str) -> None:
+    """The error names the remedy."""
     for error in run_errors("gloo", 4, _loads_of_others, what, within_s=20.0):
         assert "this rank holds elements" in error.message
         assert "shard_replicated" in error.message
@@ -353,7 +353,7 @@ def _saves(_: int, __: int, folder: str) -> None:
 
 
 def test_checkpoints_are_written_in_the_background(tmp_path: Any) -> None:
-    """While training goes on."""
+    """Training goes on meanwhile."""
     run("gloo", 4, _saves, str(tmp_path))
 
 
@@ -371,7 +371,7 @@ def _differs(rank: int, __: int, shared: bool) -> None:
 
 
 def test_replicas_that_start_from_other_values_are_refused() -> None:
-    """On every rank, also those that have nothing to do with it: the parts would be mixed."""
+    """Every rank raises, also those outside of the replica group: its fragments would be of different tensors."""
     for error in run_errors("gloo", 4, _differs, True, within_s=20.0):
         assert "parameter p1 does not start from the same values on ranks 0, 2" in error.message
     run("gloo", 4, _differs, False)
@@ -383,7 +383,7 @@ def _some_options(rank: int, __: int) -> None:
 
 
 def test_ranks_agree_on_the_option() -> None:
-    """Or raise."""
+    """They raise if the option differs."""
     for error in run_errors("gloo", 2, _some_options):
         assert "shard_replicated: rank 0 has True; rank 1 has False" in error.message
     with pytest.raises(ValueError, match="shard_replicated must be True or False"):
@@ -401,7 +401,7 @@ def _of_a_sub_group(rank: int, __: int) -> None:
         optimizers.append((params, ours, plain, torch.optim.ASGD(plain, **OPTIONS, foreach=False)))
     for step in range(5):
         for params, ours, plain, oracle in optimizers:
-            # The two sub-groups have other gradients.
+            # The two sub-groups have different gradients.
             _set(params, step + ranks[0], set())
             _set(plain, step + ranks[0], set())
             ours.step()
@@ -411,7 +411,7 @@ def _of_a_sub_group(rank: int, __: int) -> None:
 
 
 def test_two_optimizers_on_each_of_two_sub_groups() -> None:
-    """None disturbs another."""
+    """No optimizer disturbs another."""
     run("gloo", 4, _of_a_sub_group)
 
 
@@ -426,7 +426,7 @@ def _on_several_meshes(_: int, __: int) -> None:
     other = nn.Parameter(torch.ones(5))
     oracle = torch.optim.ASGD([*plain, other], **OPTIONS, foreach=False)
     for step in range(5):
-        # Ranks outside of a mesh have gradients too, of nothing.
+        # Ranks outside of a mesh have gradients too, without elements.
         _set([*params, extra], step, {step})
         _set([*plain, other], step, {step})
         optimizer.step()
@@ -439,7 +439,7 @@ def _on_several_meshes(_: int, __: int) -> None:
 
 
 def test_meshes_mix() -> None:
-    """In one group, with one that not all ranks are on, and a plain parameter."""
+    """One group has several meshes, one of them without all ranks, and a plain parameter."""
     run("gloo", 4, _on_several_meshes)
 
 
@@ -449,7 +449,7 @@ def _clips(_: int, __: int, shared: bool) -> None:
         params = _placed(_values(), mesh, (R, S))
         plain = [nn.Parameter(value) for value in _values()]
         optimizer = ShardedASGD(params, lr=0.1, shard_replicated=shared)
-        # torch has no infinite norm of what is empty.
+        # torch has no infinite norm of an empty tensor.
         _set(params, 0, {1, 5})
         _set(plain, 0, {1, 5})
         found = optimizer.clip_grad_norm_(0.5, norm_type)
@@ -459,7 +459,7 @@ def _clips(_: int, __: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_every_element_counts_once_in_the_norm(shared: bool) -> None:
-    """Whoever has its part."""
+    """It does not matter which rank has its fragment."""
     run("gloo", 4, _clips, shared)
 
 
@@ -486,5 +486,5 @@ def _averages(_: int, world_size: int, kind: str, dtype: torch.dtype) -> None:
 
 @every_value(kind=REPLICATED, dtype=(torch.float32, torch.bfloat16))
 def test_averages_reach_every_replica(kind: str, dtype: torch.dtype) -> None:
-    """In place, and where they are wider than the parameters."""
+    """Averages are swapped in place, or set aside if they are wider than the parameters."""
     run("gloo", 4, _averages, kind, dtype)

@@ -18,7 +18,7 @@ WORLD_SIZES = st.one_of(st.integers(1, 9), st.sampled_from([64, 1000, 1024]))
 @example([], 4, 3)
 @example([0, 0], 2, 2)
 def test_every_element_is_owned_by_exactly_one_rank(numels: list[int], itemsize: int, world_size: int) -> None:
-    """The pieces of a parameter, in rank order, are the parameter, and lie where its slot says."""
+    """The fragments of a parameter, in rank order, are the parameter, and lie in its slot."""
     layout = lay_out(numels, itemsize, world_size)
     for numel, slot in zip(numels, layout.slots, strict=True):
         fragments = [layout.fragment(slot, rank) for rank in range(world_size)]
@@ -35,7 +35,7 @@ def test_every_element_is_owned_by_exactly_one_rank(numels: list[int], itemsize:
 
 @given(NUMELS, ITEMSIZES, WORLD_SIZES)
 def test_slots_keep_their_order_and_do_not_overlap(numels: list[int], itemsize: int, world_size: int) -> None:
-    """Within the bucket, too."""
+    """All slots lie within the bucket."""
     layout = lay_out(numels, itemsize, world_size)
     end = 0
     for slot in layout.slots:
@@ -46,7 +46,7 @@ def test_slots_keep_their_order_and_do_not_overlap(numels: list[int], itemsize: 
 
 @given(NUMELS, ITEMSIZES, WORLD_SIZES)
 def test_shards_and_slots_are_aligned_and_padding_is_bounded(numels: list[int], itemsize: int, world_size: int) -> None:
-    """Every slot and shard on 64 bytes; padding below 64 bytes per parameter and per rank."""
+    """Every slot and shard starts on 64 bytes; the padding is below 64 bytes for each parameter and rank."""
     layout = lay_out(numels, itemsize, world_size)
     assert layout.shard_numel > 0
     assert layout.shard_numel * itemsize % ALIGN_BYTES == 0
@@ -61,7 +61,7 @@ def _elements_per_rank(layout: BucketLayout) -> list[int]:
 
 @pytest.mark.parametrize(("numels", "world_size"), [([3], 4), ([1, 1], 8), ([17], 64)])
 def test_fewer_elements_than_ranks_leaves_ranks_with_nothing(numels: Sequence[int], world_size: int) -> None:
-    """They still have a shard of the common size."""
+    """Such ranks have a shard of the common size, too."""
     owned = _elements_per_rank(lay_out(numels, 4, world_size))
     assert sum(owned) == sum(numels)
     assert owned[-1] == 0
@@ -71,7 +71,7 @@ def test_fewer_elements_than_ranks_leaves_ranks_with_nothing(numels: Sequence[in
 def test_buckets_hold_every_parameter_once_in_order_and_keep_the_cap(
     numels: list[int], itemsize: int, cap_bytes: int
 ) -> None:
-    """Only a parameter that is larger than the cap by itself passes it, alone."""
+    """Only a single parameter that is larger than the cap makes a bucket exceed it."""
     buckets = fill_buckets(numels, itemsize, cap_bytes)
     assert [position for bucket in buckets for position in bucket] == list(range(len(numels)))
     for bucket in buckets:
@@ -81,7 +81,7 @@ def test_buckets_hold_every_parameter_once_in_order_and_keep_the_cap(
 
 @given(st.integers(0, 10_000), st.integers(1, 300))
 def test_round_up_is_the_next_multiple(numel: int, multiple: int) -> None:
-    """Never below, never a whole multiple above."""
+    """The result is never below the number, and never a whole multiple above."""
     rounded = round_up(numel, multiple)
     assert rounded % multiple == 0
     assert 0 <= rounded - numel < multiple

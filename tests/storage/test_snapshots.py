@@ -1,4 +1,4 @@
-"""What a step looks at before it passes addresses on: in C and in Python, nothing that has changed goes unseen."""
+"""Snapshots, which each step compares before it passes addresses on, miss no change, in C and in Python."""
 
 import contextlib
 import gc
@@ -18,7 +18,7 @@ from dist_asgd.storage.snapshots import AddressTable, PublishedState, TensorSnap
 
 @pytest.fixture(params=["C", "Python"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both ways of looking."""
+    """Run the test with the compiled module, and without it."""
     if request.param == "C" and snapshots._compiled() is None:
         pytest.skip("snapshots.c is not compiled")
     if request.param == "Python":
@@ -30,12 +30,12 @@ both_ways = pytest.mark.usefixtures("way")
 
 
 def test_it_was_compiled_where_it_can_be() -> None:
-    """So that half of the tests below do not skip unseen."""
+    """Otherwise half of the tests below would be skipped unnoticed."""
     assert snapshots._compiled() is not None or not any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def matrices() -> list[nn.Parameter]:
-    """Of several shapes, strides and dtypes."""
+    """Make parameters of several shapes, strides and dtypes."""
     return [
         nn.Parameter(torch.zeros(3, 3)),
         nn.Parameter(torch.zeros(4, 5).t()),
@@ -58,7 +58,7 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 @both_ways
 @pytest.mark.parametrize("move", MOVES)
 def test_a_tensor_that_was_moved(move: str) -> None:
-    """Whichever it is."""
+    """Each kind of change makes the snapshot stale."""
     params = matrices()
     held = TensorSnapshot.of([None, *params])
     assert held.is_current()
@@ -66,10 +66,9 @@ def test_a_tensor_that_was_moved(move: str) -> None:
     assert not held.is_current()
 
 
+@both_ways
 def test_a_tensor_that_was_cut_short() -> None:
-    """In C; in Python its gradients tell."""
-    if snapshots._compiled() is None:
-        pytest.skip("snapshots.c is not compiled")
+    """The snapshot is stale, although address and strides are the same."""
     params = matrices()
     held = TensorSnapshot.of(params)
     params[0].data = params[0].data[:2]
@@ -78,25 +77,25 @@ def test_a_tensor_that_was_cut_short() -> None:
 
 @both_ways
 def test_direct_gradients() -> None:
-    """Present where they are, at their addresses; strides of dimensions of size 1 do not matter to C."""
+    """Gradients are present at their addresses; the strides of dimensions of size 1 do not matter in C."""
     params = matrices()
     held = TensorSnapshot.of([None, *params])
     for param in params[1:]:
         param.grad = torch.ones_like(param)
-    seen = held.gradients()
-    assert seen.gradients[:2] == [None, None]
-    assert all(a is p.grad for a, p in zip(seen.gradients[2:], params[1:], strict=True))
-    assert seen.present == bytes([0, 0] + [1] * (len(params) - 1))
-    assert seen.addresses is not None
-    assert list(seen.addresses) == [0, 0, *(p.grad.data_ptr() for p in params[1:] if p.grad is not None)]
+    table = held.gradients()
+    assert table.gradients[:2] == [None, None]
+    assert all(a is p.grad for a, p in zip(table.gradients[2:], params[1:], strict=True))
+    assert table.present == bytes([0, 0] + [1] * (len(params) - 1))
+    assert table.addresses is not None
+    assert list(table.addresses) == [0, 0, *(p.grad.data_ptr() for p in params[1:] if p.grad is not None)]
 
 
 class Marked(Tensor):
-    """Some subclass."""
+    """A subclass of Tensor."""
 
 
 def negated() -> Tensor:
-    """Ones that are stored as minus ones, in the strides that one would expect."""
+    """Ones that are stored as minus ones, with contiguous strides."""
     return torch._neg_view(torch.full((3, 3), -1.0))
 
 
@@ -117,22 +116,22 @@ SMUGGLED: dict[str, Callable[[], Tensor]] = {
 @both_ways
 @pytest.mark.parametrize("kind", INDIRECT)
 def test_gradients_that_do_not_lie_as_their_parameters(kind: str) -> None:
-    """Their addresses are not told, whatever the others are."""
+    """There are no addresses if a single gradient is not direct."""
     params = matrices()
     held = TensorSnapshot.of(params)
     for param in params[1:]:
         param.grad = torch.ones_like(param)
     params[0].grad = INDIRECT[kind]()
-    seen = held.gradients()
-    assert seen.addresses is None
-    assert all(a is p.grad for a, p in zip(seen.gradients, params, strict=True))
-    assert seen.present == bytes([1] * len(params))
+    table = held.gradients()
+    assert table.addresses is None
+    assert all(a is p.grad for a, p in zip(table.gradients, params, strict=True))
+    assert table.present == bytes([1] * len(params))
 
 
 @both_ways
 @pytest.mark.parametrize("kind", SMUGGLED)
 def test_gradients_that_were_changed_after_they_were_set(kind: str) -> None:
-    """Torch checks a gradient only when it is set."""
+    """Torch checks a gradient only when it is set, so the table does."""
     params = matrices()
     held = TensorSnapshot.of(params)
     params[0].grad = torch.ones(3, 3)
@@ -142,7 +141,7 @@ def test_gradients_that_were_changed_after_they_were_set(kind: str) -> None:
 
 @both_ways
 def test_what_dlpack_does_not_know() -> None:
-    """Is looked at in Python."""
+    """Tensors on the meta device are compared in Python."""
     params = [nn.Parameter(torch.zeros(3, device="meta"))]
     held = TensorSnapshot.of(params)
     assert held.is_current()
@@ -151,7 +150,7 @@ def test_what_dlpack_does_not_know() -> None:
 
 
 def test_records_of_other_tensors_are_refused() -> None:
-    """The module reads no further than its records go."""
+    """The module does not read past the end of the records."""
     module = snapshots._compiled()
     if module is None:
         pytest.skip("snapshots.c is not compiled")
@@ -170,40 +169,40 @@ def test_records_of_other_tensors_are_refused() -> None:
 
 
 def published() -> dict[Tensor, dict[str, Tensor]]:
-    """State as an optimizer shows it."""
+    """Make state as an optimizer publishes it."""
     step = torch.zeros(())
     return {nn.Parameter(torch.zeros(2)): {"step": step, "ax": torch.zeros(2)} for _ in range(3)}
 
 
 @both_ways
-def test_what_is_shown() -> None:
-    """The same objects in any order, and others beside them; but none of them replaced or missing."""
+def test_published_state() -> None:
+    """The objects may be in any order and among others, but none may be replaced or missing."""
     state = published()
-    shown = PublishedState(("step", "ax"), state)
-    assert shown.matches(state)
-    assert shown.matches({param: {**own, "more": own["ax"]} for param, own in state.items()})
-    assert shown.matches(dict(reversed(state.items())))
-    assert shown.matches({param: dict(reversed(own.items())) for param, own in state.items()})
+    snapshot = PublishedState(("step", "ax"), state)
+    assert snapshot.matches(state)
+    assert snapshot.matches({param: {**own, "more": own["ax"]} for param, own in state.items()})
+    assert snapshot.matches(dict(reversed(state.items())))
+    assert snapshot.matches({param: dict(reversed(own.items())) for param, own in state.items()})
     first, _, last = state
     for wrong in ({"step": state[last]["step"]}, {**state[last], "ax": torch.zeros(2)}, {}):
-        assert not shown.matches({**state, last: wrong})
+        assert not snapshot.matches({**state, last: wrong})
     swapped = {"step": state[last]["ax"], "ax": state[last]["step"]}
     renamed = {"steps": state[last]["step"], "ax": state[last]["ax"]}
     for wrong in (swapped, renamed):
-        assert not shown.matches({**state, last: wrong})
-    assert not shown.matches({param: own for param, own in state.items() if param is not first})
+        assert not snapshot.matches({**state, last: wrong})
+    assert not snapshot.matches({param: own for param, own in state.items() if param is not first})
 
 
 @both_ways
-def test_picks() -> None:
-    """Addresses with what is to be added; what has none has none."""
-    picks = AddressTable([(2, 4), (0, 0), (1, 8)])
-    assert list(picks.of(array("Q", [100, 0, 2**63]))) == [2**63 + 4, 100, 0]
+def test_address_table() -> None:
+    """Offsets are added to addresses; an address 0 stays 0."""
+    table = AddressTable([(2, 4), (0, 0), (1, 8)])
+    assert list(table.of(array("Q", [100, 0, 2**63]))) == [2**63 + 4, 100, 0]
     assert list(AddressTable([]).of(array("Q"))) == []
 
 
 def stepping(**options: object) -> tuple[list[nn.Parameter], ShardedASGD]:
-    """An optimizer that has taken a step."""
+    """Make an optimizer and let it take a step."""
     params = [nn.Parameter(torch.ones(3, 3)) for _ in range(3)]
     optimizer = ShardedASGD([(f"layer{i}", p) for i, p in enumerate(params)], lr=1.0, lambd=0.0, **options)
     for param in params:
@@ -215,7 +214,7 @@ def stepping(**options: object) -> tuple[list[nn.Parameter], ShardedASGD]:
 @both_ways
 @pytest.mark.parametrize("key", ["step", "eta", "mu", "ax"])
 def test_replaced_state_is_an_error_that_names_the_parameter(key: str) -> None:
-    """The optimizer would go on with its own, unseen."""
+    """Without the error, the optimizer would go on with its own tensor."""
     params, optimizer = stepping()
     optimizer.state[params[1]][key] = optimizer.state[params[1]][key].clone()
     with pytest.raises(RuntimeError, match="layer1 was replaced"):
@@ -224,7 +223,7 @@ def test_replaced_state_is_an_error_that_names_the_parameter(key: str) -> None:
 
 @both_ways
 def test_a_lazily_negated_gradient_is_used_as_it_reads() -> None:
-    """Its memory holds the opposite."""
+    """Its memory holds the opposite values."""
     params, optimizer = stepping(fused=True)
     params[1].grad = negated()
     optimizer.step()
@@ -234,7 +233,7 @@ def test_a_lazily_negated_gradient_is_used_as_it_reads() -> None:
 @both_ways
 @pytest.mark.parametrize("kind", SMUGGLED)
 def test_a_changed_gradient_is_an_error_that_names_the_parameter(kind: str) -> None:
-    """Before the kernel reads past its end."""
+    """The error comes before the kernel reads past the end."""
     params, optimizer = stepping(fused=True)
     assert params[2].grad is not None
     params[2].grad.data = SMUGGLED[kind]()
@@ -244,7 +243,7 @@ def test_a_changed_gradient_is_an_error_that_names_the_parameter(kind: str) -> N
 
 @both_ways
 def test_a_step_keeps_no_gradients() -> None:
-    """Their memory is free once the user has dropped them, also after a step that failed."""
+    """Their memory is freed when the user drops them, also after a step that failed."""
     params, optimizer = stepping(fused=True)
     for lr in (1.0, -1.0):
         optimizer.param_groups[0]["lr"] = lr
@@ -261,7 +260,7 @@ def test_a_step_keeps_no_gradients() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("maximize", 0), ("lambd", False), ("fused", 1), ("alpha", float("nan"))])
 def test_hyperparameters_are_checked_again_where_they_were_set_again(key: str, value: object) -> None:
-    """Also to what is equal to what it was, but of another kind."""
+    """They are checked even if the new value is equal to the old one, but of another type."""
     _, optimizer = stepping(fused=True)
     optimizer.step()
     optimizer.param_groups[0][key] = value
@@ -271,7 +270,7 @@ def test_hyperparameters_are_checked_again_where_they_were_set_again(key: str, v
 
 
 def test_a_tensor_lr_is_checked_at_each_step() -> None:
-    """It changes where it is."""
+    """Its value can change in place."""
     params = [nn.Parameter(torch.ones(3))]
     lr = torch.tensor(0.1)
     optimizer = ShardedASGD(params, lr=lr)

@@ -1,1 +1,1 @@
-"""What a checkpoint is on disk: directory, manifest, DCP metadata, archives, and their safe readers."""
+"""A checkpoint on disk: its directory, files and manifest, DCP's metadata, the writer and the safe reader."""

@@ -1,147 +1,76 @@
-"""Tensors in the form of ``torch.save``, which takes longer over a small one than writing it.
+"""Reading tensors and objects in the form of ``torch.save`` from bytes that may be damaged or hostile.
 
-An archive is a *frame* around the elements, and frames are equal for all tensors of one dtype, shape and strides: the
-first is made by ``torch.save``, the others are that one around their own elements.
+archive   the bytes that ``torch.save`` writes: a zip file with a pickle and the elements of each tensor, uncompressed
+frame     the bytes of an archive before and after the elements of its only tensor. Frames are equal for all tensors of
+          one dtype, shape and strides, so an archive in a known frame is read without unpickling it again
+cost      an upper bound for the number of values that a pickle makes
+
+The reader calls ``load_tensor`` and ``load_object`` with the bytes of one chunk each, after checking their hash.
 """
 
 from __future__ import annotations
 
 import io
+import pickletools
 import struct
 import sys
 import zipfile
-from typing import Any, BinaryIO, Protocol, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorProperties
-from torch.utils.serialization import config
 
-from ...storage.memory_order import memory_strides
-from .files import CheckpointError
-from .pickles import check_cost
+from .manifest import CheckpointError
 
-Frame = tuple[bytes, bytes]
-Frames = dict[tuple[torch.dtype, torch.Size, tuple[int, ...]], Frame | None]
-# What is looked at to recognise the elements of a tensor among what is written.
-_ENDS = slice(0, 64), slice(-64, None)
-
-
-class Sink(Protocol):
-    """What is written to."""
-
-    def write(self, data: Any) -> int: ...
-
-
-class Archives:
-    """Writes tensors to ``sink``; ``frames`` are kept, for others too."""
-
-    def __init__(self, sink: Sink, frames: Frames) -> None:
-        self._sink = sink
-        self._frames = frames
-
-    def write(self, tensor: Tensor) -> None:
-        """The archive of a tensor on the CPU; no copy where it is dense in memory."""
-        tensor = _dense(tensor)
-        key = (tensor.dtype, tensor.shape, tensor.stride())
-        frame = self._frames.get(key)
-        if frame is not None:
-            for part in (frame[0], elements_of(tensor), frame[1]):
-                self._sink.write(part)
-            return
-        recorder = _Recorder(self._sink, tensor)
-        # The manifest's hash does what the archive's checksum would, at a tenth of the time.
-        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-            torch.save(tensor, cast(BinaryIO, recorder))
-        self._frames[key] = recorder.frame
-
-
-def elements_of(tensor: Tensor) -> memoryview:
-    """The bytes of a dense tensor, in memory order; shares memory."""
-    return memoryview(cast(Any, _flat(tensor).numpy()))
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """``tensor`` on storage of its own size, as ``torch.save`` writes whole storages; no copy where it is dense."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() == 0 or extent != tensor.numel() or tensor.is_conj() or tensor.is_neg():
-        return tensor.clone()
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return torch.from_numpy(_flat(tensor).numpy()).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-
-
-class _Recorder(io.RawIOBase):
-    """Passes on what is written, and keeps what stands before and after the elements of ``tensor``."""
-
-    def __init__(self, sink: Sink, tensor: Tensor) -> None:
-        super().__init__()
-        self._sink = sink
-        self._elements = elements_of(tensor)
-        self._parts = [bytearray()]
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if len(view) == len(self._elements) and all(view[end] == self._elements[end] for end in _ENDS):
-            self._parts.append(bytearray())
-        else:
-            self._parts[-1] += view
-        return self._sink.write(view)
-
-    @property
-    def frame(self) -> Frame | None:
-        """Before and after; None where it is not plain which of what was written are the elements."""
-        return (bytes(self._parts[0]), bytes(self._parts[1])) if len(self._parts) == 2 else None
-
-
-# --- reading ---------------------------------------------------------------------------------------------
-
-# Deeper values are refused: those who walk them (pickle, copy, repr) recurse.
+# Deeper values are refused, because pickle, copy and repr recurse and would overflow the stack.
 MAX_DEPTH = 64
 
 
-class KnownFrames:
-    """What stands around the elements in archives that were loaded and found sound, by dtype, shape and length.
+class FrameCache:
+    """The frames of archives that were loaded and found sound, by dtype, shape and length of the archive.
 
-    Whatever has the same around its elements is the like archive of these: it need not be unpickled again.
+    One per open checkpoint. An archive with the same frame is the same archive around other elements.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[torch.dtype, torch.Size, int], tuple[bytes, bytes, tuple[int, ...]]] = {}
+        self._frames: dict[tuple[torch.dtype, torch.Size, int], tuple[bytes, bytes, tuple[int, ...]]] = {}
 
     def tensor_in(self, data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
-        """The tensor in ``data``, in memory of its own; None where nothing like it was loaded."""
-        before, after, strides = self._known.get((dtype, shape, len(data)), (b"", b"", ()))
+        """Return the tensor in ``data``, in memory of its own; None if no archive with this frame was loaded."""
+        before, after, strides = self._frames.get((dtype, shape, len(data)), (b"", b"", ()))
         if not before or not (data.startswith(before) and data.endswith(after)):
             return None
+        # Copied: a view of ``data`` would be read-only, and not aligned.
         tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
-        elements_of(tensor)[:] = memoryview(data)[len(before) : len(data) - len(after)]
+        flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        memoryview(cast(Any, flat.numpy()))[:] = memoryview(data)[len(before) : len(data) - len(after)]
         return tensor
 
     def learn(self, data: bytes, tensor: Tensor) -> None:
-        """``tensor`` was in ``data``: the only one, dense, and as it lies there, or it is not remembered."""
+        """Keep the frame of ``data``, which ``tensor`` was loaded from, if that is its only tensor and dense."""
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            found = [(record.filename.partition("/")[2], _place(data, record)) for record in archive.infolist()]
-        stored, records = [place for name, place in found if name.startswith("data/")], dict(found)
-        dense = memory_strides(tensor) == tensor.stride() and not (tensor.is_conj() or tensor.is_neg())
-        if not dense or len(stored) != 1 or not 0 < tensor.nbytes == stored[0].stop - stored[0].start:
+            # Names begin with the archive's own name, which torch takes from the file's.
+            ranges = [(record.filename.partition("/")[2], _byte_range(data, record)) for record in archive.infolist()]
+        elements, records = [range_ for name, range_ in ranges if name.startswith("data/")], dict(ranges)
+        # empty_like() keeps the strides of dense tensors, and only of these.
+        kept = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+        dense = kept and not (tensor.is_conj() or tensor.is_neg())
+        if not dense or len(elements) != 1 or not 0 < tensor.nbytes == elements[0].stop - elements[0].start:
             return
-        # Others are turned around by torch.
+        # Torch swaps the bytes of archives of the other byte order, which copying them would not do.
         if data[records.get("byteorder", slice(0))] != sys.byteorder.encode():
             return
-        around = data[: stored[0].start], data[stored[0].stop :], tensor.stride()
-        self._known[tensor.dtype, tensor.shape, len(data)] = around
+        frame = data[: elements[0].start], data[elements[0].stop :], tensor.stride()
+        self._frames[tensor.dtype, tensor.shape, len(data)] = frame
 
 
-def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str, frames: KnownFrames) -> Tensor:
-    """The tensor in ``data``, on the CPU: of this shape and dtype, or CheckpointError, which ``what`` begins."""
+def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, what: str, frames: FrameCache) -> Tensor:
+    """Return the tensor in ``data``, on the CPU.
+
+    Raises CheckpointError, whose text begins with ``what``, unless it has this shape and the dtype of ``properties``.
+    """
     known = frames.tensor_in(data, properties.dtype, shape)
     if known is not None:
         return known
@@ -158,7 +87,7 @@ def load_tensor(data: bytes, shape: torch.Size, properties: TensorProperties, wh
 
 
 def load_object(data: bytes, what: str) -> Any:
-    """The object in ``data``: plain values and tensors, or CheckpointError, which ``what`` begins."""
+    """Return the object in ``data``, plain values and tensors; raises CheckpointError, which begins with ``what``."""
     value = _load(data, what)
     if _depth(value) > MAX_DEPTH:
         raise CheckpointError(f"dist_asgd: {what} is nested more than {MAX_DEPTH} deep.")
@@ -166,7 +95,7 @@ def load_object(data: bytes, what: str) -> Any:
 
 
 def dump_object(value: Any) -> io.BytesIO:
-    """``value`` serialized anew, for a reader that would unpickle whatever it is given."""
+    """Serialize ``value`` anew, for DCP's planners, which unpickle whatever they are given."""
     stream = io.BytesIO()
     torch.save(value, stream)
     stream.seek(0)
@@ -174,7 +103,7 @@ def dump_object(value: Any) -> io.BytesIO:
 
 
 def _depth(value: Any) -> int:
-    """How deep containers lie in containers; counts to a little beyond ``MAX_DEPTH`` only."""
+    """Return how deep containers lie in containers; stops counting just beyond ``MAX_DEPTH``."""
     level, seen, depth = [value], set[int](), 0
     while level and depth <= MAX_DEPTH:
         inner: list[Any] = []
@@ -192,7 +121,7 @@ def _load(data: bytes, what: str) -> Any:
         _check_archive(data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        # Whatever the bytes make zipfile and torch stumble over, it is the bytes.
+        # Any error of zipfile or torch means that the bytes are damaged: nothing else went into the call.
         text = str(error).splitlines()
         raise CheckpointError(
             f"dist_asgd: {what} is damaged, or holds more than tensors and plain values; nothing of it was run: "
@@ -201,32 +130,104 @@ def _load(data: bytes, what: str) -> Any:
 
 
 def _check_archive(data: bytes) -> None:
-    """ValueError unless every record is stored as it is and has room in ``data``: no zip bombs, no legacy formats.
-
-    Nor is there a pickle in it that would take longer, or more memory, than its length allows.
-    """
+    """Raise ValueError unless every record is stored uncompressed and has room in ``data`` (no zip bombs, no legacy
+    formats), and there is one pickle, which takes no more time and memory than its length allows."""
     if not data.startswith(b"PK\x03\x04"):
         raise ValueError("it does not begin as a torch.save archive")
     total, pickles = 0, 0
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for record in archive.infolist():
+            # Uncompressed, a record takes as many bytes as it has: the memory that is asked for is bounded by the file.
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise ValueError(f"its record {record.filename[:80]!r} is compressed")
             total += record.file_size
             if record.filename.endswith("data.pkl") and total <= len(data):
                 pickles += 1
-                check_cost(data[_place(data, record)])
+                check_cost(data[_byte_range(data, record)])
     if total > len(data):
         raise ValueError(f"its records claim {total} bytes, it has {len(data)}")
+    # torch reads one; a second one could be another program's, and hide the content from this check.
     if pickles != 1:
         raise ValueError(f"it has {pickles} records data.pkl, wanted one")
 
 
-def _place(data: bytes, record: zipfile.ZipInfo) -> slice:
-    """Where an uncompressed record lies, as it is: torch need not have given it a checksum."""
+def _byte_range(data: bytes, record: zipfile.ZipInfo) -> slice:
+    """Return the byte range of an uncompressed record. ``zipfile`` would insist on a checksum, which torch may omit."""
     lengths = record.header_offset + 26
     if lengths + 4 > len(data):
         raise ValueError(f"its record {record.filename[:80]!r} is not there")
     name_length, extra_length = struct.unpack_from("<HH", data, lengths)
     start = lengths + 4 + name_length + extra_length
     return slice(start, start + record.file_size)
+
+
+# --- the cost of reading a pickle ------------------------------------------------------------------------
+
+_COST_MARK = -1
+_FREE_SIZE = 1 << 20
+# How many values an opcode pops; those of _MAKES push one value, those of _ADDS add to the value below.
+_MAKES: Mapping[str, int] = {
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "REDUCE": 2,
+    "NEWOBJ": 2,
+    "BINPERSID": 1,
+}
+_ADDS: Mapping[str, int] = {"APPEND": 1, "SETITEM": 2, "BUILD": 1}
+_PUTS = ("BINPUT", "LONG_BINPUT")
+_GETS = ("BINGET", "LONG_BINGET")
+_NOTHING = ("PROTO", "STOP")
+# Called with a number they allocate as many bytes, a size of the attacker's choice.
+_REFUSED_NAMES = ("builtins bytearray", "__builtin__ bytearray", "builtins bytes", "__builtin__ bytes")
+
+
+def check_cost(pickle: bytes) -> None:
+    """Raise ValueError if reading ``pickle`` could cost more than its length allows, or if torch did not write it.
+
+    The stack and the memo hold the cost of each value instead of the value: values that are referred to again count
+    again, so that a short pickle cannot stand for exponentially many.
+    """
+    limit = _FREE_SIZE + 4 * len(pickle)
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+
+    def pop_to_mark() -> int:
+        total = 0
+        while (size := stack.pop()) != _COST_MARK:
+            total += size
+        return total
+
+    try:
+        for opcode, arg, _ in pickletools.genops(pickle):
+            name = opcode.name
+            if name in _NOTHING:
+                continue
+            if name == "MARK":
+                stack.append(_COST_MARK)
+                continue
+            if name in _PUTS:
+                memo[int(arg or 0)] = stack[-1]
+                continue
+            if name in _GETS:
+                stack.append(memo[int(arg or 0)])
+            elif name in _MAKES:
+                stack.append(1 + sum(stack.pop() for _ in range(_MAKES[name])))
+            elif name in _ADDS:
+                added = sum(stack.pop() for _ in range(_ADDS[name]))
+                stack[-1] += added
+            elif name == "TUPLE":
+                stack.append(1 + pop_to_mark())
+            elif name in ("APPENDS", "SETITEMS"):
+                added = pop_to_mark()
+                stack[-1] += added
+            elif not opcode.stack_before and len(opcode.stack_after) == 1:
+                if name == "GLOBAL" and arg in _REFUSED_NAMES:
+                    raise ValueError(f"it calls {arg}, which takes any number of bytes")
+                stack.append(1)
+            else:
+                raise ValueError(f"it has the opcode {name}, which torch does not write")
+            if stack[-1] > limit:
+                raise ValueError("its values hold each other so often that reading them would take for ever")
+    except (IndexError, KeyError) as error:
+        raise ValueError("its pickle takes what it has not put") from error

@@ -1,20 +1,39 @@
-"""Checkpoint directories as a whole: a crash at any moment leaves every one that was there, and none in part.
+"""Checkpoint directories as a whole: a crash at any moment leaves every earlier checkpoint whole, and no partial one.
 
-A checkpoint is written under a temporary name beside its own, and renamed once all of it is on disk. One that is to go
-is renamed first. Whatever bears such a name is a leftover of a crash: no reader takes it for a checkpoint, and the
-next save removes it. All functions are local; only one rank calls those that change something.
+A save calls ``begin``, then every rank writes its file, then ``finish`` and ``put_in_place`` (or ``discard``). The
+directory has a temporary name beside its own until all of it is on disk, and is then renamed; a checkpoint that is to
+go is renamed before its files are removed. A *leftover* is a directory with such a temporary name after a crash: no
+reader takes it for a checkpoint, and the next save removes it. All functions are local, and only rank 0 calls those
+that change something.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from .manifest import MANIFEST_NAME
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, write_manifest
+from .metadata import METADATA_NAME
+from .writer import HashedFile, WrittenFile
 
 LATEST_NAME = "latest"
 _STEP_NAME = re.compile(r"step-(\d{8,18})")
@@ -26,7 +45,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def sync_directory(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut."""
+    """Wait until the names in ``folder`` are on disk: fsync of a file does not cover its name."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -34,8 +53,14 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+# --- one checkpoint --------------------------------------------------------------------------------------
+
+
 def begin(path: Path) -> Path:
-    """Make an empty directory beside ``path``, to write in; removes leftovers of earlier saves to ``path``."""
+    """Make and return an empty directory beside ``path`` to write in; removes leftovers of earlier saves to ``path``.
+
+    Raises ValueError if ``path`` is taken or has no parent directory.
+    """
     if not path.parent.is_dir():
         raise ValueError(
             f"dist_asgd: cannot save a checkpoint at {path}: {path.parent} is not a folder. Make it first; it must be "
@@ -47,6 +72,7 @@ def begin(path: Path) -> Path:
             f"dist_asgd: cannot save a checkpoint at {path}: it {what}. A checkpoint is a directory of its own, and "
             f"none is overwritten: choose another name, or remove it first."
         )
+    # Of this path only: another job may be writing beside it.
     for leftover in leftovers(path.parent):
         if leftover_of(leftover) == path.name:
             shutil.rmtree(leftover)
@@ -55,20 +81,80 @@ def begin(path: Path) -> Path:
     return temporary
 
 
+def metadata_of(path: Path, files: Sequence[WrittenFile]) -> bytes:
+    """Return the bytes of ``.metadata`` for the checkpoint that will be at ``path``; ``files`` are in rank order."""
+    metadata = _metadata_of(files)
+    metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
+    return pickle.dumps(metadata)
+
+
+def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:
+    """Return DCP's metadata: the keys in rank 0's order, then those that other ranks add."""
+    entries: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    # Equal values are one object, which pickle writes once: the file grows with the tensors, not with their chunks.
+    an_object = BytesStorageMetadata()
+    properties: dict[torch.dtype, TensorProperties] = {}
+    size_of = cache(torch.Size)
+    for file in files:
+        paths.update(file.paths)
+        ranges = [_StorageInfo(file.name, chunk.offset, chunk.length) for chunk in file.chunks]
+        for key, chunk, dtype, shape, offsets, sizes in file.rows:
+            if dtype is None:
+                entries[key] = an_object
+                storage[MetadataIndex(key)] = ranges[chunk]
+                continue
+            entry = entries.get(key)
+            if entry is None:
+                known = properties.setdefault(dtype, TensorProperties(dtype))
+                entry = entries[key] = TensorStorageMetadata(known, size_of(shape), [])
+            index = MetadataIndex(key, size_of(offsets), len(entry.chunks))
+            # Of an empty tensor every rank writes the same empty region.
+            if index not in storage:
+                entry.chunks.append(ChunkStorageMetadata(size_of(offsets), size_of(sizes)))
+                storage[index] = ranges[chunk]
+    return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)
+
+
+def finish(directory: Path, step: int, written: Sequence[WrittenFile], metadata: bytes) -> None:
+    """Add ``.metadata`` and the manifest; called when the files of all ranks are on disk in ``directory``."""
+    files = {file.name: file.file for file in written if file.file is not None}
+    _check_visible(directory, files)
+    chunks = {file.name: file.chunks for file in written if file.file is not None}
+    with HashedFile(directory / METADATA_NAME) as metadata_file:
+        metadata_file.write(metadata)
+        files[METADATA_NAME] = metadata_file.end()
+        metadata_file.sync()
+    write_manifest(directory, Manifest(step, len(written), files, chunks))
+
+
+def _check_visible(directory: Path, files: dict[str, FileEntry]) -> None:
+    """Raise RuntimeError unless rank 0 sees every file as its rank wrote it."""
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise RuntimeError(
+                f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all "
+                f"ranks share it: save to one that they share."
+            )
+
+
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a directory whose files are on disk its name."""
+    """Rename a directory whose files are on disk to ``path``."""
+    # The names of the files must be on disk before the rename is, and the rename before anyone relies on it.
     sync_directory(temporary)
     temporary.rename(path)
     sync_directory(path.parent)
 
 
 def discard(temporary: Path) -> None:
-    """Remove what a failed save wrote, as far as that can be done."""
+    """Remove what a failed save wrote, as far as the system lets it be removed."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint: at once under its name, then its files."""
+    """Remove a checkpoint: first its name, in one step, then its files."""
     if path.is_symlink():
         path.unlink()
         return
@@ -78,19 +164,23 @@ def remove(path: Path) -> None:
     shutil.rmtree(old)
 
 
+# --- folders of checkpoints ------------------------------------------------------------------------------
+
+
 def leftovers(folder: Path) -> list[Path]:
-    """What crashed saves and removals left in ``folder``."""
+    """List what crashed saves and removals left in ``folder``."""
     return [entry for entry in sorted(folder.iterdir()) if _LEFTOVER.fullmatch(entry.name)]
 
 
 def leftover_of(leftover: Path) -> str | None:
-    """The name of the checkpoint that was being written or removed, or None for another kind of file."""
-    found = _LEFTOVER.fullmatch(leftover.name)
-    return found["name"] if found else None
+    """Return the name of the checkpoint that was being written or removed; None if the path is no leftover."""
+    match = _LEFTOVER.fullmatch(leftover.name)
+    return match["name"] if match else None
 
 
 def point_latest(folder: Path, name: str) -> None:
-    """Let ``folder/latest`` be a link to ``name``, replaced in one step."""
+    """Make ``folder/latest`` a link to ``name``; an earlier link is replaced in one step."""
+    # symlink_to() does not replace, and rename() does: the link is made under another name first.
     beside = _beside(folder / LATEST_NAME, "tmp")
     beside.symlink_to(name, target_is_directory=True)
     try:
@@ -102,12 +192,13 @@ def point_latest(folder: Path, name: str) -> None:
 
 
 def step_name(step: int) -> str:
-    """``step-00000012``."""
+    """Return the directory's name of the checkpoint of ``step``: ``step-00000012``."""
     return f"step-{step:08d}"
 
 
 def steps_in(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Step and path of every checkpoint in ``folder`` that is whole, oldest first."""
+    """Return step and path of every whole checkpoint in ``folder``, oldest first."""
     entries = [(_STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
-    found = [(int(match[1]), entry) for match, entry in entries if match]
-    return iter(sorted(pair for pair in found if (pair[1] / MANIFEST_NAME).is_file()))
+    steps = [(int(match[1]), entry) for match, entry in entries if match]
+    # The manifest is written last, so a directory with a manifest is whole.
+    return iter(sorted(pair for pair in steps if (pair[1] / MANIFEST_NAME).is_file()))

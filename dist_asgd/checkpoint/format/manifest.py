@@ -1,23 +1,28 @@
-"""``manifest.json``: what a checkpoint consists of, with a hash of every file and of every chunk in it.
+"""The files of a checkpoint directory, and ``manifest.json``, which lists them with a hash of each and of each chunk.
 
-chunk     the byte range of one serialized tensor, piece of one, or object in a data file, as DCP's metadata gives it
-hash      xxh3_128, 32 hex digits: finds damage, and files of another step; it is no signature
-own hash  the manifest ends its own content with a hash of the rest, so that damage to it is known as such
+The reader and the command line open every file of a checkpoint through this module: names stay inside the directory,
+and sizes are known before memory is taken. The writer describes the files that it made as ``FileEntry`` and ``Chunk``.
+
+chunk     one serialized region of a tensor, or one serialized object: a byte range of a data file, which DCP's
+          ``.metadata`` gives as offset and length
+hash      xxh3_128, 32 hex digits. It finds damage, and files that belong to another step; it is not a signature
+own hash  the last entry of the manifest, the hash of all other entries, so that damage to the manifest is recognised
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import xxhash
 
 from ...version import __version__
-from .files import CheckpointError, check_name, names_in, open_confined, read_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -25,11 +30,92 @@ MAX_MANIFEST_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 22
 _HASH_KEY = "xxh3_128"
 _KEYS = {"format", "dist_asgd", "step", "world_size", "files", "chunks", _HASH_KEY}
+_NAME = re.compile(r"[A-Za-z0-9._\-]{1,255}")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged or incomplete, or it holds something that no checkpoint of this kind holds."""
+
+
+def check_name(name: object) -> str:
+    """Return ``name`` if it can only mean a file right inside the directory: no folder, no ``..``, nothing to quote.
+
+    Raises ValueError otherwise; callers add the place where they found the name.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+        text = repr(name[:80]) if isinstance(name, str) else type(name).__name__
+        raise ValueError(
+            f"a file named {text}; files of a checkpoint lie right inside its directory, with names of letters, "
+            f"digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def open_confined(directory: Path, name: str) -> tuple[BinaryIO, int]:
+    """Open ``directory/name`` for reading and return it with its size in bytes; raises CheckpointError if it cannot.
+
+    ``name`` has passed ``check_name``. Links, devices and pipes are refused, whatever they lead to.
+    """
+    path = directory / name
+    # O_NONBLOCK: opening a pipe that nobody writes to must not hang; fstat() refuses it afterwards.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CheckpointError(f"dist_asgd: {path} is missing: the checkpoint is not whole.") from None
+    except OSError as error:
+        if path.is_symlink():
+            raise CheckpointError(
+                f"dist_asgd: {path} is a symbolic link. A checkpoint holds its own files: copy them into a directory."
+            ) from None
+        raise CheckpointError(f"dist_asgd: cannot open {path}: {error.strerror}.") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"dist_asgd: {path} is not a regular file.")
+    return os.fdopen(descriptor, "rb"), status.st_size
+
+
+def read_range(file: BinaryIO, path: Path, offset: int, length: int) -> bytes:
+    """Read exactly ``length`` bytes from ``offset`` on; the caller has checked that the file is at least that long."""
+    try:
+        file.seek(offset)
+        data = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"dist_asgd: cannot read {path}: {error.strerror}.") from error
+    if len(data) != length:
+        raise CheckpointError(f"dist_asgd: {path} ends {length - len(data)} bytes early: it is truncated.")
+    return data
+
+
+def read_whole(directory: Path, name: str, max_bytes: int) -> bytes:
+    """Read a whole small file; raises CheckpointError if it has more than ``max_bytes``."""
+    file, size = open_confined(directory, name)
+    with file:
+        if size > max_bytes:
+            raise CheckpointError(
+                f"dist_asgd: {directory / name} has {size} bytes, more than the {max_bytes} that such a file may have."
+            )
+        return read_range(file, directory / name, 0, size)
+
+
+def names_in(directory: Path) -> list[str]:
+    """List everything right inside the directory, sorted; raises CheckpointError if there is no such directory."""
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        raise CheckpointError(f"dist_asgd: there is no checkpoint at {directory}.") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"dist_asgd: {directory} is not a directory; a checkpoint is one.") from None
+    except OSError as error:
+        raise CheckpointError(f"dist_asgd: cannot read {directory}: {error.strerror}.") from error
+
+
+# --- the manifest ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """Size and hash of one file."""
+    """Size in bytes and hash of one file."""
 
     bytes: int
     xxh3_128: str
@@ -37,7 +123,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One byte range of a data file, and its hash."""
+    """One chunk: its byte range in a data file, and the hash of these bytes."""
 
     offset: int
     length: int
@@ -46,7 +132,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``files`` has every file of the directory but the manifest; ``chunks`` those with chunks, in order of offset."""
+    """What ``manifest.json`` says.
+
+    Attributes:
+        step: the number of steps after which the checkpoint was saved.
+        world_size: how many ranks saved it.
+        files: every file of the directory except the manifest, by name.
+        chunks: the chunks of each data file, by its name, in order of offset.
+        version: the version of dist_asgd that wrote it.
+    """
 
     step: int
     world_size: int
@@ -56,12 +150,12 @@ class Manifest:
 
 
 def hash_of(data: bytes | memoryview) -> str:
-    """xxh3_128 of ``data``, as 32 hex digits."""
+    """Return the xxh3_128 of ``data`` as 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def hash_file(directory: Path, name: str) -> FileEntry:
-    """Size and hash of one file, read in blocks."""
+    """Return size and hash of one file, which is read in blocks."""
     file, _ = open_confined(directory, name)
     digest, size = xxhash.xxh3_128(), 0
     with file:
@@ -72,8 +166,9 @@ def hash_file(directory: Path, name: str) -> FileEntry:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, whole or not at all: beside, fsync, rename. The caller fsyncs the directory."""
+    """Write ``manifest.json`` under a temporary name, fsync it and rename it. The caller fsyncs the directory."""
     data = encode(manifest)
+    # A manifest that the reader would refuse must fail the save, and not the restart.
     decode(data, directory / MANIFEST_NAME)
     beside = directory / f".{MANIFEST_NAME}.tmp"
     with beside.open("wb") as file:
@@ -84,14 +179,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The directory's manifest, None where it has none; CheckpointError where it is damaged or not to be trusted."""
+    """Read the directory's manifest; None if it has none, CheckpointError if it is damaged or not to be trusted."""
     if MANIFEST_NAME not in names_in(directory):
         return None
     return decode(read_whole(directory, MANIFEST_NAME, MAX_MANIFEST_BYTES), directory / MANIFEST_NAME)
 
 
 def check_files(directory: Path, manifest: Manifest) -> list[str]:
-    """What is missing, of another size, or not in the manifest: one line each, without reading a byte of the files."""
+    """Return a line for each file that is missing, has another size or is not in the manifest; no file is read."""
     problems = []
     for name, entry in sorted(manifest.files.items()):
         path = directory / name
@@ -111,7 +206,7 @@ def check_files(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest's only form in bytes."""
+    """Return the manifest as JSON. Equal manifests have equal bytes, and ``decode`` accepts no other form of them."""
     body: dict[str, Any] = {
         "format": FORMAT,
         "dist_asgd": manifest.version,
@@ -130,18 +225,20 @@ def _dump(body: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, path: Path) -> Manifest:
-    """Read and check a manifest that anybody may have written; CheckpointError names ``path`` and what is wrong."""
+    """Parse and check a manifest that anybody may have written; CheckpointError names ``path`` and what is wrong."""
 
     def refuse(what: str) -> NoReturn:
         raise CheckpointError(f"dist_asgd: {path} is damaged, or was not written by dist_asgd: {what}.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # json would keep the last of two equal keys, and other programs the first.
         body = dict(pairs)
         if len(body) != len(pairs):
             refuse("a key occurs twice")
         return body
 
     def constant(text: str) -> NoReturn:
+        # NaN and Infinity, which Python reads and JSON does not have.
         refuse(f"{text} is not a number here")
 
     try:
@@ -150,6 +247,7 @@ def decode(data: bytes, path: Path) -> Manifest:
         refuse(f"not JSON as it should be ({error})")
     if not isinstance(body, dict) or set(body) != _KEYS:
         refuse(f"wanted the keys {sorted(_KEYS)}")
+    # The hash comes first: damage must not be reported as another format, or as a fault of whoever wrote the file.
     own = body.pop(_HASH_KEY)
     if not isinstance(own, str) or own != hash_of(_dump(body)) or data != _dump({**body, _HASH_KEY: own}):
         refuse("its content does not have the hash that it gives itself")
@@ -164,6 +262,7 @@ def decode(data: bytes, path: Path) -> Manifest:
         step, world_size = _count(body["step"], "step"), _count(body["world_size"], "world_size")
         files = {check_name(name): _file_entry(name, entry) for name, entry in _dict(body, "files").items()}
         chunks = {name: _chunks(name, rows, files) for name, rows in _dict(body, "chunks").items()}
+        # It could not hold its own hash.
         if MANIFEST_NAME in files:
             raise ValueError("it lists itself")
         if not world_size:
@@ -181,6 +280,7 @@ def _dict(body: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _count(value: object, what: str) -> int:
+    # A bool is an int for isinstance(). Below 2^63, so that it fits wherever a file offset does.
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise ValueError(f"{what} must be a whole number from 0 on")
     return value
@@ -213,6 +313,7 @@ def _chunks(name: str, rows: object, files: Mapping[str, FileEntry]) -> tuple[Ch
             _count(row[1], f"a chunk length of {name}"),
             _hash(row[2], f"a chunk of {name}"),
         )
+        # In order and apart, so that every byte has at most one hash and one owner.
         if chunk.offset < stop:
             raise ValueError(f"chunks of {name} overlap or are out of order at byte {chunk.offset}")
         stop = chunk.offset + chunk.length

@@ -1,16 +1,21 @@
 """DCP's ``.metadata`` without ``pickle``: it may say what DCP writes there, and nothing else.
 
-``.metadata`` is a pickle, and unpickling runs what the file asks for. Here its opcodes are read one by one, only those
-that DCP's own files hold, and each DCP object is made by a function of this module from values that it has checked.
+``.metadata`` is a pickle, and unpickling runs whatever the file asks for. ``parse``, which the reader calls, executes
+the pickle's opcodes on a stack machine that looks up no class and calls nothing but the makers of this module.
 
-What DCP holds in ``Metadata``: for every key the true shape of a tensor and its chunks (boxes of it), or that it is an
-object; and for every chunk (an *index*) which bytes of which file hold it.
+DCP's ``Metadata`` holds, for every key, either the shape of a tensor and its chunks (regions of it), or the fact that
+it is an object; and for every chunk, by its *index*, which bytes of which file hold it.
+
+record     an object that the pickle creates empty and then gives its state
+call       an object that the pickle makes of its arguments at once
+constant   a name that stands for one value, such as ``torch.float32``
+maker      a function of this module that turns the state of a record, or the arguments of a call, into the real object;
+           it checks them and raises ``Refusal`` if they are not as DCP writes them
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,11 +31,245 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .files import CheckpointError, check_name
-from .pickles import Machine, Refused, Vocabulary, want
+from .manifest import CheckpointError, check_name
 
 METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
+
+
+class Refusal(Exception):
+    """The pickle holds something that it should not hold; the message completes the sentence "it holds ..."."""
+
+
+def want(ok: bool, what: str) -> None:
+    """Raise ``Refusal`` unless ``ok``."""
+    if not ok:
+        raise Refusal(what)
+
+
+Name = tuple[str, str]
+"""Module and name of a class, function or constant, as pickles have them."""
+Maker = Callable[[Any], Any]
+
+
+class _Record:
+    """A record on the stack: ``make`` is its maker until its state arrives, then None; ``value`` is the result."""
+
+    __slots__ = ("make", "value")
+
+    def __init__(self, make: Maker) -> None:
+        self.make: Maker | None = make
+        self.value: Any = None
+
+
+class _Global:
+    """A name on the stack, one of the tables below."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+
+
+_MARK = object()
+
+
+def _value_of(value: Any) -> Any:
+    """Return the value of an entry of the stack; raises ``Refusal`` for marks, names and records without state."""
+    kind = type(value)
+    if kind is _Record:
+        if value.make is not None:
+            raise Refusal("an object that is used before it is made")
+        return value.value
+    if value is _MARK or kind is _Global:
+        raise Refusal("a mark or a name where a value should be")
+    return value
+
+
+class Machine:
+    """The stack machine of ``pickle``, with no other opcodes than plain values, records and calls need."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+        self._stack: list[Any] = []
+        self._memo: list[Any] = []
+
+    def run(self) -> Any:
+        """Return the one object that the pickle makes; raises ``Refusal`` for anything that DCP does not write."""
+        data, opcodes, stack, memo = self._data, self._OPCODES, self._stack, self._memo
+        length = len(data)
+        while self._at < length:
+            code = data[self._at]
+            self._at += 1
+            # Two thirds of all opcodes are these; handling them here saves a function call for each.
+            if code == 0x94:  # MEMOIZE
+                if not stack or stack[-1] is _MARK:
+                    raise Refusal("nothing to remember")
+                memo.append(stack[-1])
+            elif code == 0x68 or code == 0x6A:  # BINGET, LONG_BINGET
+                first = self._at
+                self._at += 1 if code == 0x68 else 4
+                place = int.from_bytes(data[first : self._at], "little")
+                if self._at > length or place >= len(memo):
+                    raise Refusal("a reference to nothing")
+                stack.append(memo[place])
+            elif code == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif code == 0x28:  # MARK
+                stack.append(_MARK)
+            elif code == 0x2E:  # STOP
+                want(self._at == length and len(stack) == 1, "something after the end")
+                return self._pop()
+            else:
+                handler = opcodes.get(code)
+                if handler is None:
+                    raise Refusal(f"opcode 0x{code:02x}")
+                handler(self)
+        raise Refusal("an end before the end")
+
+    def _take(self, count: int) -> bytes:
+        start, self._at = self._at, self._at + count
+        if self._at > len(self._data):
+            raise Refusal("an end before the end")
+        return self._data[start : self._at]
+
+    def _pop(self) -> Any:
+        """Pop the top of the stack as a value."""
+        if not self._stack:
+            raise Refusal("a missing operand")
+        return _value_of(self._stack.pop())
+
+    def _pop_to_mark(self) -> list[Any]:
+        stack = self._stack
+        for at in range(len(stack) - 1, -1, -1):
+            if stack[at] is _MARK:
+                values = [_value_of(value) for value in stack[at + 1 :]]
+                del stack[at:]
+                return values
+        raise Refusal("a missing mark")
+
+    def _protocol(self) -> None:
+        # 4 and 5 are what Python writes by default; the older ones have more opcodes than this machine.
+        want(self._take(1)[0] in (4, 5), "a pickle protocol other than 4 and 5")
+
+    def _frame(self) -> None:
+        # Its length serves readers of streams; here all bytes are in memory.
+        self._take(8)
+
+    def _tuple(self) -> None:
+        self._stack.append(tuple(self._pop_to_mark()))
+
+    def _tuple_of(self, count: int) -> None:
+        if len(self._stack) < count:
+            raise Refusal("a missing operand")
+        self._stack[-count:] = [tuple(map(_value_of, self._stack[-count:]))]
+
+    def _string(self, count: int) -> None:
+        length = int.from_bytes(self._take(count), "little")
+        self._stack.append(str(self._take(length), "utf-8"))
+
+    def _int(self, count: int) -> None:
+        self._stack.append(int.from_bytes(self._take(count), "little", signed=count == 4))
+
+    def _long(self) -> None:
+        count = self._take(1)[0]
+        # 8 bytes, and one for the sign: DCP writes no longer numbers.
+        want(count <= 9, "a number beyond 64 bits")
+        self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
+
+    def _append(self, values: list[Any]) -> None:
+        want(bool(self._stack) and type(self._stack[-1]) is list, "an append to something else than a list")
+        self._stack[-1].extend(values)
+
+    def _set(self, values: list[Any]) -> None:
+        want(bool(self._stack) and type(self._stack[-1]) is dict and len(values) % 2 == 0, "items of no dict")
+        target = self._stack[-1]
+        num_keys = len(target) + len(values) // 2
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if type(key) not in _KEY_TYPES:
+                raise Refusal("a key that is no name")
+            target[key] = value
+        # pickle would let the second value replace the first.
+        want(len(target) == num_keys, "a key that occurs twice")
+
+    def _set_one(self) -> None:
+        value = self._pop()
+        self._set([self._pop(), value])
+
+    def _find(self) -> None:
+        name, module = self._pop(), self._pop()
+        if type(name) is not str or type(module) is not str:
+            raise Refusal("a name that is no string")
+        # The name is looked up in the tables of this module, and never imported.
+        full = (module, name)
+        if full in _CONSTANTS:
+            self._stack.append(_CONSTANTS[full])
+        elif full in _RECORDS or full in _CALLS or full in _STATELESS:
+            self._stack.append(_Global(full))
+        else:
+            raise Refusal(f"{module[:80]}.{name[:80]}")
+
+    def _name(self) -> Name:
+        found = self._stack.pop() if self._stack else None
+        if type(found) is not _Global:
+            raise Refusal("a call of something that has no name")
+        return found.name
+
+    def _create(self) -> None:
+        args, name = self._pop(), self._name()
+        want(args == (), "an object with arguments")
+        if name in _RECORDS:
+            self._stack.append(_Record(_RECORDS[name]))
+        elif name in _STATELESS:
+            self._stack.append(_STATELESS[name]())
+        else:
+            raise Refusal(f"an object of {'.'.join(name)}")
+
+    def _call(self) -> None:
+        args, name = self._pop(), self._name()
+        make = _CALLS.get(name)
+        if make is None:
+            raise Refusal(f"a call of {'.'.join(name)}")
+        self._stack.append(make(args))
+
+    def _build(self) -> None:
+        state = self._pop()
+        made = self._stack[-1] if self._stack else None
+        if type(made) is not _Record or made.make is None:
+            raise Refusal("state for something that takes none")
+        made.value, made.make = made.make(state), None
+
+    _OPCODES: Mapping[int, Callable[[Machine], None]] = {
+        0x80: _protocol,
+        0x95: _frame,
+        ord("}"): lambda self: self._stack.append({}),
+        ord("]"): lambda self: self._stack.append([]),
+        ord("N"): lambda self: self._stack.append(None),
+        0x88: lambda self: self._stack.append(True),
+        0x89: lambda self: self._stack.append(False),
+        ord("t"): _tuple,
+        0x85: lambda self: self._tuple_of(1),
+        0x86: lambda self: self._tuple_of(2),
+        0x87: lambda self: self._tuple_of(3),
+        0x8C: lambda self: self._string(1),
+        ord("X"): lambda self: self._string(4),
+        ord("K"): lambda self: self._int(1),
+        ord("M"): lambda self: self._int(2),
+        ord("J"): lambda self: self._int(4),
+        0x8A: _long,
+        ord("a"): lambda self: self._append([self._pop()]),
+        ord("e"): lambda self: self._append(self._pop_to_mark()),
+        ord("s"): _set_one,
+        ord("u"): lambda self: self._set(self._pop_to_mark()),
+        0x93: _find,
+        0x81: _create,
+        ord("R"): _call,
+        ord("b"): _build,
+    }
+
+
+# --- what DCP writes --------------------------------------------------------------------------------------
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -43,6 +282,7 @@ _DTYPES = {
 
 
 def _is_count(value: object) -> bool:
+    # type(), because a bool is an int for isinstance(); below 2^62, so that the sum of two fits into 64 bits.
     return type(value) is int and 0 <= value < 1 << 62
 
 
@@ -53,6 +293,7 @@ def _fields(state: Any, required: set[str], optional: set[str], what: str) -> di
 
 def _size(args: Any) -> torch.Size:
     want(type(args) is tuple and len(args) == 1 and type(args[0]) is tuple, "torch.Size of something else than sizes")
+    # A tensor of torch has at most 64 dimensions.
     want(len(args[0]) <= 64 and all(_is_count(n) for n in args[0]), "a size that is negative or no number")
     return torch.Size(args[0])
 
@@ -69,6 +310,7 @@ def _memory_format(args: Any) -> torch.memory_format:
 
 
 def _path(args: Any) -> str:
+    # The paths of StorageMeta are only shown, so a string does for them.
     want(type(args) is tuple and all(type(part) is str for part in args), "a path of something else than strings")
     return str(PurePosixPath(*args))
 
@@ -92,7 +334,7 @@ def _tensor(state: Any) -> TensorStorageMetadata:
     properties, size, chunks = fields["properties"], fields["size"], fields["chunks"]
     want(type(properties) is TensorProperties and type(size) is torch.Size, "properties or size of a tensor")
     want(type(chunks) is list and all(type(c) is ChunkStorageMetadata for c in chunks), "the chunks of a tensor")
-    # Copied, so that nothing read later can change what was checked.
+    # Copied: the pickle still refers to its own list, and later opcodes could append to it unchecked.
     return TensorStorageMetadata(properties, size, list(chunks))
 
 
@@ -111,7 +353,7 @@ def _info(state: Any) -> _StorageInfo:
     try:
         name = check_name(fields["relative_path"])
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise Refusal(str(error)) from None
     return _StorageInfo(name, fields["offset"], fields["length"])
 
 
@@ -127,54 +369,58 @@ def _metadata(state: Any) -> Metadata:
     optional = {"planner_data", "storage_data", "storage_meta", "version"}
     fields = _fields(state, {"state_dict_metadata"}, optional, "Metadata")
     keys: Any = fields["state_dict_metadata"]
-    planned: Any = fields.get("planner_data")
-    stored: Any = fields.get("storage_data")
+    planner_data: Any = fields.get("planner_data")
+    storage_data: Any = fields.get("storage_data")
     entries = (TensorStorageMetadata, BytesStorageMetadata)
     want(type(keys) is dict and all(type(k) is str and type(v) in entries for k, v in keys.items()), "the keys")
-    ok = type(stored) is dict and all(type(k) is MetadataIndex and type(v) is _StorageInfo for k, v in stored.items())
+    kinds = (MetadataIndex, _StorageInfo)
+    ok = type(storage_data) is dict and all((type(k), type(v)) == kinds for k, v in storage_data.items())
     want(ok, "where the data lies")
-    if planned is not None:
-        ok = type(planned) is dict and all(type(k) is str and type(v) is tuple for k, v in planned.items())
-        want(ok and all(type(part) in (str, int) for path in planned.values() for part in path), "the planner's data")
+    if planner_data is not None:
+        ok = type(planner_data) is dict and all(type(k) is str and type(v) is tuple for k, v in planner_data.items())
+        words = [word for path in planner_data.values() for word in path] if ok else []
+        want(ok and all(type(word) in (str, int) for word in words), "the planner's data")
     meta, version = fields.get("storage_meta"), fields.get("version")
     want(meta is None or type(meta) is StorageMeta, "its StorageMeta")
     want(version is None or type(version) is str, "its version")
-    planned = None if planned is None else dict(planned)
-    return Metadata(dict(keys), planned, dict(stored), meta or StorageMeta(), version)
+    planner_data = None if planner_data is None else dict(planner_data)
+    return Metadata(dict(keys), planner_data, dict(storage_data), meta or StorageMeta(), version)
 
 
 _DCP = "torch.distributed.checkpoint."
-_VOCABULARY = Vocabulary(
-    constants={("torch", name): dtype for name, dtype in _DTYPES.items()},
-    calls={
-        ("torch", "Size"): _size,
-        ("torch.serialization", "_get_layout"): _layout,
-        (_DCP + "metadata", "_MEM_FORMAT_ENCODING"): _memory_format,
-        ("pathlib", "PosixPath"): _path,
-        ("pathlib", "WindowsPath"): _path,
-        ("pathlib._local", "PosixPath"): _path,
-        ("pathlib._local", "WindowsPath"): _path,
-    },
-    records={
-        (_DCP + "metadata", "Metadata"): _metadata,
-        (_DCP + "metadata", "TensorStorageMetadata"): _tensor,
-        (_DCP + "metadata", "TensorProperties"): _properties,
-        (_DCP + "metadata", "ChunkStorageMetadata"): _chunk,
-        (_DCP + "metadata", "MetadataIndex"): _index,
-        (_DCP + "metadata", "StorageMeta"): _storage_meta,
-        (_DCP + "filesystem", "_StorageInfo"): _info,
-    },
-    stateless={(_DCP + "metadata", "BytesStorageMetadata"): BytesStorageMetadata},
-    key_types=(str, MetadataIndex),
-)
+_CONSTANTS: Mapping[Name, Any] = {("torch", name): dtype for name, dtype in _DTYPES.items()}
+_CALLS: Mapping[Name, Maker] = {
+    ("torch", "Size"): _size,
+    ("torch.serialization", "_get_layout"): _layout,
+    (_DCP + "metadata", "_MEM_FORMAT_ENCODING"): _memory_format,
+    ("pathlib", "PosixPath"): _path,
+    ("pathlib", "WindowsPath"): _path,
+    ("pathlib._local", "PosixPath"): _path,
+    ("pathlib._local", "WindowsPath"): _path,
+}
+_RECORDS: Mapping[Name, Maker] = {
+    (_DCP + "metadata", "Metadata"): _metadata,
+    (_DCP + "metadata", "TensorStorageMetadata"): _tensor,
+    (_DCP + "metadata", "TensorProperties"): _properties,
+    (_DCP + "metadata", "ChunkStorageMetadata"): _chunk,
+    (_DCP + "metadata", "MetadataIndex"): _index,
+    (_DCP + "metadata", "StorageMeta"): _storage_meta,
+    (_DCP + "filesystem", "_StorageInfo"): _info,
+}
+# Objects that the pickle creates and gives no state.
+_STATELESS: Mapping[Name, Callable[[], Any]] = {(_DCP + "metadata", "BytesStorageMetadata"): BytesStorageMetadata}
+_KEY_TYPES = (str, MetadataIndex)
 
 
 def parse(data: bytes, where: str) -> Metadata:
-    """The ``Metadata`` in the bytes of a ``.metadata`` file; CheckpointError names ``where`` and what is in there."""
+    """Return the ``Metadata`` in the bytes of the ``.metadata`` file at ``where``.
+
+    Raises CheckpointError, which names ``where`` and what the file holds instead. Nothing in the file is executed.
+    """
     try:
-        metadata = Machine(data, _VOCABULARY).run()
+        metadata = Machine(data).run()
         want(type(metadata) is Metadata, "something that is no Metadata")
-    except Refused as refused:
+    except Refusal as refused:
         raise CheckpointError(
             f"dist_asgd: {where} is damaged, or is no metadata of torch.distributed.checkpoint: it holds {refused}. "
             f"Nothing of it was run."
@@ -182,93 +428,3 @@ def parse(data: bytes, where: str) -> Metadata:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"dist_asgd: {where} is damaged: a name in it is no text ({error.reason}).") from None
     return metadata  # type: ignore[no-any-return]
-
-
-# --- extents ---------------------------------------------------------------------------------------------
-
-
-def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
-    """Every chunk lies inside its tensor and its file, no two overlap in either, and together they are the tensor.
-
-    Objects and 0-dim tensors that are equal may share one place: every parameter has its group's hyperparameters.
-
-    ``sizes``: bytes of each file. What passes cannot ask for more memory than the files have bytes. CheckpointError
-    names the key.
-    """
-    wanted = set()
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata):
-            wanted.add(MetadataIndex(key))
-            continue
-        _check_boxes(key, entry, where)
-        for chunk in entry.chunks:
-            index = MetadataIndex(key, chunk.offsets)
-            wanted.add(index)
-            info = metadata.storage_data.get(index)
-            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            if info is not None and info.length < needed:
-                raise CheckpointError(
-                    f"dist_asgd: {where}: a chunk of {key} needs {needed} bytes, but {info.relative_path} has "
-                    f"{info.length} for it."
-                )
-    for index in wanted - metadata.storage_data.keys():
-        raise CheckpointError(f"dist_asgd: {where} does not say where {index.fqn} {index.offset} lies.")
-    for index in metadata.storage_data.keys() - wanted:
-        raise CheckpointError(f"dist_asgd: {where} has data of {index.fqn} {index.offset}, which no key has.")
-    _check_ranges(metadata, sizes, where)
-
-
-def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
-    last: dict[str, tuple[int, str]] = {}
-    shared: tuple[str, int, int] | None = None
-    places = [
-        (info.relative_path, info.offset, info.length, index.fqn) for index, info in metadata.storage_data.items()
-    ]
-    for name, offset, length, fqn in sorted(places):
-        if name not in sizes:
-            raise CheckpointError(f"dist_asgd: {name}, which holds {fqn}, is missing: {where} is not whole.")
-        entry = metadata.state_dict_metadata[fqn]
-        single = isinstance(entry, BytesStorageMetadata) or not entry.size
-        if single and shared == (name, offset, length):
-            continue
-        shared = (name, offset, length) if single else None
-        stop, before = last.get(name, (0, ""))
-        if offset < stop:
-            raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
-        if offset + length > sizes[name]:
-            raise CheckpointError(
-                f"dist_asgd: {name} has {sizes[name]} bytes, but by {where} {fqn} lies at {offset} to "
-                f"{offset + length} in it: a file is truncated or damaged, or belongs to another checkpoint."
-            )
-        last[name] = (offset + length, fqn)
-
-
-def _check_boxes(key: str, entry: TensorStorageMetadata, where: str) -> None:
-    """The chunks of one tensor tile it."""
-    size, boxes = entry.size, []
-    for chunk in entry.chunks:
-        ends = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
-        if len(ends) != len(size) or any(end > n for end, n in zip(ends, size, strict=True)):
-            raise CheckpointError(
-                f"dist_asgd: {where}: a chunk of {key} at {list(chunk.offsets)} of shape {list(chunk.sizes)} is not "
-                f"inside {list(size)}."
-            )
-        if math.prod(chunk.sizes):
-            boxes.append((tuple(chunk.offsets), tuple(ends)))
-    covered = sum(math.prod(e - s for s, e in zip(starts, ends, strict=True)) for starts, ends in boxes)
-    if covered != math.prod(size):
-        raise CheckpointError(
-            f"dist_asgd: {where}: the chunks of {key} hold {covered} elements, its shape {list(size)} has "
-            f"{math.prod(size)}."
-        )
-    # Sorted along one dimension, only boxes that still reach into it can overlap.
-    axis = max(range(len(size)), key=lambda d: len({starts[d] for starts, _ in boxes}), default=0)
-    active: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for box in sorted(boxes, key=lambda b: b[0][axis]) if len(boxes) > 1 else ():
-        active = [other for other in active if other[1][axis] > box[0][axis]]
-        for other in active:
-            if all(a < d and c < b for a, b, c, d in zip(*box, *other, strict=True)):
-                raise CheckpointError(
-                    f"dist_asgd: {where}: chunks of {key} overlap, at {list(box[0])} and {list(other[0])}."
-                )
-        active.append(box)

@@ -1,35 +1,56 @@
-"""Reading a checkpoint that may be damaged or hostile, for ``dcp.load`` and without process groups.
+"""Reading a checkpoint that may be damaged or hostile, through ``dcp.load`` or without it. Nothing here is collective.
 
-The bytes that are hashed are the bytes that are deserialised: each chunk is read once, into memory of the size that
-the checked metadata gives it.
+``OpenCheckpoint`` gives the commands and ``load_checkpoint`` the chunks of one directory; ``CheckedReader`` offers the
+same to ``torch.distributed.checkpoint`` (DCP). A chunk is one region of a tensor, or one object, serialized. The bytes
+that are hashed are the bytes that are deserialized: each chunk is read once, into memory of the size that the checked
+metadata gives it.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from .archives import KnownFrames, dump_object, load_object, load_tensor
-from .files import CheckpointError, check_name, names_in, open_confined, read_range, read_whole
-from .manifest import MANIFEST_NAME, Manifest, check_files, hash_of, read_manifest
-from .metadata import MAX_METADATA_BYTES, METADATA_NAME, check_extents, parse
+from .archives import FrameCache, dump_object, load_object, load_tensor
+from .manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    Manifest,
+    check_files,
+    check_name,
+    hash_of,
+    names_in,
+    open_confined,
+    read_manifest,
+    read_range,
+    read_whole,
+)
+from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
 
 
 class OpenCheckpoint:
-    """One checkpoint directory, its metadata and manifest read and checked; every chunk is checked as it is read.
+    """One checkpoint directory: its metadata and manifest are read and checked here, every chunk as it is read.
 
-    ``verify``: every byte that is read must have the hash that the manifest gives it, and the directory must hold
-    the manifest's files and no others. Without it there need be no manifest and no hash is looked at; all else holds.
-    CheckpointError, a RuntimeError, names the file and what is wrong with it. Not collective.
+    With ``verify`` every byte that is read must have the hash that the manifest gives it, and the directory must hold
+    the manifest's files and no others. Without it the manifest may be missing and no hash is compared; all other
+    checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -43,9 +64,12 @@ class OpenCheckpoint:
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
-        self._frames = KnownFrames()
+        self._frames = FrameCache()
+        # Values of chunks that were read before, as long as nobody can change them.
+        self._constants: dict[object, Any] = {}
 
     def _checked_manifest(self) -> Manifest:
+        # Names and sizes are compared before anything is parsed: a truncated file is reported as such.
         manifest = read_manifest(self.path)
         if manifest is None:
             raise needs_manifest(self.path)
@@ -55,7 +79,7 @@ class OpenCheckpoint:
         return manifest
 
     def read_file(self, name: str, max_bytes: int) -> bytes:
-        """The bytes of a small file of the checkpoint, hashed if there is a manifest."""
+        """Return the bytes of a small file of the checkpoint; their hash is checked if there is a manifest."""
         data = read_whole(self.path, check_name(name), max_bytes)
         if self.manifest is not None and (
             name not in self.manifest.files or hash_of(data) != self.manifest.files[name].xxh3_128
@@ -66,6 +90,7 @@ class OpenCheckpoint:
     def _sizes(self) -> dict[str, int]:
         sizes = {}
         for name in {info.relative_path for info in self.metadata.storage_data.values()}:
+            # By opening: a link or a device must be refused before its size is believed.
             file, sizes[name] = open_confined(self.path, name)
             file.close()
         return sizes
@@ -74,6 +99,7 @@ class OpenCheckpoint:
         if self.manifest is None:
             return None
         hashes = {(n, c.offset, c.length): c.xxh3_128 for n, chunks in self.manifest.chunks.items() for c in chunks}
+        # Checked for all chunks now, so that a missing hash is never a chunk that is read without one.
         for index, info in self.metadata.storage_data.items():
             if (info.relative_path, info.offset, info.length) not in hashes:
                 raise CheckpointError(
@@ -83,16 +109,16 @@ class OpenCheckpoint:
         return hashes
 
     def chunks(self, wanted: list[MetadataIndex]) -> Iterator[tuple[MetadataIndex, bytes]]:
-        """The bytes of these chunks, each read once, file by file in order of offset."""
-        places = sorted(((self.place(index), index) for index in wanted), key=lambda pair: _order(pair[0]))
+        """Yield the bytes of these chunks, each read once, file by file in order of offset: one chunk is in memory."""
+        ordered = sorted(((self.storage_info(index), index) for index in wanted), key=lambda pair: _order(pair[0]))
         at = 0
-        while at < len(places):
-            name = places[at][0].relative_path
+        while at < len(ordered):
+            name = ordered[at][0].relative_path
             path = self.path / name
             file, size = open_confined(self.path, name)
             with file:
-                while at < len(places) and places[at][0].relative_path == name:
-                    info, index = places[at]
+                while at < len(ordered) and ordered[at][0].relative_path == name:
+                    info, index = ordered[at]
                     at += 1
                     if info.offset + info.length > size:
                         raise CheckpointError(f"dist_asgd: {path} was truncated while it was read.")
@@ -104,20 +130,20 @@ class OpenCheckpoint:
                         )
                     yield index, data
 
-    def place(self, index: MetadataIndex) -> _StorageInfo:
-        """Where a chunk lies; CheckpointError where the checkpoint has no such chunk."""
+    def storage_info(self, index: MetadataIndex) -> _StorageInfo:
+        """Return the file and the byte range of a chunk; raises CheckpointError if there is no such chunk."""
         found = self.metadata.storage_data.get(index)
         if found is None:
             raise CheckpointError(f"dist_asgd: {self.path} has no chunk of {index.fqn} at {index.offset}.")
         return found  # type: ignore[no-any-return]
 
     def tensor(self, index: MetadataIndex, data: bytes) -> Tensor:
-        """The piece of a tensor in the bytes of a chunk."""
-        shape = next(box.sizes for box in self.boxes(index.fqn) if box.offsets == index.offset)
+        """Return the region of a tensor in the bytes of a chunk, on the CPU, of the region's shape."""
+        shape = next(region.sizes for region in self.regions(index.fqn) if region.offsets == index.offset)
         return load_tensor(data, shape, self._entry(index.fqn).properties, self._what(index), self._frames)
 
-    def boxes(self, key: str) -> list[ChunkStorageMetadata]:
-        """The chunks of a tensor: offsets and sizes of each in it."""
+    def regions(self, key: str) -> list[ChunkStorageMetadata]:
+        """Return the regions of a tensor, which are its chunks: offsets and sizes of each."""
         return self._entry(key).chunks
 
     def _entry(self, key: str) -> TensorStorageMetadata:
@@ -127,15 +153,47 @@ class OpenCheckpoint:
         return entry
 
     def value(self, index: MetadataIndex, data: bytes) -> Any:
-        """The object in the bytes of a chunk."""
+        """Return the object in the bytes of a chunk."""
         return load_object(data, self._what(index))
 
     def _what(self, index: MetadataIndex) -> str:
-        return f"{index.fqn} in {self.path / self.place(index).relative_path}"
+        return f"{index.fqn} in {self.path / self.storage_info(index).relative_path}"
+
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Return the objects and 0-dim tensors at ``keys``; a chunk that several keys share is read once.
+
+        Raises CheckpointError if one of the keys is a tensor of more than one element.
+        """
+        found: dict[str, Any] = {}
+        keys_of: dict[object, list[str]] = {}
+        wanted: dict[MetadataIndex, object] = {}
+        for key in keys:
+            entry = self.metadata.state_dict_metadata[key]
+            index = MetadataIndex(key)
+            if isinstance(entry, TensorStorageMetadata):
+                if len(entry.chunks) != 1 or entry.size.numel() != 1:
+                    raise CheckpointError(f"dist_asgd: {key} in {self.path} is no single value.")
+                index = MetadataIndex(key, entry.chunks[0].offsets)
+            info = self.storage_info(index)
+            # With the type, because hostile metadata may give one chunk to an object and to a tensor.
+            location = (type(entry), info.relative_path, info.offset, info.length)
+            if location in self._constants:
+                found[key] = self._constants[location]
+                continue
+            if location not in keys_of:
+                wanted[index] = location
+            keys_of.setdefault(location, []).append(key)
+        for index, data in self.chunks(list(wanted)):
+            is_object = isinstance(self.metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
+            value = self.value(index, data) if is_object else self.tensor(index, data)
+            found.update(dict.fromkeys(keys_of[wanted[index]], value))
+            if isinstance(value, bool | int | float | str | None):
+                self._constants[wanted[index]] = value
+        return found
 
 
 def needs_manifest(path: Path) -> CheckpointError:
-    """The error for a directory without a manifest: another program's checkpoint, or none at all."""
+    """Return the error for a directory without a manifest: another program's checkpoint, or none at all."""
     if METADATA_NAME not in names_in(path):
         return CheckpointError(
             f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}."
@@ -158,12 +216,12 @@ def _changed(path: Path, what: str) -> str:
 
 
 class CheckedReader(FileSystemReader):
-    """For ``dcp.load(state, storage_reader=CheckedReader(path))``: reads DCP directories, and runs nothing of them.
+    """For ``dcp.load(state, storage_reader=CheckedReader(path))``: reads DCP directories, and runs nothing in them.
 
-    ``verify=True`` needs ``manifest.json`` and checks every byte that it reads against it; ``verify=False`` reads what
-    has none. ``.metadata`` is not unpickled, tensors and objects are loaded with ``weights_only``, and nothing outside
-    the directory is opened. RuntimeError (CheckpointError) says which file is wrong and how; call ``read_metadata()``
-    first to have it as it is: ``dcp.load`` wraps it.
+    ``verify=True`` needs ``manifest.json`` and checks every byte that it reads against it; ``verify=False`` reads
+    checkpoints that have none. ``.metadata`` is not unpickled, tensors and objects are loaded with ``weights_only``,
+    and no file outside the directory is opened. RuntimeError (CheckpointError) says which file is wrong and how.
+    ``dcp.load`` wraps that error: call ``read_metadata()`` first to get it unwrapped.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -179,25 +237,26 @@ class CheckedReader(FileSystemReader):
         return self._opened
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Called by DCP before a load; another path is opened anew."""
+        """Called by DCP before a load; forgets the open checkpoint if ``checkpoint_id`` is another path."""
         if checkpoint_id is not None and Path(checkpoint_id) != Path(self.path):
             self._opened = None
         super().reset(checkpoint_id)
 
-    # Not named kwargs: DCP takes that as an offer to read one rank's own metadata, and to hide errors of this one.
+    # Not named kwargs: DCP takes that name as an offer to read one rank's own metadata, and then hides errors of this
+    # call.
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """The checkpoint's metadata, read and checked once."""
+        """Return the checkpoint's metadata, read and checked once."""
         return self.opened.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the planner's tensors and objects; each chunk is read once, however many pieces of it are wanted."""
+        """Called by DCP to fill the planner's tensors and objects; a chunk is read once, however many items want it."""
         requests: dict[MetadataIndex, list[ReadItem]] = {}
         for item in plan.items:
             requests.setdefault(item.storage_index, []).append(item)
         for index, data in self.opened.chunks(list(requests)):
             items = requests[index]
             if items[0].type == LoadItemType.BYTE_IO:
-                # Planners unpickle whatever they are given: give them what was loaded safely, serialized anew.
+                # Planners unpickle whatever they are given, so they get the safely loaded object, serialized anew.
                 value = self.opened.value(index, data)
                 for item in items:
                     planner.load_bytes(item, dump_object(value))
@@ -205,14 +264,29 @@ class CheckedReader(FileSystemReader):
                 tensor = self.opened.tensor(index, data)
                 for item in items:
                     _fill(tensor, item, planner)
+        # DCP's interface is asynchronous; here everything is read when the future is made.
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors by key, in place: plain tensors, DTensors and ``ShardTensor``; each rank reads its regions.
+
+        Not collective: this is ``dcp.load`` without the exchange of plans, which every rank could make alone.
+        """
+        metadata = self.opened.metadata
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
+        self.set_up_storage_reader(metadata, is_coordinator=True)
+        plan = self.prepare_local_plan(planner.create_local_plan())
+        self.read_data(planner.finish_plan(plan), planner).wait()
+
 
 def _fill(source: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
+    """Copy the item's region of ``source``, one chunk, to where the planner wants it."""
     for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         source = source.narrow(dim, start, length)
+    # detach(): a parameter that requires gradients could not be written in place.
     target = planner.resolve_tensor(item).detach()
     if target.shape != source.shape:
         raise CheckpointError(
@@ -222,3 +296,94 @@ def _fill(source: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
     with torch.no_grad():
         target.copy_(source)
     planner.commit_tensor(item, target)
+
+
+# --- extents: chunks in their tensors and files ----------------------------------------------------------
+
+
+def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
+    """Check that chunks lie inside their tensor and file, that none overlap, and that each tensor is covered.
+
+    Equal objects and 0-dim tensors may share one byte range: every parameter has its group's hyperparameters.
+    ``sizes`` are the bytes of each file. Metadata that passes cannot ask for more memory than the files have bytes.
+    Raises CheckpointError, which names the key.
+    """
+    wanted = set()
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            wanted.add(MetadataIndex(key))
+            continue
+        _check_regions(key, entry, where)
+        for chunk in entry.chunks:
+            index = MetadataIndex(key, chunk.offsets)
+            wanted.add(index)
+            info = metadata.storage_data.get(index)
+            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            if info is not None and info.length < needed:
+                raise CheckpointError(
+                    f"dist_asgd: {where}: a chunk of {key} needs {needed} bytes, but {info.relative_path} has "
+                    f"{info.length} for it."
+                )
+    for index in wanted - metadata.storage_data.keys():
+        raise CheckpointError(f"dist_asgd: {where} does not say where {index.fqn} {index.offset} lies.")
+    for index in metadata.storage_data.keys() - wanted:
+        raise CheckpointError(f"dist_asgd: {where} has data of {index.fqn} {index.offset}, which no key has.")
+    _check_ranges(metadata, sizes, where)
+
+
+def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
+    """Check the byte ranges: sorted by file and offset, each begins where the last one has ended, or later."""
+    last: dict[str, tuple[int, str]] = {}
+    shared: tuple[str, int, int] | None = None
+    ranges = [
+        (info.relative_path, info.offset, info.length, index.fqn) for index, info in metadata.storage_data.items()
+    ]
+    for name, offset, length, fqn in sorted(ranges):
+        if name not in sizes:
+            raise CheckpointError(f"dist_asgd: {name}, which holds {fqn}, is missing: {where} is not whole.")
+        entry = metadata.state_dict_metadata[fqn]
+        single = isinstance(entry, BytesStorageMetadata) or not entry.size
+        if single and shared == (name, offset, length):
+            continue
+        shared = (name, offset, length) if single else None
+        stop, before = last.get(name, (0, ""))
+        if offset < stop:
+            raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
+        if offset + length > sizes[name]:
+            raise CheckpointError(
+                f"dist_asgd: {name} has {sizes[name]} bytes, but by {where} {fqn} lies at {offset} to "
+                f"{offset + length} in it: a file is truncated or damaged, or belongs to another checkpoint."
+            )
+        last[name] = (offset + length, fqn)
+
+
+def _check_regions(key: str, entry: TensorStorageMetadata, where: str) -> None:
+    """Check that the regions of one tensor cover it, each element once."""
+    size, regions = entry.size, []
+    for chunk in entry.chunks:
+        ends = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if len(ends) != len(size) or any(end > n for end, n in zip(ends, size, strict=True)):
+            raise CheckpointError(
+                f"dist_asgd: {where}: a chunk of {key} at {list(chunk.offsets)} of shape {list(chunk.sizes)} is not "
+                f"inside {list(size)}."
+            )
+        if math.prod(chunk.sizes):
+            regions.append((tuple(chunk.offsets), tuple(ends)))
+    covered = sum(math.prod(e - s for s, e in zip(starts, ends, strict=True)) for starts, ends in regions)
+    if covered != math.prod(size):
+        raise CheckpointError(
+            f"dist_asgd: {where}: the chunks of {key} hold {covered} elements, its shape {list(size)} has "
+            f"{math.prod(size)}."
+        )
+    # As many elements as the tensor has and no overlap: every element is covered. Sorted along one dimension, a region
+    # can only overlap with earlier ones that reach beyond its start.
+    axis = max(range(len(size)), key=lambda d: len({starts[d] for starts, _ in regions}), default=0)
+    active: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for region in sorted(regions, key=lambda r: r[0][axis]) if len(regions) > 1 else ():
+        active = [other for other in active if other[1][axis] > region[0][axis]]
+        for other in active:
+            if all(a < d and c < b for a, b, c, d in zip(*region, *other, strict=True)):
+                raise CheckpointError(
+                    f"dist_asgd: {where}: chunks of {key} overlap, at {list(region[0])} and {list(other[0])}."
+                )
+        active.append(region)

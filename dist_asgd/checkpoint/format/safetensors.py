@@ -1,8 +1,11 @@
-"""Safetensors files that are written a tensor at a time; the library's own writer wants all tensors at once.
+"""Safetensors files that are written one tensor at a time; the library's own writer wants all tensors at once.
 
-The format: 8 bytes, the length of a JSON header; the header, which gives each tensor's dtype, shape and place; the
-tensors' bytes, little-endian and row-major. As every place follows from shapes, tensors may come in any order.
-Large results are several files with an index beside them, as ``transformers`` and others load them::
+``export_averaged`` and the commands ``export``, ``average`` and ``consolidate`` write through ``TensorFiles``.
+
+A file begins with 8 bytes, the length of a JSON header. The header gives each tensor's dtype, shape and byte range, and
+the tensors' bytes follow, little-endian and row-major. The byte ranges follow from the shapes alone, so tensors may be
+written in any order. Large results are several files with an index beside them, as ``transformers`` and others load
+them::
 
     model-00001-of-00002.safetensors  model-00002-of-00002.safetensors  model.safetensors.index.json
 """
@@ -66,22 +69,22 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor goes: the file's number, and the first of its bytes in it."""
+class _Location:
+    """Where a tensor is written: the number of the file, and the offset of its first byte there."""
 
     file: int
     offset: int
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """ValueError unless ``out`` is a name for a safetensors file in a directory that exists, and is free."""
+    """Raise ValueError unless ``out`` names a safetensors file in an existing directory, and may be written there."""
     if out.suffix != SUFFIX:
         raise ValueError(f"dist_asgd: {out} must end in {SUFFIX}.")
     check_free(out, outputs_at(out), overwrite)
 
 
 def check_free(out: Path, taken: Sequence[Path], overwrite: bool) -> None:
-    """ValueError where ``out`` has no directory, is one, or something is in its place that must not be replaced."""
+    """Raise ValueError if ``out`` has no directory, is one, or would replace one of the files ``taken``."""
     if not out.parent.is_dir():
         raise ValueError(f"dist_asgd: there is no directory {out.parent} to write {out.name} into.")
     if out.is_dir():
@@ -91,7 +94,7 @@ def check_free(out: Path, taken: Sequence[Path], overwrite: bool) -> None:
 
 
 def outputs_at(out: Path) -> list[Path]:
-    """What an export to ``out`` may have left: the file, or the index and the files that go with it."""
+    """List the files that an earlier export to ``out`` has left: one file, or an index and its files."""
     stem = re.escape(out.name.removesuffix(SUFFIX))
     pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|{stem}\.safetensors\.index\.json")
     if not out.parent.is_dir():
@@ -100,11 +103,12 @@ def outputs_at(out: Path) -> list[Path]:
 
 
 class TensorFiles:
-    """``with TensorFiles(out, specs) as files: files.write(name, tensor)`` for each of ``specs``, in any order.
+    """Writes tensors: ``with TensorFiles(out, specs) as files: files.write(name, tensor)``, for all ``specs``.
 
-    One file, or several with an index where the tensors have more than ``max_bytes``. They are written beside, and
-    take their names when the block ends, whole; where it ends by an exception nothing is left. OSError where the disk
-    is full or not writable; ValueError for tensors that the format does not hold.
+    Tensors come in any order. They go into one file, or into several with an index if they have more than
+    ``max_bytes``. The files have temporary names, and take their own when the block ends; if it ends with an exception
+    they are removed. Raises OSError if the disk is full or not writable, and ValueError for tensors that the format
+    does not hold.
     """
 
     def __init__(
@@ -126,13 +130,13 @@ class TensorFiles:
         self._out = out
         self._specs = specs
         self._metadata = {"format": "pt", **metadata}
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         self._waiting = set(specs)
         self._names = self._lay_out(max_bytes)
         self._files: list[BinaryIO] = []
 
     def _lay_out(self, max_bytes: int) -> list[list[str]]:
-        """Which tensors go into which file, in the order in which they lie there."""
+        """Return the names of the tensors of each file, in the order in which their bytes follow each other."""
         groups: list[list[str]] = [[]]
         filled = 0
         for name, spec in self._specs.items():
@@ -141,12 +145,12 @@ class TensorFiles:
                 filled = 0
             groups[-1].append(name)
             filled += spec.bytes
-        # Large elements first: then all are aligned to their size.
+        # Large elements come first: then every tensor is aligned to the size of its elements.
         return [sorted(names, key=lambda name: -self._specs[name].dtype.itemsize) for names in groups]
 
     @property
     def paths(self) -> list[Path]:
-        """The files that hold tensors."""
+        """The files with tensors, under their final names."""
         count = len(self._names)
         if count == 1:
             return [self._out]
@@ -163,7 +167,7 @@ class TensorFiles:
         return self
 
     def open(self) -> None:
-        """Make the files, beside where they will be, and write their headers."""
+        """Create the files under temporary names, and write their headers."""
         try:
             for number, (names, path) in enumerate(zip(self._names, self.paths, strict=True)):
                 self._files.append(_partial(path).open("wb"))
@@ -173,6 +177,7 @@ class TensorFiles:
             raise
 
     def _begin(self, number: int, names: Sequence[str]) -> None:
+        """Write the header of one file, and give the file its full size."""
         entries: dict[str, object] = {"__metadata__": self._metadata}
         start = 0
         for name in names:
@@ -183,28 +188,28 @@ class TensorFiles:
                 "shape": spec.shape,
                 "data_offsets": [start, stop],
             }
-            self._places[name] = _Place(number, start)
+            self._locations[name] = _Location(number, start)
             start = stop
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % _ALIGNMENT)
         for name in names:
-            place = self._places[name]
-            self._places[name] = _Place(place.file, 8 + len(header) + place.offset)
+            location = self._locations[name]
+            self._locations[name] = _Location(location.file, 8 + len(header) + location.offset)
         file = self._files[number]
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + start)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, on any device and with any strides; ValueError unless it is as its spec says."""
+        """Write one tensor, on any device and with any strides; raises ValueError unless it fits its spec."""
         spec = self._specs[name]
         if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype or name not in self._waiting:
             raise ValueError(
                 f"dist_asgd: {name} is {list(tensor.shape)} {tensor.dtype}, wanted {list(spec.shape)} {spec.dtype}, "
                 f"once."
             )
-        place = self._places[name]
-        file = self._files[place.file]
-        file.seek(place.offset)
+        location = self._locations[name]
+        file = self._files[location.file]
+        file.seek(location.offset)
         write_bytes(file, tensor)
         self._waiting.discard(name)
 
@@ -218,7 +223,7 @@ class TensorFiles:
             self.discard()
 
     def commit(self) -> None:
-        """Give the files their names, all tensors written; the end of the block does it where nobody has."""
+        """Give the files their names; raises ValueError if a tensor is missing. The end of the block calls it, too."""
         if self._waiting:
             raise ValueError(f"dist_asgd: {sorted(self._waiting)[0]} was not written, so neither is {self._out}.")
         paths = self.paths
@@ -233,11 +238,11 @@ class TensorFiles:
         index = self._out.with_name(self._out.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
         for path in paths:
             _partial(path).replace(path)
-        # A loader takes the single file before the index: what an earlier export left must not be found.
+        # Loaders prefer a single file to an index, so a file of an earlier export would hide the new ones.
         for path in stale:
             path.unlink()
         if len(paths) > 1:
-            weight_map = {name: paths[place.file].name for name, place in self._places.items()}
+            weight_map = {name: paths[location.file].name for name, location in self._locations.items()}
             body = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             with _partial(index).open("w") as file_:
                 file_.write(json.dumps(body, indent=2) + "\n")
@@ -248,9 +253,9 @@ class TensorFiles:
         self._files.clear()
 
     def discard(self) -> None:
-        """Remove what has no name yet; nothing where all have theirs."""
+        """Remove the files that do not have their names yet; after ``commit`` there are none."""
         for file, path in zip(self._files, self.paths, strict=False):
-            # Closing writes what is left, and fails again where writing has failed.
+            # Closing writes what is buffered, and fails again if writing has failed.
             with contextlib.suppress(OSError):
                 file.close()
             with contextlib.suppress(FileNotFoundError):
@@ -263,7 +268,7 @@ def _partial(path: Path) -> Path:
 
 
 def write_bytes(file: BinaryIO, tensor: Tensor) -> None:
-    """The elements of ``tensor``, row-major and little-endian."""
+    """Write the elements of ``tensor``, row-major and little-endian."""
     if sys.byteorder != "little":
         raise RuntimeError("dist_asgd: safetensors files are little-endian, this machine is not.")
     plain = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()

@@ -1,7 +1,14 @@
-"""Writing a checkpoint in the format of ``torch.distributed.checkpoint`` (DCP), hashed, on disk before it counts.
+"""Writing one rank's data file of a checkpoint, in the format of ``torch.distributed.checkpoint`` (DCP), hashed.
 
-Each rank writes one file, and rank 0 then says in DCP's ``.metadata`` what lies where. Equal small values (the
-hyperparameters that DCP's layout repeats for every parameter) are written once and pointed to from each place.
+``Saver`` opens a ``RankFile`` on every rank; rank 0 then writes from what all ranks return (``directory.finish``) which
+bytes of which file hold what. Equal small values, such as the hyperparameters that DCP's layout repeats for every
+parameter, are written once.
+
+chunk     one region of a tensor, or one object: what ``torch.save`` makes of it is one byte range of the file
+archive   the bytes that ``torch.save`` writes for a tensor
+frame     the bytes of an archive before and after the tensor's elements. ``torch.save`` takes longer over a small
+          tensor than writing it does, and frames are equal for all tensors of one dtype, shape and strides: the first
+          archive is made by ``torch.save``, the others are its frame around their own elements
 """
 
 from __future__ import annotations
@@ -9,66 +16,81 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.utils.serialization import config
 
-from ..chunks import ChunkToWrite, KeyPath
-from .archives import Archives, Frames, elements_of
-from .manifest import Chunk, FileEntry, Manifest, write_manifest
-from .metadata import METADATA_NAME
+from .manifest import Chunk, FileEntry
 
-# torch.save writes in crumbs of some bytes, which are gathered, and large tensors at once, which pass the buffer by.
+# torch.save writes many times a few bytes, which are gathered, and large tensors at once, which bypass the buffer.
 _BUFFER_BYTES = 1 << 18
-# Written and hashed while it is in the processor's cache.
+# A block is hashed and written while it is in the processor's cache.
 _BLOCK_BYTES = 1 << 20
-# The disk is told to begin whenever that much is there, so that little is left to wait for at the end.
+# The disk is asked to begin whenever this many bytes are there, so that sync() finds little left to wait for.
 _WRITEBACK_BYTES = 1 << 22
-# Under this many bytes values are compared, so that equal ones are written once.
+# Below this size contents are compared, so that equal ones are written once.
 _SMALL_BYTES = 1 << 20
+# The bytes by which the elements of a tensor are recognised among everything that torch.save writes.
+_ENDS = slice(0, 64), slice(-64, None)
+
+KeyPath = tuple[str | int, ...]
+"""The keys and indices that lead to a value in nested dicts and lists; joined by dots they are its key."""
+Frame = tuple[bytes, bytes]
+Frames = dict[tuple[torch.dtype, torch.Size, tuple[int, ...]], Frame | None]
+"""The frame of each dtype, shape and strides; None if it could not be told from the elements."""
+
+
+class ChunkToWrite(NamedTuple):
+    """One region of a tensor, or one object, which has no ``shape`` and no ``offsets``.
+
+    Attributes:
+        key: the key of the whole tensor, or of the object.
+        data: the region's elements, with the region's sizes as shape, on any device; or the object.
+        shape: the shape of the whole tensor.
+        offsets: where the region begins in the whole tensor, one offset per dimension.
+        may_be_copied: another device mesh may hold the same region.
+    """
+
+    key: str
+    data: Any
+    shape: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+    may_be_copied: bool = False
 
 
 class Serialized(bytes):
     """An object that is already in the form of ``torch.save``."""
 
 
+# --- a file that hashes itself ---------------------------------------------------------------------------
+
+
 class HashedFile(io.RawIOBase):
-    """A new file that hashes what is written to it, as a whole and chunk by chunk."""
+    """A new file that hashes everything that is written to it, as a whole and chunk by chunk."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.failure: OSError | None = None
         self._file = path.open("xb", buffering=0)
-        self._crumbs = bytearray()
-        self._whole = xxhash.xxh3_128()
-        self._chunk = xxhash.xxh3_128()
+        self._buffer = bytearray()
+        self._file_hash = xxhash.xxh3_128()
+        self._chunk_hash = xxhash.xxh3_128()
         self._offset = 0
         self._chunk_offset = 0
-        self._handed_over = 0
+        self._writeback_offset = 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error what is buffered may fail again, and nobody wants it.
+        # After an error closing may fail again, and must not replace the error.
         with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
             self._file.close()
 
@@ -76,63 +98,73 @@ class HashedFile(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """All of ``data``; the first failure is kept, for callers between here and there that lose it."""
+        """Write all of ``data``; returns its length in bytes.
+
+        The first OSError is kept in ``failure``, because ``torch.save`` raises another error in its place.
+        """
         view = memoryview(data).cast("B")
         try:
-            if len(self._crumbs) + len(view) > _BUFFER_BYTES:
-                self._spill()
+            if len(self._buffer) + len(view) > _BUFFER_BYTES:
+                self._flush_buffer()
             if len(view) < _BUFFER_BYTES:
-                self._crumbs += view
+                self._buffer += view
             else:
-                self._put(view)
+                self._write_blocks(view)
         except OSError as error:
             self.failure = self.failure or error
             raise
         return len(view)
 
-    def _spill(self) -> None:
-        crumbs, self._crumbs = self._crumbs, bytearray()
-        self._put(memoryview(crumbs))
+    def _flush_buffer(self) -> None:
+        buffer, self._buffer = self._buffer, bytearray()
+        self._write_blocks(memoryview(buffer))
 
-    def _put(self, view: memoryview) -> None:
+    def _write_blocks(self, view: memoryview) -> None:
         for start in range(0, len(view), _BLOCK_BYTES):
             block = view[start : start + _BLOCK_BYTES]
-            self._whole.update(block)
-            self._chunk.update(block)
+            self._file_hash.update(block)
+            self._chunk_hash.update(block)
             self._offset += len(block)
+            # An unbuffered file may write less than it is given.
             while block:
                 block = block[self._file.write(block) :]
-            if self._offset - self._handed_over >= _WRITEBACK_BYTES:
+            if self._offset - self._writeback_offset >= _WRITEBACK_BYTES:
                 self._start_writeback()
 
     def _start_writeback(self) -> None:
-        """Let the disk begin. Where the system has no way to say so, all is left to ``sync``."""
+        """Ask the disk to begin with what was written; systems without such a call leave everything to ``sync``."""
         if hasattr(os, "posix_fadvise"):
-            length = self._offset - self._handed_over
+            length = self._offset - self._writeback_offset
             with contextlib.suppress(OSError):
-                os.posix_fadvise(self._file.fileno(), self._handed_over, length, os.POSIX_FADV_DONTNEED)
-        self._handed_over = self._offset
+                os.posix_fadvise(self._file.fileno(), self._writeback_offset, length, os.POSIX_FADV_DONTNEED)
+        self._writeback_offset = self._offset
 
     def end_chunk(self) -> Chunk:
-        """What was written since the last chunk ended."""
-        self._spill()
-        chunk = Chunk(self._chunk_offset, self._offset - self._chunk_offset, self._chunk.hexdigest())
-        self._chunk, self._chunk_offset = xxhash.xxh3_128(), self._offset
+        """End a chunk: everything that was written since the last one ended."""
+        self._flush_buffer()
+        chunk = Chunk(self._chunk_offset, self._offset - self._chunk_offset, self._chunk_hash.hexdigest())
+        self._chunk_hash, self._chunk_offset = xxhash.xxh3_128(), self._offset
         return chunk
 
     def end(self) -> FileEntry:
-        """Size and hash of all that was written; the disk goes on with it."""
-        self._spill()
+        """Return size and hash of the whole file. The disk goes on writing it until ``sync`` returns."""
+        self._flush_buffer()
         self._start_writeback()
-        return FileEntry(self._offset, self._whole.hexdigest())
+        return FileEntry(self._offset, self._file_hash.hexdigest())
 
     def sync(self) -> None:
-        """Wait until what was written is on disk."""
+        """Wait until everything that was written is on disk."""
         os.fsync(self._file.fileno())
 
 
+# --- one rank's file -------------------------------------------------------------------------------------
+
+
 class Row(NamedTuple):
-    """One piece, and the number of the chunk that holds it; ``dtype`` and all after it are None for an object."""
+    """One chunk that was written, by its number in the file; ``dtype`` and everything after it are empty for objects.
+
+    ``shape`` is the whole tensor's, ``offsets`` and ``sizes`` are the region's. Equal values share a chunk.
+    """
 
     key: str
     chunk: int
@@ -144,9 +176,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """What one rank has written: a file, None where it had nothing to write, its chunks, and what they hold.
+    """What one rank reports to rank 0: its file (None if it had nothing to write), the chunks, and what they hold.
 
-    ``paths``: of everything that its state names, in order.
+    ``paths`` has every key of this rank's state, in order, also of tensors of which another rank writes all regions.
     """
 
     paths: Mapping[str, KeyPath]
@@ -156,10 +188,10 @@ class WrittenFile:
     rows: Sequence[Row] = ()
 
 
-class PartFile:
-    """This rank's file, as a context: first ``write``, then ``sync``. ``frames`` are those of earlier ones.
+class RankFile:
+    """This rank's data file, a context: first ``write`` is called, then ``sync``. Not collective.
 
-    Not collective.
+    ``frames`` are kept by the caller from one save to the next.
     """
 
     def __init__(self, directory: Path, rank: int, frames: Frames) -> None:
@@ -168,49 +200,49 @@ class PartFile:
         self._name = f"__{rank}_0{DEFAULT_SUFFIX}"
         self._file: HashedFile | None = None
 
-    def __enter__(self) -> PartFile:
+    def __enter__(self) -> RankFile:
         return self
 
     def __exit__(self, *raised: Any) -> None:
         if self._file is not None:
             self._file.__exit__(*raised)
 
-    def write(self, pieces: Sequence[ChunkToWrite], paths: Mapping[str, KeyPath]) -> WrittenFile:
-        """Write all pieces, in this order; OSError where the system refuses."""
-        if not pieces:
+    def write(self, chunks: Sequence[ChunkToWrite], paths: Mapping[str, KeyPath]) -> WrittenFile:
+        """Write all chunks in this order; raises OSError if the system refuses. No chunks, no file."""
+        if not chunks:
             return WrittenFile(paths, self._name)
         self._file = file = HashedFile(self._directory / self._name)
-        contents = ChunkWriter(file, self._frames)
+        writer = ChunkWriter(file, self._frames)
         try:
-            rows = [contents.add(piece) for piece in pieces]
-            return WrittenFile(paths, self._name, file.end(), contents.chunks, rows)
+            rows = [writer.add(chunk) for chunk in chunks]
+            return WrittenFile(paths, self._name, file.end(), writer.chunks, rows)
         except Exception as error:
             raise file.failure or error from error
 
     def sync(self) -> None:
-        """Wait until it is on disk; OSError where it does not get there."""
+        """Wait until the file is on disk; raises OSError if it does not get there."""
         if self._file is not None:
             self._file.sync()
 
 
 class ChunkWriter:
-    """What is in one file."""
+    """Writes chunks to one file and numbers them; small contents that are there already are not written again."""
 
     def __init__(self, file: HashedFile, frames: Frames) -> None:
         self._file = file
-        self._archives = Archives(file, frames)
-        self._known: dict[Any, int] = {}
-        # Found by what they are before they are serialized; the state holds on to the lists meanwhile.
+        self._archives = ArchiveWriter(file, frames)
+        self._small: dict[Any, int] = {}
+        # Plain values are recognised before they are serialized; lists by identity, as the state keeps them alive.
         self._objects: dict[tuple[type, object], int] = {}
         self.chunks: list[Chunk] = []
 
-    def add(self, piece: ChunkToWrite) -> Row:
-        """Write it, unless it is small and there already."""
-        if piece.shape is None:
-            return Row(piece.key, self._add_object(piece.data))
-        data: Tensor = piece.data.detach().cpu()
+    def add(self, chunk: ChunkToWrite) -> Row:
+        """Write ``chunk`` and return its row."""
+        if chunk.shape is None:
+            return Row(chunk.key, self._add_object(chunk.data))
+        data: Tensor = chunk.data.detach().cpu()
         sizes = tuple(data.shape)
-        return Row(piece.key, self._add_tensor(data), data.dtype, piece.shape, piece.offsets or (), sizes)
+        return Row(chunk.key, self._add_tensor(data), data.dtype, chunk.shape, chunk.offsets or (), sizes)
 
     def _end(self) -> int:
         self.chunks.append(self._file.end_chunk())
@@ -221,10 +253,10 @@ class ChunkWriter:
             self._archives.write(tensor)
             return self._end()
         key = (tensor.dtype, bytes(elements_of(tensor.resolve_conj().resolve_neg())))
-        if key not in self._known:
+        if key not in self._small:
             self._archives.write(tensor)
-            self._known[key] = self._end()
-        return self._known[key]
+            self._small[key] = self._end()
+        return self._small[key]
 
     def _add_object(self, value: Any) -> int:
         key: tuple[type, object] | None = None
@@ -240,10 +272,10 @@ class ChunkWriter:
         return self._objects[key]
 
     def _add_bytes(self, content: bytes) -> int:
-        if content not in self._known or len(content) >= _SMALL_BYTES:
+        if content not in self._small or len(content) >= _SMALL_BYTES:
             self._file.write(content)
-            self._known[content] = self._end()
-        return self._known[content]
+            self._small[content] = self._end()
+        return self._small[content]
 
 
 def _serialized(value: Any) -> bytes:
@@ -252,58 +284,82 @@ def _serialized(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def metadata_of(path: Path, parts: Sequence[WrittenFile]) -> bytes:
-    """``.metadata`` of the checkpoint that will be at ``path``."""
-    metadata = _metadata_of(parts)
-    metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
-    return pickle.dumps(metadata)
+# --- archives --------------------------------------------------------------------------------------------
 
 
-def finish(directory: Path, step: int, parts: Sequence[WrittenFile], metadata: bytes) -> None:
-    """On rank 0, when all parts are on disk in ``directory``: add what makes it a checkpoint."""
-    files = {part.name: part.file for part in parts if part.file is not None}
-    _check_visible(directory, files)
-    with HashedFile(directory / METADATA_NAME) as file:
-        file.write(metadata)
-        files[METADATA_NAME] = file.end()
-        file.sync()
-    chunks = {part.name: part.chunks for part in parts if part.file is not None}
-    write_manifest(directory, Manifest(step, len(parts), files, chunks))
+class Sink(Protocol):
+    """A file, as far as archives need one."""
+
+    def write(self, data: Any) -> int: ...
 
 
-def _check_visible(directory: Path, files: dict[str, FileEntry]) -> None:
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            raise RuntimeError(
-                f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all "
-                f"ranks share it: save to one that they share."
-            )
+class ArchiveWriter:
+    """Writes tensors to ``sink``, each as ``torch.save`` would; new frames are added to ``frames``."""
+
+    def __init__(self, sink: Sink, frames: Frames) -> None:
+        self._sink = sink
+        self._frames = frames
+
+    def write(self, tensor: Tensor) -> None:
+        """Write the archive of a tensor on the CPU; copies it only if it is not dense in memory."""
+        tensor = _dense(tensor)
+        key = (tensor.dtype, tensor.shape, tensor.stride())
+        frame = self._frames.get(key)
+        if frame is not None:
+            for data in (frame[0], elements_of(tensor), frame[1]):
+                self._sink.write(data)
+            return
+        recorder = _FrameRecorder(self._sink, tensor)
+        # The manifest's hash finds the same damage as the archive's checksum would, at a tenth of the time.
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            torch.save(tensor, cast(BinaryIO, recorder))
+        self._frames[key] = recorder.frame
 
 
-def _metadata_of(parts: Sequence[WrittenFile]) -> Metadata:
-    """Keys in rank 0's order, then what others add. Equal entries are one object, pickled once."""
-    entries: dict[str, Any] = {}
-    paths: dict[str, Any] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    an_object = BytesStorageMetadata()
-    properties: dict[torch.dtype, TensorProperties] = {}
-    size_of = cache(torch.Size)
-    for part in parts:
-        paths.update(part.paths)
-        places = [_StorageInfo(part.name, chunk.offset, chunk.length) for chunk in part.chunks]
-        for key, chunk, dtype, shape, offsets, sizes in part.rows:
-            if dtype is None:
-                entries[key] = an_object
-                storage[MetadataIndex(key)] = places[chunk]
-                continue
-            entry = entries.get(key)
-            if entry is None:
-                known = properties.setdefault(dtype, TensorProperties(dtype))
-                entry = entries[key] = TensorStorageMetadata(known, size_of(shape), [])
-            index = MetadataIndex(key, size_of(offsets), len(entry.chunks))
-            # Ranks that have nothing of a tensor all have the same nothing.
-            if index not in storage:
-                entry.chunks.append(ChunkStorageMetadata(size_of(offsets), size_of(sizes)))
-                storage[index] = places[chunk]
-    return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)
+def elements_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a dense tensor, in memory order; shares memory."""
+    return memoryview(cast(Any, _flat_bytes(tensor).numpy()))
+
+
+def _flat_bytes(tensor: Tensor) -> Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` on a storage of its own size, without a copy if it is dense in memory.
+
+    ``torch.save`` writes whole storages, and fragments of a bucket have a storage that is much larger than they are.
+    """
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0 or extent != tensor.numel() or tensor.is_conj() or tensor.is_neg():
+        return tensor.clone()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    flat = torch.from_numpy(_flat_bytes(tensor).numpy())
+    return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+class _FrameRecorder(io.RawIOBase):
+    """Passes on everything that is written, and keeps the bytes before and after the elements of ``tensor``."""
+
+    def __init__(self, sink: Sink, tensor: Tensor) -> None:
+        super().__init__()
+        self._sink = sink
+        self._elements = elements_of(tensor)
+        self._around = [bytearray()]
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) == len(self._elements) and all(view[end] == self._elements[end] for end in _ENDS):
+            self._around.append(bytearray())
+        else:
+            self._around[-1] += view
+        return self._sink.write(view)
+
+    @property
+    def frame(self) -> Frame | None:
+        """The bytes before and after the elements; None unless exactly one write looked like the elements."""
+        return (bytes(self._around[0]), bytes(self._around[1])) if len(self._around) == 2 else None

@@ -1,1 +1,1 @@
-"""What the command line does with a checkpoint: inspect, verify, diff and convert, in one process."""
+"""The work of the command line on checkpoints (inspect, verify, diff, convert), in one process without ranks."""

@@ -1,4 +1,7 @@
-"""A checkpoint as other files: one for ``torch.optim.ASGD``, or the weights alone. One process, no process group."""
+"""Converts a checkpoint to other files, in one process: to one for ``torch.optim.ASGD``, or to the weights alone.
+
+The commands ``export`` and ``consolidate`` call it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..format.directory import sync_directory
-from ..format.files import CheckpointError
+from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
 from .contents import MODEL, STATE, CheckpointContents, Progress, no_progress
 
@@ -22,7 +25,11 @@ GROUPS_KEY = "param_groups"
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor of an export: the checkpoint's key it comes from, and the dtype it gets."""
+    """One tensor of an export.
+
+    ``key`` is the checkpoint's key that it is read from, ``spec`` has the dtype and shape that it is written with, and
+    ``averaged`` says whether it is a parameter's average.
+    """
 
     key: str
     spec: TensorSpec
@@ -30,25 +37,27 @@ class Weight:
 
 
 def plan_export(contents: CheckpointContents, last: bool, dtype: torch.dtype | None) -> dict[str, Weight]:
-    """What goes into an export, by name: the average where averaging has begun, unless ``last``.
+    """Choose the tensors of an export, by name: each parameter's average if its averaging has begun and not ``last``.
 
-    ``dtype`` is that of what the optimizer holds; buffers, and parameters that it does not have, stay as they are.
+    Parameters of the optimizer are converted to ``dtype``, unless it is None. Buffers, and parameters that the
+    optimizer does not have, keep their dtype. Raises CheckpointError if the checkpoint has no model, and ValueError if
+    a tensor cannot be converted to ``dtype``.
     """
     if not contents.model:
         raise CheckpointError(f"dist_asgd: {contents.opened.path} has no model (no keys '{MODEL}...').")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
     plan = {}
-    for name, stored in contents.model.items():
+    for name, entry in contents.model.items():
         source = contents.tied.get(name, name)
-        averaged = not last and contents.begun(source)
-        wanted = stored.dtype
+        averaged = not last and contents.has_begun_averaging(source)
+        wanted = entry.dtype
         if dtype is not None and source in contents.optimized:
-            if stored.dtype.is_complex:
-                raise ValueError(f"dist_asgd: parameter {name} is {stored.dtype} and cannot be exported as {dtype}.")
+            if entry.dtype.is_complex:
+                raise ValueError(f"dist_asgd: parameter {name} is {entry.dtype} and cannot be exported as {dtype}.")
             wanted = dtype
-        key = contents.state[source]["ax"].key if averaged else stored.key
-        plan[name] = Weight(key, TensorSpec(wanted, stored.shape), averaged)
+        key = contents.state[source]["ax"].key if averaged else entry.key
+        plan[name] = Weight(key, TensorSpec(wanted, entry.shape), averaged)
     return plan
 
 
@@ -61,7 +70,10 @@ def export(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """Write the weights of ``plan``, a tensor at a time; the files, of which there are several above ``max_bytes``."""
+    """Write the weights of ``plan``, one tensor at a time, and return the files.
+
+    There are several files, and an index, if the weights have more than ``max_bytes``.
+    """
     specs = {name: weight.spec for name, weight in plan.items()}
     files = TensorFiles(out, specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
     with files:
@@ -74,11 +86,12 @@ def export(
 def consolidate(
     contents: CheckpointContents, out: Path, *, overwrite: bool = False, progress: Progress = no_progress
 ) -> list[Path]:
-    """Write the whole model and optimizer state to one place; the files.
+    """Write the whole model and optimizer state to ``out``, and return the files.
 
-    ``.pt``: a dict with ``model``, a module's state dict, and ``optim``, one of ``torch.optim.ASGD``, for
-    ``torch.load``; it needs the memory of its content. ``.safetensors``: the tensors under the checkpoint's own keys,
-    a tensor at a time, and the parameter groups as JSON in the metadata.
+    A ``.pt`` file is a dict with ``model``, the state dict of a module, and ``optim``, the state dict of a
+    ``torch.optim.ASGD``. It is assembled in memory. A ``.safetensors`` file has the tensors under the checkpoint's own
+    keys, and the parameter groups as JSON in its metadata. It is written one tensor at a time. Raises CheckpointError
+    if the checkpoint has no optimizer state, and ValueError for another suffix.
     """
     if not contents.state and not contents.groups:
         raise CheckpointError(f"dist_asgd: {contents.opened.path} has no optimizer state (no keys '{STATE}...').")
@@ -105,13 +118,14 @@ def _save(whole: dict[str, Any], file: BinaryIO) -> None:
     try:
         torch.save(whole, file)
     except RuntimeError as error:
-        # torch's writer says only where it was when the disk was full.
+        # If the disk is full, torch raises a RuntimeError with a position; the cause is the OSError behind it.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
+    """The content of a ``.pt`` file."""
     model = {key.removeprefix(MODEL): tensor for key, tensor in contents.read(_keys(contents, MODEL), progress)}
     names = [name for group in contents.groups for name in group["params"]]
     unlisted = contents.state.keys() - set(names)
@@ -123,9 +137,9 @@ def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
     for index, name in enumerate(names):
         # A parameter that never stepped has no state in torch.
         if name in contents.state and contents.scalars[name]["step"].item():
-            keys = {part: stored.key for part, stored in contents.state[name].items()}
-            state[index] = {part: contents.tensor(key) for part, key in keys.items()}
-            progress(sum(contents.tensors[key].bytes for key in keys.values()))
+            entries = contents.state[name]
+            state[index] = {state_key: contents.tensor(entry.key) for state_key, entry in entries.items()}
+            progress(sum(entry.bytes for entry in entries.values()))
     groups = []
     first = 0
     for group in contents.groups:
@@ -141,6 +155,7 @@ def _keys(contents: CheckpointContents, *prefixes: str) -> list[str]:
 
 
 def _to_safetensors(contents: CheckpointContents, out: Path, overwrite: bool, progress: Progress) -> list[Path]:
+    # One file at any size: the consolidated state is read back by key, and no loader of shards expects it.
     keys = _keys(contents, MODEL, STATE)
     specs = {key: TensorSpec(contents.tensors[key].dtype, contents.tensors[key].shape) for key in keys}
     groups = [
@@ -150,7 +165,7 @@ def _to_safetensors(contents: CheckpointContents, out: Path, overwrite: bool, pr
     files = TensorFiles(out, specs, metadata={GROUPS_KEY: json.dumps(groups)}, max_bytes=1 << 62, overwrite=overwrite)
     with files:
         for key, spec in specs.items():
-            # No name for the tensor: it would live on while the next is read.
+            # The tensor gets no name, because it would live on while the next one is read.
             files.write(key, contents.tensor(key))
             progress(spec.bytes)
     return files.paths

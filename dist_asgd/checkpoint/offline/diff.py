@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, key by key, one tensor of each in memory."""
+"""Compares two checkpoints key by key, with one tensor of each in memory. The command ``diff`` calls it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contents import CheckpointContents, Progress, StoredTensor, no_progress, same_bits
+from .contents import CheckpointContents, Progress, TensorEntry, no_progress, same_bits
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One key that is not the same in both; the numbers only where shapes and dtypes are."""
+    """One key whose values differ. The numbers are there only if both are tensors of the same shape and dtype.
+
+    ``num_different`` counts elements, and ``max_abs`` is the largest absolute difference of two elements.
+    """
 
     key: str
-    what: str
+    description: str
     num_different: int | None = None
     max_abs: float | None = None
 
 
 def compare(a: CheckpointContents, b: CheckpointContents, progress: Progress = no_progress) -> Iterator[Difference]:
-    """Every key that differs, tensors to the bit; ``progress`` counts the bytes of ``a``'s tensors."""
+    """Yield a Difference for every key that differs, tensors to the bit; ``progress`` counts the bytes of ``a``."""
     keys = [*a.tensors, *a.objects]
     known = set(keys)
     for key in keys:
@@ -43,7 +46,7 @@ def compare(a: CheckpointContents, b: CheckpointContents, progress: Progress = n
 
 
 def _compare_tensors(
-    a: CheckpointContents, b: CheckpointContents, one: StoredTensor, other: StoredTensor
+    a: CheckpointContents, b: CheckpointContents, one: TensorEntry, other: TensorEntry
 ) -> Iterator[Difference]:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         yield Difference(one.key, f"{list(one.shape)} {_dtype(one)} and {list(other.shape)} {_dtype(other)}")
@@ -51,25 +54,26 @@ def _compare_tensors(
     first, second = a.tensor(one.key), b.tensor(other.key)
     if same_bits(first, second):
         return
+    # A difference of two 16-bit numbers would be rounded to 16 bits.
     wide = torch.complex128 if first.is_complex() else torch.float64
     gap = (first.to(wide) - second.to(wide)).abs()
     different = int(((first != second) & ~(first.isnan() & second.isnan())).sum())
     largest = float(gap.nan_to_num(0.0, float("inf"), float("inf")).max())
-    what = (
+    description = (
         f"{different} of {first.numel()} elements" if different else "equal but for the sign of zeros or NaN payloads"
     )
-    yield Difference(one.key, what, different, largest)
+    yield Difference(one.key, description, different, largest)
 
 
-def _dtype(stored: StoredTensor) -> str:
-    return str(stored.dtype).removeprefix("torch.")
+def _dtype(entry: TensorEntry) -> str:
+    return str(entry.dtype).removeprefix("torch.")
 
 
 def same_values(a: Any, b: Any) -> bool:
-    """Deep equality of plain values; tensors in them to the bit."""
+    """Whether two plain values are equal, with all that they contain; tensors are compared to the bit."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        alike = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
-        return alike and same_bits(a, b)
+        comparable = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+        return comparable and same_bits(a, b)
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""A checkpoint at a glance: what ``inspect`` shows; of the data only scalars are read."""
+"""Summarizes a checkpoint for the command ``inspect``. Of the data it reads scalars and plain values only."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..format.files import names_in
-from .contents import CheckpointContents, StoredTensor
+from ..format.manifest import names_in
+from .contents import CheckpointContents, TensorEntry
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 _EXTRA = "extra."
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor, or a plain value (no dtype)."""
+class OtherEntry:
+    """A tensor that is no parameter of the optimizer, or a plain value, which has no dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,9 +26,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class ParameterEntry:
-    """One parameter that the optimizer has; without ``step`` where it has no state of it.
+    """One parameter that the optimizer has.
 
-    ``dtype`` is None where the checkpoint has state of it, but no model. ``bytes`` are the parameter's.
+    ``bytes`` are the parameter's, ``state_bytes`` those of its state. ``step``, ``eta``, ``mu`` and ``ax_dtype`` are
+    None if the checkpoint has no state of it, and ``dtype`` is None if it has the state but not the parameter itself.
     """
 
     name: str
@@ -46,7 +47,12 @@ class ParameterEntry:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """``step`` and ``written_by`` (a version) are the manifest's; ``others`` are buffers and the like."""
+    """The result of ``summarize``.
+
+    ``step`` and ``written_by``, the version of dist_asgd, come from the manifest and are None without one. ``others``
+    are the model's buffers and the parameters that the optimizer does not have. ``extra`` are the values that the user
+    saved.
+    """
 
     path: str
     step: int | None
@@ -59,25 +65,25 @@ class Summary:
     model_bytes: int
     state_bytes: int
     parameters: list[ParameterEntry]
-    others: list[Entry]
-    extra: list[Entry]
+    others: list[OtherEntry]
+    extra: list[OtherEntry]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers that are not finite become None."""
-        found = asdict(self)
-        for parameter in found["parameters"]:
+        """The summary as plain values for JSON, in which numbers that are not finite become None."""
+        plain = asdict(self)
+        for parameter in plain["parameters"]:
             for key in ("step", "eta", "mu"):
                 parameter[key] = finite(parameter[key])
-        return found
+        return plain
 
 
 def finite(value: float | None) -> float | None:
-    """``value`` where JSON can say it."""
+    """``value``, or None if JSON cannot express it."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def summarize(contents: CheckpointContents) -> Summary:
-    """Everything that ``inspect`` shows."""
+    """Collect everything that ``inspect`` prints. Not collective."""
     opened = contents.opened
     sizes = {name: (opened.path / name).stat().st_size for name in names_in(opened.path)}
     parameters = [_parameter(contents, name) for name in contents.model if name in contents.optimized]
@@ -85,8 +91,9 @@ def summarize(contents: CheckpointContents) -> Summary:
     tensors = contents.tensors.values()
     manifest = opened.manifest
     ranks = {match[1] for name in sizes if (match := _RANK.fullmatch(name))}
-    extra_tensors = [_entry(s.key.removeprefix(_EXTRA), s) for s in tensors if s.key.startswith(_EXTRA)]
-    extra_objects = [Entry(key.removeprefix(_EXTRA), (), None, 0) for key in contents.objects if key.startswith(_EXTRA)]
+    extra_tensors = [_other(t.key.removeprefix(_EXTRA), t) for t in tensors if t.key.startswith(_EXTRA)]
+    extra_keys = [key for key in contents.objects if key.startswith(_EXTRA)]
+    extra_objects = [OtherEntry(key.removeprefix(_EXTRA), (), None, 0) for key in extra_keys]
     return Summary(
         path=str(opened.path),
         step=None if manifest is None else manifest.step,
@@ -96,36 +103,37 @@ def summarize(contents: CheckpointContents) -> Summary:
         num_files=len(sizes),
         file_bytes=sum(sizes.values()),
         num_elements=sum(math.prod(p.shape) for p in parameters),
-        model_bytes=sum(stored.bytes for stored in contents.model.values()),
+        model_bytes=sum(entry.bytes for entry in contents.model.values()),
         state_bytes=sum(p.state_bytes for p in parameters),
         parameters=parameters,
-        others=[_entry(name, stored) for name, stored in contents.model.items() if name not in contents.optimized],
+        others=[_other(name, entry) for name, entry in contents.model.items() if name not in contents.optimized],
         extra=sorted((*extra_tensors, *extra_objects), key=lambda entry: (len(entry.name), entry.name)),
     )
 
 
-def _entry(name: str, stored: StoredTensor) -> Entry:
-    return Entry(name, stored.shape, _dtype(stored), stored.bytes)
+def _other(name: str, entry: TensorEntry) -> OtherEntry:
+    return OtherEntry(name, entry.shape, _dtype(entry), entry.bytes)
 
 
-def _dtype(stored: StoredTensor) -> str:
-    return str(stored.dtype).removeprefix("torch.")
+def _dtype(entry: TensorEntry) -> str:
+    return str(entry.dtype).removeprefix("torch.")
 
 
 def _parameter(contents: CheckpointContents, name: str) -> ParameterEntry:
-    stored, state = contents.model.get(name), contents.state.get(name)
-    like = stored or (state or {})["ax"]
+    entry, state = contents.model.get(name), contents.state.get(name)
+    # Without the parameter itself, its ax has the same shape.
+    shaped = entry or (state or {})["ax"]
     scalars = contents.scalars.get(name)
     return ParameterEntry(
         name=name,
-        shape=like.shape,
-        dtype=None if stored is None else _dtype(stored),
-        bytes=0 if stored is None else stored.bytes,
-        num_chunks=like.num_chunks,
+        shape=shaped.shape,
+        dtype=None if entry is None else _dtype(entry),
+        bytes=0 if entry is None else entry.bytes,
+        num_chunks=shaped.num_chunks,
         ax_dtype=None if state is None else _dtype(state["ax"]),
-        state_bytes=0 if state is None else sum(part.bytes for part in state.values()),
+        state_bytes=0 if state is None else sum(tensor.bytes for tensor in state.values()),
         step=None if scalars is None else float(scalars["step"]),
         eta=None if scalars is None else float(scalars["eta"]),
         mu=None if scalars is None else float(scalars["mu"]),
-        averaging=contents.begun(name),
+        averaging=contents.has_begun_averaging(name),
     )

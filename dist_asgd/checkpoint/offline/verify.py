@@ -1,4 +1,7 @@
-"""Is a checkpoint whole? Every byte of every file is read once, and hashed for its file and for its chunk."""
+"""Checks that a checkpoint is whole. Every byte is read once, and hashed both for its file and for its chunk.
+
+The command ``verify`` calls it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..format.files import CheckpointError, open_confined
-from ..format.manifest import Manifest, check_files, read_manifest
+from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest
 from ..format.reader import OpenCheckpoint, needs_manifest
 from .contents import Progress, no_progress
 
@@ -17,7 +19,7 @@ _BLOCK_BYTES = 1 << 22
 
 @dataclass(slots=True)
 class Verdict:
-    """What was read, and what is wrong: one line each, none where the checkpoint is whole."""
+    """The result of ``verify``: what was read, and one line for each problem. A whole checkpoint has no problems."""
 
     num_files: int = 0
     num_chunks: int = 0
@@ -26,7 +28,7 @@ class Verdict:
 
 
 def total_bytes(path: Path) -> int:
-    """How many bytes ``verify`` will read; 0 where there is nothing to read."""
+    """The number of bytes that ``verify`` will read; 0 without a manifest that can be read."""
     try:
         manifest = read_manifest(path)
     except CheckpointError:
@@ -35,7 +37,7 @@ def total_bytes(path: Path) -> int:
 
 
 def verify(path: Path, progress: Progress = no_progress) -> Verdict:
-    """Read and check everything; never raises for what the checkpoint is like. Not collective."""
+    """Read and check everything. Damage is reported in the result and never raised. Not collective."""
     verdict = Verdict()
     try:
         manifest = read_manifest(path)
@@ -45,13 +47,13 @@ def verify(path: Path, progress: Progress = no_progress) -> Verdict:
         verdict.problems.append(_line(error))
         return verdict
     verdict.problems += check_files(path, manifest)
-    whole = not verdict.problems
+    complete = not verdict.problems
     for name in manifest.files:
         try:
             _read_file(path, name, manifest, verdict, progress)
         except CheckpointError as error:
-            # What is missing or of another size has been said.
-            if whole:
+            # If check_files found problems, they name the files that are missing or of another size already.
+            if complete:
                 verdict.problems.append(_line(error))
     if not verdict.problems:
         try:
@@ -66,32 +68,34 @@ def _line(error: CheckpointError) -> str:
 
 
 def _read_file(path: Path, name: str, manifest: Manifest, verdict: Verdict, progress: Progress) -> None:
+    """Read one file, and add its counts and problems to ``verdict``."""
     entry = manifest.files[name]
     file, size = open_confined(path, name)
     with file:
-        whole = xxhash.xxh3_128()
+        file_digest = xxhash.xxh3_128()
 
-        def take(count: int, *digests: xxhash.xxh3_128) -> None:
+        def read(count: int, *digests: xxhash.xxh3_128) -> None:
             while count:
                 block = file.read(min(count, _BLOCK_BYTES))
                 if not block:
                     return
-                for digest in (whole, *digests):
+                for digest in (file_digest, *digests):
                     digest.update(block)
                 count -= len(block)
                 progress(len(block))
 
         for chunk in manifest.chunks.get(name, ()):
-            part = xxhash.xxh3_128()
-            take(chunk.offset - file.tell())
-            take(chunk.length, part)
+            chunk_digest = xxhash.xxh3_128()
+            # Bytes between chunks count for the hash of the file only.
+            read(chunk.offset - file.tell())
+            read(chunk.length, chunk_digest)
             verdict.num_chunks += 1
-            if part.hexdigest() != chunk.xxh3_128:
+            if chunk_digest.hexdigest() != chunk.xxh3_128:
                 verdict.problems.append(
                     f"{path / name} is damaged between bytes {chunk.offset} and {chunk.offset + chunk.length}."
                 )
-        take(size - file.tell())
+        read(size - file.tell())
         verdict.num_files += 1
         verdict.bytes += size
-        if whole.hexdigest() != entry.xxh3_128:
+        if file_digest.hexdigest() != entry.xxh3_128:
             verdict.problems.append(f"{path / name} is damaged: it does not have the hash that the manifest gives.")
