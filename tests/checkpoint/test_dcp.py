@@ -72,7 +72,7 @@ def test_torchs_recipe_moves_between_topologies(step: int, how: str, tmp_path: P
 
 @every_value(kind=["odd", "complex", "bfloat16"], ranks=[(1, 3), (3, 2), (4, 1), (2, 4)])
 def test_odd_parameters_move_too(kind: str, ranks: tuple[int, int], tmp_path: Path) -> None:
-    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused and complex parameters load; so do wider averages."""
+    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused, complex parameters load, and wider averages."""
     source, target = (("single" if n == 1 else "stage1", n) for n in ranks)
     expected = run(backend(source[0]), source[1], save, source[0], kind, str(tmp_path), "flattened")[0]
     run(backend(target[0]), target[1], load, target[0], kind, str(tmp_path), "flattened", expected)

@@ -99,7 +99,7 @@ def test_ranks_may_hold_none_of_a_layer(saved: Any, step: int) -> None:
 
 @every_value(step=range(len(OURS)), kind=["odd", "complex", "bfloat16"])
 def test_odd_parameters_load_anywhere(saved: Any, step: int, kind: str) -> None:
-    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused and complex parameters load; so do wider averages."""
+    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused, complex parameters load, and wider averages."""
     source, target = OURS[step], OURS[(step + 3) % len(OURS)]
     path, expected = saved(source, kind)
     at(target, load, kind, path, expected, source[1])
