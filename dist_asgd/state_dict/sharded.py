@@ -1,4 +1,7 @@
-"""The sharded state dict: torch's layout with this rank's fragments. ``state_dict()`` returns it."""
+"""The sharded state dict: torch's layout with this rank's fragments. ``state_dict()`` returns it.
+
+The other forms of state dict pack groups (``pack_groups``) and scalars (``snapshots_of``) in the same way.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,8 @@ torch.serialization.add_safe_globals([bool])
 
 
 AVERAGE = "ax"
+# Keys that say how a process runs and not what it trains. The groups of torch.optim.ASGD do not have them.
+NOT_SAVED = ("fused",)
 # The tensors that stand for averages, by parameter index: they are used again while they show the right memory.
 ShardTensorCache = dict[int, ShardTensor]
 
@@ -145,10 +150,7 @@ class _EntryTensors:
         )
 
 
-# --- what every form of state dict has in common: packed groups, and copies of step, eta and mu --------------
-
-# Keys that say how a process runs and not what it trains. The groups of torch.optim.ASGD do not have them.
-NOT_SAVED = ("fused",)
+# --- groups and scalars ----------------------------------------------------------------------------------
 
 
 def _snapshot(value: Any) -> Any:
@@ -166,9 +168,6 @@ def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         first += len(group["params"])
         packed.append(entry)
     return packed
-
-
-# --- step, eta and mu ------------------------------------------------------------------------------------
 
 
 def snapshots_of(members: Sequence[ShardedParam], cohort_of: dict[int, Cohort]) -> dict[int, dict[str, Tensor]]:

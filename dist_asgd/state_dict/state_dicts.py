@@ -13,7 +13,6 @@ from ..gather import Gatherer
 from ..state import ParamShards
 from ..validation import check_hyperparameters, named_params
 from . import full, load, sharded, unsharded
-from .sharded import pack_groups
 
 
 class StateDicts:
@@ -53,7 +52,7 @@ class StateDicts:
         state = full.collect_state(self._shards, self._communicators, to)
         if not here:
             return {}
-        packed = {"state": state, "param_groups": pack_groups(self._optimizer.param_groups)}
+        packed = {"state": state, "param_groups": sharded.pack_groups(self._optimizer.param_groups)}
         return _after_state_dict(self._optimizer, packed)
 
     def parse(self, state_dict: dict[str, Any]) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
@@ -106,7 +105,7 @@ class StateDicts:
         _after_load(self._optimizer)
 
 
-# --- the hooks that users registered, called when torch's Optimizer would call them -------------------------
+# --- the user's hooks ------------------------------------------------------------------------------------
 
 
 def _before_state_dict(optimizer: Optimizer) -> None:

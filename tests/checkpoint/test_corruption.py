@@ -32,7 +32,7 @@ def sample(written: Path, tmp_path: Path) -> Path:
 
 
 def flips(size: int, num_regions: int = NUM_FLIPS) -> Iterator[tuple[int, int]]:
-    """Return (offset, bit mask) pairs: an offset in each of ``count`` equal ranges of a file, and at both ends."""
+    """Return (offset, bit mask) pairs: an offset in each of ``num_regions`` ranges of a file, and at both ends."""
     draw = random.Random(size)
     yield from ((0, 1), (size - 1, 0x80))
     for region in range(num_regions):

@@ -531,7 +531,7 @@ def manifest_body(sample: Path) -> dict[str, Any]:
 
 
 def dumped(body: Any) -> bytes:
-    """Write a manifest as ``encode`` does, with the right hash of its own."""
+    """Return a manifest as ``encode`` does, with the right hash of its own."""
     form: dict[str, Any] = {"sort_keys": True, "separators": (",", ":")}
     own = hash_of(json.dumps(body, **form).encode() + b"\n")
     return json.dumps({**body, "xxh3_128": own}, **form).encode() + b"\n"
