@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from . import memory
 from .averaging import Averages
 from .comm import Communicators, describe_mesh
-from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall
+from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, public_call
 from .fingerprints import Hyperparameters, groups_fingerprint
 from .gather import Gatherer
 from .gradients import clip
@@ -38,13 +38,7 @@ from .update.batch import StepContext
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
-from .validation import (
-    check_new_group,
-    check_options,
-    check_precision_fits,
-    named_params,
-    params_of,
-)
+from .validation import check_new_group, check_options, check_precision_fits, named_params, params_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,18 +132,9 @@ class ShardedASGD(torch.optim.Optimizer):
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
         self._values_compared = self.communicators.world_size == 1
-        defaults = {
-            "lr": lr,
-            "lambd": lambd,
-            "alpha": alpha,
-            "t0": t0,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "fused": fused,
-        }
+        defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
+        defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
+        defaults |= {"capturable": capturable, "fused": fused}
         self._constructed = False
         problem = self.communicators.problem
         try:
@@ -159,7 +144,10 @@ class ShardedASGD(torch.optim.Optimizer):
         except Exception as error:
             problem = problem or error
         # Every rank raises here if any has a problem or other arguments; nothing has been moved or made yet.
-        self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, problem)
+        try:
+            self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, problem)
+        finally:
+            del problem  # its traceback refers to this frame
         self._constructed = True
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
@@ -170,6 +158,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # --- construction --------------------------------------------------------------------------------------
 
+    @public_call
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with hyperparameters of its own. Collective; if any rank raises, all do and nothing changes.
 
@@ -201,6 +190,7 @@ class ShardedASGD(torch.optim.Optimizer):
             del self.param_groups[index]
             raise
 
+    @public_call
     def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
         groups = [] if problem else self.param_groups
         self.gradients.agree(call, groups_fingerprint(self._options, groups, first), problem)
@@ -222,6 +212,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # --- the step ------------------------------------------------------------------------------------------
 
+    @public_call
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Reduce gradients, update this rank's shards, gather the parameters. Collective.
 
@@ -291,6 +282,7 @@ class ShardedASGD(torch.optim.Optimizer):
         rows, factors = self.shards.cohorts.scalars(active, hypers, found_inf)
         return StepContext(self._updater, hypers, rows, factors, pending, others, self.gradients.table, found_inf)
 
+    @public_call
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those that stage 2 has reduced included.
 
@@ -314,6 +306,7 @@ class ShardedASGD(torch.optim.Optimizer):
         with self.gradients.no_sync():
             yield
 
+    @public_call
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
 
@@ -339,6 +332,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """Whether this optimizer reduces gradients itself, so that they leave ``p.grad`` (stage 2)."""
         return isinstance(self.gradients, Reducer)
 
+    @public_call
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
         """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``loss_scaling.unscale``. Collective."""
@@ -365,10 +359,14 @@ class ShardedASGD(torch.optim.Optimizer):
         fsdp1.refuse(
             "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
         )
-        self.gradients.agree(CollectiveCall.AVERAGED_PARAMETERS, problem=self._problem())
+        self._agree_on_averages()
         leave = partial(self.gradients.agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
         with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, leave):
             yield
+
+    @public_call
+    def _agree_on_averages(self) -> None:
+        self.gradients.agree(CollectiveCall.AVERAGED_PARAMETERS, problem=self._problem())
 
     def _refuse_inside_averages(self, call: str) -> None:
         if self.averages.is_swapped:
@@ -400,6 +398,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._refuse_inside_averages("state_dict()")
         return self._state_dicts.sharded()
 
+    @public_call
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
 
@@ -416,6 +415,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
         return self._state_dicts.full(to)
 
+    @public_call
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave this rank, a consolidated dict, or one of ``torch.optim.ASGD``. Collective.
 

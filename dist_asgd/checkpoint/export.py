@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..comm import Communicators
-from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
+from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public_call
 from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
@@ -43,6 +43,7 @@ class _Weight:
     member: ShardedParam | None
 
 
+@public_call
 def export_averaged(
     path: str | os.PathLike[str],
     model: nn.Module,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
+from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public_call
 from ..optimizer import ShardedASGD
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state_dict.sharded import AVERAGE
@@ -100,6 +100,7 @@ def read_extra(path: str | os.PathLike[str], *, rank: int = 0, verify: bool = Tr
     return _extra(CheckpointKeys(CheckedReader(path, verify=verify), KeyMismatch()), rank)
 
 
+@public_call
 def restore(
     saver: Saver,
     call: CollectiveCall,

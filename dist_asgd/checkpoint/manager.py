@@ -56,7 +56,8 @@ class CheckpointManager:
         self.folder = Path(os.path.abspath(folder))
         self._keep = keep
         self._when_busy: WhenBusy = when_busy
-        self._saver: Saver | None = None
+        # Not the saver, which would keep the memory of a deleted optimizer.
+        self._last_save: PendingSave | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> Path:
@@ -72,8 +73,9 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait until the last save is whole, on disk; raises its error. Every rank calls it before its group ends."""
-        if self._saver is not None:
-            self._saver.wait_pending()
+        last, self._last_save = self._last_save, None
+        if last is not None:
+            last.wait()
 
     def path_of(self, step: int) -> Path:
         """Return the path that the checkpoint of ``step`` has, or would have."""
@@ -129,9 +131,11 @@ class CheckpointManager:
     def _save(
         self, call: CollectiveCall, model: nn.Module, optimizer: Optimizer, step: int, extra: Any
     ) -> PendingSave | None:
-        self._saver = Saver.of(optimizer)
+        saver = Saver.of(optimizer)
         path = self.path_of(step) if isinstance(step, int) and step >= 0 else self.folder
-        return self._saver.save(call, path, model, optimizer, step, extra, self._when_busy, self._begin, self._commit)
+        begin, commit = self._begin, self._commit
+        self._last_save = saver.save(call, path, model, optimizer, step, extra, self._when_busy, begin, commit)
+        return self._last_save
 
     def _begin(self, path: Path) -> Path:
         """Clear the folder of leftovers and make the directory to write in; called on rank 0."""

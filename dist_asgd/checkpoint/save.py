@@ -19,7 +19,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..comm import Communicator, Communicators, PeerError
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint
+from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, public_call
+from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
 from ..state_dict.sharded import ShardTensorCache
@@ -61,7 +62,10 @@ class PendingSave:
         try:
             work()
         except BaseException as error:
+            release_frames(error)
             self._failure = error
+        finally:
+            del work
 
     def done(self) -> bool:
         """Whether this rank's work has ended, with or without an error."""
@@ -72,8 +76,12 @@ class PendingSave:
         self._thread.join()
         atexit.unregister(self._wait_at_exit)
         failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            # The traceback of the error refers to this frame.
+            del failure
 
     def _wait_at_exit(self) -> None:
         """Raise the error of a save that nobody has waited for, so that it is at least printed."""
@@ -167,6 +175,7 @@ class Saver:
         if pending is not None:
             pending.wait()
 
+    @public_call
     def save(
         self,
         call: CollectiveCall,

@@ -4,8 +4,9 @@
 what all ranks are about to do before they do it.
 """
 
+from .agreement import public_call
 from .axes import describe_mesh
 from .base import Communicator, PeerError, SendList, Wait
 from .communicators import Communicators
 
-__all__ = ["Communicator", "Communicators", "PeerError", "SendList", "Wait", "describe_mesh"]
+__all__ = ["Communicator", "Communicators", "PeerError", "SendList", "Wait", "describe_mesh", "public_call"]

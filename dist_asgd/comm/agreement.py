@@ -15,13 +15,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
-from typing import Any, NoReturn
+from functools import cached_property, wraps
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from . import Communicator
+from .base import Communicator
 from .masks import indices_in
+from .tracebacks import release_frames
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Where the words of the header lie.
 CALL, DISCARDS, PROBLEM, DIGEST = range(4)
@@ -31,6 +35,22 @@ MASK_BITS = 62
 _MASK = (1 << MASK_BITS) - 1
 # The types in which a problem of one rank is raised on the others; every other type becomes RuntimeError.
 RAISED = (ValueError, TypeError, KeyError, RuntimeError)
+
+
+def public_call(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a call of users that agrees: its errors leave no reference cycles."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except BaseException as error:
+            # They may hold the error as well, and its traceback holds this frame.
+            del args, kwargs
+            release_frames(error)
+            raise
+
+    return call
 
 
 class CallsDiffer(RuntimeError):

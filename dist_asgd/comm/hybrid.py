@@ -69,6 +69,8 @@ class Hybrid(ShardCollectives):
         buffer = shard if in_place else self._take_buffer(dtype, shard)
         partial = buffer[: shard.numel()]
         wait_inside = self._inside.reduce_scatter(sends, partial, False, tag)
+        # The steps must not refer to this object, which keeps the last reduction.
+        across, free = self._across, self._free
 
         def store() -> None:
             if in_place:
@@ -79,9 +81,9 @@ class Hybrid(ShardCollectives):
                     shard[stretch].add_(partial[stretch])
                 else:
                     shard[stretch].copy_(partial[stretch])
-            self._free.append(buffer)
+            free.append(buffer)
 
-        self._last = _Reduction(wait_inside, lambda: self._across.all_reduce(partial, tag), store)
+        self._last = _Reduction(wait_inside, lambda: across.all_reduce(partial, tag), store)
         return self._last.finish
 
     def _take_buffer(self, dtype: torch.dtype, shard: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class Hybrid(ShardCollectives):
         free = [buffer for buffer in self._free if buffer.dtype == dtype and buffer.numel() >= shard.numel()]
         if free:
             best = min(free, key=Tensor.numel)
-            self._free = [buffer for buffer in self._free if buffer is not best]
+            self._free[:] = [buffer for buffer in self._free if buffer is not best]
             return best
         buffer = torch.empty_like(shard, dtype=dtype)
         self._bytes += buffer.nbytes

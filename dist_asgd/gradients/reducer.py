@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..comm import Communicators, Wait
+from ..comm import Communicators, Wait, public_call
 from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports, values_by_rank
 from ..comm.masks import bit_mask, indices_in
 from ..placements.presharded import PreshardedState
@@ -117,6 +117,7 @@ class Reducer(Gradients):
 
     # --- during backward ------------------------------------------------------------------------------------
 
+    @public_call
     def note_ready(self, index: int) -> None:
         """Note that the gradient of parameter ``index`` is complete in this backward; launch buckets that are full.
 
@@ -205,9 +206,11 @@ class Reducer(Gradients):
         self._buckets_with_shard.add(id(bucket))
         wait = self._collectives[bucket.device].reduce_scatter(sends, shard, accumulate, tag)
 
+        free = self._send_buffers[bucket.device, bucket.wire_dtype]  # `finish` must not refer to its owner
+
         def finish() -> None:
             wait()
-            self._send_buffers[bucket.device, bucket.wire_dtype].append(buffer)
+            free.append(buffer)
 
         self._in_flight.append((bucket, finish))
 
@@ -240,7 +243,7 @@ class Reducer(Gradients):
             try:
                 check_gradient(member, gradient)
             except RuntimeError as error:
-                self._problem = self._problem or error
+                self._problem = self._problem or error.with_traceback(None)  # whose frames refer to self
                 return None
         return gradient
 

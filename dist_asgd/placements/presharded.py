@@ -67,15 +67,16 @@ class PreshardedParam(ShardedParam):
 
     __slots__ = ("_address", "_flat", "_shape")
 
-    bucket: PreshardedState
-
     def __init__(self, param: Tensor, name: str, index: int, bucket: PreshardedState, slot: Slot) -> None:
         local = _local_tensor_of(param)
         fragment = bucket.layout.fragment(slot, 0 if bucket.replicas is None else bucket.replicas.rank)
-        super().__init__(param, name, index, slot, fragment, memory_strides(local))
-        self.bucket = bucket
+        super().__init__(param, name, index, bucket, slot, fragment, memory_strides(local))
         self._shape = local.shape
         self._point_at(local)
+
+    @property
+    def bucket(self) -> PreshardedState:
+        return cast(PreshardedState, self._bucket())
 
     def _point_at(self, local: Tensor) -> None:
         self._address = local.data_ptr()

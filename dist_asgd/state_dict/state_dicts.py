@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -22,11 +23,16 @@ class StateDicts:
         self, optimizer: Optimizer, shards: ParamShards | None, communicators: Communicators, gatherer: Gatherer
     ) -> None:
         """``shards`` is None if nothing is sharded (``differentiable=True``). No communication."""
-        self._optimizer = optimizer
+        # Weak, because the optimizer keeps this object: a deleted optimizer must be freed at once.
+        self._weak_optimizer = weakref.ref(optimizer)
         self._shards = shards
         self._communicators = communicators
         self._gatherer = gatherer
         self._cache: sharded.ShardTensorCache = {}
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        return cast(Optimizer, self._weak_optimizer())
 
     def sharded(self) -> dict[str, Any]:
         """Return this rank's fragments, for ``state_dict()``. No communication."""

@@ -13,9 +13,11 @@ parameters are stored as pairs of reals, and every count here is in real element
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,25 +47,37 @@ class ShardedParam(ABC):
     param     the user's parameter
     name      the user's name for it if parameters were passed with names, else its place in ``param_groups``
     index     its number among all parameters of the optimizer, in registration order, and its bit in bit masks
-    bucket    the bucket or state buffer that has its state
+    bucket    the bucket or state buffer that has its state, and that keeps this object
     slot      where its elements lie in that buffer's layout
     fragment  which of its elements this rank updates, and where in this rank's shard their state lies
     strides   those of the memory order in which its elements are counted
     """
 
-    __slots__ = ("bucket", "fragment", "index", "name", "param", "slot", "strides")
-
-    bucket: StateBuffer
+    __slots__ = ("_bucket", "fragment", "index", "name", "param", "slot", "strides")
 
     def __init__(
-        self, param: Tensor, name: str, index: int, slot: Slot, fragment: Fragment, strides: tuple[int, ...]
+        self,
+        param: Tensor,
+        name: str,
+        index: int,
+        bucket: StateBuffer,
+        slot: Slot,
+        fragment: Fragment,
+        strides: tuple[int, ...],
     ) -> None:
+        # Weak, because the bucket lists its members: its memory must be freed as soon as the optimizer is deleted.
+        self._bucket = weakref.ref(bucket)
         self.param = param
         self.name = name
         self.index = index
         self.slot = slot
         self.fragment = fragment
         self.strides = strides
+
+    @property
+    def bucket(self) -> StateBuffer:
+        """See the class."""
+        return cast(StateBuffer, self._bucket())
 
     @property
     @abstractmethod
@@ -164,11 +178,8 @@ class BucketParam(ShardedParam):
 
     __slots__ = ("_address", "_shape", "_view_strides")
 
-    bucket: Bucket
-
     def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
-        super().__init__(param, name, index, slot, bucket.layout.fragment(slot, rank), memory_strides(param))
-        self.bucket = bucket
+        super().__init__(param, name, index, bucket, slot, bucket.layout.fragment(slot, rank), memory_strides(param))
         view = bucket.flat[slot.offset : slot.stop]
         if param.is_complex():
             view = torch.view_as_complex(view.view(-1, 2))
@@ -180,6 +191,10 @@ class BucketParam(ShardedParam):
         self._address = param.data_ptr()
         self._shape = param.shape
         self._view_strides = param.stride()
+
+    @property
+    def bucket(self) -> Bucket:
+        return cast(Bucket, self._bucket())
 
     @property
     def is_unmoved(self) -> bool:
