@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, wraps
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -38,10 +38,14 @@ RAISED = (ValueError, TypeError, KeyError, RuntimeError)
 
 
 def public_call(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a call of users that agrees: its errors leave no reference cycles."""
+    """Decorate a call of users that agrees: it breaks graphs of ``torch.compile``, and its errors leave no cycles."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            # The compiler cannot trace addresses and messages. This runs the call as if nothing were compiled.
+            uncompiled = cast(Callable[P, R], torch.compiler.disable(call))  # type: ignore[no-untyped-call]
+            return uncompiled(*args, **kwargs)
         try:
             return method(*args, **kwargs)
         except BaseException as error:
