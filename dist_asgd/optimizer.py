@@ -21,7 +21,7 @@ from .comm import Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, public_call
 from .fingerprints import Hyperparameters, groups_fingerprint
 from .gather import Gatherer
-from .gradients import clip
+from .gradients import clip, loss_scaling
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
 from .gradients.checksums import compare_values
@@ -324,8 +324,8 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tells ``torch.amp.GradScaler``, which reads it, that ``step()`` unscales and skips on overflow by itself."""
-        return not self.is_differentiable
+        """Tells gradient scalers and trainers that ``step()`` unscales, and skips on overflow, by itself."""
+        return not self.is_differentiable and loss_scaling.is_needed(self.gradients)
 
     @property
     def reduces_gradients(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .comm import Communicators
+from .placements.copies import is_copy_of
 from .placements.presharded import PreshardedState, build_presharded, is_presharded
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
 from .storage.layout import bucket_cap_bytes
@@ -161,13 +162,21 @@ class ParamShards:
             self._raise_replaced()
 
     def _raise_replaced(self) -> None:
+        """Put the own tensors back where equal copies replaced them; RuntimeError if other values did.
+
+        Trainers move and copy state. Steps go on with the own tensors, so that a copy is of no effect afterwards.
+        """
         for member in self.members:
             own, published = self._state.get(member.param, {}), self._entries(member)
-            if any(own.get(key) is not value for key, value in published.items()):
-                raise RuntimeError(
-                    f"dist_asgd: the state of parameter {member.name} was replaced. Change it in place, or through "
-                    f"load_state_dict()."
-                )
+            for key, value in published.items():
+                if own.get(key) is value:
+                    continue
+                if not is_copy_of(own.get(key), value):
+                    raise RuntimeError(
+                        f"dist_asgd: the state of parameter {member.name} was replaced: {key} is another tensor, and "
+                        f"not a copy with the same values. Change it in place, or through load_state_dict()."
+                    )
+                own[key] = value
 
     def check_capture(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise RuntimeError if a CUDA graph is being captured that would repeat one step's host scalars for ever."""

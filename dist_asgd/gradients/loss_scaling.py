@@ -85,6 +85,17 @@ def _scalar_device(hypers: Sequence[StepHyperparameters]) -> torch.device | None
     return devices.pop() if len(devices) == 1 else None
 
 
+def is_needed(gradients: Gradients) -> bool:
+    """Whether ``step()`` has to unscale gradients and to skip steps, because torch's scaler cannot do it right.
+
+    It sees no gradients in stage 2, and of DTensors only this rank's; and it refuses to unscale float16 gradients,
+    which would lose the small ones. All others it treats as those of ``torch.optim.ASGD``: it does not call ``step()``
+    if it skips.
+    """
+    half = any(bucket.gradient_dtype == torch.float16 for bucket in gradients.buckets)
+    return isinstance(gradients, Reducer) or bool(gradients.presharded) or half
+
+
 def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
     """Unscale gradients for ``dist_asgd.GradScaler``: 1.0 if any rank's overflowed, else 0.0. Collective.
 

@@ -209,12 +209,12 @@ class ShardTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Refuse to convert or move the tensor, even to its present dtype and device.
+        """Refuse to convert the tensor, even to its present dtype; moving it to a device is allowed.
 
-        Loaders of whole tensors, ``torch.optim``'s among them, begin with it. An error is better there than a fragment
-        that is taken for the whole tensor later.
+        Loaders of whole tensors, ``torch.optim``'s among them, begin with a conversion. An error is better there than
+        a fragment that is taken for the whole tensor later. Trainers move state dicts to a device.
         """
-        if func in _CONVERSIONS:
+        if func in _CONVERSIONS and not _is_move(args, kwargs or {}):
             refuse(f"Tensor.{func.__name__}()")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -267,6 +267,15 @@ class ShardTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         start, numel = self._start, self._local.numel()
         return f"ShardTensor(shape={tuple(self.shape)}, elements [{start}, {start + numel}) = {self._local})"
+
+
+def _is_move(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``Tensor.to`` was called as trainers do to move: the device by position, and no dtype.
+
+    torch.optim's loader passes the device by name, for complex parameters without a dtype.
+    """
+    is_device = len(args) > 1 and isinstance(args[1], (torch.device, str, int)) and not isinstance(args[1], bool)
+    return is_device and not any(isinstance(one, torch.dtype) for one in (*args, *kwargs.values()))
 
 
 def shard_tensor_of(value: object) -> ShardTensor | None:

@@ -216,7 +216,7 @@ def stepping(**options: object) -> tuple[list[nn.Parameter], ShardedASGD]:
 def test_replaced_state_is_an_error_that_names_the_parameter(key: str) -> None:
     """Without the error, the optimizer would go on with its own tensor."""
     params, optimizer = stepping()
-    optimizer.state[params[1]][key] = optimizer.state[params[1]][key].clone()
+    optimizer.state[params[1]][key] = optimizer.state[params[1]][key] + 1
     with pytest.raises(RuntimeError, match="layer1 was replaced"):
         optimizer.step()
 
