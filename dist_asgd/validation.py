@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .comm import Communicators
 from .placements import dtensor, fsdp1
@@ -294,6 +295,12 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}. Leave it out of the "
                 f"optimizer, or keep it in one of these."
             )
+        if param.requires_grad and _has_no_memory(param):
+            raise ValueError(
+                f"dist_asgd: parameter {name} is a {type(param).__qualname__}, a tensor subclass that keeps its "
+                f"elements in other tensors, so it cannot be moved to flat memory. Freeze it (requires_grad_(False)), "
+                f"pass a plain parameter, or update it with torch.optim.ASGD."
+            )
         if param.layout != torch.strided:
             raise ValueError(f"dist_asgd: parameter {name} is {param.layout}; only dense parameters can be sharded.")
         if param.device.type == "meta":
@@ -353,10 +360,15 @@ def check_dtensors(named: Sequence[tuple[str, Tensor]], ranks: Sequence[int], pr
             raise ValueError(f"dist_asgd: {problem}")
 
 
+def _has_no_memory(param: Tensor) -> bool:
+    """Whether ``param`` is a wrapper subclass, which has no memory of its own (quantised or scaled weights)."""
+    return is_traceable_wrapper_subclass(param) and not dtensor.is_dtensor(param)
+
+
 def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
     """The addresses (first byte, one past the last) of a parameter's memory on this rank, with its name."""
     param = dtensor.local_tensor(param) if dtensor.is_dtensor(param) else param
-    if not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
+    if _has_no_memory(param) or not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
         return []
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
     return [(param.data_ptr(), param.data_ptr() + extent * param.element_size(), name)]
