@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gradients.loss_scaling import unscale
 from .optimizer import ShardedASGD
 from .placements.dtensor import is_dtensor
 
@@ -23,7 +24,7 @@ class GradScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         # torch calls this in unscale_(), and in step() if unscale_() was not called before.
         if isinstance(optimizer, ShardedASGD) and (optimizer.reduces_gradients or _has_dtensors(optimizer)):
-            return {inv_scale.device: optimizer.unscale_gradients(inv_scale, not allow_fp16)}
+            return {inv_scale.device: unscale(optimizer.gradients, inv_scale, not allow_fp16)}
         unscaled: dict[torch.device, Tensor] = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         return unscaled
 

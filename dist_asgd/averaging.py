@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -118,3 +119,18 @@ class Averages:
             scratch.copy_(param)
             param.copy_(average)
             average.copy_(scratch)
+
+
+def refuse_differentiable() -> NoReturn:
+    """Raise the RuntimeError of ``averaged_parameters()`` with ``differentiable=True``."""
+    raise RuntimeError(
+        "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
+        "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
+    )
+
+
+def average_from_now(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) -> None:
+    """Set ``t0`` of every group to its current step; ``start_averaging()`` does so."""
+    for group in groups:
+        steps = [state[param]["step"].item() for param in group["params"]]
+        group["t0"] = max(steps, default=0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import memory
-from .averaging import Averages
+from .averaging import Averages, average_from_now, refuse_differentiable
 from .comm import Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, public_call
 from .fingerprints import Hyperparameters, groups_fingerprint
@@ -25,7 +25,7 @@ from .gradients import clip, loss_scaling
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
 from .gradients.checksums import compare_values
-from .gradients.loss_scaling import ScalerInfo, unscale
+from .gradients.loss_scaling import ScalerInfo
 from .gradients.reducer import Reducer
 from .placements import fsdp1
 from .state import ParamShards
@@ -95,6 +95,9 @@ class ShardedASGD(torch.optim.Optimizer):
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
     """
 
+    # True for trainers that save on rank 0 alone: several ranks then need consolidate_state_dict() before state_dict().
+    whole_state_dicts_only = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -160,10 +163,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @public_call
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with hyperparameters of its own. Collective; if any rank raises, all do and nothing changes.
-
-        In stage 2 gradients of the other groups stay as they are.
-        """
+        """Add a group with hyperparameters of its own. Collective; if any rank raises, all do and nothing changes."""
         if not self._constructed:
             # The base constructor adds the first groups one by one; ranks compare them all at once, later.
             self._add_checked(param_group)
@@ -247,6 +247,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
         self._refuse_inside_averages("step()")
+        self._state_dicts.consolidated = None
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
@@ -332,12 +333,6 @@ class ShardedASGD(torch.optim.Optimizer):
         """Whether this optimizer reduces gradients itself, so that they leave ``p.grad`` (stage 2)."""
         return isinstance(self.gradients, Reducer)
 
-    @public_call
-    @torch.no_grad()
-    def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
-        """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``loss_scaling.unscale``. Collective."""
-        return unscale(self.gradients, inv_scale, explicitly)
-
     # --- the average ---------------------------------------------------------------------------------------
 
     @contextmanager
@@ -351,10 +346,7 @@ class ShardedASGD(torch.optim.Optimizer):
         statistics. Inside, ``step()``, ``state_dict()`` and every other call that reads the state are refused.
         """
         if self.is_differentiable:
-            raise RuntimeError(
-                "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
-                "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
-            )
+            refuse_differentiable()
         self._refuse_inside_averages("averaged_parameters()")
         fsdp1.refuse(
             "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
@@ -379,9 +371,7 @@ class ShardedASGD(torch.optim.Optimizer):
         the parameters, and ``ax`` is the mean of the iterates from the step after it on.
         """
         self._refuse_inside_averages("start_averaging()")
-        for group in self.param_groups:
-            steps = [self.state[param]["step"].item() for param in group["params"]]
-            group["t0"] = max(steps, default=0.0)
+        average_from_now(self.param_groups, self.state)
 
     # --- state ---------------------------------------------------------------------------------------------
 
@@ -390,13 +380,23 @@ class ShardedASGD(torch.optim.Optimizer):
 
         On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
         this rank's fragment, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
-        loads it at any world size. It refuses whatever would take it for a whole tensor, as ``torch.optim.ASGD`` does:
-        use ``consolidated_state_dict`` for that. On one rank ``ax`` is a plain tensor. ``ax`` of a DTensor is a DTensor
-        with its placements; if a replica group shares it, ``to_local()`` is this rank's fragment, 1-D, and
-        ``full_tensor()`` gathers all of it.
+        loads it at any world size; it refuses whatever would take it for a whole tensor. On one rank ``ax`` is plain.
+        Of a DTensor it is a DTensor; if a replica group shares it, ``to_local()`` is this rank's fragment.
         """
         self._refuse_inside_averages("state_dict()")
+        return self._state_dicts.next(self.whole_state_dicts_only)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Do what ``state_dict()`` does without ``consolidate_state_dict()``; checkpoints are saved from it."""
+        self._refuse_inside_averages("state_dict()")
         return self._state_dicts.sharded()
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Make the next ``state_dict()`` on rank ``to`` the whole, as ``ZeroRedundancyOptimizer`` does. Collective.
+
+        Trainers call it before they save. A step or a load in between undoes it. See ``whole_state_dicts_only``.
+        """
+        self._state_dicts.consolidated = self.consolidated_state_dict(to)
 
     @public_call
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:

@@ -145,7 +145,8 @@ def state_to_save(
     """
     live = model.state_dict(keep_vars=True)
     names = names_of(model, optimizer, live)
-    saved = optimizer.state_dict()
+    # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).
+    saved = getattr(optimizer, "sharded_state_dict", optimizer.state_dict)()
     fragments = param_fragments(optimizer, saved, {} if cache is None else cache)
     model_state: dict[str, Any] = {}
     for key, value in live.items():

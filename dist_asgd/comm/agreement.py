@@ -38,7 +38,10 @@ RAISED = (ValueError, TypeError, KeyError, RuntimeError)
 
 
 def public_call(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a call of users that agrees: it breaks graphs of ``torch.compile``, and its errors leave no cycles."""
+    """Decorate a call of users that agrees: it breaks graphs of ``torch.compile``, and its errors leave no cycles.
+
+    Only for functions that live as long as their module: the decorated one refers to itself.
+    """
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..comm import Communicators
+from ..comm import Communicators, public_call
 from ..comm.agreement import CollectiveCall
 from ..update.schedule import StepHyperparameters
 from ..update.segments import Scaling
@@ -96,6 +96,8 @@ def is_needed(gradients: Gradients) -> bool:
     return isinstance(gradients, Reducer) or bool(gradients.presharded) or half
 
 
+@public_call
+@torch.no_grad()
 def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
     """Unscale gradients for ``dist_asgd.GradScaler``: 1.0 if any rank's overflowed, else 0.0. Collective.
 

@@ -29,10 +29,30 @@ class StateDicts:
         self._communicators = communicators
         self._gatherer = gatherer
         self._cache: sharded.ShardTensorCache = {}
+        # What the next state_dict() returns: the whole on one rank, {} on the others; None if nothing was gathered.
+        self.consolidated: dict[str, Any] | None = None
 
     @property
     def _optimizer(self) -> Optimizer:
         return cast(Optimizer, self._weak_optimizer())
+
+    def next(self, whole_only: bool) -> dict[str, Any]:
+        """Return what was gathered for the next ``state_dict()``, once, else this rank's fragments. No communication.
+
+        RuntimeError if ``whole_only``, and nothing was gathered for several ranks.
+        """
+        gathered, self.consolidated = self.consolidated, None
+        if gathered:
+            return gathered
+        if whole_only and self._communicators.world_size > 1:
+            if gathered is None:
+                raise RuntimeError(
+                    f"dist_asgd: state_dict() on rank {self._communicators.rank} of {self._communicators.world_size} "
+                    f"would be one rank's part, and whole_state_dicts_only is set. Call consolidate_state_dict(to=0) "
+                    f"on every rank before it, or use save_checkpoint()."
+                )
+            return gathered
+        return self.sharded()
 
     def sharded(self) -> dict[str, Any]:
         """Return this rank's fragments, for ``state_dict()``. No communication."""
@@ -93,6 +113,7 @@ class StateDicts:
         All ranks have agreed on it before: from here on only a lost peer stops them.
         """
         groups = self._optimizer.param_groups
+        self.consolidated = None
         # Averages may move to wider storage, so the cached tensors may show memory that is no longer used.
         self._cache.clear()
         for group, values in zip(groups, loaded.groups, strict=True):
