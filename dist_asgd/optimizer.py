@@ -6,7 +6,7 @@ Attributes without an underscore (``shards``, say) are for the rooms above it, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -294,25 +294,25 @@ class ShardedASGD(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those that stage 2 has reduced included.
 
-        In stage 2 call this one: ``model.zero_grad()`` does not see the gradients. It is collective there if a backward
-        has run since the last step, so a step that is skipped must be skipped on every rank.
+        In stage 2 it is collective if a backward has run since the last step, so a step that is skipped must be
+        skipped on every rank. After a step ``model.zero_grad()`` does as well: a step uses gradients up.
         """
         self.gradients.clear(set_to_none)
         _base("zero_grad")(self, set_to_none)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients locally in stage 2: backwards inside do not communicate.
+    def keep_gradients(self) -> None:
+        """Let the next backward add to the gradients of the last step; call it between the two, on every rank.
+
+        In stage 2 a backward after a step starts from zero otherwise. In stage 1 it adds anyway, as in torch.
+        """
+        self.gradients.keep()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients locally in stage 2: backwards inside the block do not communicate.
 
         The next backward outside, or ``step()``, reduces the sum. Unsharded gradients take their memory meanwhile.
         """
-        if not isinstance(self.gradients, Reducer):
-            raise RuntimeError(
-                "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
-                "of the DistributedDataParallel module."
-            )
-        with self.gradients.no_sync():
-            yield
+        return self.gradients.no_sync()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -96,6 +97,15 @@ class AveragedGradients(Gradients):
 
     def clear(self, set_to_none: bool) -> None:
         """Do nothing: all gradients are in ``p.grad``, which torch's own ``zero_grad()`` clears."""
+
+    def keep(self) -> None:
+        """Do nothing: gradients stay in ``p.grad`` until they are zeroed, and DDP adds to them."""
+
+    def no_sync(self) -> NoReturn:
+        raise RuntimeError(
+            "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() of the "
+            "DistributedDataParallel module."
+        )
 
     def apply_pending(self) -> None:
         """Do nothing: gradients on parameters are clipped at once, so that no factor is ever pending."""

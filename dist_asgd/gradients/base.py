@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -101,6 +102,14 @@ class Gradients(ABC):
     @abstractmethod
     def clear(self, set_to_none: bool) -> None:
         """Drop the gradients that are not in ``p.grad``, or set them to zeros; called by ``zero_grad()``."""
+
+    @abstractmethod
+    def keep(self) -> None:
+        """Let the next backward add to the gradients that a step has used; called by ``keep_gradients()``."""
+
+    @abstractmethod
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Let backwards inside leave their gradients in ``p.grad``. RuntimeError in stage 1."""
 
     # --- gradients on the parameters ------------------------------------------------------------------------
 

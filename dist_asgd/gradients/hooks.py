@@ -88,7 +88,7 @@ class BackwardHooks:
         self._threads_overlap |= any(other != thread for other in self._tasks.values())
         self._tasks[task] = thread
         end = partial(_on_end, weakref.ref(self), task)
-        torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def on_end(self, task: int) -> None:
         """Called by autograd at the end of a task that has not failed; the stream is that of the backward's caller."""
