@@ -49,6 +49,7 @@ PRIVATE_TO_TORCH = {
     *("_fsdp_flattened", "_is_flat_param"),  # FSDP1
     *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),
     *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"),
+    *("_current_graph_task_id", "_ImperativeEngine"),  # autograd, which has no public names for them
     "_replace",  # typing.NamedTuple
 }
 

@@ -17,6 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# torch has no public names for the end of a backward and for which backward a thread is in.
+from torch._C import _current_graph_task_id as current_task
+from torch._C import _ImperativeEngine as AutogradEngine
+
 from ..storage.buffers import BucketParam
 
 
@@ -64,7 +68,7 @@ class BackwardHooks:
 
     def on_gradient(self, index: int) -> None:
         """Called by autograd, or by whoever calls the hooks of parameters by hand: then no end of a task will come."""
-        task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        task, thread = current_task(), threading.get_ident()
         with self._lock:
             listener = self._listener()
             if listener is None:
@@ -88,7 +92,7 @@ class BackwardHooks:
         self._threads_overlap |= any(other != thread for other in self._tasks.values())
         self._tasks[task] = thread
         end = partial(_on_end, weakref.ref(self), task)
-        torch.autograd.Variable._execution_engine.queue_callback(end)
+        AutogradEngine().queue_callback(end)
 
     def on_end(self, task: int) -> None:
         """Called by autograd at the end of a task that has not failed; the stream is that of the backward's caller."""
