@@ -219,6 +219,11 @@ class Communicators:
         return self._group if exact else None
 
     @property
+    def bound_device(self) -> torch.device | None:
+        """The only accelerator that the process group serves in this process; None if none was passed to torch."""
+        return None if self._group is None else self._group.bound_device_id
+
+    @property
     def ranks(self) -> list[int]:
         """The ranks of the optimizer, as ranks of the default group."""
         return list(self._axes.everyone)
