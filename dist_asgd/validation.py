@@ -1,7 +1,7 @@
 """Checks the arguments of ``ShardedASGD`` and of ``add_param_group()``, and the hyperparameters before each step.
 
-Every error says what was asked, why it cannot be had, and what to do instead. Errors are raised on this rank; the caller
-shares them, so that all ranks raise. Only ``check_new_group`` may communicate.
+Every error says what was asked, why it cannot be had, and what to do instead. Errors are raised on this rank; the
+caller shares them, so that all ranks raise. Only ``check_new_group`` may communicate.
 """
 
 from __future__ import annotations
