@@ -25,8 +25,8 @@ from .gradients import clip
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
 from .gradients.checksums import compare_values
+from .gradients.loss_scaling import ScalerInfo, unscale
 from .gradients.reducer import Reducer
-from .gradients.scaling import ScalerInfo, unscale
 from .placements import fsdp1
 from .state import ParamShards
 from .state_dict import full
@@ -341,7 +341,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
-        """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``scaling.unscale``. Collective."""
+        """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``loss_scaling.unscale``. Collective."""
         return unscale(self.gradients, inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ class Agreement:
         self._mask_words = -(-num_params // MASK_BITS)
 
     def indices(self, mask: int) -> frozenset[int]:
-        """The parameters whose bits are set in ``mask``: the very same set as long as the mask does not change."""
+        """Return the parameters whose bits are set in ``mask``; the same object while the mask does not change."""
         if self._last_indices[0] != mask:
             self._last_indices = (mask, indices_in(mask))
         return self._last_indices[1]

@@ -1,4 +1,4 @@
-"""Bit masks over parameters: bit i of an integer says something about the parameter with index i."""
+"""Bit masks over parameters: bit i of an integer stands for the parameter with index i. Exchanges send such masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def bit_mask(indices: Iterable[int]) -> int:
-    """The mask in which the bits of ``indices`` are set."""
+    """Return the mask in which the bits of ``indices`` are set."""
     mask = 0
     for index in indices:
         mask |= 1 << index
@@ -14,5 +14,5 @@ def bit_mask(indices: Iterable[int]) -> int:
 
 
 def indices_in(mask: int) -> frozenset[int]:
-    """The indices whose bits are set in ``mask``."""
+    """Return the indices whose bits are set in ``mask``."""
     return frozenset(index for index, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")

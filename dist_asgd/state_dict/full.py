@@ -7,7 +7,7 @@ from torch import Tensor
 from ..comm import Communicators
 from ..comm.agreement import Fingerprint
 from ..state import ParamShards
-from .packing import snapshots_of
+from .sharded import snapshots_of
 from .whole_tensors import whole_state
 
 

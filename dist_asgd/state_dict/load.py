@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..comm.agreement import Fingerprint
-from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor, local_tensor, same_placement
+from ..placements.presharded import DTensorParam, FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import as_real, in_memory_order
@@ -77,14 +77,23 @@ class ParamTarget:
     numel: int
     has_master: bool
     param: Tensor
+    is_dtensor: bool = False
+    is_fsdp1: bool = False
 
     @classmethod
     def of(cls, member: ShardedParam) -> ParamTarget:
         """Return the target for a parameter that is sharded here or was before."""
-        numel = member.fragment.numel // (2 if member.dtype.is_complex else 1)
-        shape, has_master = tuple(member.param.shape), member.bucket.master is not None
         return cls(
-            member.name, member.dtype, shape, member.strides, member.fragment_start, numel, has_master, member.param
+            member.name,
+            member.dtype,
+            tuple(member.param.shape),
+            member.strides,
+            member.fragment_start,
+            member.average.numel(),
+            member.bucket.master is not None,
+            member.param,
+            isinstance(member, DTensorParam),
+            isinstance(member, FSDP1Param),
         )
 
     @classmethod
@@ -182,11 +191,12 @@ def _tensor(target: ParamTarget, saved: dict[str, Any], key: str) -> tuple[Tenso
             f"whole."
         )
     shard = shard_tensor_of(value)
-    if is_dtensor(value) and (is_dtensor(target.param) or shard is None):
+    distributed = type(value) not in (Tensor, ShardTensor) and is_dtensor(value)
+    if distributed and (target.is_dtensor or shard is None):
         return _local_fragment(target, key, value)
     if shard is None:
         return value, False
-    if is_dtensor(target.param):
+    if target.is_dtensor:
         raise ValueError(
             f"dist_asgd: {key} of parameter {target.name} is one rank's part of a flat bucket, and the parameter is a "
             f"DTensor. Load consolidated_state_dict(), or a checkpoint through torch.distributed.checkpoint."
@@ -297,7 +307,7 @@ def fingerprint(loaded: ParsedStateDict, targets: Sequence[ParamTarget]) -> Fing
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
     for index, entry in sorted(loaded.entries.items()):
-        if fsdp1.is_managed(targets[index].param):
+        if targets[index].is_fsdp1:
             # Ranks that hold nothing of an FSDP1 parameter have no entry for it.
             continue
         label = (
@@ -360,7 +370,8 @@ def load_shards(loaded: ParsedStateDict, buffers: Sequence[StateBuffer]) -> list
 def _fragment(value: Tensor, member: ShardedParam, sharded: bool) -> Tensor:
     """Return this rank's fragment of a loaded tensor, 1-D and real."""
     if sharded:
-        return as_real(value.resolve_conj())
+        reals = value.resolve_conj()
+        return as_real(reals) if reals.is_complex() else reals
     return member.fragment_of(value)
 
 

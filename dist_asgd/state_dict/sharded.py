@@ -1,4 +1,7 @@
-"""The sharded state dict: torch's layout with this rank's fragments. ``state_dict()`` returns it."""
+"""The sharded state dict: torch's layout with this rank's fragments. ``state_dict()`` returns it.
+
+The other forms of state dict pack groups (``pack_groups``) and scalars (``snapshots_of``) in the same way.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
 from ..state import ParamShards
 from ..storage.buffers import ShardedParam
-from .packing import pack_groups, snapshots_of
+from ..update.schedule import Cohort
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,6 +64,8 @@ torch.serialization.add_safe_globals([bool])
 
 
 AVERAGE = "ax"
+# Keys that say how a process runs and not what it trains. The groups of torch.optim.ASGD do not have them.
+NOT_SAVED = ("fused",)
 # The tensors that stand for averages, by parameter index: they are used again while they show the right memory.
 ShardTensorCache = dict[int, ShardTensor]
 
@@ -143,3 +148,42 @@ class _EntryTensors:
         return replicated_fragment(
             self._meshes[device_type], shard, ReplicaSharding(replicas, member.bucket.layout, member.slot)
         )
+
+
+# --- groups and scalars ----------------------------------------------------------------------------------
+
+
+def _snapshot(value: Any) -> Any:
+    # A Tensor lr is changed in place later, and the state dict must keep the value of now.
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def pack_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``param_groups`` with numbers for the parameters, in order, as ``torch.optim`` packs them."""
+    packed = []
+    first = 0
+    for group in groups:
+        entry = {key: _snapshot(value) for key, value in group.items() if key not in ("params", *NOT_SAVED)}
+        entry["params"] = list(range(first, first + len(group["params"])))
+        first += len(group["params"])
+        packed.append(entry)
+    return packed
+
+
+def snapshots_of(members: Sequence[ShardedParam], cohort_of: dict[int, Cohort]) -> dict[int, dict[str, Tensor]]:
+    """Return copies of step, eta and mu on the host, by parameter index.
+
+    Every parameter gets tensors of its own, because loaders write into them in place. If scalars are on a device, the
+    host waits for it once per cohort.
+    """
+    by_cohort: dict[int, list[ShardedParam]] = {}
+    for member in members:
+        by_cohort.setdefault(id(cohort_of[member.index]), []).append(member)
+    snapshots: dict[int, dict[str, Tensor]] = {member.index: {} for member in members}
+    for alike in by_cohort.values():
+        for key, scalar in cohort_of[alike[0].index].snapshot().items():
+            # One clone for all of them is much faster than one per parameter.
+            for member, copied in zip(alike, scalar.expand(len(alike)).clone().unbind(), strict=True):
+                # Without .data each would be a view of the clone, which autograd forbids to change in place.
+                snapshots[member.index][key] = copied.data
+    return snapshots

@@ -13,7 +13,6 @@ from ..gather import Gatherer
 from ..state import ParamShards
 from ..validation import check_hyperparameters, named_params
 from . import full, load, sharded, unsharded
-from .packing import after_load, after_state_dict, before_load, before_state_dict, pack_groups
 
 
 class StateDicts:
@@ -32,12 +31,12 @@ class StateDicts:
     def sharded(self) -> dict[str, Any]:
         """Return this rank's fragments, for ``state_dict()``. No communication."""
         optimizer = self._optimizer
-        before_state_dict(optimizer)
+        _before_state_dict(optimizer)
         if self._shards is None:
             packed = unsharded.pack(optimizer.param_groups, optimizer.state)
         else:
             packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._cache)
-        return after_state_dict(optimizer, packed)
+        return _after_state_dict(optimizer, packed)
 
     @torch.no_grad()
     def full(self, to: int | None) -> dict[str, Any]:
@@ -49,12 +48,12 @@ class StateDicts:
             return self.sharded()
         here = to is None or to == self._communicators.rank
         if here:
-            before_state_dict(self._optimizer)
+            _before_state_dict(self._optimizer)
         state = full.collect_state(self._shards, self._communicators, to)
         if not here:
             return {}
-        packed = {"state": state, "param_groups": pack_groups(self._optimizer.param_groups)}
-        return after_state_dict(self._optimizer, packed)
+        packed = {"state": state, "param_groups": sharded.pack_groups(self._optimizer.param_groups)}
+        return _after_state_dict(self._optimizer, packed)
 
     def parse(self, state_dict: dict[str, Any]) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
         """Parse and check ``state_dict``. No communication, and nothing changes but what pre-hooks do.
@@ -65,7 +64,7 @@ class StateDicts:
         groups = self._optimizer.param_groups
         try:
             targets = self._targets()
-            state_dict = before_load(self._optimizer, state_dict)
+            state_dict = _before_load(self._optimizer, state_dict)
             loaded = load.parse(state_dict, groups, targets, self._optimizer.defaults)
             for index, group in enumerate(loaded.groups):
                 check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
@@ -103,4 +102,38 @@ class StateDicts:
                 buffer.on_params_written()
             self._gatherer.wait()
             self._shards.replace_cohorts(load.make_cohorts(loaded, self._shards.members, groups))
-        after_load(self._optimizer)
+        _after_load(self._optimizer)
+
+
+# --- the user's hooks ------------------------------------------------------------------------------------
+
+
+def _before_state_dict(optimizer: Optimizer) -> None:
+    """Run the state_dict pre-hooks."""
+    for hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        hook(optimizer)
+
+
+def _after_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Run the state_dict post-hooks on ``state_dict``; return the dict, or the one that a hook returned instead."""
+    for hook in optimizer._optimizer_state_dict_post_hooks.values():
+        replaced = hook(optimizer, state_dict)
+        if replaced is not None:
+            state_dict = replaced
+    return state_dict
+
+
+def _before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Run the load_state_dict pre-hooks on a shallow copy, as torch does; return the dict to load."""
+    state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = hook(optimizer, state_dict)
+        if replaced is not None:
+            state_dict = replaced
+    return state_dict
+
+
+def _after_load(optimizer: Optimizer) -> None:
+    """Run the load_state_dict post-hooks."""
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)

@@ -9,7 +9,7 @@ import torch
 
 from ..update.differentiable import init_state
 from .load import ParsedStateDict
-from .packing import pack_groups
+from .sharded import pack_groups
 
 
 def pack(groups: Sequence[dict[str, Any]], state: Any) -> dict[str, Any]:

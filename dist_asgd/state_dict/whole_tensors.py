@@ -4,8 +4,8 @@
 its caller keeps, and the other ranks hold at most what they send of one batch.
 
 batch       tensors that are gathered with one message per rank: those of a bucket, or some DTensors of one dtype
-region      the part of a DTensor that one rank sends, see ``RankRegion``; ranks tell each other theirs once
-staging     the buffer that messages of a batch arrive in, used again by the next batch
+region      the elements of a DTensor that one rank sends, see ``RankRegion``; ranks exchange their regions once
+staging     the buffer in which the messages of a batch arrive; the next batch uses it again
 """
 
 from __future__ import annotations

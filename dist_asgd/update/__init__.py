@@ -1,1 +1,1 @@
-"""The ASGD rule on local tensors; no communication in sight."""
+"""The ASGD rule on this rank's tensors: schedule, plan, implementations and kernels. Nothing here communicates."""

@@ -1,7 +1,8 @@
-"""The rule in torch's for-loop form as Triton kernels: one launch for all segments of a kind, none per parameter.
+"""The rule in torch's for-loop form as Triton kernels: one launch for a state buffer, none per parameter.
 
-    advance_kernel  the schedule: (step, eta, mu) of every cohort to the factors (c, -eta, mu, t) of this step
-    update_kernel   the rule, on elements x, gradients g and averages ax, with the factors of the segment's row:
+    advance_kernel  the schedule: from (step, eta, mu) of every cohort to the factors (c, -eta, mu, t) of this step, and
+                    on to the next step's scalars, with lr, lambd, alpha and t0 of the group
+    update_kernel   the rule, for parameters x, gradients g and averages ax, with the factors of the segment's row:
 
         g  <- -g                      if maximize
         g  <- g + weight_decay * x    if weight_decay is not 0; fused
@@ -9,15 +10,16 @@
         x  <- x - eta * g             fused
         ax <- ax + (x - ax) * mu      a copy of x while mu is 1: ax is not read
 
-Bit-identical to ``torch.optim.ASGD(foreach=False)`` in float32 and float64; 16-bit parameters round after every
-operation, as torch's CUDA operators do. ``masters.py`` and ``rounding.py`` are the oracles of
-masters and of stochastic rounding.
+The bits are those of ``torch.optim.ASGD(foreach=False)`` in float32 and float64; 16-bit parameters round after every
+operation, as torch's CUDA operators do. ``masters.py`` and ``rounding.py`` are the references for masters and for
+stochastic rounding.
 
 block   consecutive elements of one segment, updated by one program
 table   int64 ``(num_segments, 8)``: addresses of param, average and master, numel, row, first, key, weight decay
 column  int64 ``(num_segments,)``: addresses of the gradients, apart because they may change with every step
 
-Compiled without contraction. Needs triton: imported by who launches kernels, and not before.
+The kernels are compiled without contraction. ``plan.py`` and ``scalars.py`` import this module when they first need
+it, as it needs triton.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from ..storage.masters import NAN_BITS
 from . import rounding
+from .addresses import ACCESS_BYTES, AddressColumn
 from .batch import Batch, StepContext
 from .schedule import scalar_dtype
 from .segments import KernelDtypes, Segment, SegmentGradients
@@ -43,7 +46,6 @@ BLOCK_NUMEL = 4096
 NUM_WARPS = 8
 BLOCK_ROWS = 32
 SEGMENT_ALIGNMENT_BYTES = 64
-ACCESS_BYTES = 16
 
 _TABLE_COLUMNS = tl.constexpr(8)
 _GOLDEN = tl.constexpr(rounding.GOLDEN)
@@ -58,7 +60,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["found_inf"])
 def advance_kernel(scalars, hyper, factors, found_inf, num_rows, DOUBLE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """One row of ``scalars``, ``hyper`` and ``factors`` (see ``advance``) in every lane."""
+    """Advance ``BLOCK_ROWS`` rows of ``scalars``, ``hyper`` and ``factors`` (see ``advance``), one in every lane."""
     SCALAR: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     if found_inf is not None:  # noqa: SIM102 (the outer one is decided by the compiler)
         if tl.load(found_inf) != 0:
@@ -74,23 +76,23 @@ def advance_kernel(scalars, hyper, factors, found_inf, num_rows, DOUBLE: tl.cons
     alpha = tl.load(hyper + 2, mask=active, other=0)
     t0 = tl.load(hyper + 3, mask=active, other=0)
     initial = tl.load(hyper + 5, mask=active, other=0)
-    step = tl.load(scalars, mask=active, other=0)
+    t = tl.load(scalars, mask=active, other=0)
     eta = tl.load(scalars + 1, mask=active, other=0)
     mu = tl.load(scalars + 2, mask=active, other=0)
 
-    # torch makes eta from the lr of the first step, not of construction.
-    eta = tl.where(tl.where(step == 0, initial, 0) != 0, _rounded(lr, SCALAR), eta)
-    step += 1
+    # torch takes the first eta from the lr of the first step, not from that of construction.
+    eta = tl.where(tl.where(t == 0, initial, 0) != 0, _rounded(lr, SCALAR), eta)
+    t += 1
     tl.store(factors, 1 - lambd * eta, mask=active)
     # Not 0 - eta: an eta of 0 must become -0.
     tl.store(factors + 1, eta * -1.0, mask=active)
     tl.store(factors + 2, mu, mask=active)
-    tl.store(factors + 3, step, mask=active)
+    tl.store(factors + 3, t, mask=active)
 
-    power = tl.exp(alpha * tl.log(1 + lambd * lr * step))
-    tl.store(scalars, step, mask=active)
+    power = tl.exp(alpha * tl.log(1 + lambd * lr * t))
+    tl.store(scalars, t, mask=active)
     tl.store(scalars + 1, _rounded(lr / power, SCALAR), mask=active)
-    tl.store(scalars + 2, _rounded(1 / tl.maximum(step - t0, 1.0), SCALAR), mask=active)
+    tl.store(scalars + 2, _rounded(1 / tl.maximum(t - t0, 1.0), SCALAR), mask=active)
 
 
 @triton.jit
@@ -141,14 +143,14 @@ def update_kernel(
     GRADIENT_ALIGNED: tl.constexpr,
     BLOCK_NUMEL: tl.constexpr,
 ):
-    """One block: ``blocks`` (num_blocks, 2) int32 says of which segment, and which of its blocks."""
+    """Update one block; ``blocks`` (num_blocks, 2) int32 has its segment, and its index among the segment's blocks."""
     WIDE: tl.constexpr = tl.float64 if tl.float64 == PARAM else tl.float32
     AVERAGE_WIDE: tl.constexpr = tl.float64 if tl.float64 == AVERAGE else WIDE
-    # What every operation rounds to: 16-bit parameters without a wider copy follow torch's operators.
+    # The dtype that every operation rounds to: that of torch's operators, float32 if only the result is rounded.
     EACH: tl.constexpr = tl.float32 if MASTER or STOCHASTIC else PARAM
     SCALED: tl.constexpr = tl.float32 if MASTER or STOCHASTIC else GRADIENT
     AVERAGE_EACH: tl.constexpr = EACH if AVERAGE == EACH else AVERAGE_WIDE
-    # bfloat16 that is joined, split or rounded here, as integers.
+    # bfloat16 parameters are read as integers if the kernel joins them with masters or rounds them itself.
     BITS: tl.constexpr = (MASTER or STOCHASTIC) and tl.bfloat16 == PARAM
     if found_inf is not None:  # noqa: SIM102 (the outer one is decided by the compiler)
         if tl.load(found_inf) != 0:
@@ -184,7 +186,7 @@ def update_kernel(
                     bits += held.to(tl.int32)
                 x = bits.to(tl.float32, bitcast=True)
             elif MASTER:
-                # A change that somebody else made to the parameter wins.
+                # A parameter that was written since the last step is its own master.
                 x = tl.where(held.to(PARAM) == x, held, x.to(tl.float32))
             else:
                 x = x.to(WIDE)
@@ -226,13 +228,14 @@ def update_kernel(
 
 
 def advance(scalars: Tensor, hyper: Tensor, factors: Tensor, found_inf: Tensor | None) -> None:
-    """Write this step's ``factors`` and move ``scalars`` on to the next step's; one launch, no synchronisation.
+    """Write this step's ``factors`` and advance ``scalars`` to the next step's: one launch, no synchronisation.
 
-    scalars    (num_rows, 3) float64: step, eta, mu of each cohort
-    hyper      (num_rows, 6) float64: lr, lambd, alpha, t0, active, initial. A row that is not active keeps its
-               scalars; ``initial`` takes eta from the lr while step is 0.
-    factors    (num_rows, 4) float64, written: 1 - lambd * eta, -eta, mu, the step counted from 1
-    found_inf  (1,) float32, nonzero: nothing changes, and ``Launch.run`` with it changes nothing either
+    Args:
+        scalars: (num_rows, 3) float64: step, eta, mu of each cohort; updated.
+        hyper: (num_rows, 6) float64: lr, lambd, alpha, t0, active, initial. A row that is not active keeps its scalars;
+            one that is initial takes eta from the lr while step is 0.
+        factors: (num_rows, 4) float64: c = 1 - lambd * eta, -eta, mu, t; written.
+        found_inf: (1,) float32; if it is nonzero nothing changes, and ``Launch.run`` is to get it too.
     """
     num_rows, double = len(scalars), scalar_dtype() == torch.float64
     if num_rows:
@@ -243,19 +246,15 @@ def advance(scalars: Tensor, hyper: Tensor, factors: Tensor, found_inf: Tensor |
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    # Triton launches on the current device, whatever its arguments lie on.
+    # Triton launches on the current device, not on that of its arguments.
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _check(segment: Segment, position: int, kind: KernelDtypes) -> None:
-    """Kernels see addresses only: what a segment holds is compared with what the kind says."""
-    master = (torch.int16 if kind.param == torch.bfloat16 else torch.float32) if kind.master else None
-    gradient = None if segment.gradient is None else kind.gradient
-    wanted = {"param": kind.param, "average": kind.average, "master": master, "gradient": gradient}
+def _check(segment: Segment, position: int, dtypes: KernelDtypes) -> None:
+    """ValueError unless a segment's tensors are as the kernel will read them, which gets addresses only."""
+    master = (torch.int16 if dtypes.param == torch.bfloat16 else torch.float32) if dtypes.master else None
+    gradient = None if segment.gradient is None else dtypes.gradient
+    wanted = {"param": dtypes.param, "average": dtypes.average, "master": master, "gradient": gradient}
     for name, dtype in wanted.items():
         tensor: Tensor | None = getattr(segment, name)
         found = None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
@@ -270,96 +269,52 @@ def _check(segment: Segment, position: int, kind: KernelDtypes) -> None:
             )
 
 
-def default_block_numel(kind: KernelDtypes) -> int:
-    """Elements of a block: in double precision half as many, or registers leave room for one block only."""
-    return BLOCK_NUMEL // 2 if kind.average == torch.float64 else BLOCK_NUMEL
-
-
-class _Column:
-    """Gradient addresses on the device; uploaded when they change, without waiting for the device.
-
-    A CUDA graph keeps the addresses it was captured with: what it uses is kept for good, and never written again.
-    """
-
-    def __init__(self, chosen: Sequence[int], num_segments: int, device: torch.device) -> None:
-        self._chosen, self._num_segments = chosen, num_segments
-        self._device, self._pinned = device, device.type == "cuda"
-        self._latest: tuple[list[int], tuple[Tensor, bool]] | None = None
-        # Addresses, staging memory (none where an upload before the capture serves), column.
-        self._captured: list[tuple[list[int], Tensor | None, Tensor]] = []
-        self._spare: tuple[Tensor, Tensor] | None = self._make_spare()
-
-    def _make_spare(self) -> tuple[Tensor, Tensor]:
-        # Pinned memory cannot be allocated while a graph is captured.
-        staging = torch.zeros(len(self._chosen), dtype=torch.int64, device="cpu", pin_memory=self._pinned)
-        return staging, torch.zeros_like(staging, device=self._device)
-
-    def of(self, addresses: list[int]) -> tuple[Tensor, bool]:
-        """The column ``(num_chosen,)`` of these addresses, and whether all are aligned."""
-        capturing = _is_capturing(self._device)
-        if not capturing and self._spare is None:
-            self._spare = self._make_spare()
-        if self._latest is not None and self._latest[0] == addresses:
-            if capturing:
-                self._captured.append((addresses, None, self._latest[1][0]))
-            return self._latest[1]
-        if len(addresses) != self._num_segments:
-            raise ValueError(f"{len(addresses)} gradients for {self._num_segments} segments")
-        rows = [addresses[i] for i in self._chosen]
-        aligned = not any(address % ACCESS_BYTES for address in rows)
-        if capturing:
-            return self._of_graph(addresses, rows), aligned
-        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=self._pinned)
-        self._latest = (addresses, (host.to(self._device, non_blocking=True), aligned))
-        return self._latest[1]
-
-    def _of_graph(self, addresses: list[int], rows: list[int]) -> Tensor:
-        for captured, staging, column in self._captured:
-            if captured == addresses and staging is not None:
-                # Again: what was captured first may be another graph, and may not have run.
-                return column.copy_(staging, non_blocking=True)
-        if self._spare is None:
-            raise RuntimeError(
-                "a second CUDA graph is captured with gradients at new addresses, and what was set aside for one is "
-                "used up: take one step outside of graphs before each capture"
-            )
-        (staging, column), self._spare = self._spare, None
-        self._captured.append((addresses, staging, column))
-        return column.copy_(staging.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu")), non_blocking=True)
+def default_block_numel(dtypes: KernelDtypes) -> int:
+    """Elements of a block; half as many in double precision, or a processor has registers for one block only."""
+    return BLOCK_NUMEL // 2 if dtypes.average == torch.float64 else BLOCK_NUMEL
 
 
 class Launch:
-    """The update of a table of segments in one launch a step; built when the segments change, run every step.
+    """The update of a table of segments in one launch; made once by ``plan.py``, run at every step.
 
-    All gradients of ``segments`` are given, or none; empty segments are left out.
+    Tensors are checked here, and kept alive as long as the launch.
+
+    Args:
+        segments: on ``device``, with the dtypes ``dtypes``; all with a gradient, or none; empty ones are left out.
+        maximize, weight_decay: the hyperparameters of the segments' group.
+        device: where the kernel runs; a CPU if Triton interprets it.
+        block_numel: elements of a block, a power of two; None is ``default_block_numel``.
+
+    Raises:
+        ValueError: a tensor has another dtype, shape, device, memory order or alignment than the kernel reads.
     """
 
     def __init__(
         self,
         segments: Sequence[Segment],
-        kind: KernelDtypes,
+        dtypes: KernelDtypes,
         maximize: bool,
         weight_decay: float,
         device: torch.device,
         block_numel: int | None = None,
     ) -> None:
-        block_numel = block_numel or default_block_numel(kind)
+        block_numel = block_numel or default_block_numel(dtypes)
         chosen = [i for i, segment in enumerate(segments) if segment.numel]
         for i in chosen:
-            _check(segments[i], i, kind)
-        # The table holds addresses: the tensors live as long as it does.
+            _check(segments[i], i, dtypes)
+        # The table has addresses only: the tensors must live as long as it does.
         self._segments = [segments[i] for i in chosen]
         self.device = device
         given = [s.gradient.data_ptr() for s in self._segments if s.gradient is not None]
         if len(given) not in (0, len(chosen)):
             raise ValueError(f"{len(given)} of {len(chosen)} segments have a gradient: give all of them, or none")
         self._given = given or None
-        self._column = _Column(range(len(chosen)) if given else chosen, len(given or segments), device)
-        dtypes = {"PARAM": kind.param, "GRADIENT": kind.gradient, "AVERAGE": kind.average}
+        self._column = AddressColumn(range(len(chosen)) if given else chosen, len(given or segments), device)
+        by_name = {"PARAM": dtypes.param, "GRADIENT": dtypes.gradient, "AVERAGE": dtypes.average}
         self._constants: dict[str, Any] = {
-            **{name: getattr(tl, str(dtype).removeprefix("torch.")) for name, dtype in dtypes.items()},
-            "MASTER": kind.master,
-            "STOCHASTIC": kind.stochastic,
+            **{name: getattr(tl, str(dtype).removeprefix("torch.")) for name, dtype in by_name.items()},
+            "MASTER": dtypes.master,
+            "STOCHASTIC": dtypes.stochastic,
             "MAXIMIZE": maximize,
             "WEIGHT_DECAY": weight_decay != 0,
             "PARAM_ALIGNED": not any(s.param.data_ptr() % ACCESS_BYTES for s in self._segments),
@@ -386,13 +341,19 @@ class Launch:
         clip: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Update every segment; one launch, and an upload where the gradients have moved; no synchronisation.
+        """Update every segment: one launch, and an upload if gradients have other addresses; no synchronisation.
 
-        gradients   their data pointers, one a segment, where they come with the step; else None
-        factors     (num_rows, 4) float64 from ``advance``
-        unscale     (1,) float32: gradients are multiplied by it
-        clip        (1,) float32 or float64: gradients are multiplied by it
-        found_inf   (1,) float32, nonzero: nothing changes
+        Args:
+            gradients: the data pointers of this step's gradients, one for each segment; they are not checked. None if
+                the segments have their own gradients.
+            factors: (num_rows, 4) float64, from ``advance``.
+            unscale: (1,) float32; gradients are multiplied by it. None instead of 1.
+            clip: (1,) float32 or float64; gradients are multiplied by it. None instead of 1.
+            found_inf: (1,) float32; if it is nonzero nothing changes.
+
+        Raises:
+            ValueError: gradients are given twice or not at all, or their number is wrong.
+            RuntimeError: a CUDA graph is captured and memory for new addresses is used up.
         """
         if not self._segments:
             return

@@ -1,4 +1,7 @@
-"""``differentiable=True``: one process, nothing flattened, every intermediate kept for autograd."""
+"""``differentiable=True``: the rule on whole parameters of one process, with every intermediate kept for autograd.
+
+In this mode the optimizer has no buckets and no ``ParamShards``: ``optimizer.state`` is the state, as in torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from .schedule import Cohort, Implementation, StepHyperparameters
 
 
 def init_state(param: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
-    """torch's own state of one parameter: ``ax`` has the parameter's shape here."""
+    """The state of a parameter that has not stepped, as torch has it: ``ax`` has the parameter's shape."""
     cohort = Cohort.new(lr, ())
     average = torch.zeros_like(param, memory_format=torch.preserve_format).detach()
     return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": average}
@@ -21,21 +24,23 @@ def init_state(param: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
 
 @torch.enable_grad()
 def step(groups: Sequence[dict[str, Any]], state: Any) -> None:
-    """One step with gradients enabled, as torch does it here; ``state`` is the optimizer's, and the only truth."""
+    """One step of all parameters that have a gradient, recorded by autograd; ``state`` is ``optimizer.state``."""
     for group in groups:
+        # torch's foreach form refuses this mode, so the for-loop form is the only one.
         hyper = StepHyperparameters.of(group, Implementation.FORLOOP)
         for param in group["params"]:
             if param.grad is None:
                 continue
-            own = state[param]
-            scalars = Cohort(own["step"], own["eta"], own["mu"], ())
-            if own["step"].item() == 0 and own["mu"].item() == 1:
+            entry = state[param]
+            scalars = Cohort(entry["step"], entry["eta"], entry["mu"], ())
+            # A loaded state dict may have replaced the entry, so whether it is fresh is read from the scalars.
+            if entry["step"].item() == 0 and entry["mu"].item() == 1:
                 scalars.fresh = True
             scalars.prepare(hyper.lr)
-            average = own["ax"]
+            average = entry["ax"]
             if average.shape != param.shape:
                 average = average.view_as(param)
-            reference.update(_real(param), _real(param.grad), _real(average), own["eta"], own["mu"], hyper, None)
+            reference.update(_real(param), _real(param.grad), _real(average), entry["eta"], entry["mu"], hyper, None)
             with torch.no_grad():
                 scalars.advance(hyper)
 

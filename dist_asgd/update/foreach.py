@@ -1,15 +1,17 @@
-"""The rule in torch's foreach form, on flat runs of many parameters: the update on accelerators.
+"""The rule in torch's foreach form, on tiles that span many parameters: the default on accelerators.
 
-For one step with gradient g (torch/optim/asgd.py, ``_multi_tensor_asgd``):
+For one step of parameters x with gradients g and averages ax, with eta and mu from the step before
+(torch/optim/asgd.py, ``_multi_tensor_asgd``):
 
     g  <- -g                      if maximize
     g  <- g + weight_decay * x    if weight_decay is not 0
     g  <- g + lambd * x
     x  <- x - eta * g
-    ax <- ax + (x - ax) * mu      at every mu: while mu is 1, ax need not be bitwise x
+    ax <- ax + (x - ax) * mu      at every mu, so ax need not be bitwise x while mu is 1
 
-Bit-identical to ``torch.optim.ASGD(foreach=True)`` on the same device. Where torch makes lists of parameters,
-a bucket's run already is one tensor, so each line is one launch.
+The bits are those of ``torch.optim.ASGD(foreach=True)`` on the same device. torch needs lists of parameters; a tile is
+one tensor already, so each line is one launch. ``operators.py`` calls this module for groups whose
+implementation is FOREACH.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from .reference import subtract
 from .schedule import StepHyperparameters
 
 
-def descend(param: Tensor, gradient: Tensor, eta: Tensor, hyper: StepHyperparameters, scratch: Tensor | None) -> None:
-    """The lines that update ``param``; as in ``reference``, but ``eta`` is on the parameters' device."""
+def descend(x: Tensor, g: Tensor, eta: Tensor, hyper: StepHyperparameters, scratch: Tensor | None) -> None:
+    """Update the parameters ``x``, as ``reference.descend``; but ``eta`` is on their device."""
     if hyper.maximize:
-        gradient = torch.neg(gradient, out=scratch)
+        g = torch.neg(g, out=scratch)
     if hyper.weight_decay != 0:
-        gradient = torch.add(gradient, param, alpha=hyper.weight_decay, out=scratch)
-    gradient = torch.add(gradient, param, alpha=hyper.lambd, out=scratch)
-    param.addcmul_(gradient, eta, value=-1)
+        g = torch.add(g, x, alpha=hyper.weight_decay, out=scratch)
+    g = torch.add(g, x, alpha=hyper.lambd, out=scratch)
+    x.addcmul_(g, eta, value=-1)
 
 
-def take_average(param: Tensor, average: Tensor, mu: Tensor, difference: Tensor | None) -> None:
-    """The line that updates ``average``; ``mu`` is on the parameters' device."""
-    average.addcmul_(subtract(param, average, difference), mu)
+def take_average(x: Tensor, ax: Tensor, mu: Tensor, difference: Tensor | None) -> None:
+    """Update the averages ``ax``, as ``reference.take_average``; but ``mu`` is on their device."""
+    ax.addcmul_(subtract(x, ax, difference), mu)

@@ -1,14 +1,17 @@
-"""The rule in torch's for-loop form, one tensor at a time: the readable oracle, and the update on CPUs.
+"""The rule in torch's for-loop form, one tensor at a time: the readable reference that every kernel is held to.
 
-For one step with gradient g (torch/optim/asgd.py, ``_single_tensor_asgd``; Polyak & Juditsky 1992):
+For one step of parameters x with gradients g and averages ax, with eta and mu from the step before
+(torch/optim/asgd.py, ``_single_tensor_asgd``; Polyak & Juditsky 1992):
 
     g  <- -g                      if maximize
     g  <- g + weight_decay * x    if weight_decay is not 0
-    x  <- x * (1 - lambd * eta)   the factor in double precision
+    x  <- x * c                   c = 1 - lambd * eta, in double precision
     x  <- x - eta * g
     ax <- ax + (x - ax) * mu      a copy of x while mu is 1
 
-Bit-identical to ``torch.optim.ASGD(foreach=False)`` on the same device.
+``schedule.py`` computes the next step's eta and mu from lr, lambd, alpha and t0. The bits are those of
+``torch.optim.ASGD(foreach=False)`` on the same device. ``operators.py`` calls this module for groups whose
+implementation is FORLOOP, and for FUSED ones on CPUs where the C kernel cannot run.
 """
 
 from __future__ import annotations
@@ -19,48 +22,54 @@ from torch import Tensor
 from .schedule import StepHyperparameters
 
 
-def subtract(param: Tensor, average: Tensor, out: Tensor | None) -> Tensor:
-    """``param - average`` in the average's dtype, into ``out``; without the temporary of torch's mixed subtraction."""
-    if out is None or average.dtype == param.dtype:
-        return torch.sub(param, average, out=out)
-    return out.copy_(param).sub_(average)
-
-
 def update(
-    param: Tensor,
-    gradient: Tensor,
-    average: Tensor,
+    x: Tensor,
+    g: Tensor,
+    ax: Tensor,
     eta: Tensor,
     mu: Tensor,
     hyper: StepHyperparameters,
     scratch: Tensor | None = None,
     difference: Tensor | None = None,
 ) -> None:
-    """Update ``param`` and ``average`` in place; all tensors have one shape, real dtypes, one device.
+    """Update ``x`` and ``ax`` in place; all tensors but eta and mu have one shape, real dtypes and one device.
 
-    ``eta`` and ``mu`` are 0-dim tensors on the host. ``gradient`` is only read, and may be ``scratch``.
-    ``scratch`` is of the parameter's dtype and shape, and is overwritten; None allocates instead, which keeps
-    every intermediate for autograd (``differentiable``). ``average`` may be wider than ``param``;
-    ``difference`` is the like of ``scratch`` in its dtype, and may be ``scratch`` where the dtypes are the same.
+    Args:
+        x: the parameters.
+        g: the gradients, of the parameters' dtype; they are only read, and may be ``scratch``.
+        ax: the averages, of the parameters' dtype or a wider one.
+        eta, mu: 0-dim, on the host.
+        hyper: the hyperparameters of the group.
+        scratch: memory of x's shape and dtype, which is overwritten. None allocates every intermediate instead, which
+            autograd needs (``differentiable``).
+        difference: memory of ax's shape and dtype, which is overwritten; may be ``scratch`` if the dtypes are equal.
     """
-    descend(param, gradient, eta, hyper, scratch)
-    take_average(param, average, mu, difference)
+    descend(x, g, eta, hyper, scratch)
+    take_average(x, ax, mu, difference)
 
 
-def descend(param: Tensor, gradient: Tensor, eta: Tensor, hyper: StepHyperparameters, scratch: Tensor | None) -> None:
-    """The lines that update ``param``."""
+def descend(x: Tensor, g: Tensor, eta: Tensor, hyper: StepHyperparameters, scratch: Tensor | None) -> None:
+    """Update the parameters ``x``: all lines of the rule but the last."""
     eta_value = eta.item()
+    c = 1 - hyper.lambd * eta_value
     if hyper.maximize:
-        gradient = torch.neg(gradient, out=scratch)
+        g = torch.neg(g, out=scratch)
     if hyper.weight_decay != 0:
-        gradient = torch.add(gradient, param, alpha=hyper.weight_decay, out=scratch)
-    param.mul_(1 - hyper.lambd * eta_value)
-    param.add_(gradient, alpha=-eta_value)
+        g = torch.add(g, x, alpha=hyper.weight_decay, out=scratch)
+    x.mul_(c)
+    x.add_(g, alpha=-eta_value)
 
 
-def take_average(param: Tensor, average: Tensor, mu: Tensor, difference: Tensor | None) -> None:
-    """The line that updates ``average``."""
+def take_average(x: Tensor, ax: Tensor, mu: Tensor, difference: Tensor | None) -> None:
+    """Update the averages ``ax`` with the parameters ``x``: the last line of the rule."""
     if mu.item() == 1:
-        average.copy_(param)
+        ax.copy_(x)
     else:
-        average.add_(subtract(param, average, difference).mul_(mu))
+        ax.add_(subtract(x, ax, difference).mul_(mu))
+
+
+def subtract(x: Tensor, ax: Tensor, out: Tensor | None) -> Tensor:
+    """``x - ax`` in the dtype of ``ax``, in ``out``, without the temporary of torch's subtraction of mixed dtypes."""
+    if out is None or ax.dtype == x.dtype:
+        return torch.sub(x, ax, out=out)
+    return out.copy_(x).sub_(ax)

@@ -1,6 +1,6 @@
-"""Stochastic rounding of float32 values to bfloat16 parameters, in torch operators: the kernels' oracle.
+"""Stochastic rounding of float32 values to bfloat16 parameters in torch operators: the reference of the kernels'.
 
-key  32 bits that tell apart the random numbers of parameters, from the seed and the parameter's index
+key  32 bits, computed from the seed and a parameter's index, that give each parameter random numbers of its own
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GOLDEN = 0x9E3779B9
 
 
 def mix(word: int) -> int:
-    """A bijection of 32-bit words in which every bit of the argument moves every bit of the result."""
+    """A bijection of 32-bit words; every bit of the argument affects every bit of the result."""
     word ^= word >> 16
     word = word * 0x7FEB352D & MASK
     word ^= word >> 15
@@ -24,6 +24,7 @@ def mix(word: int) -> int:
 
 
 def _mix_all(words: Tensor) -> Tensor:
+    """``mix`` of every element: int64 tensors, as torch has few operators for uint32."""
     words = words ^ words >> 16
     words = words * 0x7FEB352D & MASK
     words = words ^ words >> 15
@@ -42,10 +43,9 @@ def step_key(key: int, step: int) -> int:
 
 
 def random_16(key: int, step: int, first: int, numel: int, device: torch.device) -> Tensor:
-    """Uniform integers in [0, 65536) for elements ``first`` on of a parameter: ``(numel,)`` int64.
+    """Uniform integers in [0, 65536) for ``numel`` elements of a parameter from ``first`` on: ``(numel,)`` int64.
 
-    A function of the key, the step and the element's place in its parameter only, so that it does not depend on
-    sharding.
+    Each depends only on the key, the step and the element's offset in the whole parameter, and so not on the sharding.
     """
     elements = torch.arange(first, first + numel, device=device)
     words = _mix_all(elements & MASK ^ step_key(key, step))
@@ -53,8 +53,11 @@ def random_16(key: int, step: int, first: int, numel: int, device: torch.device)
 
 
 def round_stochastically(values: Tensor, param: Tensor, random: Tensor) -> None:
-    """Write float32 ``values`` to bfloat16 ``param``, up or down with the probability that makes the mean exact."""
+    """Write float32 ``values`` to bfloat16 ``param``, each rounded up or down so that its mean is exact.
+
+    ``random`` are integers in [0, 65536), one for each value.
+    """
     bits = values.view(torch.int32)
-    # Infinities and NaNs are kept: carrying into their exponent would change what they are.
+    # Infinities and NaNs are kept: a carry into their exponent would make them other values.
     moved = torch.where(values.isfinite(), bits + random.to(torch.int32), bits) >> 16
     param.view(torch.int16).copy_(torch.where(values.isnan(), NAN_BITS >> 16, moved))

@@ -1,6 +1,8 @@
-"""``step``, ``eta`` and ``mu`` of one parameter group on its device, and advanced there: no step waits for them.
+"""``step``, ``eta`` and ``mu`` of one parameter group on its device, advanced there: no step waits for them.
 
-row  the scalars of one cohort, and what they are advanced with
+``Cohorts`` has one table for each group that the Triton kernels update.
+
+row  one line of the table: the scalars of one cohort, and the hyperparameters they are advanced with
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class ScalarTable:
-    """Rows of all cohorts of a group that have stepped; ``capacity`` is how many there can be: one a parameter.
+    """The rows of all cohorts of a group that have stepped. ``capacity`` is the number of the group's parameters.
 
-    ``factors`` is ``(capacity, 4)`` float64, what the kernels of this step update with: 1 - lambd * eta, -eta, mu, t.
+    ``factors`` is ``(capacity, 4)`` float64: (c, -eta, mu, t) of each row for the step that ``advance`` was called in,
+    with c = 1 - lambd * eta.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -30,7 +33,11 @@ class ScalarTable:
         self._uploaded: list[list[float]] = []
 
     def adopt(self, cohort: Cohort) -> None:
-        """Move the scalars of ``cohort`` here; from now on they are views of its row, in float64."""
+        """Move the scalars of ``cohort`` to a row of the table; from now on they are views of it, in float64.
+
+        Called by ``Cohorts`` before the cohort's first step on the device. Cohorts never leave: there are at most as
+        many as parameters, since each split makes one smaller.
+        """
         row = len(self._cohorts)
         self._cohorts.append(cohort)
         cohort.initial = cohort.initial or cohort.fresh
@@ -41,11 +48,12 @@ class ScalarTable:
         cohort.fresh = False
 
     def advance(self, hyper: StepHyperparameters, active: frozenset[int], found_inf: Tensor | None) -> None:
-        """Write ``factors`` for this step, and the scalars of the next; one launch, no synchronisation.
+        """Write ``factors`` for this step and the scalars of the next: one launch, without waiting for the device.
 
-        ``active``: the parameters that step. ``found_inf`` ``(1,)`` float32 on the device, nonzero: nothing changes.
+        ``active`` are the parameters that step. Nothing changes if ``found_inf``, ``(1,)`` float32 on the device, is
+        nonzero. RuntimeError if a CUDA graph is captured and the rows would have to be uploaded.
         """
-        from .cuda import advance  # triton is needed by who launches kernels, and only there
+        from .cuda import advance  # needs triton, which is installed only if there is a device to launch kernels on
 
         lr = hyper.lr
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
@@ -54,6 +62,7 @@ class ScalarTable:
             [value, hyper.lambd, hyper.alpha, hyper.t0, bool(cohort.indices & active), cohort.initial]
             for cohort in self._cohorts
         ]
+        # In most steps nothing has changed, and the device has the rows already.
         if rows != self._uploaded:
             self._upload(rows)
         num_rows = len(rows)
@@ -69,6 +78,7 @@ class ScalarTable:
                 "cannot be uploaded while a CUDA graph is captured. Take one step as it will be captured before the "
                 "capture; an lr that is to change between replays must be a CUDA tensor."
             )
+        # The caching allocator keeps the pinned memory until the copy is over.
         host = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=pinned)
         self._hyper[: len(rows)].copy_(host, non_blocking=True)
         self._uploaded = [list(row) for row in rows]

@@ -1,7 +1,7 @@
-"""``step``, ``eta`` and ``mu`` on the host, shared by all parameters with the same history.
+"""What a step updates with: each group's hyperparameters, and each cohort's ``step``, ``eta`` and ``mu``.
 
-A cohort is the set of parameters of one group that have taken the same steps. There is one at first; a parameter
-that skips a step leaves its cohort and keeps scalars of its own, so the schedule costs a few host operations a
+A cohort is a set of parameters of one group that have taken the same steps and share their scalars. A group begins as
+one cohort; parameters that skip a step leave it and become another. So the schedule costs a few operations for each
 cohort and step, however many parameters there are.
 """
 
@@ -19,21 +19,21 @@ from torch import Tensor
 from . import backend
 from .scalars import ScalarTable
 
-# float32 counts so far, one by one.
-COUNTED = 1 << 24
+# The largest count that float32 reaches in steps of one.
+MAX_FLOAT32_COUNT = 1 << 24
 
 
 def scalar_dtype() -> torch.dtype:
-    """The dtype of ``step``, ``eta`` and ``mu``: float64 where that is torch's default dtype, else float32."""
+    """The dtype of ``step``, ``eta`` and ``mu``: float64 if that is torch's default dtype, else float32."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 class Implementation(Enum):
-    """Which of torch's forms the arithmetic follows, and what computes it.
+    """Which of torch's forms the arithmetic follows to the bit, and what computes it.
 
-    FORLOOP  torch's for-loop implementation, in chunks of torch operators
-    FOREACH  torch's foreach implementation, in chunks of torch operators
-    FUSED    the for-loop implementation in one pass of a compiled kernel
+    FORLOOP  torch's for-loop form, in tiles of torch operators (reference.py)
+    FOREACH  torch's foreach form, in tiles of torch operators (foreach.py)
+    FUSED    the for-loop form, in one pass of a compiled kernel (kernel.c, cuda.py)
     """
 
     FORLOOP = 1
@@ -42,7 +42,10 @@ class Implementation(Enum):
 
     @classmethod
     def of(cls, group: dict[str, Any], device_type: str | None) -> Implementation:
-        """What a group asks for by ``foreach`` and ``fused``; left open, the fastest that ``device_type`` has."""
+        """The implementation of a parameter group by its ``foreach`` and ``fused``; by default the fastest.
+
+        ``device_type`` is that of the group's parameters, None if it has none.
+        """
         if group["foreach"]:
             return cls.FOREACH
         if group["fused"]:
@@ -56,7 +59,10 @@ class Implementation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepHyperparameters:
-    """The hyperparameters of one step of one group, read from the group when the step begins."""
+    """The hyperparameters of one group for one step, read when the step begins.
+
+    ``device`` is where the group's scalars are kept and advanced; None is the host.
+    """
 
     lr: float | Tensor
     lambd: float
@@ -71,10 +77,7 @@ class StepHyperparameters:
     def of(
         cls, group: dict[str, Any], implementation: Implementation, device: torch.device | None = None
     ) -> StepHyperparameters:
-        """The rule that ``group`` gives; a Tensor lr keeps its dtype, and becomes 0-dim as in torch.
-
-        ``device``: where the group's scalars are kept and advanced; None is the host.
-        """
+        """The hyperparameters of ``group`` as they are now; a Tensor lr becomes 0-dim in its dtype, as in torch."""
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.dim() != 0:
             lr = lr.squeeze()
@@ -91,7 +94,7 @@ class StepHyperparameters:
 
 
 def step_hyperparameters(groups: Sequence[dict[str, Any]]) -> list[StepHyperparameters]:
-    """The rule of each group, as its hyperparameters are now."""
+    """The hyperparameters of each group as they are now; called once at each step."""
     hypers = []
     for group in groups:
         first = next(iter(group["params"]), None)
@@ -106,10 +109,13 @@ def step_hyperparameters(groups: Sequence[dict[str, Any]]) -> list[StepHyperpara
 
 
 class Cohort:
-    """The scalars of one cohort: 0-dim tensors, the very objects that ``state[p]`` of its members holds.
+    """The scalars of one cohort: 0-dim tensors, the very objects that ``optimizer.state[p]`` holds.
 
-    On the host, or views of line ``row`` of a ``ScalarTable`` on the device.
-    ``fresh`` until the first step: torch has no state for such a parameter, and makes its eta from the lr of then.
+    step, eta, mu  on the host, or views of line ``row`` of a ``ScalarTable`` on the device; ``row`` is None on the host
+    indices        the parameters of the cohort, in registration order
+    fresh          True until the first step: torch has no state for such parameters yet, and will take eta from the
+                   lr of that step
+    initial        as ``fresh``, for scalars on the device: it stays True, and the kernel looks whether step is 0
     """
 
     __slots__ = ("eta", "fresh", "indices", "initial", "mu", "row", "step")
@@ -121,14 +127,14 @@ class Cohort:
         self.indices = set(indices)
         self.fresh = fresh
         self.row: int | None = None
-        # On the device: eta is the lr of the first step that does not overflow.
+        # The host does not learn whether a first step overflowed and was skipped on the device.
         self.initial = False
 
     @classmethod
     def new(cls, lr: float | Tensor, indices: Iterable[int]) -> Cohort:
         """A cohort that has not stepped: step 0, eta = lr, mu = 1."""
         dtype = scalar_dtype()
-        # On the host, whatever torch's default device is.
+        # Scalars are on the host even if torch's default device is another.
         step, eta, mu = (torch.tensor(value, dtype=dtype, device="cpu") for value in (0.0, 0.0, 1.0))
         cohort = cls(step, eta, mu, indices, fresh=True)
         cohort._set_first_eta(lr)
@@ -141,59 +147,59 @@ class Cohort:
             self.eta.fill_(lr)
 
     def split(self, indices: set[int]) -> Cohort:
-        """Take ``indices`` out into a cohort of their own, with the same scalars."""
+        """Move ``indices`` to a new cohort with copies of the scalars, and return it."""
         self.indices -= indices
         taken = Cohort(self.step.clone(), self.eta.clone(), self.mu.clone(), indices, self.fresh)
         taken.initial = self.initial
         return taken
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the scalars by key, on the host, in the dtypes that torch has; waits for the device if need be."""
+        """Copies of the scalars by key, on the host, in torch's dtypes; waits for the device if they are on one."""
         scalars = {"step": self.step, "eta": self.eta, "mu": self.mu}
         if self.row is None:
             return {key: scalar.clone() for key, scalar in scalars.items()}
         on_host = {key: scalar.cpu() for key, scalar in scalars.items()}
-        counted = on_host["step"].item() <= COUNTED
+        counted = on_host["step"].item() <= MAX_FLOAT32_COUNT
         return {key: v.to(scalar_dtype()) if key != "step" or counted else v for key, v in on_host.items()}
 
     def move_to_host(self) -> None:
-        """Bring scalars back from the device, for a step by another implementation."""
+        """Replace scalars on a device by copies on the host, before a step by another implementation; waits for it."""
         scalars = self.snapshot()
         self.step, self.eta, self.mu, self.row = scalars["step"], scalars["eta"], scalars["mu"], None
         self.fresh = self.initial and self.step.item() == 0
 
     @property
     def begun(self) -> bool:
-        """Whether ``ax`` of the members is a mean of iterates, rather than unset or a copy of the last one."""
+        """Whether ``ax`` of the parameters is a mean of iterates, and not zeros or a copy of the last iterate."""
         return not self.fresh and self.mu.item() != 1
 
     def prepare(self, lr: float | Tensor) -> None:
-        """Before the first step, follow the lr: torch makes eta when the first gradient comes, not before."""
+        """Before the first step, take eta from the lr of now: torch makes it when the first gradient comes."""
         if self.fresh:
-            # In place, so that state[p] goes on showing them: torch takes the default dtype of the first step.
+            # torch takes the default dtype of the first step; in place, so that state[p] keeps the same objects.
             for scalar in (self.step, self.eta, self.mu):
                 scalar.data = scalar.to(scalar_dtype())
             self._set_first_eta(lr)
             self.fresh = False
 
     def factors(self, hyper: StepHyperparameters) -> tuple[float, float, float, float]:
-        """What the kernel updates with: (1 - lambd·eta, -eta, mu, t), in double precision."""
+        """The row (c, -eta, mu, t) that a kernel updates with, c = 1 - lambd * eta; in double precision."""
         eta = self.eta.item()
         return 1 - hyper.lambd * eta, -eta, self.mu.item(), self.step.item() + 1
 
     def advance(self, hyper: StepHyperparameters) -> None:
-        """After an update: ``step <- t``, ``eta <- lr / (1 + lambd·lr·t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
+        """After step t: ``step <- t``, ``eta <- lr / (1 + lambd * lr * t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
 
-        The for-loop form computes eta in double precision, the foreach form on 0-dim tensors, as torch does: its two
-        schedules differ in about half of the steps by one unit in the last place.
+        As in torch, the for-loop form computes eta in double precision and the foreach form on 0-dim tensors: the two
+        differ in about half of the steps by one unit in the last place.
         """
-        if self.step.dtype == torch.float32 and self.step.item() >= COUNTED:
-            # float32 counts no further; torch's counter stops here.
+        if self.step.dtype == torch.float32 and self.step.item() >= MAX_FLOAT32_COUNT:
+            # float32 counts no further, and torch's counter stops here; averaging needs the true count.
             self.step.data = self.step.double()
         self.step += 1
         step = self.step.item()
-        count: float | Tensor = self.step if hyper.implementation is Implementation.FOREACH else step
-        self.eta.copy_(torch.as_tensor(hyper.lr / ((1 + hyper.lambd * hyper.lr * count) ** hyper.alpha), device="cpu"))
+        t: float | Tensor = self.step if hyper.implementation is Implementation.FOREACH else step
+        self.eta.copy_(torch.as_tensor(hyper.lr / ((1 + hyper.lambd * hyper.lr * t) ** hyper.alpha), device="cpu"))
         self.mu.copy_(torch.as_tensor(1 / max(1, step - hyper.t0), device="cpu"))
 
 

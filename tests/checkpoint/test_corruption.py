@@ -1,4 +1,4 @@
-"""Damage to a checkpoint: every byte counts, nothing damaged is loaded, and the error names the file."""
+"""Damage to a checkpoint: every changed byte is noticed, nothing damaged is loaded, and the error names the file."""
 
 import random
 import shutil
@@ -27,12 +27,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sample(written: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of that checkpoint, which the test may damage."""
     return Path(shutil.copytree(written, tmp_path / "checkpoint"))
 
 
 def flips(size: int, num_regions: int = NUM_FLIPS) -> Iterator[tuple[int, int]]:
-    """(place, bit mask): a place in each of so many equal regions of the file, and its ends."""
+    """Return (offset, bit mask) pairs: an offset in each of ``num_regions`` ranges of a file, and at both ends."""
     draw = random.Random(size)
     yield from ((0, 1), (size - 1, 0x80))
     for region in range(num_regions):
@@ -42,7 +42,7 @@ def flips(size: int, num_regions: int = NUM_FLIPS) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_flipped_bit_is_found_wherever_it_is(sample: Path, name: str) -> None:
-    """In data, metadata and manifest, and the error names that file."""
+    """A flipped bit in data, metadata or manifest is an error that names that file."""
     good = (sample / name).read_bytes()
     for place, mask in flips(len(good)):
         data = bytearray(good)
@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(sample: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [DATA_NAME, METADATA_NAME])
 def test_without_hashes_damage_is_an_error_or_data_never_a_crash(sample: Path, name: str) -> None:
-    """A flipped bit in the values of a tensor cannot be known; everything else stays an error of this project."""
+    """Without hashes a flipped bit in a tensor's values goes unnoticed; any other damage is a CheckpointError."""
     good = (sample / name).read_bytes()
     outcomes = set()
     # Of the metadata, every third byte.
@@ -76,7 +76,7 @@ def test_without_hashes_damage_is_an_error_or_data_never_a_crash(sample: Path, n
     ("name", "verify"), [*((name, True) for name in NAMES), (DATA_NAME, False), (METADATA_NAME, False)]
 )
 def test_a_truncated_file_is_found_at_any_length(sample: Path, name: str, verify: bool) -> None:
-    """From nothing to one byte less."""
+    """A file that was truncated, to nothing or by one byte, is an error."""
     size = (sample / name).stat().st_size
     for length in sorted({0, 1, 2, *range(3, size, max(size // 100, 1)), size - 2, size - 1}, reverse=True):
         with (sample / name).open("r+b") as file:
@@ -87,7 +87,7 @@ def test_a_truncated_file_is_found_at_any_length(sample: Path, name: str, verify
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_that_is_too_long_is_found(sample: Path, name: str) -> None:
-    """By one byte."""
+    """A file that is one byte too long is an error."""
     with (sample / name).open("ab") as file:
         file.write(b"\n")
     with pytest.raises(CheckpointError, match=name):
@@ -97,7 +97,7 @@ def test_a_file_that_is_too_long_is_found(sample: Path, name: str) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_named(sample: Path, name: str, verify: bool) -> None:
-    """All that there is."""
+    """Whichever file is missing, the error names it."""
     (sample / name).unlink()
     if name == MANIFEST_NAME and not verify:
         read_all(sample, verify=False)
@@ -108,7 +108,7 @@ def test_a_missing_file_is_named(sample: Path, name: str, verify: bool) -> None:
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", "extra.pt", ".metadata.tmp", "folder"])
 def test_a_file_too_many_is_named(sample: Path, name: str) -> None:
-    """It may be what another save left behind."""
+    """A file that the manifest does not list is an error: it may be a leftover of another save."""
     if name == "folder":
         (sample / name).mkdir()
     else:
@@ -120,7 +120,7 @@ def test_a_file_too_many_is_named(sample: Path, name: str) -> None:
 
 @pytest.mark.parametrize("names", [[DATA_NAME], [METADATA_NAME], [MANIFEST_NAME], [DATA_NAME, METADATA_NAME]])
 def test_files_of_another_step_are_found(tmp_path: Path, names: list[str]) -> None:
-    """Same names, same sizes, whole in themselves."""
+    """A file of another checkpoint, whole and of the same name and size, is an error."""
     sample, other = write_sample(tmp_path / "step-1"), write_sample(tmp_path / "step-2", seed=1)
     for name in names:
         shutil.copy(other / name, sample / name)
@@ -133,7 +133,7 @@ def test_files_of_another_step_are_found(tmp_path: Path, names: list[str]) -> No
 
 
 def test_several_problems_are_named_together(sample: Path) -> None:
-    """One error says all that sizes and names show."""
+    """One error lists every file with a wrong name or size."""
     (sample / DATA_NAME).unlink()
     (sample / "more").touch()
     with (sample / METADATA_NAME).open("ab") as file:
@@ -145,7 +145,7 @@ def test_several_problems_are_named_together(sample: Path) -> None:
 
 
 def test_dcp_load_says_what_the_reader_said(sample: Path) -> None:
-    """Wrapped, but with the file and the key; without the reader the damage is loaded."""
+    """``dcp.load`` wraps the error, which names file and key; with DCP's own reader the damage is loaded."""
     data = bytearray((sample / DATA_NAME).read_bytes())
     reader = CheckedReader(sample)
     info = next(i for k, i in reader.read_metadata().storage_data.items() if k.fqn == "model.weight")
@@ -163,13 +163,13 @@ def test_dcp_load_says_what_the_reader_said(sample: Path) -> None:
 
 
 def weight_bytes() -> bytes:
-    """The first element of ``model.weight`` of the sample."""
+    """Return the bytes of the first element of ``model.weight`` in the sample."""
     weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     return weight[0, 0].numpy().tobytes()
 
 
 def test_the_bytes_that_are_hashed_are_the_bytes_that_are_used(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte range is read once; a second read could find other bytes."""
+    """Each byte range is read once: a second read could return bytes that were not hashed."""
     from dist_asgd.checkpoint.format import reader
 
     ranges = []
@@ -186,7 +186,7 @@ def test_the_bytes_that_are_hashed_are_the_bytes_that_are_used(sample: Path, mon
 
 
 def test_pieces_of_one_chunk_are_read_once(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load on another topology wants several boxes of one stored chunk."""
+    """A chunk is read once, also if a load on another topology wants several regions of it."""
     from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
     from dist_asgd.checkpoint.format import reader

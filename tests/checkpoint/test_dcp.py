@@ -64,7 +64,7 @@ def load(_rank: int, _world_size: int, topology: str, kind: str, folder: str, ho
 
 @every_value(step=range(len(PLACES)), how=["flattened", "nested", "async", "flattened", "nested"])
 def test_torchs_recipe_moves_between_topologies(step: int, how: str, tmp_path: Path) -> None:
-    """Saved in one, loaded in the next, bit for bit."""
+    """A state that one topology saved loads in the next one, bit for bit."""
     source, target = PLACES[step - 1], PLACES[step]
     expected = run(backend(source[0]), source[1], save, source[0], "mlp", str(tmp_path), how)[0]
     run(backend(target[0]), target[1], load, target[0], "mlp", str(tmp_path), how, expected)
@@ -72,14 +72,14 @@ def test_torchs_recipe_moves_between_topologies(step: int, how: str, tmp_path: P
 
 @every_value(kind=["odd", "complex", "bfloat16"], ranks=[(1, 3), (3, 2), (4, 1), (2, 4)])
 def test_odd_parameters_move_too(kind: str, ranks: tuple[int, int], tmp_path: Path) -> None:
-    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused; complex; with a wider average."""
+    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused and complex parameters load, and wider averages."""
     source, target = (("single" if n == 1 else "stage1", n) for n in ranks)
     expected = run(backend(source[0]), source[1], save, source[0], kind, str(tmp_path), "flattened")[0]
     run(backend(target[0]), target[1], load, target[0], kind, str(tmp_path), "flattened", expected)
 
 
 def without_copies(_rank: int, _world_size: int) -> None:
-    """Job: what is handed out is the optimizer's own memory, and so is every box of it."""
+    """Job: ``state_dict()`` hands out the optimizer's own memory, and every region is a view of it."""
     live = build("stage1").train(3)
     for index, entry in live.optimizer.state_dict()["state"].items():
         param = list(live.model.parameters())[index]
@@ -92,13 +92,13 @@ def without_copies(_rank: int, _world_size: int) -> None:
 
 
 def test_state_dict_copies_nothing() -> None:
-    """However large the shards are."""
+    """Saving copies no shard, however large it is."""
     run("gloo", 2, without_copies)
 
 
 @st.composite
 def ranges(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
-    """A shape, an order of its dimensions in memory, and a range of elements."""
+    """Draw a shape, an order of its dimensions in memory, and a range of elements."""
     shape = draw(st.lists(st.integers(1, 5), max_size=4))
     order = draw(st.permutations(range(len(shape))))
     bounds = st.integers(0, math.prod(shape))
@@ -108,7 +108,7 @@ def ranges(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
 
 @given(ranges())
 def test_boxes_tile_the_range(drawn: tuple[list[int], list[int], int, int]) -> None:
-    """Exactly the elements of the range, in their places, in at most 2·N - 1 boxes."""
+    """The regions hold exactly the elements of the range, each where it belongs, and are at most 2·N - 1."""
     shape, order, start, stop = drawn
     whole = torch.arange(math.prod(shape)).view([shape[d] for d in order])
     whole = whole.permute([order.index(d) for d in range(len(order))])
@@ -125,7 +125,7 @@ def test_boxes_tile_the_range(drawn: tuple[list[int], list[int], int, int]) -> N
 
 
 def test_a_range_that_is_a_box_is_one_box() -> None:
-    """Merged: whole rows, part of one row, everything."""
+    """Neighbours are merged: for whole rows, for a range inside one row, and for the whole tensor."""
     assert row_major_regions(12, 36, (6, 3, 4)) == [((1, 0, 0), (2, 3, 4))]
     assert row_major_regions(13, 15, (6, 3, 4)) == [((1, 0, 1), (1, 1, 2))]
     assert row_major_regions(0, 72, (6, 3, 4)) == [((0, 0, 0), (6, 3, 4))]

@@ -53,7 +53,7 @@ def full_disk(_folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def vanishing_folder(folder: Path) -> Iterator[None]:
-    """The folder goes away while data is written."""
+    """Remove the folder while data is written."""
     original = writer.HashedFile.sync
 
     def sync(self: writer.HashedFile) -> None:
@@ -69,7 +69,7 @@ def vanishing_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bad_manifest(_folder: Path) -> Iterator[None]:
-    """The last file cannot be written; on rank 0 only, as the others write none."""
+    """Make writing the manifest fail, which only rank 0 writes."""
     original = directory.write_manifest
 
     def refuse(*_args: Any) -> None:
@@ -84,7 +84,7 @@ def bad_manifest(_folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def failing_fsync(_folder: Path) -> Iterator[None]:
-    """All is written, and does not get to the disk."""
+    """Make every fsync fail after the data was written."""
     original = writer.HashedFile.sync
 
     def refuse(_file: writer.HashedFile) -> None:
@@ -108,7 +108,7 @@ TROUBLES = {
 def fails_to_save(
     rank: int, world_size: int, trouble: str, only_rank: int | None, folder: str, asynchronous: bool
 ) -> str:
-    """Job: a save in trouble is an error, and training goes on as if nothing had been."""
+    """Job: a save that fails is an error, and training goes on as if it had not been called."""
     live = build("stage1").train(3)
     # The group for checkpoints is made by the first: its store is a file too, and must not meet the full disk.
     save_checkpoint(Path(folder) / "first", live.model, live.optimizer, step=3)
@@ -132,7 +132,7 @@ def fails_to_save(
     Path(folder).mkdir(exist_ok=True)
     if world_size > 1:
         dist.barrier()
-    # The next one is not hindered by what was left.
+    # The next save is not hindered by leftovers.
     save_checkpoint(Path(folder) / "new", live.model, live.optimizer, step=4)
     load_checkpoint(Path(folder) / "new", live.model, live.optimizer)
     return str(caught.value)
@@ -148,7 +148,7 @@ CASES += [(trouble, 1, None) for trouble in TROUBLES]
 def test_a_save_that_fails_raises_the_same_everywhere(
     trouble: str, world_size: int, only_rank: int | None, asynchronous: bool, tmp_path: Path
 ) -> None:
-    """And leaves neither a checkpoint nor a leftover, nor touches training."""
+    """A failed save raises on every rank, leaves no files, and does not change training."""
     backend = "none" if world_size == 1 else "gloo"
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -162,13 +162,13 @@ def test_a_save_that_fails_raises_the_same_everywhere(
 
 
 def saves_to(_rank: int, _world_size: int, path: str) -> None:
-    """Job: save there."""
+    """Job: save to ``path``."""
     live = build("stage1").train(1)
     save_checkpoint(path, live.model, live.optimizer, step=1)
 
 
 def test_a_save_removes_what_crashed_saves_to_the_same_path_left(tmp_path: Path) -> None:
-    """And nothing that may be another's."""
+    """A save removes the leftovers of its own path, and nothing that another job may be writing."""
     for name in (".new.tmp-0123456789ab", ".new.old-0123456789ab", ".other.tmp-0123456789ab", ".new.tmp-mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_text("half")
@@ -189,7 +189,7 @@ PATHS: dict[str, tuple[str, str]] = {
 @worlds
 @pytest.mark.parametrize("kind", PATHS)
 def test_paths_that_cannot_be(backend: str, world_size: int, kind: str, tmp_path: Path) -> None:
-    """The same error on every rank, with what to do; what is there is not touched."""
+    """A path that is taken or has no parent is the same error on every rank, with a remedy, and nothing is changed."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "directory").mkdir()
     (tmp_path / "directory" / "mine").write_text("mine")
@@ -205,14 +205,14 @@ def test_paths_that_cannot_be(backend: str, world_size: int, kind: str, tmp_path
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
 @worlds
 def test_a_read_only_folder(backend: str, world_size: int, tmp_path: Path) -> None:
-    """An error of the file system, on every rank."""
+    """A read-only folder is an error on every rank."""
     tmp_path.chmod(0o500)
     for error in run_errors(backend, world_size, saves_to, str(tmp_path / "new")):
         assert "Permission denied" in error.message
 
 
 def disagrees(rank: int, _world_size: int, folder: str, what: str) -> None:
-    """Job: ranks that save different things."""
+    """Job: ranks pass different arguments."""
     live = build("stage1").train(1)
     path, step = f"{folder}/new", 1
     if what == "path" and rank:
@@ -226,14 +226,14 @@ def disagrees(rank: int, _world_size: int, folder: str, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["path", "step", "call"])
 def test_ranks_that_disagree_raise_at_once(what: str, tmp_path: Path) -> None:
-    """Instead of waiting for each other."""
+    """Ranks that disagree raise an error instead of waiting for each other."""
     for error in run_errors("gloo", 2, disagrees, str(tmp_path), what, within_s=5):
         assert "rank" in error.message
     assert not os.listdir(tmp_path)
 
 
 def fails_to_load(rank: int, _world_size: int, folder: str, only_rank: int) -> str:
-    """Job: one rank cannot read a whole checkpoint; nobody loads."""
+    """Job: one rank cannot read the checkpoint, and no rank loads it."""
     live = build("stage2").train(3)
     path = Path(folder) / "new"
     save_checkpoint(path, live.model, live.optimizer, step=3)
@@ -254,7 +254,7 @@ def fails_to_load(rank: int, _world_size: int, folder: str, only_rank: int) -> s
 
 @pytest.mark.parametrize("only_rank", [0, 1])
 def test_a_load_that_fails_on_one_rank_changes_nothing_on_any(only_rank: int, tmp_path: Path) -> None:
-    """All or nothing."""
+    """A load changes all ranks or none."""
     messages = run("gloo", 2, fails_to_load, str(tmp_path), only_rank)
     assert messages[0] == messages[1]
     assert f"rank {only_rank} of 2" in messages[0]
@@ -264,7 +264,7 @@ def test_a_load_that_fails_on_one_rank_changes_nothing_on_any(only_rank: int, tm
 
 
 def slow_writes(seconds: float) -> Callable[[], None]:
-    """Make every file take its time; returns what undoes it."""
+    """Slow every file down; returns a function that undoes it."""
     original = writer.HashedFile.sync
 
     def sync(self: writer.HashedFile) -> None:
@@ -276,7 +276,7 @@ def slow_writes(seconds: float) -> Callable[[], None]:
 
 
 def goes_on(_rank: int, _world_size: int, folder: str) -> None:
-    """Job: steps while it is written change nothing in it; a second save waits, or is refused; both count."""
+    """Job: steps during a save change nothing in it; a second save waits or is refused, and both are complete."""
     live = build("stage1").train(3)
     expected = whole_state(live)
     undo = slow_writes(0.3)
@@ -302,12 +302,12 @@ def goes_on(_rank: int, _world_size: int, folder: str) -> None:
 
 @worlds
 def test_training_goes_on_while_a_checkpoint_is_written(backend: str, world_size: int, tmp_path: Path) -> None:
-    """On what was staged."""
+    """Steps during a save do not change the staged state."""
     run(backend, world_size, goes_on, str(tmp_path))
 
 
 def saved_in_the_background() -> tuple[PendingSave, weakref.ref[Tensor]]:
-    """A finished save of one process, and something that it wrote from."""
+    """Return a finished save of one process, and a weak reference to a tensor that it wrote."""
     live = build("single").train(1)
     with tempfile.TemporaryDirectory() as folder:
         pending = async_save_checkpoint(f"{folder}/1", live.model, live.optimizer, step=1)
@@ -317,7 +317,7 @@ def saved_in_the_background() -> tuple[PendingSave, weakref.ref[Tensor]]:
 
 
 def test_a_finished_save_holds_on_to_nothing() -> None:
-    """Its handle lives until the next, which may need the memory."""
+    """A finished save frees its state, although its handle lives until the next save."""
     pending, staged = saved_in_the_background()
     gc.collect()
     assert staged() is None
@@ -325,7 +325,7 @@ def test_a_finished_save_holds_on_to_nothing() -> None:
 
 
 def saves_in_inference_mode(_rank: int, _world_size: int, folder: str, topology: str) -> None:
-    """Job: as an evaluation may, in the background and not, and then outside of it."""
+    """Job: save inside inference mode, in the foreground and the background, and then outside of it."""
     live = build(topology, "mlp").train(2)
     with torch.inference_mode():
         save_checkpoint(f"{folder}/1", live.model, live.optimizer, step=2)
@@ -341,12 +341,12 @@ def saves_in_inference_mode(_rank: int, _world_size: int, folder: str, topology:
 
 @pytest.mark.parametrize("topology", ["stage2", "fsdp2"])
 def test_saving_works_in_inference_mode(tmp_path: Path, topology: str) -> None:
-    """DTensors cannot be detached in it, and what is made in it cannot be written to outside."""
+    """Saving works in inference mode, where DTensors cannot be detached and new tensors cannot be written to later."""
     run("gloo", 2, saves_in_inference_mode, str(tmp_path), topology)
 
 
 def fails_later(rank: int, _world_size: int, folder: str, next_call: str) -> None:
-    """Job: the failure of a save in the background surfaces at the next call, once."""
+    """Job: the error of a save in the background is raised by the next call, once."""
     live = build("stage1").train(2)
     save_checkpoint(f"{folder}/good", live.model, live.optimizer, step=2)
     with full_disk(Path(folder)) if rank == 0 else contextlib.nullcontext():
@@ -368,7 +368,7 @@ def fails_later(rank: int, _world_size: int, folder: str, next_call: str) -> Non
 def test_a_failure_in_the_background_surfaces_at_the_next_call(
     backend: str, world_size: int, next_call: str, tmp_path: Path
 ) -> None:
-    """On every rank; then all goes on."""
+    """Every rank raises the error of a save in the background, and can save again afterwards."""
     run(backend, world_size, fails_later, str(tmp_path), next_call)
 
 
@@ -385,7 +385,7 @@ async_save_checkpoint(sys.argv[1], live.model, live.optimizer, step=1)
 
 @pytest.mark.parametrize("disk", ["full", "empty"])
 def test_exit_waits_for_the_last_save_and_says_if_it_failed(disk: str, tmp_path: Path) -> None:
-    """Also where nobody asks for it."""
+    """An error that no call has raised is printed at exit."""
     command = [sys.executable, "-c", AT_EXIT, str(tmp_path / "new"), disk]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
     if disk == "full":
@@ -442,12 +442,12 @@ def manages(rank: int, _world_size: int, folder: str) -> None:
 
 
 def test_manager_keeps_the_newest(tmp_path: Path) -> None:
-    """And only removes what a newer one on disk supersedes."""
+    """The manager names, keeps and restores checkpoints, and removes only those that a newer one on disk supersedes."""
     run("gloo", 2, manages, str(tmp_path / "made" / "by it"))
 
 
 def test_manager_refuses_what_makes_no_sense(tmp_path: Path) -> None:
-    """At construction."""
+    """Wrong arguments of the manager are an error at construction."""
     with pytest.raises(ValueError, match="keep must be a number from 1 on"):
         CheckpointManager(tmp_path, keep=0)
     with pytest.raises(ValueError, match="when_busy"):
@@ -458,7 +458,7 @@ def test_manager_refuses_what_makes_no_sense(tmp_path: Path) -> None:
 
 
 def test_every_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies in the folder before and after each call to the system loads, and is the old state or the new one."""
+    """Before and after each system call the folder's latest checkpoint loads, with the old state or the new one."""
     folder, moments = tmp_path / "live", tmp_path / "moments"
     live = build("single")
     manager = CheckpointManager(folder, keep=1)
@@ -510,7 +510,7 @@ def test_every_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path, monkeypatch:
         assert restored is not None
         seen.append(restored.step)
         assert_same_state(other, states[restored.step])
-        # The next save cleans up, whatever was left.
+        # The next save removes the leftovers.
         found.save(other.model, other.optimizer, step=4)
         assert sorted(os.listdir(moments / moment)) == ["latest", "step-00000004"]
     assert seen == sorted(seen)
@@ -519,7 +519,7 @@ def test_every_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path, monkeypatch:
 
 
 def saves_until_killed(rank: int, world_size: int, store: str, folder: str, told: Any) -> None:
-    """A rank's life: go on from the last checkpoint, and save at every step, blocking and not."""
+    """Run one rank: go on from the last checkpoint, and save at every step, blocking and in the background."""
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timedelta(seconds=20)
     )
@@ -539,7 +539,7 @@ def saves_until_killed(rank: int, world_size: int, store: str, folder: str, told
 
 @pytest.mark.parametrize("victims", ["all ranks", "one rank"])
 def test_kills_at_random_moments_lose_nothing(victims: str, tmp_path: Path) -> None:
-    """SIGKILL of real ranks: what was reported as saved is there, is whole, and is what was trained."""
+    """After SIGKILL of real ranks every checkpoint that was reported as saved is whole and has the trained state."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis"])
     draw = random.Random(victims)

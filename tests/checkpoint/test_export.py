@@ -35,7 +35,7 @@ class Net(nn.Module):
         self.apart = nn.Parameter(torch.full((3,), 0.3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the ``OddNet``."""
+        """Run the ``OddNet``."""
         return self.net(x)  # type: ignore[no-any-return]
 
 
@@ -72,7 +72,7 @@ def oracle(steps: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
 
 
 def assert_exported(path: str, expected: dict[str, Tensor]) -> None:
-    """What safetensors reads is what was expected, to the bit."""
+    """Assert that safetensors reads the expected tensors, to the bit."""
     found = load_file(path)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -105,7 +105,7 @@ def exports(rank: int, _world_size: int, stage: int, steps: int, dtype: torch.dt
 def test_the_export_is_torchs_average(
     backend: str, world_size: int, stage: int, steps: int, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
-    """Bit for bit: before the first step, before averaging has begun, and after; tied and odd parameters, buffers."""
+    """The bits agree before the first step, before averaging begins and after; parameters are tied and odd."""
     run(backend, world_size, exports, stage, steps, dtype, str(tmp_path))
 
 
@@ -168,7 +168,7 @@ def shards(rank: int, world_size: int, folder: str) -> None:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
 def test_large_exports_are_several_files_with_an_index(backend: str, world_size: int, tmp_path: Path) -> None:
-    """As transformers loads them, and nothing is left of an earlier export that a loader would find first."""
+    """The files are as transformers loads them, and no file of an earlier export is left for a loader to find first."""
     run(backend, world_size, shards, str(tmp_path))
 
 
@@ -219,7 +219,7 @@ REFUSED = {
 def test_what_cannot_be_exported_is_an_error_on_every_rank(
     backend: str, world_size: int, what: str, tmp_path: Path
 ) -> None:
-    """With the reason, and nothing left behind."""
+    """The error gives the reason, and no file is left behind."""
     if what == "dtypes differ" and world_size == 1:
         return
     kind, message = REFUSED[what]
@@ -257,7 +257,7 @@ def full(rank: int, _world_size: int, folder: str) -> None:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 3)])
 def test_a_full_disk_is_an_error_on_every_rank(backend: str, world_size: int, tmp_path: Path) -> None:
-    """Nothing is left, no rank hangs, and the next export works."""
+    """No file is left, no rank hangs, and the next export works."""
     run(backend, world_size, full, str(tmp_path))
 
 
@@ -290,7 +290,7 @@ def room(_rank: int, _world_size: int, folder: str) -> list[int]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_no_rank_holds_more_than_one_parameter(world_size: int, tmp_path: Path) -> None:
-    """One buffer for the largest parameter on rank 0; all parameters are in one bucket of 133 kB."""
+    """Rank 0 has one buffer, for the largest parameter, although all parameters are in one bucket of 133 kB."""
     largest = 64 * 64 * 4
     found = run("gloo", world_size, room, str(tmp_path))
     assert found[0][0] == largest
@@ -339,7 +339,7 @@ def test_files_of_any_order_and_dtype(tmp_path: Path) -> None:
 
 
 def test_only_whole_files_get_their_name(tmp_path: Path) -> None:
-    """Not written, written twice, of another shape: an error, and nothing is left."""
+    """A tensor that is missing, written twice or of another shape is an error, and no file is left."""
     out = tmp_path / "a.safetensors"
     specs = {"a": TensorSpec(torch.float32, (2,)), "b": TensorSpec(torch.float32, (2,))}
 
@@ -360,7 +360,7 @@ def test_only_whole_files_get_their_name(tmp_path: Path) -> None:
 
 
 def test_a_failed_overwrite_leaves_the_old_export(tmp_path: Path) -> None:
-    """The old files go when the new ones are whole."""
+    """The old files are removed only once the new ones are complete."""
     out = tmp_path / "a.safetensors"
     specs = {"a": TensorSpec(torch.float32, (2,))}
     with TensorFiles(out, specs, metadata={}) as files:
@@ -373,7 +373,7 @@ def test_a_failed_overwrite_leaves_the_old_export(tmp_path: Path) -> None:
 
 
 def test_differentiable_and_foreign_optimizers_are_told_what_to_do(tmp_path: Path) -> None:
-    """They have no shards."""
+    """These optimizers have no shards, and the error names the command to use."""
     model = nn.Linear(2, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

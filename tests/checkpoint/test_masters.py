@@ -16,7 +16,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 class Net(nn.Module):
-    """Odd shapes, one of them empty, and one element."""
+    """Return parameters of odd shapes, among them an empty one and one of a single element."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 def train(model: nn.Module, optimizer: ShardedASGD, first: int, last: int) -> None:
-    """The same gradients on every rank."""
+    """Set the same gradients on every rank."""
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
@@ -36,12 +36,12 @@ def train(model: nn.Module, optimizer: ShardedASGD, first: int, last: int) -> No
 
 
 def state_of(model: nn.Module, optimizer: ShardedASGD) -> list[Any]:
-    """Everything there is to compare."""
+    """Return the whole state and the parameters."""
     return [[p.detach().clone() for p in model.parameters()], optimizer.consolidated_state_dict(to=None)["state"]]
 
 
 def saves(_rank: int, _world_size: int, dtype: torch.dtype, stage: int, path: str) -> list[Any]:
-    """Job: save after three steps; where three more lead."""
+    """Job: save after three steps, and return the state after three more."""
     model = Net(dtype)
     optimizer = ShardedASGD(model.named_parameters(), **OPTIONS, stage=stage, master_weights=True)
     train(model, optimizer, 0, 3)
@@ -51,7 +51,7 @@ def saves(_rank: int, _world_size: int, dtype: torch.dtype, stage: int, path: st
 
 
 def loads(_rank: int, _world_size: int, dtype: torch.dtype, stage: int, path: str) -> list[Any]:
-    """Job: load into other values and go on."""
+    """Job: load into parameters of other values, and train on."""
     model = Net(dtype)
     with torch.no_grad():
         for p in model.parameters():
@@ -67,7 +67,7 @@ def loads(_rank: int, _world_size: int, dtype: torch.dtype, stage: int, path: st
 def test_masters_go_on_on_any_number_of_ranks(
     saved_by: tuple[int, int], loaded_by: tuple[int, int], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """(ranks, stage) each; to the bit, more ranks than elements included."""
+    """A checkpoint loads to the bit under another number of ranks and stage, also with more ranks than elements."""
     path = str(tmp_path / "checkpoint")
     backends = {1: "none"}
     expected = run(backends.get(saved_by[0], "gloo"), saved_by[0], saves, dtype, saved_by[1], path)[0]
@@ -89,7 +89,7 @@ def loads_float32(_rank: int, _world_size: int, dtype: torch.dtype, path: str) -
 def test_masters_are_the_float32_parameters_of_a_checkpoint(
     backend: str, world_size: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Every bit, also where a value lies half-way between two of the 16-bit ones."""
+    """Masters have every bit of the float32 parameters, also of values half-way between two 16-bit numbers."""
     model = Net(torch.float32)
     optimizer = ShardedASGD(model.named_parameters(), **OPTIONS)
     train(model, optimizer, 0, 3)

@@ -1,4 +1,4 @@
-"""Archives that are like one that was loaded are not unpickled again, and come to the same."""
+"""Archives in a known frame are not unpickled again, and give the same tensors."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ from tests.harness.bits import assert_same_bits
 
 
 def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytes:
-    """As this package writes it, without checksums; said to be in ``byteorder``, whatever it is in."""
+    """Return the archive that this package writes, without checksums, with ``byteorder`` as its byte order."""
     stream = io.BytesIO()
     with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(tensor, stream)
@@ -34,12 +34,12 @@ def archive_of(tensor: Tensor, byteorder: str = sys.byteorder) -> bytes:
 
 
 def loaded(data: bytes, like: Tensor, frames: FrameCache) -> Tensor:
-    """``data`` as the reader has it."""
+    """Load ``data`` as the reader does."""
     return load_tensor(data, like.shape, TensorProperties(dtype=like.dtype), "a chunk", frames)
 
 
 def drawn(kind: str, dtype: torch.dtype, seed: int) -> Tensor:
-    """A tensor that lies in memory as ``kind`` says."""
+    """Return a tensor whose memory layout is ``kind``."""
     whole = torch.randn(6, 10, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
     whole = whole if dtype.is_complex else whole.real
     whole = whole.to(dtype)
@@ -67,7 +67,7 @@ def drawn(kind: str, dtype: torch.dtype, seed: int) -> Tensor:
     ],
 )
 def test_like_archives_come_to_the_same(kind: str, known: bool | None, dtype: torch.dtype) -> None:
-    """Of several shapes in turn; what is not dense, or not as it lies, is unpickled each time."""
+    """Tensors of several shapes come back to the bit; those that are not dense are unpickled each time."""
     frames = FrameCache()
     for seed in range(3):
         for tensor in (drawn(kind, dtype, seed), drawn(kind, dtype, seed).unsqueeze(0)):
@@ -81,7 +81,7 @@ def test_like_archives_come_to_the_same(kind: str, known: bool | None, dtype: to
 
 
 def test_the_other_byte_order_is_turned_around_each_time() -> None:
-    """Zeros are the same both ways, so that they say nothing of the next."""
+    """An archive of the other byte order does not become a known frame, although its zeros read the same both ways."""
     other = "big" if sys.byteorder == "little" else "little"
     frames = FrameCache()
     for tensor in (torch.zeros(4), torch.arange(4.0)):
@@ -90,7 +90,7 @@ def test_the_other_byte_order_is_turned_around_each_time() -> None:
 
 
 def test_elements_that_are_there_twice_are_not_known() -> None:
-    """Of two records with one name a reader takes either."""
+    """An archive with two records of one name does not become a known frame."""
     frames, tensor = FrameCache(), torch.arange(6.0)
     stream = io.BytesIO(archive_of(tensor))
     with zipfile.ZipFile(stream, "a", zipfile.ZIP_STORED) as archive:
@@ -102,7 +102,7 @@ def test_elements_that_are_there_twice_are_not_known() -> None:
 
 
 def test_an_archive_that_differs_around_its_elements_is_unpickled() -> None:
-    """One bit in the pickle or in the directory at the end, and it is loaded as if nothing were known."""
+    """An archive that differs from a known frame in one bit is unpickled and checked."""
     frames, tensor = FrameCache(), torch.arange(6.0)
     good = archive_of(tensor)
     loaded(good, tensor, frames)

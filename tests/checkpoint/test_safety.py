@@ -52,12 +52,12 @@ def sample(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """What a payload makes."""
+    """The file that a payload would create."""
     return tmp_path / "canary"
 
 
 def refused(directory: Path, message: str, verify: bool = True) -> None:
-    """Both ways of reading raise, and say so."""
+    """Assert that ``OpenCheckpoint`` and ``dcp.load`` raise an error that matches."""
     with pytest.raises(CheckpointError, match=message):
         read_all(directory, verify=verify)
     with pytest.raises((CheckpointError, dcp.CheckpointException), match=message):
@@ -66,7 +66,7 @@ def refused(directory: Path, message: str, verify: bool = True) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_good_checkpoint_loads(sample: Path, verify: bool) -> None:
-    """To the bit, plain values too; without a manifest only when asked."""
+    """A checkpoint reads to the bit, plain values too; without a manifest only with ``verify=False``."""
     assert same_tree(load(sample, verify=verify), sample_state())
     assert OpenCheckpoint(sample).metadata.state_dict_metadata == read_metadata(sample).state_dict_metadata
     assert OpenCheckpoint(sample).metadata.storage_data == read_metadata(sample).storage_data
@@ -78,7 +78,7 @@ def test_a_good_checkpoint_loads(sample: Path, verify: bool) -> None:
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:
-    """Nothing there, a file, an empty directory."""
+    """A missing path, a file and an empty directory are no checkpoints."""
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     for name, message in (
@@ -96,7 +96,7 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:
 
 
 def in_metadata(place: str, payload: Payload) -> bytes:
-    """A pickle of DCP's metadata with a payload somewhere in it."""
+    """Return a pickle of DCP's metadata with a payload at one place in it."""
     metadata = Metadata({}, {}, {})
     if place == "instead":
         return pickle.dumps(payload)
@@ -123,7 +123,7 @@ def in_metadata(place: str, payload: Payload) -> bytes:
     "place", ["instead", "before", "keys", "storage", "planner", "chunks", "version", "storage_meta"]
 )
 def test_metadata_runs_nothing(sample: Path, canary: Path, place: str, verify: bool) -> None:
-    """Wherever the payload is; it is a real one."""
+    """A payload in ``.metadata`` does not run, wherever it is; ``pickle`` would run it."""
     data = in_metadata(place, Payload(canary))
     pickle.loads(data)
     assert canary.is_dir()
@@ -135,12 +135,12 @@ def test_metadata_runs_nothing(sample: Path, canary: Path, place: str, verify: b
 
 
 def short(text: str) -> bytes:
-    """The opcode that pushes a string."""
+    """Return the opcode that pushes a string."""
     return b"\x8c" + bytes([len(text)]) + text.encode()
 
 
 def named(module: str, name: str) -> bytes:
-    """The opcodes that look up a name."""
+    """Return the opcodes that look up a name."""
     return short(module) + short(name) + b"\x93"
 
 
@@ -199,7 +199,7 @@ OPCODES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", OPCODES)
 def test_metadata_may_say_only_what_dcp_says(sample: Path, name: str) -> None:
-    """Every opcode and name that DCP does not write is refused, at once and without memory for it."""
+    """Every opcode and name that DCP does not write is refused, at once and without allocating memory for it."""
     kept = Metadata.__eq__, torch.serialization._get_layout.__defaults__
     (sample / METADATA_NAME).write_bytes(OPCODES[name])
     resign(sample)
@@ -208,7 +208,7 @@ def test_metadata_may_say_only_what_dcp_says(sample: Path, name: str) -> None:
 
 
 def test_what_was_checked_cannot_change_later() -> None:
-    """A list that the pickle appends to after it was made part of an entry."""
+    """A list that the pickle appends to after an entry was made with it does not change the entry."""
     from dist_asgd.checkpoint.format.metadata import parse
 
     entry = TensorStorageMetadata(dcp.metadata.TensorProperties(), torch.Size([0]), [])
@@ -227,14 +227,14 @@ Edit = Callable[[Metadata], None]
 
 
 def tensor(metadata: Metadata) -> TensorStorageMetadata:
-    """The entry of a 3x5 tensor."""
+    """Return the entry of the 3x5 tensor."""
     entry = metadata.state_dict_metadata["model.weight"]
     assert isinstance(entry, TensorStorageMetadata)
     return entry
 
 
 def resize(size: tuple[int, ...]) -> Edit:
-    """The whole tensor and its one chunk have another shape."""
+    """Give the whole tensor and its one chunk another shape."""
 
     def edit(metadata: Metadata) -> None:
         entry = tensor(metadata)
@@ -245,7 +245,7 @@ def resize(size: tuple[int, ...]) -> Edit:
 
 
 def split(*boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Edit:
-    """Other chunks, all with the data of the real one."""
+    """Replace the chunks by others that all have the data of the real one."""
 
     def edit(metadata: Metadata) -> None:
         index = index_of(metadata, "model.weight")
@@ -260,7 +260,7 @@ def split(*boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Edit:
 
 
 def move(**fields: Any) -> Edit:
-    """The data of the tensor lies elsewhere."""
+    """Move the byte range of the tensor's data."""
 
     def edit(metadata: Metadata) -> None:
         for name, value in fields.items():
@@ -270,18 +270,18 @@ def move(**fields: Any) -> Edit:
 
 
 def share(metadata: Metadata) -> None:
-    """Two tensors have the same bytes: ten thousand could have them, and load ten thousand times the file."""
+    """Give two tensors the same bytes: ten thousand such tensors would load ten thousand times the file."""
     place = metadata.storage_data[index_of(metadata, "model.weight")]
     metadata.storage_data[index_of(metadata, "optim.state.weight.ax")] = place
 
 
 def forget(metadata: Metadata) -> None:
-    """No place for the data of a tensor."""
+    """Remove the byte range of a tensor's data."""
     del metadata.storage_data[index_of(metadata, "model.weight")]
 
 
 def orphan(metadata: Metadata) -> None:
-    """Data of a key that there is not."""
+    """Add a byte range for a key that does not exist."""
     del metadata.state_dict_metadata["model.weight"]
 
 
@@ -321,7 +321,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("name", EDITS)
 def test_metadata_that_does_not_fit_is_refused(sample: Path, name: str, verify: bool) -> None:
-    """Before anything is read or allocated for it."""
+    """Chunks outside of their tensor or file are refused before anything is read or allocated."""
     edit, message = EDITS[name]
     with edited_metadata(sample) as metadata:
         edit(metadata)
@@ -331,7 +331,7 @@ def test_metadata_that_does_not_fit_is_refused(sample: Path, name: str, verify: 
 
 @pytest.mark.parametrize("name", [METADATA_NAME, MANIFEST_NAME])
 def test_a_file_of_a_terabyte_is_not_read(sample: Path, name: str) -> None:
-    """Sparse files claim any size."""
+    """A sparse file of any size does not make the reader allocate memory."""
     with (sample / name).open("r+b") as file:
         file.truncate(1 << 40)
     if name == METADATA_NAME:
@@ -346,7 +346,7 @@ def test_a_file_of_a_terabyte_is_not_read(sample: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [METADATA_NAME, MANIFEST_NAME, "__0_0.distcp"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
 def test_only_regular_files_are_opened(sample: Path, tmp_path: Path, name: str, kind: str) -> None:
-    """A link may lead anywhere, a pipe may block for ever."""
+    """Links, which may lead anywhere, and pipes, which may block for ever, are refused."""
     outside = (sample / name).rename(tmp_path / "outside")
     if kind == "link":
         (sample / name).symlink_to(outside)
@@ -365,7 +365,7 @@ def test_only_regular_files_are_opened(sample: Path, tmp_path: Path, name: str, 
 
 
 def rebuilt(storage_numel: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
-    """A tensor's pickle with numbers of its own; the storage has 60 bytes."""
+    """Return the archive of a tensor whose pickle has these numbers; its storage has 60 bytes."""
 
     class Storage:
         pass
@@ -384,21 +384,21 @@ def rebuilt(storage_numel: int, size: tuple[int, ...], stride: tuple[int, ...]) 
 
 
 def scripted() -> bytes:
-    """A TorchScript archive: code of its own."""
+    """Return a TorchScript archive, which holds code."""
     stream = io.BytesIO()
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), stream)
     return stream.getvalue()
 
 
 def saved_legacy(value: Any) -> bytes:
-    """``torch.save`` in the format of 2019."""
+    """Return a tensor in the format that ``torch.save`` had in 2019."""
     stream = io.BytesIO()
     torch.save(value, stream, _use_new_zipfile_serialization=False)
     return stream.getvalue()
 
 
 def two_pickles() -> bytes:
-    """An archive of which one reader may see the one pickle, and another the other."""
+    """Return an archive with two pickles, of which readers may take either."""
     stream = io.BytesIO(archive(pickle.dumps(1.0, protocol=2)))
     with zipfile.ZipFile(stream, "a") as file:
         file.writestr("other/data.pkl", pickle.dumps(2.0, protocol=2))
@@ -435,14 +435,14 @@ CHUNKS: dict[str, Callable[[Payload], bytes]] = {
 @pytest.mark.parametrize("key", ["model.weight", "optim.param_groups.weight.lr", "extra.epoch", "extra.order"])
 @pytest.mark.parametrize("name", CHUNKS)
 def test_data_runs_nothing(sample: Path, canary: Path, name: str, key: str, verify: bool) -> None:
-    """Neither as a tensor nor as an object; DCP itself loads objects with weights_only=False."""
+    """Code in a data file does not run, as a tensor or an object; DCP itself loads objects with weights_only=False."""
     put_chunk(sample, key, CHUNKS[name](Payload(canary)))
     refused(sample, f"{key}", verify)
     assert not canary.exists()
 
 
 def test_archives_need_no_checksums(sample: Path) -> None:
-    """Savers that hash otherwise leave torch's out."""
+    """Archives without torch's checksums load."""
     from torch.utils.serialization import config
 
     with config.patch("save.compute_crc32", False):
@@ -467,14 +467,14 @@ def test_archives_need_no_checksums(sample: Path) -> None:
 def test_what_may_cost_anything_is_refused_before_torch_sees_it(
     name: str, message: str, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch's loader would take the time or the memory first."""
+    """Pickles that would cost torch's loader too much time or memory are refused before it sees them."""
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
     with pytest.raises(CheckpointError, match=message):
         load_object(CHUNKS[name](Payload(canary)), "the value")
 
 
 def test_plain_values_load(sample: Path) -> None:
-    """What is refused is not what users have: state of generators, bytes, sets, long and shared lists."""
+    """Values that users have are not refused: generator states, bytes, sets, long and shared lists."""
     shared = [1.5] * 1000
     values: dict[str, Any] = {
         "random": random.Random(0).getstate(),
@@ -492,7 +492,7 @@ def test_plain_values_load(sample: Path) -> None:
 
 
 def test_the_payload_is_a_real_one(sample: Path, canary: Path) -> None:
-    """DCP's own reader runs it."""
+    """DCP's own reader runs the same payload."""
     put_chunk(sample, "extra.epoch", CHUNKS["a payload"](Payload(canary)))
     dcp.load({"extra": {"epoch": 0}}, checkpoint_id=sample, no_dist=True)
     assert canary.is_dir()
@@ -515,7 +515,7 @@ def test_the_payload_is_a_real_one(sample: Path, canary: Path) -> None:
     ids=["shape", "dtype", "sparse", "parameter", "list", "meta", "expanded", "storage", "stride", "past the end"],
 )
 def test_a_chunk_is_the_tensor_that_the_metadata_says(sample: Path, data: bytes, message: str) -> None:
-    """Of its shape and dtype, plain, and inside its own storage."""
+    """A tensor must have its shape and dtype, be plain, and lie inside its own storage."""
     put_chunk(sample, "model.weight", data)
     refused(sample, message)
 
@@ -524,21 +524,21 @@ def test_a_chunk_is_the_tensor_that_the_metadata_says(sample: Path, data: bytes,
 
 
 def manifest_body(sample: Path) -> dict[str, Any]:
-    """The manifest as JSON, without its own hash."""
+    """Return the manifest as parsed JSON, without its own hash."""
     body = json.loads((sample / MANIFEST_NAME).read_text())
     del body["xxh3_128"]
     return body  # type: ignore[no-any-return]
 
 
 def dumped(body: Any) -> bytes:
-    """As ``encode`` writes it, with the right hash of its own."""
+    """Return a manifest as ``encode`` does, with the right hash of its own."""
     form: dict[str, Any] = {"sort_keys": True, "separators": (",", ":")}
     own = hash_of(json.dumps(body, **form).encode() + b"\n")
     return json.dumps({**body, "xxh3_128": own}, **form).encode() + b"\n"
 
 
 def changed(body: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
-    """``value`` at a path such as ``files/__0_0.distcp/bytes``."""
+    """Return the body with ``value`` at a path such as ``files/__0_0.distcp/bytes``."""
     *path, last = where.split("/")
     inner: Any = body
     for part in path:
@@ -592,7 +592,7 @@ _HEX = "0" * 32
     ],
 )
 def test_a_manifest_of_other_content_is_refused(sample: Path, where: str, value: Any) -> None:
-    """Wrong types, numbers, names and keys, each with the right hash of its own."""
+    """Wrong types, numbers, names and keys are refused, although the manifest's own hash is right."""
     if where.startswith("files/.."):
         body = manifest_body(sample)
         body["files"][where.removeprefix("files/")] = value
@@ -619,13 +619,13 @@ def test_a_manifest_of_other_content_is_refused(sample: Path, where: str, value:
     ],
 )
 def test_a_manifest_that_is_no_manifest_is_refused(sample: Path, data: bytes, message: str) -> None:
-    """Whatever JSON allows, and what it does not."""
+    """Any text gives a manifest or a CheckpointError, whether it is JSON or not."""
     (sample / MANIFEST_NAME).write_bytes(data)
     refused(sample, message)
 
 
 def test_a_manifest_has_one_form(sample: Path) -> None:
-    """Spaces, another order or escapes are damage, and a duplicated key is named even with the right hash."""
+    """Spaces, another order and escapes are damage, and a duplicated key is named even with the right hash."""
     good = (sample / MANIFEST_NAME).read_bytes()
     manifest = read_manifest(sample)
     assert manifest is not None
@@ -640,7 +640,7 @@ def test_a_manifest_has_one_form(sample: Path) -> None:
 
 
 def test_a_later_format_says_which_version_to_use(sample: Path) -> None:
-    """It is no damage."""
+    """A manifest of another format is an error that says so, and not damage."""
     (sample / MANIFEST_NAME).write_bytes(dumped(changed(manifest_body(sample), "format", 2)))
     with pytest.raises(CheckpointError, match="has format 2, this version reads 1: use the version of dist_asgd"):
         OpenCheckpoint(sample)

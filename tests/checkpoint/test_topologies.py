@@ -60,7 +60,7 @@ def save(rank: int, _world_size: int, topology: str, kind: str, path: str) -> di
 
 
 def load(rank: int, world_size: int, topology: str, kind: str, path: str, expected: Any, saved_by: int) -> None:
-    """Job: load into something fresh and different, and go on."""
+    """Job: load into a fresh model of other values, and train on."""
     live = build(topology, kind, seed=7).train(1)
     extra = load_checkpoint(path, live.model, live.optimizer)
     assert extra == {"rank": rank if world_size == saved_by else 0}
@@ -69,7 +69,7 @@ def load(rank: int, world_size: int, topology: str, kind: str, path: str, expect
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What each topology saved, and what it then came to; made when first asked for."""
+    """The checkpoint of each topology, and the state after training on; made on first use."""
 
     @functools.cache
     def of(place: Place, kind: str) -> tuple[str, Any]:
@@ -81,7 +81,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda place: f"{place[0]}-{place[1]}")
 def test_any_topology_loads_any_other(saved: Any, source: Place, target: Place) -> None:
-    """Parameters, buffers and state, to the bit, three steps after loading."""
+    """Three steps after loading, parameters, buffers and state are equal to the bit."""
     path, expected = saved(source, "mlp")
     at(target, load, "mlp", path, expected, source[1])
 
@@ -91,7 +91,7 @@ UNEVEN: list[Place] = [("tp", 4), ("fsdp2-tp2", 4), ("stage2", 3), ("tp-torch", 
 
 @pytest.mark.parametrize("step", range(len(UNEVEN)))
 def test_ranks_may_hold_none_of_a_layer(saved: Any, step: int) -> None:
-    """Widths that ranks of tensor parallelism do not divide, or that are fewer than these."""
+    """Checkpoints load under tensor parallelism whose ranks do not divide the widths, or are more than these."""
     source, target = UNEVEN[step - 1], UNEVEN[step]
     path, expected = saved(source, "narrow")
     at(target, load, "narrow", path, expected, source[1])
@@ -99,7 +99,7 @@ def test_ranks_may_hold_none_of_a_layer(saved: Any, step: int) -> None:
 
 @every_value(step=range(len(OURS)), kind=["odd", "complex", "bfloat16"])
 def test_odd_parameters_load_anywhere(saved: Any, step: int, kind: str) -> None:
-    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused; complex; with a wider average."""
+    """Tied, frozen, transposed, channels_last, 0-dim, empty, unused and complex parameters load, and wider averages."""
     source, target = OURS[step], OURS[(step + 3) % len(OURS)]
     path, expected = saved(source, kind)
     at(target, load, kind, path, expected, source[1])
@@ -107,7 +107,7 @@ def test_odd_parameters_load_anywhere(saved: Any, step: int, kind: str) -> None:
 
 @pytest.mark.parametrize("pair", [(("stage1", 2), ("torch", 1)), (("torch", 1), ("stage2", 3))], ids=str)
 def test_torchs_optimizer_saves_and_loads_too(saved: Any, pair: tuple[Place, Place]) -> None:
-    """``torch.optim.ASGD`` itself, which has no state for what never stepped."""
+    """``torch.optim.ASGD``, which has no state for parameters that never stepped, loads checkpoints and writes them."""
     path, expected = saved(pair[0], "odd")
     at(pair[1], load, "odd", path, expected, pair[0][1])
 
@@ -144,13 +144,13 @@ def torch_saves(_rank: int, _world_size: int, topology: str, path: str, flatten:
     source=[("single", 1), ("stage1", 3), ("stage2", 2), ("tp", 3), ("fsdp2-tp2", 4)],
 )
 def test_torchs_tools_load_ours(saved: Any, target: Place, source: Place) -> None:
-    """One format."""
+    """torch's own tools read a checkpoint of this package."""
     path, expected = saved(source, "mlp")
     at(target, torch_loads, path, expected)
 
 
 def load_foreign(_rank: int, _world_size: int, topology: str, path: str, expected: Any) -> None:
-    """Job: not without saying that there is no manifest; then yes."""
+    """Job: load a checkpoint without a manifest: with ``verify=True`` an error, with ``verify=False`` not."""
     live = build(topology, "mlp", seed=7)
     with pytest.raises(RuntimeError, match="verify=False"):
         load_checkpoint(path, live.model, live.optimizer)
@@ -163,7 +163,7 @@ def load_foreign(_rank: int, _world_size: int, topology: str, path: str, expecte
     written=itertools.product((("fsdp2", 2), ("tp-torch", 3)), (True, False)),
 )
 def test_ours_load_what_torchs_tools_wrote(target: Place, written: tuple[Place, bool], tmp_path: Path) -> None:
-    """With ``verify=False``, as they write no manifest; of both layouts of the optimizer, flattened and nested."""
+    """Checkpoints of torch's tools, which have no manifest, load with ``verify=False``, flattened and nested ones."""
     source, flatten = written
     expected = at(source, torch_saves, str(tmp_path / "theirs"), flatten)[0]
     at(target, load_foreign, str(tmp_path / "theirs"), expected)
@@ -173,7 +173,7 @@ def test_ours_load_what_torchs_tools_wrote(target: Place, written: tuple[Place, 
 
 
 def wrapped(_rank: int, _world_size: int, path: str) -> None:
-    """Job: DDP and torch.compile add to names, and checkpoints do not know it."""
+    """Job: DDP and torch.compile add prefixes to names, which checkpoints do not have."""
     live = build("stage1", "odd").train(3)
     shell = torch.compile(DistributedDataParallel(live.model), backend="eager")
     save_checkpoint(path + "/wrapped", shell, live.optimizer, step=3)
@@ -188,17 +188,17 @@ def wrapped(_rank: int, _world_size: int, path: str) -> None:
 
 
 def test_names_are_those_without_wrappers(tmp_path: Path) -> None:
-    """Saved wrapped, loaded bare, and the other way round."""
+    """A checkpoint of a wrapped model loads into a bare one, and the other way round."""
     run("gloo", 2, wrapped, str(tmp_path))
 
 
 def net(*names: str, width: int = 3) -> nn.ParameterDict:
-    """Parameters by name."""
+    """Return the parameters by name."""
     return nn.ParameterDict({name: nn.Parameter(torch.full((width, 4), float(len(name)))) for name in names})
 
 
 def stepped(model: nn.Module, **options: Any) -> ShardedASGD:
-    """An optimizer after two steps."""
+    """Return an optimizer after two steps."""
     optimizer = ShardedASGD(model.parameters(), **{**OPTIONS, "t0": 0, **options})
     for _ in range(2):
         for param in model.parameters():
@@ -208,7 +208,7 @@ def stepped(model: nn.Module, **options: Any) -> ShardedASGD:
 
 
 def other_models(_rank: int, _world_size: int, path: str) -> list[str]:
-    """Job: added, removed, renamed, reshaped; what errors say, and that nothing has changed."""
+    """Job: models with added, removed, renamed and reshaped parameters get an error that lists them, and no change."""
     model = net("kept", "removed", "old_name")
     optimizer = stepped(model)
     save_checkpoint(path, model, optimizer, step=2)
@@ -228,7 +228,7 @@ def other_models(_rank: int, _world_size: int, path: str) -> list[str]:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
 def test_another_model_is_an_error_that_lists_what_differs(backend: str, world_size: int, tmp_path: Path) -> None:
-    """Model and optimizer alike, on every rank, and nothing is loaded."""
+    """A checkpoint of another model is an error on every rank, and nothing is loaded."""
     for messages in run(backend, world_size, other_models, str(tmp_path / "c")):
         for name in ("model.added", "model.new_name", "optim.state.added"):
             assert name in messages[0].split("in the checkpoint only")[0]
@@ -267,7 +267,7 @@ def what_matches(rank: int, _world_size: int, path: str) -> None:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
 def test_strict_false_loads_what_matches(backend: str, world_size: int, tmp_path: Path) -> None:
-    """The rest stays as it is."""
+    """``strict=False`` loads the entries that match, and leaves the rest as it is."""
     run(backend, world_size, what_matches, str(tmp_path / "c"))
 
 
@@ -302,7 +302,7 @@ def groups_and_lr(_rank: int, _world_size: int, path: str) -> None:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
 def test_groups_go_by_name(backend: str, world_size: int, tmp_path: Path) -> None:
-    """Not by place: neither of parameters nor of their hyperparameters."""
+    """Parameters and their hyperparameters are matched by name, and not by position."""
     run(backend, world_size, groups_and_lr, str(tmp_path / "c"))
 
 
@@ -314,7 +314,7 @@ def foreign_parameter(rank: int, world_size: int, path: str) -> None:
 
 
 def test_a_parameter_that_the_model_lacks_is_an_error(tmp_path: Path) -> None:
-    """On every rank, though only one passed another model."""
+    """Every rank raises an error, although only one passed another model."""
     for error in run_errors("gloo", 2, foreign_parameter, str(tmp_path / "c")):
         assert error.type_name == "ValueError"
         assert "is no parameter of the model" in error.message
@@ -323,7 +323,7 @@ def test_a_parameter_that_the_model_lacks_is_an_error(tmp_path: Path) -> None:
 
 
 def extras(rank: int, _world_size: int, path: str) -> None:
-    """Job: schedulers, RNG states and plain values come back as they were; what is not safe is refused."""
+    """Job: scheduler and RNG states and plain values come back as they were; values that run code are refused."""
     model = net("a")
     optimizer = stepped(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -348,12 +348,12 @@ def extras(rank: int, _world_size: int, path: str) -> None:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
 def test_extra_comes_back_on_its_rank(backend: str, world_size: int, tmp_path: Path) -> None:
-    """Each rank's own, as they saved."""
+    """Each rank gets its own ``extra`` back."""
     run(backend, world_size, extras, str(tmp_path / "c"))
 
 
 def test_the_package_offers_what_it_lists() -> None:
-    """Also what is loaded on demand."""
+    """Every public name of the package exists, also those that are loaded on demand."""
     assert all(getattr(dist_asgd, name) is not None for name in dist_asgd.__all__)
     with pytest.raises(AttributeError):
         _ = dist_asgd.nothing  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a save puts on disk: DCP's own format, each thing once, hashed as it is."""
+"""The files that a save writes: DCP's own format, each value written once, and hashed."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ from tests.harness.topologies import build
 
 
 class Memory(nn.Module):
-    """A module that keeps more than tensors in its state dict, nested."""
+    """A module whose state dict has nested values beside tensors."""
 
     def get_extra_state(self) -> Any:
-        """Tensors, numbers and containers of them."""
+        """Return tensors, numbers and containers of them."""
         return {"seen": [torch.arange(3), {"at": 4}], "names": ["a", "b"], "none": None}
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing to do."""
+        """Accept any state."""
 
 
 def trained(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model and its optimizer, sharded as ``kind`` says. Collective."""
+    """Return a model and its optimizer, sharded as ``kind`` says. Collective."""
     if kind in ("single", "stage1", "stage2", "fsdp2", "hybrid"):
         live = build(kind, "odd" if kind != "fsdp2" else "mlp").train(2)
         return live.model, live.optimizer
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if kind == "tp in ddp":
-        # Two meshes that know nothing of each other, of which both have everything.
+        # Two unrelated meshes, each of which holds everything.
         meshes = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
         model: nn.Module = Net()
         for block in model.blocks:
@@ -83,7 +83,7 @@ def saved_both_ways(rank: int, _world_size: int, kind: str, folder: str) -> list
 
 
 def outline(metadata: Metadata) -> dict[str, Any]:
-    """Every key: None for an object, else dtype, shape and boxes; of boxes without elements one is as good as many."""
+    """Return, by key, None for an object, else dtype, shape and regions; regions without elements count once."""
     found: dict[str, Any] = {}
     for key, entry in metadata.state_dict_metadata.items():
         found[key] = None
@@ -107,12 +107,12 @@ PLACES = [
 
 @pytest.mark.parametrize(("kind", "world_size"), PLACES)
 def test_the_metadata_is_that_of_dcp(kind: str, world_size: int, tmp_path: Path) -> None:
-    """The same keys in the same order with the same boxes, each written by one rank, and nothing else in the files."""
+    """The files have DCP's keys, in its order, with its regions, each written by one rank, and nothing else."""
     names = run("none" if world_size == 1 else "gloo", world_size, saved_both_ways, kind, str(tmp_path))
     ours, theirs = (OpenCheckpoint(tmp_path / name, verify=name == "ours").metadata for name in ("ours", "theirs"))
     assert outline(ours) == outline(theirs)
     assert ours.planner_data == theirs.planner_data
-    # Readers take the order from there, and it is that of rank 0, which names all of them.
+    # Readers take the order of keys from there; it is the order of rank 0, whose state has all keys.
     model = [key for key in ours.planner_data if key.startswith("model.") and "_extra_state" not in key]
     assert model == [f"model.{name}" for name in names[0]]
     assert ours.storage_data.keys() == theirs.storage_data.keys()
@@ -143,7 +143,7 @@ LAYOUTS = {
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_frame_around_elements_is_an_archive(layout: str, dtype: torch.dtype) -> None:
-    """Byte for byte what ``torch.save`` writes, for the first of a shape and for those that reuse its frame."""
+    """Archives are byte for byte what ``torch.save`` writes, the first of a shape and those that reuse its frame."""
     stream = io.BytesIO()
     archives = ArchiveWriter(stream, {})
     for _ in range(3):
@@ -160,7 +160,7 @@ def test_a_frame_around_elements_is_an_archive(layout: str, dtype: torch.dtype) 
 
 
 def test_frames_are_told_apart() -> None:
-    """By dtype, shape and strides."""
+    """Frames are kept by dtype, shape and strides."""
     tensors = [
         torch.randn(4, 3),
         torch.randn(3, 4).t(),
@@ -190,7 +190,7 @@ def test_elements_that_look_like_the_frame_are_found() -> None:
 
 
 def describes_what_is_live(rank: int, _world_size: int) -> int:
-    """Job: described again and again, as saves do, while averages move to wider memory and parameters to other."""
+    """Job: collect the state repeatedly, as saves do, while averages move to wider memory, and parameters move, too."""
     torch.manual_seed(0)
     model = Net()
     optimizer = ShardedASGD(model.parameters(), lr=0.1)
@@ -222,14 +222,14 @@ def describes_what_is_live(rank: int, _world_size: int) -> int:
                 assert own.extent == average.extent
                 assert own.shares_memory_with(average.fragment_view(param)), (change, name)
             else:
-                # Whole, and rank 0's to write, where it does not lie as its average does.
+                # A parameter whose strides differ from its average's is written whole, by rank 0.
                 assert change in ("strides", "shape")
                 assert (own is None) == (rank > 0)
     return num_parts
 
 
 def test_what_is_known_from_the_last_save_is_not_taken_where_it_has_moved() -> None:
-    """Averages by a load, parameters by whoever; on two ranks."""
+    """Fragments that are kept between saves follow averages that a load moves, and parameters that anyone moves."""
     assert all(num_parts > 10 for num_parts in run("gloo", 2, describes_what_is_live))
 
 
@@ -237,7 +237,7 @@ def test_what_is_known_from_the_last_save_is_not_taken_where_it_has_moved() -> N
 
 
 def test_a_stage_takes_whatever_comes() -> None:
-    """Of the same place and dtype into the same memory; of another one into other memory."""
+    """A tensor of the same layout is staged into the same memory, one of another layout into other memory."""
     stage = StagingArea()
     parts = [
         ShardTensor(torch.randn(4), (2, 4), (4, 1), 0),
@@ -257,7 +257,7 @@ def test_a_stage_takes_whatever_comes() -> None:
 
 
 def neighbours(shift: int) -> dict[str, Tensor]:
-    """Tensors of several dtypes side by side, far apart, on each other, with nothing in them, and by themselves."""
+    """Return tensors of several dtypes side by side, far apart, overlapping, empty, and with storages of their own."""
     storage = (torch.arange(40_000) + shift).to(torch.uint8)
 
     def at(first: int, numel: int, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -282,12 +282,12 @@ def neighbours(shift: int) -> dict[str, Tensor]:
 
 
 def test_what_shares_memory_is_staged_at_once_and_lies_as_it_did() -> None:
-    """Round after round into the same memory, wherever the tensors are by then; in inference mode too."""
+    """Staged tensors are right in every round, wherever the originals are by then, in inference mode too."""
     stage = StagingArea()
     addresses = set()
     for shift in range(2):
         live = neighbours(shift)
-        # Where nothing moves, and where all does.
+        # Nothing moves in one round, and everything in the next.
         for step in range(2):
             wanted = {key: value.clone() for key, value in live.items()}
             with torch.inference_mode(step == 0):
@@ -301,12 +301,12 @@ def test_what_shares_memory_is_staged_at_once_and_lies_as_it_did() -> None:
             if step:
                 assert addresses == {value.data_ptr() for value in copied["model"].values() if value.dim()}
             addresses = {value.data_ptr() for value in copied["model"].values() if value.dim()}
-    # Not the 40,000 bytes that all of it is in.
+    # The storage has 40,000 bytes, most of which are not copied.
     assert sum(copy_range.buffer.numel() for copy_range in stage._ranges) < 8300
 
 
 def test_a_stage_notices_that_a_tensor_has_moved() -> None:
-    """One of two neighbours, whose place another tensor may have by now."""
+    """A tensor that has moved is staged anew, although another tensor may be at its old address."""
     stage = StagingArea()
     both = torch.arange(8.0)
     live = {"a": both[:4], "b": both[4:]}
@@ -322,7 +322,7 @@ def test_a_stage_notices_that_a_tensor_has_moved() -> None:
 
 
 def test_a_stage_notices_that_a_tensor_reads_otherwise() -> None:
-    """The same bytes, but conjugated or negated when they are read."""
+    """A tensor whose bytes are now read as conjugated or negated is staged anew."""
     stage = StagingArea()
     base = torch.randn(10, dtype=torch.complex64)
     live = {"a": base[:4], "b": base[4:8], "real": torch.view_as_real(base)[:, 1]}
@@ -334,7 +334,7 @@ def test_a_stage_notices_that_a_tensor_reads_otherwise() -> None:
 
 
 def test_what_stays_keeps_its_room_when_another_tensor_moves() -> None:
-    """Touching memory for the first time takes longer than copying to it."""
+    """Staging reuses its memory, because touching new memory takes longer than copying to it."""
     stage = StagingArea()
     base, ring = torch.arange(100.0), torch.arange(12.0)
     live = {"a": base[:40], "b": base[40:], "own": torch.ones(5), "moving": ring[:3]}
@@ -349,12 +349,12 @@ def test_what_stays_keeps_its_room_when_another_tensor_moves() -> None:
     copied = stage.copy({"model": live})["model"]
     assert copied.keys() == live.keys()
     assert all(torch.equal(copied[key], live[key]) for key in live)
-    # The room of what is gone is gone.
+    # The memory of tensors that are gone was freed.
     assert sum(copy_range.buffer.numel() for copy_range in stage._ranges) < 300
 
 
 def test_a_stage_notices_that_storage_is_another() -> None:
-    """At the same address, but smaller, so that the tensor beside it is in none of its."""
+    """A storage at the same address that is smaller, so that a neighbour lies outside of it, is noticed."""
     stage = StagingArea()
     memory = np.arange(8, dtype=np.float32)
     whole, cut = torch.from_numpy(memory), torch.from_numpy(memory[:4])
@@ -371,7 +371,7 @@ def test_a_stage_notices_that_storage_is_another() -> None:
 
 
 def test_what_is_hashed_is_what_is_written(tmp_path: Path) -> None:
-    """Crumbs, blocks, and everything between and beyond, in any order."""
+    """Writes of any size, from a few bytes to several blocks, give the right file and hashes, in any order."""
     sizes = [1, 30, 4096, writer._BUFFER_BYTES - 1, writer._BUFFER_BYTES, writer._BLOCK_BYTES + 1, 5 << 20, 0]
     draw = random.Random(0)
     contents: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Thousands of ranks in one process: torch's ``fake`` group moves nothing, so only layouts and keys are looked at."""
+"""Thousands of ranks, one process: torch's ``fake`` group moves no data, so tests compare layouts and keys only."""
 
 import copy
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ RANKS = [(0, 1024), (511, 1024), (1023, 1024), (0, 16384), (16383, 16384)]
 @pytest.mark.parametrize("fake_group", RANKS, indirect=True, ids=str)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_construction_and_state_at_thousands_of_ranks(fake_group: tuple[int, int], stage: int) -> None:
-    """Every key for every parameter on every rank, and no more bytes than a share and its padding."""
+    """Every rank has every key of every parameter, and no more bytes than its shard and the padding."""
     _, world_size = fake_group
     model = params()
     optimizer = ShardedASGD(model, stage=stage)

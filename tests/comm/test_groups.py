@@ -1,4 +1,4 @@
-"""Process groups other than the default: sharding within part of the ranks; and pieces brought from rank to rank."""
+"""Process groups other than the default one, several optimizers at once, and gathers of uneven fragments."""
 
 import copy
 from pathlib import Path
@@ -37,7 +37,7 @@ def beside_plain(model: nn.Module, optimizer: ShardedASGD, seeds: list[int]) -> 
 
 
 def halves(rank: int, world_size: int, stage: int, stride: int) -> list[int]:
-    """Job: two groups of two, which train on different data; a rank's slices."""
+    """Job: two groups of two ranks train on different data; returns this rank's fragments."""
     members = [[r for r in range(world_size) if (r // stride) % 2 == half] for half in (0, 1)]
     groups = [dist.new_group(ranks) for ranks in members]
     half = (rank // stride) % 2
@@ -76,7 +76,7 @@ def outsider(rank: int, _world_size: int) -> None:
 
 
 def test_a_rank_outside_the_group_is_told_so() -> None:
-    """And the members are not disturbed."""
+    """That rank raises alone, and the members go on."""
     run("gloo", 3, outsider)
 
 
@@ -100,7 +100,7 @@ def two_optimizers(rank: int, _world_size: int) -> None:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("threads", 2), ("gloo", 2), ("gloo", 4)])
 def test_two_optimizers_share_a_group(backend: str, world_size: int) -> None:
-    """Their transfers do not mix."""
+    """Transfers of one optimizer never meet those of the other."""
     run(backend, world_size, two_optimizers)
 
 
@@ -118,7 +118,7 @@ def generator_and_discriminator(_rank: int, _world_size: int) -> None:
 
 @pytest.mark.parametrize(("backend", "world_size"), [("threads", 2), ("gloo", 2)])
 def test_one_backward_for_two_optimizers(backend: str, world_size: int) -> None:
-    """Each takes its own gradients."""
+    """Each optimizer takes the gradients of its own parameters."""
     run(backend, world_size, generator_and_discriminator)
 
 
@@ -158,7 +158,7 @@ def actor_and_critic(rank: int, _world_size: int, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_optimizers_over_two_subgroups_in_one_process(stage: int) -> None:
-    """DTensors and plain parameters of one do not meet those of the other."""
+    """Messages of one optimizer never meet those of the other, for DTensors or for plain parameters."""
     run("gloo", 4, actor_and_critic, stage)
 
 
@@ -173,7 +173,7 @@ def uneven(_rank: int, _world_size: int, path: str) -> None:
 
 
 def test_ranks_may_be_in_different_numbers_of_groups(tmp_path: Path) -> None:
-    """torch names a group by that number where only its ranks make it."""
+    """torch puts that number into the name of a group that only its members make."""
     run("gloo", 3, uneven, str(tmp_path / "checkpoint"))
 
 
@@ -193,5 +193,5 @@ def gathers(rank: int, _world_size: int, to: int | None, numels: list[int]) -> N
 @pytest.mark.parametrize("to", [None, 0, 2])
 @pytest.mark.parametrize("backend", ["threads", "gloo"])
 def test_gather_takes_fragments_of_any_size(backend: str, to: int | None, numels: list[int]) -> None:
-    """They arrive on one rank or on all, by named collectives and by messages."""
+    """Fragments arrive on one rank or on all, by named collectives and by messages."""
     run(backend, 3, gathers, to, numels)

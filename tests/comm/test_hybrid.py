@@ -44,7 +44,7 @@ stages = pytest.mark.parametrize("stage", [1, 2], ids=["stage1", "stage2"])
 @example(history=EVERYTHING, world=("gloo", (2, 2)))
 @given(history=histories(("float32", "bfloat16", "complex64")), world=st.sampled_from(WORLDS))
 def test_histories_are_torch_to_the_bit(stage: int, form: str, history: History, world: tuple[str, Any]) -> None:
-    """Where the sums of gradients are exact, cutting them along two axes changes nothing."""
+    """If sums of gradients are exact, taking them along two axes gives the same bits as along one."""
     backend, mesh = world
     setting = Setting(stage, form, TINY_BUCKETS_MB, mesh=mesh)
     run(backend, mesh[0] * mesh[1], check_history, history, setting)
@@ -53,7 +53,7 @@ def test_histories_are_torch_to_the_bit(stage: int, form: str, history: History,
 def train_on_own_data(
     rank: int, _world_size: int, mesh: tuple[int, int] | None, options: dict[str, Any], num_backwards: int
 ) -> tuple[list[Tensor], dict[str, Any], dict[str, int]]:
-    """Job: stage 2 on different data per rank, whose means are not exact; parameters, whole state, bytes held."""
+    """Job: stage 2 on data whose means are not exact; returns parameters, full state and bytes held."""
     shape = None if mesh is None else hybrid_mesh(mesh)
     model = mlp(width=24)
     optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=1, stage=2, bucket_cap_mb=0.002, mesh=shape, **options)
@@ -74,7 +74,7 @@ def train_on_own_data(
     num_backwards=[1, 2, 2, 1],
 )
 def test_replicas_are_equal_and_near_flat_sharding(mesh: Any, options: dict[str, Any], num_backwards: int) -> None:
-    """Every rank has the same bits; against flat sharding sums differ in their order only."""
+    """All ranks have the same bits, and flat sharding differs only by the order of its sums."""
     world_size = mesh[0] * mesh[1]
     found = run("gloo", world_size, train_on_own_data, mesh, options, num_backwards)
     flat = run("gloo", world_size, train_on_own_data, None, options, num_backwards)[0]
@@ -116,7 +116,7 @@ def count_sent(rank: int, world_size: int, mesh: tuple[int, int] | None, stage: 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_only_a_shard_crosses(stage: int) -> None:
-    """Between replicas: the reduced shard, there and back; nothing in stage 1."""
+    """Replicas send each other the reduced shard and its mean, and nothing in stage 1."""
     for rank, sent in enumerate(run("gloo", 4, count_sent, (2, 2), stage)):
         flat_bytes = sent[rank]
         inside, across, diagonal = rank ^ 1, rank ^ 2, rank ^ 3
@@ -126,7 +126,7 @@ def test_only_a_shard_crosses(stage: int) -> None:
 
 
 def norms(rank: int, _world_size: int, mesh: tuple[int, int], norm_type: float) -> None:
-    """Job: clipping beside torch's on the mean of all ranks' gradients."""
+    """Job: clip gradients, and compare with torch's function on the mean of all ranks' gradients."""
     model = mlp()
     plain = copy.deepcopy(model)
     optimizer = ShardedASGD(model.parameters(), lr=0.1, stage=2, bucket_cap_mb=0.002, mesh=hybrid_mesh(mesh))
@@ -141,7 +141,7 @@ def norms(rank: int, _world_size: int, mesh: tuple[int, int], norm_type: float) 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
 @pytest.mark.parametrize("mesh", [(2, 2), (3, 1)], ids=str)
 def test_the_norm_counts_every_element_once(mesh: Any, norm_type: float) -> None:
-    """However many replicas hold it."""
+    """A parameter counts once in the norm, however many replicas hold it."""
     run("gloo", mesh[0] * mesh[1], norms, mesh, norm_type)
 
 
@@ -176,7 +176,7 @@ def looks_at_the_average(rank: int, world_size: int, mesh: tuple[int, int], path
 
 @pytest.mark.parametrize("mesh", [(2, 2), (1, 2), (3, 1)], ids=str)
 def test_the_average(mesh: Any, tmp_path: Path) -> None:
-    """Looked at, collected on any rank, and exported."""
+    """The averages can be swapped in, gathered on any rank, and exported."""
     run("gloo", mesh[0] * mesh[1], looks_at_the_average, mesh, str(tmp_path / "average.safetensors"))
 
 
@@ -194,7 +194,7 @@ def overflows(rank: int, _world_size: int) -> bool:
 
 
 def test_an_overflow_in_one_replica_skips_the_step_in_all() -> None:
-    """Found after the reduction, agreed on by all ranks."""
+    """The overflow is found after the reduction, and all ranks skip the step."""
     assert run("gloo", 4, overflows) == [True] * 4
 
 
@@ -205,7 +205,7 @@ def by_name(_rank: int, _world_size: int, names: tuple[str, str], shape: tuple[i
 
 
 def test_axes_go_by_name_where_they_have_these_names_and_else_by_place() -> None:
-    """("shard", "replicate") is understood, one of the two is enough; other names are replicas first, as for HSDP."""
+    """One of the names "shard" and "replicate" is enough; without them the first dimension replicates, as in HSDP."""
     one = run("gloo", 3, by_name, ("replicate", "shard"), (3, 1))[0]
     third = run("gloo", 3, by_name, ("replicate", "shard"), (1, 3))[0]
     assert third < one
@@ -224,7 +224,7 @@ def one_dimension(_rank: int, world_size: int) -> None:
 
 
 def test_a_mesh_of_one_dimension_shards_over_it() -> None:
-    """As ``process_group`` does."""
+    """A mesh with one dimension acts as ``process_group`` with its ranks."""
     run("gloo", 2, one_dimension)
 
 
@@ -259,7 +259,7 @@ def part_of_the_ranks(rank: int, _world_size: int, stage: int) -> None:
 
 @stages
 def test_a_mesh_of_some_ranks_beside_an_optimizer_on_all(stage: int) -> None:
-    """Neither disturbs the other; ranks of ``to`` count within the mesh."""
+    """Neither optimizer disturbs the other, and ``to`` counts ranks within the mesh."""
     run("gloo", 5, part_of_the_ranks, stage)
 
 
@@ -269,7 +269,7 @@ def is_tensor(found: object) -> bool:
 
 
 def holds(rank: int, _world_size: int) -> None:
-    """Job: what stands between steps, beside what belongs there."""
+    """Job: compare the tensors that live between steps with those that should."""
     mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard"))
     net = nn.Sequential(nn.Embedding(20_000, 16), nn.Linear(16, 1))
     num_groups = dist.get_pg_count()
@@ -296,7 +296,7 @@ def holds(rank: int, _world_size: int) -> None:
 
 
 def test_between_steps_no_whole_gradient_is_held_no_group_made_and_no_byte_counted_twice() -> None:
-    """The last bucket's gradient is sent from where it lies, and then freed as those of the others."""
+    """The last bucket's gradient is sent from its own memory and then freed, as the others are."""
     run("gloo", 4, holds)
 
 
@@ -304,7 +304,7 @@ def test_between_steps_no_whole_gradient_is_held_no_group_made_and_no_byte_count
 
 
 def refused(rank: int, _world_size: int, how: str) -> None:
-    """Job: a mesh that cannot be taken."""
+    """Job: construct on a mesh that is not supported."""
     mesh: Any = hybrid_mesh((2, 2))
     options: dict[str, Any] = {}
     if how == "with a group" or (how == "one with a group" and rank == 3):
@@ -334,7 +334,7 @@ def refused(rank: int, _world_size: int, how: str) -> None:
     ],
 )
 def test_what_is_refused(how: str, says: str) -> None:
-    """On every rank, with what to do instead."""
+    """Every rank raises, and the error says what to do instead."""
     for error in run_errors("gloo", 4, refused, how):
         assert error.type_name == "ValueError"
         assert re.search(says, error.message, re.DOTALL), error.message
@@ -353,7 +353,7 @@ def dies(rank: int, _world_size: int) -> None:
 
 
 def test_a_rank_of_another_replica_that_dies() -> None:
-    """Every other rank raises, soon, those included that share no shard and no replica with it."""
+    """Every other rank raises soon, also one that shares neither shard nor replica with the dead one."""
     for outcome in outcomes("gloo", 4, dies)[:3]:
         assert outcome.error is not None
         assert outcome.error.type_name == "PeerError"

@@ -1,4 +1,4 @@
-"""What goes on beside an optimizer: other optimizers, the user's own messages, skipped steps, changed parameters."""
+"""Events beside an optimizer: other optimizers, the user's own messages, skipped steps, changed parameters."""
 
 import copy
 import gc
@@ -20,7 +20,7 @@ RULE = {"lr": 1.0, "lambd": 0.0}
 
 
 def scalar() -> torch.nn.Parameter:
-    """A parameter whose gradient is whatever it is multiplied with."""
+    """Return a parameter; its gradient is the factor that it is multiplied by."""
     return torch.nn.Parameter(torch.zeros(1))
 
 
@@ -41,7 +41,7 @@ def replace_optimizer(_rank: int, _world_size: int, stage: int) -> tuple[float, 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_dropped_optimizer_takes_no_gradients(stage: int) -> None:
-    """Its hooks go with it."""
+    """The hooks of a dropped optimizer are removed."""
     assert run("gloo", 2, replace_optimizer, stage) == [(1.0, 1.0)] * 2
 
 
@@ -64,7 +64,7 @@ def interleave(rank: int, _world_size: int, reverse_on: int) -> tuple[float, flo
 
 @pytest.mark.parametrize("reverse_on", [-1, 1])
 def test_optimizers_on_one_group_keep_their_gradients(reverse_on: int) -> None:
-    """Their messages have tags of their own."""
+    """Each optimizer's messages have their own tags."""
     assert run("gloo", 2, interleave, reverse_on) == [(-30.0, -5.0)] * 2
 
 
@@ -80,7 +80,7 @@ def reduce_between(rank: int, _world_size: int) -> tuple[float, float, float]:
 
 
 def test_the_users_collectives_are_not_met() -> None:
-    """On the very group that the optimizer uses."""
+    """The user's collective may run on the group that the optimizer uses."""
     assert run("gloo", 2, reduce_between) == [(3.0, -10.0, -1.0)] * 2
 
 
@@ -99,7 +99,7 @@ def skip_step(rank: int, _world_size: int) -> list[float]:
 
 
 def test_a_step_that_all_ranks_skip_leaves_nothing_behind() -> None:
-    """zero_grad() settles the round that only one rank opened."""
+    """zero_grad() finishes a round that only one rank has opened."""
     assert run("gloo", 2, skip_step) == [[-2.0, 0.0]] * 2
 
 
@@ -115,7 +115,7 @@ def skip_backward(rank: int, _world_size: int) -> None:
 
 
 def test_gradients_of_different_steps_are_never_mixed() -> None:
-    """An error on both ranks."""
+    """Both ranks raise, and go on after zero_grad()."""
     errors = run_errors("gloo", 2, skip_backward)
     assert all("zero_grad" in error.message for error in errors)
 
@@ -135,7 +135,7 @@ def count_launches(_rank: int, _world_size: int) -> int:
 
 
 def test_an_unused_parameter_costs_no_second_round() -> None:
-    """The last registered one, whose bucket comes first."""
+    """The unused parameter is the one registered last, whose bucket is launched first."""
     assert run("gloo", 2, count_launches) == [4, 4]
 
 
@@ -160,7 +160,7 @@ def fail_inside_average(rank: int, _world_size: int) -> tuple[bool, str]:
 
 
 def test_the_parameters_come_back_where_ranks_disagree_at_the_end() -> None:
-    """And every rank hears why."""
+    """The other ranks raise too, and the error says why."""
     for back, said in run("gloo", 2, fail_inside_average):
         assert back
         assert "zero_grad" in said
@@ -177,7 +177,7 @@ def rebind(rank: int, _world_size: int) -> None:
 
 
 def test_a_parameter_with_other_strides_is_named() -> None:
-    """Its address is the same."""
+    """The change is found although the address stays the same."""
     assert all("weight" in error.message and "rank 1" in error.message for error in run_errors("gloo", 2, rebind))
 
 
@@ -194,7 +194,7 @@ def unfreeze(_rank: int, _world_size: int) -> tuple[float, float]:
 
 
 def test_a_parameter_unfrozen_later_accumulates() -> None:
-    """Reduced when ranks settle, as it has no hook."""
+    """Its gradient is reduced in the next collective call, because the parameter has no hook."""
     assert run("gloo", 2, unfreeze) == [(-2.0, -2.0)] * 2
 
 
@@ -212,7 +212,7 @@ def reload_unstepped(_rank: int, _world_size: int) -> tuple[float, float]:
 
 
 def test_loaded_eta_of_step_zero_survives_a_shard() -> None:
-    """Only parameters that never had state follow the lr."""
+    """Only parameters that never stepped, and whose state was not loaded, follow the lr."""
     assert run("gloo", 2, reload_unstepped) == [(-0.25, 1.0)] * 2
 
 
@@ -234,7 +234,7 @@ def load_wide(_rank: int, _world_size: int, bucket_cap_mb: float) -> list[Any]:
 
 
 def test_a_wider_average_does_not_make_bucket_size_matter() -> None:
-    """It widens the averages of its group and dtype, whichever bucket they are in."""
+    """A wider average widens all averages of its group and dtype, in every bucket."""
     small, large = run("gloo", 2, load_wide, 1e-6), run("gloo", 2, load_wide, 25.0)
     assert small == large
     assert small[0][0][0] == torch.float64
@@ -252,7 +252,7 @@ def step_empty(_rank: int, _world_size: int) -> float:
 
 
 def test_a_group_without_parameters_steps() -> None:
-    """As in torch, it does nothing."""
+    """As in torch, a step without parameters does nothing."""
     assert run("gloo", 2, step_empty) == [-1.0, -1.0]
 
 
@@ -307,7 +307,7 @@ def lives_under(_rank: int, world_size: int, options: dict[str, Any], device: st
 )
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_tensors_of_its_own_are_where_they_belong(tmp_path: Path, options: dict[str, Any], world_size: int) -> None:
-    """Whatever torch's default device: that has no memory here, so that nothing could be computed on it."""
+    """The results do not depend on torch's default device; the one here has no memory to compute in."""
     backend = "gloo" if world_size > 1 or "mesh" in options else "none"
     wanted, found = (run(backend, world_size, lives_under, options, d, str(tmp_path)) for d in ("cpu", "meta"))
     for ours, theirs in zip(found, wanted, strict=True):
@@ -334,6 +334,6 @@ def reduces_under(rank: int, _world_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def test_sums_of_gradients_are_float32_whatever_the_default() -> None:
-    """Rounded once."""
+    """The mean is rounded to 16 bits once, whatever the default dtype."""
     wanted, found = (run("gloo", 3, reduces_under, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
     assert_same_bits(found, wanted, "masters")

@@ -59,12 +59,12 @@ def assert_survivors_raised(found: list[Outcome], within_s: float) -> None:
 @pytest.mark.parametrize("where", ["before step", "after step"])
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_a_peer_that_dies(how: str, where: str, stage: int) -> None:
-    """Seen at the closed connection, not at the timeout."""
+    """The survivors raise when the connection closes, not at the timeout."""
     assert_survivors_raised(outcomes("gloo", 2, train_until_death, how, stage, where), within_s=10.0)
 
 
 def test_a_peer_of_three_that_dies() -> None:
-    """Also by the ranks that wait for one another."""
+    """Ranks that wait for each other raise as well."""
     found = outcomes("gloo", 3, train_until_death, "kill", 2, "before step")
     assert_survivors_raised(found, within_s=GROUP_TIMEOUT_S + 5.0)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.storage import masters
-from dist_asgd.update import rounding
+from dist_asgd.update import addresses, rounding
 from dist_asgd.update.schedule import Cohort, StepHyperparameters
 from dist_asgd.update.segments import KernelDtypes, Segment
 
@@ -33,7 +33,7 @@ from .bits import assert_same_bits
 Case = Callable[[torch.device], None]
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-KINDS = {
+KERNEL_DTYPES = {
     "fp32": KernelDtypes(F32, F32, F32),
     "fp64": KernelDtypes(F64, F64, F64),
     "fp32-average64": KernelDtypes(F32, F32, F64),
@@ -52,7 +52,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a launch. If ``found_inf`` is None, it is not passed."""
+    """The options of a launch; with ``found_inf`` None the argument is left out."""
 
     weight_decay: float = 0.0
     maximize: bool = False
@@ -90,7 +90,7 @@ def values(numel: int, dtype: torch.dtype, generator: torch.Generator, special: 
 
 
 def bits_of_nan(x: Tensor) -> Tensor:
-    """``x`` with all NaNs replaced by one of them, because the bits of a NaN depend on the hardware."""
+    """``x`` with one dtypes of NaN: which one an operation gives is the hardware's choice."""
     return torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
 
 
@@ -107,19 +107,21 @@ class Arrays:
     key: int
 
     @classmethod
-    def random(cls, numel: int, kind: KernelDtypes, index: int, aligned: bool, generator: torch.Generator) -> "Arrays":
-        """Draw arrays of a kind. Masters fit their parameters, except some float16 masters."""
-        gradient = values(numel + 1, kind.gradient, generator)
-        param, master = values(numel, kind.param, generator), None
-        if kind.master:
+    def random(
+        cls, numel: int, dtypes: KernelDtypes, index: int, aligned: bool, generator: torch.Generator
+    ) -> "Arrays":
+        """Arrays of a dtypes, with masters that belong to their parameters (and float16 ones that do not)."""
+        gradient = values(numel + 1, dtypes.gradient, generator)
+        param, master = values(numel, dtypes.param, generator), None
+        if dtypes.master:
             wide = values(numel, F32, generator)
-            if kind.param == BF16:
+            if dtypes.param == BF16:
                 master = torch.empty(numel, dtype=torch.int16)
                 masters.write(wide, param, master)
             else:
                 master = wide
                 param = torch.where(torch.rand(numel, generator=generator) < 0.1, param, wide.half())
-        average = values(numel, kind.average, generator)
+        average = values(numel, dtypes.average, generator)
         first = 2**32 - 7 if index % 2 else 5
         start = 0 if aligned else 1
         return cls(param, gradient[start : start + numel], average, master, index % 3, first, 0x9E3779B1 + index)
@@ -132,8 +134,8 @@ class Arrays:
         return Segment(param, self.average.to(device, copy=True), master, gradient, self.row, self.first, self.key)
 
 
-def expected(arrays: Arrays, kind: KernelDtypes, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Parameter, average and master after one step, computed by torch operators on the CPU.
+def expected(arrays: Arrays, dtypes: KernelDtypes, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Parameter, average and master after one step, in torch operators on the CPU.
 
     There ``add`` with ``alpha`` is fused in float32 and float64 (not under ``ATEN_CPU_CAPABILITY=default``).
     """
@@ -141,9 +143,9 @@ def expected(arrays: Arrays, kind: KernelDtypes, options: Options) -> tuple[Tens
         return arrays.param, arrays.average, arrays.master
     factors = FACTORS.double()[arrays.row]
     c, negative_eta, mu, step = factors.tolist()
-    wide = F64 if kind.param == F64 else F32
-    each = F32 if kind.master or kind.stochastic else kind.param
-    scaled = F32 if kind.master or kind.stochastic else kind.gradient
+    wide = F64 if dtypes.param == F64 else F32
+    each = F32 if dtypes.master or dtypes.stochastic else dtypes.param
+    scaled = F32 if dtypes.master or dtypes.stochastic else dtypes.gradient
 
     def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype).to(x.dtype)
@@ -166,28 +168,28 @@ def expected(arrays: Arrays, kind: KernelDtypes, options: Options) -> tuple[Tens
     x = rounded(x * c, each)
     x = rounded(torch.add(x, g, alpha=negative_eta), each)
 
-    param, master = x.to(kind.param), None
-    if arrays.master is not None and kind.param == BF16:
+    param, master = x.to(dtypes.param), None
+    if arrays.master is not None and dtypes.param == BF16:
         master = torch.empty_like(arrays.master)
         masters.write(x, param, master)
-    elif kind.master:
+    elif dtypes.master:
         master = x
-    elif kind.stochastic:
+    elif dtypes.stochastic:
         random = rounding.random_16(arrays.key, int(step), arrays.first, len(x), x.device)
         rounding.round_stochastically(x, param, random)
         x = param.to(wide)
-    average_wide = torch.promote_types(wide, kind.average)
-    average_each = each if kind.average == each else average_wide
+    average_wide = torch.promote_types(wide, dtypes.average)
+    average_each = each if dtypes.average == each else average_wide
     ax = arrays.average.to(average_wide)
     x = x.to(average_wide)
     moved = rounded(rounded(x - ax, average_each) * mu, average_each)
-    return param, (x if mu == 1 else ax + moved).to(kind.average), master
+    return param, (x if mu == 1 else ax + moved).to(dtypes.average), master
 
 
-def check(found: Segment, arrays: Arrays, kind: KernelDtypes, options: Options) -> None:
-    """Compare a segment with the oracle to the bit. NaNs equal each other, unless the kernel chooses their bits."""
-    chosen = kind.param == BF16 and (kind.master or kind.stochastic)
-    wanted = expected(arrays, kind, options)
+def check(found: Segment, arrays: Arrays, dtypes: KernelDtypes, options: Options) -> None:
+    """Compare a segment with the oracle, to the bit; a NaN equals any other, but where the kernel chooses it."""
+    chosen = dtypes.param == BF16 and (dtypes.master or dtypes.stochastic)
+    wanted = expected(arrays, dtypes, options)
     results = (found.param, found.average, found.master)
     for name, result, oracle in zip(("param", "average", "master"), results, wanted, strict=True):
         if oracle is None or result is None:
@@ -198,15 +200,15 @@ def check(found: Segment, arrays: Arrays, kind: KernelDtypes, options: Options) 
         assert_same_bits(*pair, f"{name}, {len(oracle)}, row {arrays.row}")
 
 
-def compare_with_operators(kind: KernelDtypes, options: Options, given: bool, device: torch.device) -> None:
-    """Check one launch over segments of many sizes and three rows of the table."""
+def compare_with_operators(dtypes: KernelDtypes, options: Options, given: bool, device: torch.device) -> None:
+    """One launch over segments of many sizes and three rows."""
     from dist_asgd.update.cuda import Launch
 
     generator = torch.Generator().manual_seed(17)
-    arrays = [Arrays.random(numel, kind, i, options.aligned, generator) for i, numel in enumerate(NUMELS)]
+    arrays = [Arrays.random(numel, dtypes, i, options.aligned, generator) for i, numel in enumerate(NUMELS)]
     segments = [a.on(device, given, options.aligned) for a in arrays]
     gradients = [a.gradient.to(device) if options.aligned else shifted(a.gradient, device) for a in arrays]
-    launch = Launch(segments, kind, options.maximize, options.weight_decay, device, BLOCK_NUMEL)
+    launch = Launch(segments, dtypes, options.maximize, options.weight_decay, device, BLOCK_NUMEL)
     launch.run(
         None if given else [gradient.data_ptr() for gradient in gradients],
         FACTORS.double().to(device),
@@ -215,7 +217,7 @@ def compare_with_operators(kind: KernelDtypes, options: Options, given: bool, de
         None if options.found_inf is None else torch.tensor([options.found_inf], device=device),
     )
     for segment, array in zip(segments, arrays, strict=True):
-        check(segment, array, kind, options)
+        check(segment, array, dtypes, options)
 
 
 def shifted(x: Tensor, device: torch.device) -> Tensor:
@@ -225,10 +227,10 @@ def shifted(x: Tensor, device: torch.device) -> Tensor:
     return copy.copy_(x)
 
 
-def table_of(rules: Sequence[StepHyperparameters], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
-    """The argument ``hyper`` of ``advance``: a row for each of ``rules``."""
+def table_of(hypers: Sequence[StepHyperparameters], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
+    """``hyper`` of ``advance``."""
     return torch.tensor(
-        [[r.lr, r.lambd, r.alpha, r.t0, a, i] for r, a, i in zip(rules, active, initial, strict=True)], dtype=F64
+        [[r.lr, r.lambd, r.alpha, r.t0, a, i] for r, a, i in zip(hypers, active, initial, strict=True)], dtype=F64
     )
 
 
@@ -237,7 +239,7 @@ def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
     from dist_asgd.update.cuda import Launch, advance
 
     generator = torch.Generator().manual_seed(3)
-    kind = KernelDtypes(dtype, dtype, dtype)
+    dtypes = KernelDtypes(dtype, dtype, dtype)
     params = [torch.nn.Parameter(values(n, dtype, generator, special=False)) for n in (70001, 5, 4096)]
     options = [{"lr": 0.1, "t0": 2, "lambd": 1e-2}, {"lr": 0.05, "t0": float("inf"), "alpha": 0.5}]
     groups = [{"params": params[:2], **options[0]}, {"params": params[2:], **options[1]}]
@@ -255,11 +257,11 @@ def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
         infinite = step == 2
         gradients = [values(p.numel(), dtype, generator, special=False) for p in params]
         found_inf = torch.tensor([float(infinite)], device=device)
-        rules = [StepHyperparameters.of({**group, "maximize": False}, False) for group in oracle.param_groups]
-        advance(scalars, table_of(rules, active, [True, True]).to(device), factors, found_inf)
+        hypers = [StepHyperparameters.of({**group, "maximize": False}, False) for group in oracle.param_groups]
+        advance(scalars, table_of(hypers, active, [True, True]).to(device), factors, found_inf)
         on_device = [gradient.to(device) for gradient in gradients]
         count = 3 if active[1] else 2
-        launch = Launch(segments[:count], kind, False, 0.01, device, 16384)
+        launch = Launch(segments[:count], dtypes, False, 0.01, device, 16384)
         launch.run([gradient.data_ptr() for gradient in on_device[:count]], factors, found_inf=found_inf)
         if not infinite:
             for i, (param, gradient) in enumerate(zip(params, gradients, strict=True)):
@@ -277,35 +279,35 @@ def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def compare_schedules(double: bool, device: torch.device) -> None:
-    """Compare ``advance`` with ``Cohort.advance``, for 40 of 120 rules, in 60 steps and in some much later ones."""
+    """``advance`` against ``Cohort.advance``: 40 of 120 sets of hyperparameters, 60 steps, some far into a run."""
     from dist_asgd.update.cuda import advance
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(F64 if double else F32)
     try:
-        rules = [
+        hypers = [
             StepHyperparameters(lr, lambd, alpha, t0, 0.0, False, False)
             for lr in (0.1, 3.0, 0.0, 1e-5)
             for lambd in (1e-4, 0.3)
             for alpha in (0.75, 0.0, 1.0)
             for t0 in (1e6, 5.0, 0.0, float("inf"), 2.5)
         ][::3]
-        cohorts = [Cohort.new(rule.lr, {i}) for i, rule in enumerate(rules)]
-        scalars = torch.zeros(len(rules), 3, dtype=F64)
+        cohorts = [Cohort.new(hyper.lr, {i}) for i, hyper in enumerate(hypers)]
+        scalars = torch.zeros(len(hypers), 3, dtype=F64)
         for row, cohort in enumerate(cohorts):
             if row % 4 == 3:
                 cohort.step.fill_(1_000_000 + row)
             scalars[row] = torch.stack([cohort.step, cohort.eta, cohort.mu]).double()
         scalars = scalars.to(device)
-        factors = torch.zeros(len(rules), 4, dtype=F64, device=device)
-        hyper = table_of(rules, [True] * len(rules), [False] * len(rules)).to(device)
+        factors = torch.zeros(len(hypers), 4, dtype=F64, device=device)
+        table = table_of(hypers, [True] * len(hypers), [False] * len(hypers)).to(device)
         for _ in range(60):
             used = [
-                (1 - r.lambd * c.eta.item(), -c.eta.item(), c.mu.item()) for r, c in zip(rules, cohorts, strict=True)
+                (1 - r.lambd * c.eta.item(), -c.eta.item(), c.mu.item()) for r, c in zip(hypers, cohorts, strict=True)
             ]
-            advance(scalars, hyper, factors, None)
-            for rule, cohort in zip(rules, cohorts, strict=True):
-                cohort.advance(rule)
+            advance(scalars, table, factors, None)
+            for hyper, cohort in zip(hypers, cohorts, strict=True):
+                cohort.advance(hyper)
             wanted = torch.stack([torch.stack([c.step, c.eta, c.mu]) for c in cohorts]).double()
             if double:
                 # A power made of exp and log, and one of the C library, in the last places of float64.
@@ -323,14 +325,14 @@ def skip_inactive_rows(device: torch.device) -> None:
     """Rows that are not active do not change; after an overflow no row changes, and factors stay."""
     from dist_asgd.update.cuda import advance
 
-    rule = StepHyperparameters(0.1, 1e-4, 0.75, 1e6, 0.0, False, False)
+    hyper = StepHyperparameters(0.1, 1e-4, 0.75, 1e6, 0.0, False, False)
     start = torch.tensor([[3.0, 0.5, 0.25]] * 2, dtype=F64)
     scalars, factors = start.to(device, copy=True), torch.full((2, 4), 7.0, dtype=F64, device=device)
-    hyper = table_of([rule, rule], [False, True], [True, True]).to(device)
-    advance(scalars, hyper, factors, torch.ones(1, device=device))
+    table = table_of([hyper, hyper], [False, True], [True, True]).to(device)
+    advance(scalars, table, factors, torch.ones(1, device=device))
     assert torch.equal(scalars.cpu(), start)
     assert bool((factors == 7).all())
-    advance(scalars, hyper, factors, None)
+    advance(scalars, table, factors, None)
     assert torch.equal(scalars[0].cpu(), start[0])
     assert bool((factors[0] == 7).all())
     assert scalars[1, 0] == 4
@@ -342,21 +344,21 @@ def update_large(device: torch.device) -> None:
     """Check a segment with a million elements, an odd number."""
     from dist_asgd.update.cuda import Launch
 
-    kind = KINDS["fp32"]
-    arrays = Arrays.random(1_000_003, kind, 1, True, torch.Generator().manual_seed(1))
+    dtypes = KERNEL_DTYPES["fp32"]
+    arrays = Arrays.random(1_000_003, dtypes, 1, True, torch.Generator().manual_seed(1))
     segment = arrays.on(device, True)
-    Launch([segment], kind, False, 0.01, device, 1 << 16).run(None, FACTORS.double().to(device))
-    check(segment, arrays, kind, Options(weight_decay=0.01))
+    Launch([segment], dtypes, False, 0.01, device, 1 << 16).run(None, FACTORS.double().to(device))
+    check(segment, arrays, dtypes, Options(weight_decay=0.01))
 
 
 def update_far_elements(device: torch.device) -> None:
     """Check the block at element 2^33 of a segment. The arrays hold this block only, and addresses are set to fit."""
     from dist_asgd.update import cuda
 
-    kind, numel, place = KINDS["bf16-stochastic"], 777, 2**33 // BLOCK_NUMEL
-    arrays = Arrays.random(numel, kind, 1, True, torch.Generator().manual_seed(2))
+    dtypes, numel, place = KERNEL_DTYPES["bf16-stochastic"], 777, 2**33 // BLOCK_NUMEL
+    arrays = Arrays.random(numel, dtypes, 1, True, torch.Generator().manual_seed(2))
     segment = arrays.on(device, True)
-    launch = cuda.Launch([segment], kind, False, 0.0, device, BLOCK_NUMEL)
+    launch = cuda.Launch([segment], dtypes, False, 0.0, device, BLOCK_NUMEL)
     start = place * BLOCK_NUMEL
     offsets = torch.tensor([2, 4, 0, -1, 0, 1, 0, 0], device=device) * start
     launch._table.sub_(offsets)
@@ -365,17 +367,17 @@ def update_far_elements(device: torch.device) -> None:
     assert launch._given is not None
     launch._given = [launch._given[0] - 2 * start]
     launch.run(None, FACTORS.double().to(device))
-    check(segment, arrays, kind, Options())
+    check(segment, arrays, dtypes, Options())
 
 
 def follow_gradients(device: torch.device) -> None:
     """Pointers are uploaded only when they change, and unaligned ones are noticed."""
     from dist_asgd.update.cuda import Launch
 
-    kind = KINDS["fp32"]
+    dtypes = KERNEL_DTYPES["fp32"]
     generator = torch.Generator().manual_seed(5)
-    segments = [Arrays.random(9, kind, i, True, generator).on(device, False) for i in range(3)]
-    launch = Launch(segments, kind, False, 0.0, device, 16)
+    segments = [Arrays.random(9, dtypes, i, True, generator).on(device, False) for i in range(3)]
+    launch = Launch(segments, dtypes, False, 0.0, device, 16)
     factors = FACTORS.double().to(device)
     columns = []
     gradients = [torch.ones(9, device=device) for _ in segments]
@@ -395,13 +397,11 @@ def follow_gradients(device: torch.device) -> None:
 
 
 def keep_columns_of_graphs(device: torch.device) -> None:
-    """While a graph is captured, a column of pointers is kept for it, and one is spare; then there is an error."""
-    from dist_asgd.update import cuda
-
-    column = cuda._Column([0, 2], 3, device)
+    """While a graph is captured: a column of its own, kept; one spare; then an error that says what to do."""
+    column = addresses.AddressColumn([0, 2], 3, device)
     eager, aligned = column.of([16, 0, 32])
     assert (eager.tolist(), aligned) == ([16, 32], True)
-    with mock.patch.object(cuda, "_is_capturing", return_value=True):
+    with mock.patch.object(addresses, "_is_capturing", return_value=True):
         assert column.of([16, 0, 32])[0] is eager
         captured, aligned = column.of([48, 0, 68])
         assert (captured.tolist(), aligned) == ([48, 68], False)
@@ -410,7 +410,7 @@ def keep_columns_of_graphs(device: torch.device) -> None:
             column.of([64, 0, 80])
     # What was captured was not uploaded: a step outside does not rely on it, and makes a new spare.
     assert column.of([48, 0, 68])[0] is not captured
-    with mock.patch.object(cuda, "_is_capturing", return_value=True):
+    with mock.patch.object(addresses, "_is_capturing", return_value=True):
         assert column.of([64, 0, 80])[0].tolist() == [64, 80]
     assert (captured.tolist(), eager.tolist()) == ([48, 68], [16, 32])
 
@@ -419,7 +419,7 @@ def refuse(device: torch.device) -> None:
     """Wrong arguments raise errors that name the problem, at construction and at the call."""
     from dist_asgd.update.cuda import Launch
 
-    kind = KINDS["fp32"]
+    dtypes = KERNEL_DTYPES["fp32"]
     good = Segment(torch.zeros(8, device=device), torch.zeros(8, device=device), None, None, 0)
     given = Segment(good.param, good.average, None, torch.zeros(8, device=device), 0)
     off = torch.zeros(24, device=device)[4:12]
@@ -427,28 +427,31 @@ def refuse(device: torch.device) -> None:
     refusals: list[tuple[str, Callable[[], Any]]] = [
         (
             "average starts 16",
-            lambda: Launch([good, Segment(good.param, off, None, None, 0)], kind, False, 0.0, device),
+            lambda: Launch([good, Segment(good.param, off, None, None, 0)], dtypes, False, 0.0, device),
         ),
-        ("param must be", lambda: Launch([good], KINDS["fp64"], False, 0.0, device)),
-        ("master must be", lambda: Launch([Segment(good.param, good.average, off, None, 0)], kind, False, 0.0, device)),
-        ("average must be", lambda: Launch([Segment(good.param, off[:3], None, None, 0)], kind, False, 0.0, device)),
-        ("1 of 2 segments", lambda: Launch([good, given], kind, False, 0.0, device)),
-        ("None if they have their own", lambda: Launch([good], kind, False, 0.0, device).run(None, factors)),
-        ("pass data pointers if", lambda: Launch([given], kind, False, 0.0, device).run([0], factors)),
-        ("2 gradients for 1", lambda: Launch([good], kind, False, 0.0, device).run([0, 0], factors)),
+        ("param must be", lambda: Launch([good], KERNEL_DTYPES["fp64"], False, 0.0, device)),
+        (
+            "master must be",
+            lambda: Launch([Segment(good.param, good.average, off, None, 0)], dtypes, False, 0.0, device),
+        ),
+        ("average must be", lambda: Launch([Segment(good.param, off[:3], None, None, 0)], dtypes, False, 0.0, device)),
+        ("1 of 2 segments", lambda: Launch([good, given], dtypes, False, 0.0, device)),
+        ("None if they have their own", lambda: Launch([good], dtypes, False, 0.0, device).run(None, factors)),
+        ("pass data pointers if", lambda: Launch([given], dtypes, False, 0.0, device).run([0], factors)),
+        ("2 gradients for 1", lambda: Launch([good], dtypes, False, 0.0, device).run([0, 0], factors)),
     ]
     for message, action in refusals:
         with pytest.raises(ValueError, match=message):
             action()
-    Launch([], kind, False, 0.0, device).run(None, factors)
-    Launch([Segment(off[:0], off[:0], None, None, 0)], kind, False, 0.0, device).run([0], factors)
+    Launch([], dtypes, False, 0.0, device).run(None, factors)
+    Launch([Segment(off[:0], off[:0], None, None, 0)], dtypes, False, 0.0, device).run([0], factors)
 
 
 def all_cases() -> dict[str, Case]:
     """All cases by name."""
     cases: dict[str, Case] = {
-        f"{kind}/{name}": partial(compare_with_operators, KINDS[kind], options, name == "plain")
-        for kind in KINDS
+        f"{dtypes}/{name}": partial(compare_with_operators, KERNEL_DTYPES[dtypes], options, name == "plain")
+        for dtypes in KERNEL_DTYPES
         for name, options in OPTIONS.items()
     }
     cases |= {f"optimizer/{dtype}": partial(compare_with_optimizer, dtype) for dtype in (F32, F64)}
@@ -496,22 +499,22 @@ def round_as_hardware() -> None:
         builder.create_fma = create_fma
 
 
-def compiled(kind: KernelDtypes, aligned: bool = True, options: bool = False) -> Any:
-    """``update_kernel``, compiled for an H100."""
+def compiled(dtypes: KernelDtypes, aligned: bool = True, options: bool = False) -> Any:
+    """``update_kernel`` for an H100."""
     import triton.language as tl
 
     from dist_asgd.update import cuda
 
     names = cuda.update_kernel.arg_names
-    flags = {"MASTER": kind.master, "STOCHASTIC": kind.stochastic, "MAXIMIZE": False, "WEIGHT_DECAY": True}
+    flags = {"MASTER": dtypes.master, "STOCHASTIC": dtypes.stochastic, "MAXIMIZE": False, "WEIGHT_DECAY": True}
     constants: dict[str, Any] = {
         **flags,
         "PARAM_ALIGNED": True,
         "GRADIENT_ALIGNED": aligned,
-        "BLOCK_NUMEL": cuda.default_block_numel(kind),
+        "BLOCK_NUMEL": cuda.default_block_numel(dtypes),
     }
     for name in ("param", "gradient", "average"):
-        constants[name.upper()] = getattr(tl, str(getattr(kind, name)).removeprefix("torch."))
+        constants[name.upper()] = getattr(tl, str(getattr(dtypes, name)).removeprefix("torch."))
     signature = {"blocks": "*i32", "table": "*i64", "column": "*i64", "factors": "*fp64"}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in signature}
     for name in ("unscale", "clip", "found_inf"):
@@ -566,10 +569,10 @@ def machine_code(kernel: Any) -> dict[str, int]:
 
 
 def ahead_of_time() -> dict[str, dict[str, int]]:
-    """``machine_code`` of some kinds, and of one with unaligned gradients."""
-    facts = {name: machine_code(compiled(KINDS[name])) for name in AHEAD}
-    facts["fp32-unaligned"] = machine_code(compiled(KINDS["fp32"], aligned=False))
-    facts["fp32-options"] = machine_code(compiled(KINDS["fp32"], options=True))
+    """Machine code facts of some kinds, and of one with unaligned gradients."""
+    facts = {name: machine_code(compiled(KERNEL_DTYPES[name])) for name in AHEAD}
+    facts["fp32-unaligned"] = machine_code(compiled(KERNEL_DTYPES["fp32"], aligned=False))
+    facts["fp32-options"] = machine_code(compiled(KERNEL_DTYPES["fp32"], options=True))
     facts["advance"] = machine_code(compiled_advance())
     return facts
 

@@ -133,7 +133,9 @@ def skips_on_the_device(device: torch.device) -> None:
     optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
     oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
     scalers = [GradScaler(device.type, init_scale=2.0**8, growth_interval=2) for _ in range(2)]
-    with mock.patch("dist_asgd.gradients.scaling.ScalerInfo.overflowed", side_effect=AssertionError("the host waited")):
+    with mock.patch(
+        "dist_asgd.gradients.loss_scaling.ScalerInfo.overflowed", side_effect=AssertionError("the host waited")
+    ):
         for step in range(7):
             optimizer.param_groups[0]["lr"] = oracle.param_groups[0]["lr"] = 0.3 if step == 0 else 0.1
             for params, opt, scaler in ((ours, optimizer, scalers[0]), (theirs, oracle, scalers[1])):

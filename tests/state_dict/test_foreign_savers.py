@@ -1,8 +1,8 @@
-"""Never a wrong checkpoint: whatever takes plain tensors for whole ones refuses a rank's slices.
+"""Code that takes plain tensors for whole ones refuses a rank's fragments, so that no wrong checkpoint is written.
 
-Helpers that gather "full" state take plain tensors for whole ones, and so does ``torch.optim.ASGD`` with what it loads;
-either would keep one rank's part of ``ax`` as if it were all of it. (What ``torch.distributed.checkpoint`` saves and
-loads right is in ``checkpoint/test_dcp.py``.)
+torch's helpers for "full" state take plain tensors for whole ones, and so does ``torch.optim.ASGD`` when it loads.
+Either would keep one rank's fragment of ``ax`` as if it were the whole. ``checkpoint/test_dcp.py`` has the cases in
+which ``torch.distributed.checkpoint`` saves and loads fragments correctly.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def gather_full(_rank: int, _world_size: int, form: str, steps: int, both: bool)
 @pytest.mark.parametrize("steps", [0, 3], ids=["fresh", "trained"])
 @pytest.mark.parametrize("form", FORMS)
 def test_full_state_of_parts_is_refused(world_size: int, form: str, steps: int, both: bool) -> None:
-    """On every rank, with the name of what does it right; a part is never handed out as the whole."""
+    """Every rank raises, and the error names the right call; no fragment is returned as a whole tensor."""
     for message in run("gloo", world_size, gather_full, form, steps, both):
         assert "consolidated_state_dict" in message
 
@@ -108,12 +108,12 @@ def gather_full_of_both(_rank: int, world_size: int, seen_before: bool) -> list[
 
 @pytest.mark.parametrize("seen_before", [False, True])
 def test_full_state_of_dtensors_that_join_later_is_whole(seen_before: bool) -> None:
-    """What stands for a plain parameter's part is another thing beside DTensors."""
+    """The tensor that stands for a plain parameter's fragment is another one if there are DTensors too."""
     assert run("gloo", 2, gather_full_of_both, seen_before) == [[torch.Size((6, 4))] * 2] * 2
 
 
 def test_scalars_can_be_changed_as_torchs() -> None:
-    """Each by itself, in place too, as any tensor."""
+    """Every entry can be changed by itself and in place, as any tensor."""
     _, optimizer = trained(3)
     state = optimizer.state_dict()["state"]
     kept = copy.deepcopy(state)
@@ -125,7 +125,7 @@ def test_scalars_can_be_changed_as_torchs() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_full_state_of_one_process_is_whole(form: str) -> None:
-    """There the part is all."""
+    """In one process a fragment is the whole tensor."""
     model, optimizer = trained(3)
     found = get_optimizer_state_dict(model, optimizer, options=FORMS[form])
     for index, (name, _) in enumerate(model.named_parameters()):
@@ -171,7 +171,7 @@ def load_into_plain(_rank: int, _world_size: int, way: Callable[[Any], Any], ste
 def test_torch_cannot_load_one_ranks_dict_as_if_it_were_the_whole(
     backend: str, world_size: int, way: Callable[[Any], Any], steps: int, like: bool
 ) -> None:
-    """Also after a copy or a file, and where someone took the marks off the groups."""
+    """torch refuses it also after a copy or a file, and if the groups have lost their ``NotGatherable``."""
     run(backend, world_size, load_into_plain, way, steps, like)
 
 
@@ -195,5 +195,5 @@ def set_by_dcp(_rank: int, _world_size: int) -> None:
 
 @worlds
 def test_dcps_setter_loads_all_or_nothing(backend: str, world_size: int) -> None:
-    """Either the whole state arrives, or none of it."""
+    """Either the whole state is loaded or none of it."""
     run(backend, world_size, set_by_dcp)

@@ -1,4 +1,4 @@
-"""State: there from construction on, one format in and out, never cast down, never the caller's."""
+"""State exists from construction on, is never cast down, and shares no memory with the caller's dicts."""
 
 import copy
 import io
@@ -48,7 +48,7 @@ def oracle(steps: int = 3, dtype: torch.dtype = torch.float32) -> tuple[nn.Modul
 
 
 def fresh_state(_rank: int, _world_size: int) -> list[int]:
-    """Job: the state of a new optimizer; the sizes of this rank's slices."""
+    """Job: check the state of a new optimizer; returns the sizes of this rank's fragments."""
     model = mlp(width=8, depth=1)
     extra = nn.Parameter(torch.ones(3))
     optimizer = ShardedASGD(model.parameters(), **OPTIONS)
@@ -67,7 +67,7 @@ def fresh_state(_rank: int, _world_size: int) -> list[int]:
 
 @worlds
 def test_state_exists_from_construction_with_the_same_keys_on_every_rank(backend: str, world_size: int) -> None:
-    """The slices of all ranks make up each parameter."""
+    """The fragments of all ranks add up to each parameter."""
     sizes = run(backend, world_size, fresh_state)
     wanted = [p.numel() for p in mlp(width=8, depth=1).parameters()] + [3]
     assert [sum(column) for column in zip(*sizes, strict=True)] == wanted
@@ -84,12 +84,12 @@ def state_dict_alone(rank: int, _world_size: int) -> None:
 
 @worlds
 def test_state_dict_does_not_communicate(backend: str, world_size: int) -> None:
-    """So ranks may call it a different number of times."""
+    """Ranks may make these calls a different number of times, because they do not communicate."""
     run(backend, world_size, state_dict_alone)
 
 
 def consolidates(rank: int, world_size: int) -> None:
-    """Job: the whole state on one rank or all, in torch's layout, on the CPU, and nobody's memory."""
+    """Job: consolidate on one rank or on all, and check layout, device and that no memory is shared."""
     _, optimizer = trained()
     _, other = oracle()
     expected = other.state_dict()
@@ -110,7 +110,7 @@ def consolidates(rank: int, world_size: int) -> None:
 
 @worlds
 def test_consolidated_is_torchs_own_layout(backend: str, world_size: int) -> None:
-    """Equal to torch's dict, in every key and bit; changing the result changes nothing."""
+    """The full dict equals torch's in every key and bit, and changing it changes nothing in the optimizer."""
     run(backend, world_size, consolidates)
 
 
@@ -128,7 +128,7 @@ def goes_to_torch(_rank: int, _world_size: int) -> None:
 
 @worlds
 def test_plain_torch_goes_on_from_a_consolidated_dict(backend: str, world_size: int) -> None:
-    """The way back is open."""
+    """``torch.optim.ASGD`` loads the full dict and goes on with the same bits."""
     run(backend, world_size, goes_to_torch)
 
 
@@ -187,7 +187,7 @@ def round_trip(_rank: int, _world_size: int, kind: str, in_place: bool) -> None:
 @pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in place"])
 @pytest.mark.parametrize("kind", ["own", "consolidated", "torch", "old torch"])
 def test_round_trips(backend: str, world_size: int, kind: str, in_place: bool) -> None:
-    """Own shard, consolidated, torch's own dict, and that of old releases."""
+    """Sharded and full dicts, torch's own, and those of old releases of torch load and go on with the same bits."""
     run(backend, world_size, round_trip, kind, in_place)
 
 
@@ -218,7 +218,7 @@ def test_nothing_is_cast_down(backend: str, world_size: int) -> None:
 
 
 def bad_dicts(optimizer: ShardedASGD) -> dict[str, Any]:
-    """Dicts that must not load, and why."""
+    """Return dicts that must not load, with the reason that the error gives."""
     good = optimizer.consolidated_state_dict(to=None)
 
     def changed(change: Any) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def refuses(rank: int, _world_size: int, what: str, only_rank: int | None) -> li
 @worlds
 @pytest.mark.parametrize("what", ["shape", "missing", "sizes", "groups", "lr"])
 def test_dicts_that_do_not_fit_are_refused_whole(backend: str, world_size: int, what: str) -> None:
-    """On every rank together; the optimizer stays as it was."""
+    """All ranks raise together, and the optimizer does not change."""
     run(backend, world_size, refuses, what, None)
     if world_size > 1:
         for message in run(backend, world_size, refuses, what, 1):
@@ -287,7 +287,7 @@ def load_foreign(rank: int, world_size: int, shards: list[bytes], only_rank: int
 
 
 def test_a_shard_of_another_rank_world_or_model_is_refused() -> None:
-    """On every rank, with a pointer to ``consolidated_state_dict``."""
+    """Every rank raises, and the error names ``consolidated_state_dict``."""
     of_two = run("gloo", 2, own_shard)
     run("gloo", 2, load_foreign, of_two, None)
     for message in run("gloo", 2, load_foreign, of_two, 1):
@@ -306,7 +306,7 @@ def load_whole(_rank: int, _world_size: int, saved: bytes) -> None:
 
 @worlds
 def test_the_state_dict_of_one_process_loads_anywhere(backend: str, world_size: int) -> None:
-    """Its ``ax`` are plain whole tensors."""
+    """A single process saves plain whole tensors as ``ax``."""
     run(backend, world_size, load_whole, run("none", 1, own_shard)[0])
 
 
@@ -322,7 +322,7 @@ def mixed_kinds(rank: int, _world_size: int) -> Tensor:
 
 @worlds
 def test_ranks_may_load_the_same_state_in_different_forms(backend: str, world_size: int) -> None:
-    """What counts is the content."""
+    """Ranks may load different forms of the same content."""
     found = run(backend, world_size, mixed_kinds)
     assert all(torch.equal(x, found[0]) for x in found)
 
@@ -343,5 +343,5 @@ def tensor_lr(_rank: int, _world_size: int, kind: str) -> None:
 @worlds
 @pytest.mark.parametrize("kind", ["own", "consolidated"])
 def test_a_tensor_lr_is_copied(backend: str, world_size: int, kind: str) -> None:
-    """As torch copies the groups that it loads."""
+    """The loaded dict keeps its lr: groups are copied, as in torch."""
     run(backend, world_size, tensor_lr, kind)

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel, called directly: every kind and option, to the bit of torch operators; and its fallback."""
+"""The compiled CPU kernel has the bits of torch operators with every dtype and option; and its fallback."""
 
 import itertools
 import os
@@ -23,15 +23,15 @@ from tests.harness.ranks import run, run_errors
 needs_kernel = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no kernel: {cpu.why_unavailable()}")
 
 NARROW = [torch.bfloat16, torch.float16]
-KINDS = [KernelDtypes(d, d, d) for d in (torch.float32, torch.float64)]
-KINDS += [
+KERNEL_DTYPES = [KernelDtypes(d, d, d) for d in (torch.float32, torch.float64)]
+KERNEL_DTYPES += [
     KernelDtypes(p, g, a, master)
     for p in NARROW
     for g in (p, torch.float32)
     for a in (p, torch.float32)
     for master in (False, True)
 ]
-KINDS += [
+KERNEL_DTYPES += [
     KernelDtypes(torch.bfloat16, g, a, stochastic=True)
     for g in (torch.bfloat16, torch.float32)
     for a in (torch.bfloat16, torch.float32)
@@ -48,53 +48,61 @@ def spread(numel: int, dtype: torch.dtype, offset: int) -> Tensor:
 
 
 def oracle(
-    kind: KernelDtypes, p: Tensor, g: Tensor, ax: Tensor, master: Tensor | None, rule: StepHyperparameters, mu: Tensor
+    dtypes: KernelDtypes,
+    p: Tensor,
+    g: Tensor,
+    ax: Tensor,
+    master: Tensor | None,
+    hyper: StepHyperparameters,
+    mu: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same step in torch operators, on copies."""
     p, ax = p.clone(), ax.clone()
-    if kind.master and master is not None:
+    if dtypes.master and master is not None:
         exact = masters.read(p, master, torch.empty(p.shape))
-        reference.update(exact, g.float(), ax, ETA, mu, rule, None)
-        held = torch.empty_like(master)
-        masters.write(exact, p, held)
-        return p, ax, held
-    if kind.stochastic:
+        reference.update(exact, g.float(), ax, ETA, mu, hyper, None)
+        new_master = torch.empty_like(master)
+        masters.write(exact, p, new_master)
+        return p, ax, new_master
+    if dtypes.stochastic:
         exact = p.float()
-        reference.update(exact, g.float(), torch.zeros(p.shape), ETA, mu, rule, None)
+        reference.update(exact, g.float(), torch.zeros(p.shape), ETA, mu, hyper, None)
         rounding.round_stochastically(exact, p, rounding.random_16(KEY, STEP, FIRST, p.numel(), p.device))
         if mu == 1:
             ax.copy_(p)
         else:
             ax.add_(torch.sub(p.float(), ax).mul_(mu))
         return p, ax, None
-    reference.update(p, g.to(kind.param), ax, ETA, mu, rule, None)
+    reference.update(p, g.to(dtypes.param), ax, ETA, mu, hyper, None)
     return p, ax, None
 
 
 def check(
-    kind: KernelDtypes, numel: int, offset: int, maximize: bool, decay: float, mu: float, scale: float, clip: float
+    dtypes: KernelDtypes, numel: int, offset: int, maximize: bool, decay: float, mu: float, scale: float, clip: float
 ) -> None:
     """One call of the kernel beside the oracle."""
     torch.manual_seed(numel)
-    p, g, ax = (spread(numel, dtype, offset) for dtype in (kind.param, kind.gradient, kind.average))
+    p, g, ax = (spread(numel, dtype, offset) for dtype in (dtypes.param, dtypes.gradient, dtypes.average))
     master = None
-    if kind.master and kind.param == torch.bfloat16:
+    if dtypes.master and dtypes.param == torch.bfloat16:
         master = torch.randint(-(2**15), 2**15, (numel,), dtype=torch.int16)
-    elif kind.master:
+    elif dtypes.master:
         master = p.float() * (1 + 1e-5)
         p[::7] += 1  # written by somebody else since the last step
     mu_tensor = torch.tensor(mu)
-    wide = g.float() if kind.master or kind.stochastic else g
+    wide = g.float() if dtypes.master or dtypes.stochastic else g
     scaled = wide * torch.tensor(scale) * torch.tensor(clip)
-    rule = StepHyperparameters(0.1, LAMBD, 0.75, 0.0, decay, maximize, Implementation.FORLOOP)
-    expected = oracle(kind, p, scaled, ax, master, rule, mu_tensor)
+    hyper = StepHyperparameters(0.1, LAMBD, 0.75, 0.0, decay, maximize, Implementation.FORLOOP)
+    expected = oracle(dtypes, p, scaled, ax, master, hyper, mu_tensor)
     segment = Segment(p, ax, master, g, 0, FIRST, KEY, cpu.lanes(numel, 0, numel))
     rows = array("d", [1 - LAMBD * ETA.item(), -ETA.item(), mu_tensor.item(), STEP])
     factors = [torch.tensor(factor).item() for factor in (scale, clip)]
-    cpu.Launch([segment], kind, maximize, decay, streamed=numel % 2 == 1).run(None, rows, *factors)
+    cpu.Launch([segment], dtypes, maximize, decay, streamed=numel % 2 == 1).run(None, rows, *factors)
     for found, wanted, what in zip((p, ax, master), expected, ("parameters", "average", "masters"), strict=True):
         if wanted is not None and found is not None:
-            assert_same_bits(found, wanted, f"{what} of {kind}, {numel=} {offset=} {maximize=} {decay=} {mu=} {scale=}")
+            assert_same_bits(
+                found, wanted, f"{what} of {dtypes}, {numel=} {offset=} {maximize=} {decay=} {mu=} {scale=}"
+            )
 
 
 def test_the_kernel_was_compiled_where_it_can_be() -> None:
@@ -118,17 +126,17 @@ EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat
 def test_every_value_of_bfloat16(average: torch.dtype, mu: float, decay: float, clip: float) -> None:
     """Also NaNs with any payload, infinities and subnormals: NaN where torch has NaN, and its bits elsewhere."""
     torch.manual_seed(0)
-    kind = KernelDtypes(torch.bfloat16, torch.bfloat16, average)
+    dtypes = KernelDtypes(torch.bfloat16, torch.bfloat16, average)
     p, g, ax = (EVERY_BFLOAT16[torch.randperm(2**16)] for _ in range(3))
     ax = ax.to(average)
     # A NaN with all bits set, as a norm of such gradients is.
     clip_tensor = torch.tensor(-1, dtype=torch.int32).view(torch.float32) if clip != clip else torch.tensor(clip)
     mu_tensor = torch.tensor(mu)
-    rule = StepHyperparameters(0.1, LAMBD, 0.75, 0.0, decay, False, Implementation.FORLOOP)
-    expected = oracle(kind, p, g * clip_tensor, ax, None, rule, mu_tensor)
+    hyper = StepHyperparameters(0.1, LAMBD, 0.75, 0.0, decay, False, Implementation.FORLOOP)
+    expected = oracle(dtypes, p, g * clip_tensor, ax, None, hyper, mu_tensor)
     rows = array("d", [1 - LAMBD * ETA.item(), -ETA.item(), mu_tensor.item(), STEP])
     segment = Segment(p, ax, None, g, 0, FIRST, KEY, cpu.lanes(p.numel(), 0, p.numel()))
-    cpu.Launch([segment], kind, False, decay, streamed=False).run(None, rows, 1.0, clip_tensor.item())
+    cpu.Launch([segment], dtypes, False, decay, streamed=False).run(None, rows, 1.0, clip_tensor.item())
     for found, wanted in zip((p, ax), expected, strict=False):
         assert wanted is not None
         assert torch.equal(found.isnan(), wanted.isnan())
@@ -136,8 +144,8 @@ def test_every_value_of_bfloat16(average: torch.dtype, mu: float, decay: float, 
 
 
 @needs_kernel
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_every_kind_and_option_has_the_bits_of_torch_operators(kind: KernelDtypes) -> None:
+@pytest.mark.parametrize("dtypes", KERNEL_DTYPES, ids=str)
+def test_every_dtype_and_option_has_the_bits_of_torch_operators(dtypes: KernelDtypes) -> None:
     """At awkward sizes and alignments."""
     sizes, options = (
         (1, 31, 32, 33, 1000, 1025, 4099),
@@ -145,18 +153,20 @@ def test_every_kind_and_option_has_the_bits_of_torch_operators(kind: KernelDtype
     )
     for index, numel in enumerate(sizes):
         for offset, option in enumerate(itertools.product(*options), index):
-            check(kind, numel, offset % 2, *option)
+            check(dtypes, numel, offset % 2, *option)
 
 
 @needs_kernel
 @pytest.mark.parametrize(
-    "kind", [KINDS[0], KINDS[1], KernelDtypes(torch.bfloat16, torch.bfloat16, torch.float32, True)], ids=str
+    "dtypes",
+    [KERNEL_DTYPES[0], KERNEL_DTYPES[1], KernelDtypes(torch.bfloat16, torch.bfloat16, torch.float32, True)],
+    ids=str,
 )
-def test_ten_million_elements_on_several_threads(kind: KernelDtypes) -> None:
+def test_ten_million_elements_on_several_threads(dtypes: KernelDtypes) -> None:
     """The cut between threads falls anywhere."""
     torch.set_num_threads(3)
     try:
-        check(kind, 10_000_019, 0, False, 0.01, 1 / 7, 1.0, 1.0)
+        check(dtypes, 10_000_019, 0, False, 0.01, 1 / 7, 1.0, 1.0)
     finally:
         torch.set_num_threads(1)
 
@@ -165,9 +175,9 @@ def test_ten_million_elements_on_several_threads(kind: KernelDtypes) -> None:
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_segments_have_rows_of_their_own(num_threads: int) -> None:
     """Many segments, some empty, some shorter than a block, with three rows, in one call."""
-    kind = KINDS[0]
+    dtypes = KERNEL_DTYPES[0]
     torch.manual_seed(0)
-    rule = StepHyperparameters(0.1, 0.0, 0.75, 0.0, 0.0, False, Implementation.FORLOOP)
+    hyper = StepHyperparameters(0.1, 0.0, 0.75, 0.0, 0.0, False, Implementation.FORLOOP)
     segments, expected, rows = [], [], array("d")
     mus = [torch.tensor(mu) for mu in (1.0, 1 / 3, 0.1)]
     for mu in mus:
@@ -175,10 +185,10 @@ def test_segments_have_rows_of_their_own(num_threads: int) -> None:
     for number in range(300):
         p, g, ax = (torch.randn(number * 37 % 5000) for _ in range(3))
         segments.append(Segment(p, ax, None, g, number % 3))
-        expected.append(oracle(kind, p, g, ax, None, rule, mus[number % 3]))
+        expected.append(oracle(dtypes, p, g, ax, None, hyper, mus[number % 3]))
     torch.set_num_threads(num_threads)
     try:
-        cpu.Launch(segments, kind, False, 0.0, False).run(None, rows, 1.0, 1.0)
+        cpu.Launch(segments, dtypes, False, 0.0, False).run(None, rows, 1.0, 1.0)
     finally:
         torch.set_num_threads(1)
     for number, (segment, (p, ax, _)) in enumerate(zip(segments, expected, strict=True)):
@@ -197,10 +207,10 @@ def test_wrong_memory_never_reaches_the_kernel() -> None:
         torch.zeros(8, device="meta"),
     ):
         with pytest.raises(ValueError, match="CPU kernel"):
-            cpu.Launch([Segment(good, bad, None, good, 0)], KINDS[0], False, 0.0, False)
+            cpu.Launch([Segment(good, bad, None, good, 0)], KERNEL_DTYPES[0], False, 0.0, False)
         with pytest.raises(ValueError, match="CPU kernel"):
-            cpu.Launch([Segment(good, good, None, bad, 0)], KINDS[0], False, 0.0, False)
-    launch = cpu.Launch([Segment(good, good.clone(), None, None, 1)], KINDS[0], False, 0.0, False)
+            cpu.Launch([Segment(good, good, None, bad, 0)], KERNEL_DTYPES[0], False, 0.0, False)
+    launch = cpu.Launch([Segment(good, good.clone(), None, None, 1)], KERNEL_DTYPES[0], False, 0.0, False)
     before = good.clone()
     for gradients, rows in ((None, [1.0] * 8), ([good.data_ptr()], [1.0] * 4), ([], [1.0] * 8), ([0], [1.0] * 8)):
         with pytest.raises(ValueError, match="every"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ..harness import triton_optimizer
-from ..harness.triton_kernels import AHEAD, KINDS, all_cases, start
+from ..harness.triton_kernels import AHEAD, KERNEL_DTYPES, all_cases, start
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -27,7 +27,7 @@ DEVICES = [
     ),
 ]
 # Elements a thread; the kernel's two ways, full and last blocks, have as many each.
-ELEMENTS = {name: 8 if KINDS[name].average == torch.float64 else 16 for name in AHEAD}
+ELEMENTS = {name: 8 if KERNEL_DTYPES[name].average == torch.float64 else 16 for name in AHEAD}
 
 
 @cache
@@ -80,14 +80,14 @@ def test_optimizers_on_a_gpu(case: str) -> None:
 @pytest.mark.parametrize("name", AHEAD)
 def test_full_blocks_move_16_bytes_at_a_time(name: str) -> None:
     """Every array of a full block, read or written: no narrower access is among them."""
-    kind, facts = KINDS[name], machine_code()[name]
-    master = 0 if not kind.master else kind.param.itemsize if kind.param == torch.bfloat16 else 4
-    written = kind.param.itemsize + master + kind.average.itemsize
-    read = written + kind.gradient.itemsize
+    dtypes, facts = KERNEL_DTYPES[name], machine_code()[name]
+    master = 0 if not dtypes.master else dtypes.param.itemsize if dtypes.param == torch.bfloat16 else 4
+    written = dtypes.param.itemsize + master + dtypes.average.itemsize
+    read = written + dtypes.gradient.itemsize
     assert count(facts, "LDG.E.128") == read * ELEMENTS[name] // 16
     assert count(facts, "STG.E.128") == written * ELEMENTS[name] // 16
     # The others are the last block's: one an element and array.
-    assert count(facts, "STG.E") - count(facts, "STG.E.128") == (2 + kind.master) * ELEMENTS[name]
+    assert count(facts, "STG.E") - count(facts, "STG.E.128") == (2 + dtypes.master) * ELEMENTS[name]
 
 
 def test_unaligned_gradients_do_not_narrow_the_rest() -> None:
