@@ -361,13 +361,14 @@ class ShardedASGD(torch.optim.Optimizer):
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        self._refuse_inside_averages("averaged_parameters()")
         fsdp1.refuse(
             "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
         )
-        self.gradients.agree(CollectiveCall.AVERAGED_PARAMETERS, problem=self._problem())
-        leave = partial(self.gradients.agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
-        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, leave):
+        enter, leave = (
+            partial(self.gradients.agree, call, NO_FINGERPRINT)
+            for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
+        )
+        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, enter, leave, self._problem):
             yield
 
     def _refuse_inside_averages(self, call: str) -> None:
