@@ -4,6 +4,7 @@ A trace function raises at the n-th line that a call runs in the package, for ev
 may. The next call then finds parameters and state as they were, or raises and says that they may be torn.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dist_asgd
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
 from tests.harness.bits import same_bits
 from tests.harness.ranks import run
 
@@ -131,3 +132,81 @@ def refused(rank: int, world_size: int, stage: int) -> None:
 def test_a_rank_that_cannot_enter_is_an_error_on_all(backend: str, world_size: int, stage: int) -> None:
     """In seconds, and their parameters are what they were."""
     run(backend, world_size, refused, stage)
+
+
+# --- step, load ----------------------------------------------------------------------------------------------
+
+
+def trained_on(optimizer: ShardedASGD, params: list[Tensor], step: int) -> None:
+    """Take one step."""
+    set_gradients(params, step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"foreach": True}], ids=str)
+def test_an_interrupted_step_is_no_step_or_is_said(options: dict[str, Any]) -> None:
+    """Whichever line is interrupted; a load makes all whole again."""
+    twins, twin = trained(torch.float32, **options)
+    trained_on(twin, twins, 5)
+    after = contents(twins, twin)
+    params, optimizer = trained(torch.float32, **options)
+    before = contents(params, optimizer)
+    saved = copy.deepcopy(optimizer.consolidated_state_dict())
+    line, torn = 1, 0
+    set_gradients(params, 5)
+    while interrupted(optimizer.step, line, Interruption):
+        if optimizer.shards.torn_by is None:
+            found, steps = contents(params, optimizer), {optimizer.state[p]["step"].item() for p in params}
+            untouched = all(map(same_bits, found, before)) and steps == {4}
+            assert untouched or (all(map(same_bits, found, after)) and steps == {5}), f"torn in silence, line {line}"
+        else:
+            torn += 1
+            for call in (optimizer.step, optimizer.state_dict, optimizer.consolidated_state_dict):
+                with pytest.raises(RuntimeError, match=r"step\(\) was interrupted while it wrote"):
+                    call()
+        optimizer.zero_grad()  # what a reduction has lost is given up
+        optimizer.load_state_dict(saved)
+        with torch.no_grad():
+            for param, weight in zip(params, before[::2], strict=True):
+                param.copy_(weight)
+        set_gradients(params, 5)
+        line += 1
+    assert torn > 10
+
+
+def test_an_interrupted_load_is_said(tmp_path: Path) -> None:
+    """At any line after which something was written; loading once more makes all whole."""
+    params, optimizer = trained(torch.float32)
+    model = torch.nn.ParameterList(params)
+    save_checkpoint(tmp_path / "saved", model, optimizer, step=4)
+    expected = contents(params, optimizer)
+    trained_on(optimizer, params, 5)
+    moved = contents(params, optimizer)
+    lines = count_lines(lambda: load_checkpoint(tmp_path / "saved", model, optimizer))
+    assert_untouched(params, optimizer, expected, "loaded")
+    # The last lines write; those before, of which some are tried, only read.
+    for line in [*range(1, lines - 250, 211), *range(lines - 250, lines + 1)]:
+        with torch.no_grad():
+            for tensor, value in zip([t for p in params for t in (p, optimizer.state[p]["ax"])], moved, strict=True):
+                tensor.copy_(value)
+        interrupted(lambda: load_checkpoint(tmp_path / "saved", model, optimizer), line, Interruption)
+        found = contents(params, optimizer)
+        if optimizer.shards.torn_by is None:
+            assert all(map(same_bits, found, moved)) or all(map(same_bits, found, expected)), f"line {line}"
+        else:
+            with pytest.raises(RuntimeError, match="was interrupted while it wrote"):
+                optimizer.state_dict()
+    load_checkpoint(tmp_path / "saved", model, optimizer)
+    assert_untouched(params, optimizer, expected, "at last")
+
+
+def count_lines(call: Callable[[], Any]) -> int:
+    """How many lines of the package ``call`` runs."""
+    low, high = 1, 1
+    while interrupted(call, high, Interruption):
+        low, high = high, 2 * high
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if interrupted(call, middle, Interruption) else (low, middle)
+    return low
