@@ -275,7 +275,8 @@ class Reducer(Gradients):
         if self._is_torn:
             # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
             self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
-        self._hooks.forget()
+        if self._hooks.tasks:
+            self._hooks.forget()
         while self._next:
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
@@ -406,7 +407,8 @@ class Reducer(Gradients):
             self._is_torn = self._backward_since_agree = False
         if self._backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
-        self._hooks.forget()
+        if self._hooks.tasks:
+            self._hooks.forget()
         self._wait_for_all()
         self._used_by_step = False
         self.scaling = UNSCALED
