@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
 
 KEYS = ("step", "eta", "mu", "ax")
+# The value of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes.
+LOAD_CHECKPOINT = "load_checkpoint()"
 
 NamedParams = Sequence[tuple[str, Tensor]]
 Plan = list[tuple[StateBuffer, Sequence[Batch]]]
@@ -63,6 +66,8 @@ class ParamShards:
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
         self._on_cuda = False
+        # The call that writes parameters and state now, or that was interrupted while it did.
+        self.torn_by: str | None = None
 
     # --- construction ---------------------------------------------------------------------------------------
 
@@ -155,10 +160,36 @@ class ParamShards:
             # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
             if buffer.follow():
                 self._last_plan = None
+        if self.torn_by is not None:
+            # Entries may be replaced by half; whatever reads them is refused, and a load publishes them anew.
+            return
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._state):
             self._raise_replaced()
+
+    def torn_problem(self) -> RuntimeError | None:
+        """The error of calls after one that was interrupted while it wrote; None if all is whole."""
+        if self.torn_by is None:
+            return None
+        return RuntimeError(
+            f"dist_asgd: {self.torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
+            f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
+        )
+
+    def check_whole(self) -> None:
+        """Raise ``torn_problem()`` if there is one."""
+        if self.torn_by is not None:
+            raise cast(RuntimeError, self.torn_problem())
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, a load writes; it has torn parameters and state if it does not come to its end."""
+        # Inside load_checkpoint(), which goes on to write parameters, that is not the end yet.
+        torn_by = LOAD_CHECKPOINT if self.torn_by == LOAD_CHECKPOINT else None
+        self.torn_by = torn_by or "load_state_dict()"
+        yield
+        self.torn_by = torn_by
 
     def _raise_replaced(self) -> None:
         for member in self.members:

@@ -29,7 +29,8 @@ from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
 from ..storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
 from ..storage.memory_order import flattened
 from ..update.segments import UNSCALED, Scaling
-from .base import READ_GRADIENTS, Gradients, check_gradient, multiply
+from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
+from .hooks import hook_on, remove_hooks
 
 # Buckets in flight at a time: one arrives while the next is packed.
 MAX_IN_FLIGHT = 2
@@ -65,7 +66,7 @@ class Reducer(Gradients):
         # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
         self._hooked: set[int] = set()
         # Parameters outlive optimizers, and so would their hooks.
-        weakref.finalize(self, _remove, self._hooks)
+        weakref.finalize(self, remove_hooks, self._hooks)
         # Free send buffers by device and dtype. Each is busy until the reduce-scatter that reads it has ended, and is
         # kept for the next bucket: memory that is touched for the first time costs more than the copy into it.
         self._send_buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -90,10 +91,12 @@ class Reducer(Gradients):
         self._used_by_step = False
         self._warned = False
         self._backward_since_agree = False
+        # Whether a bucket is being launched or finished, or such a call was interrupted: its gradients are torn then.
+        self._is_torn = False
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
-        _remove(self._hooks)
+        remove_hooks(self._hooks)
         self._presharded_mask = bit_mask(member.index for member in self.presharded)
         self._member_of = {member.index: member for member in self.members}
         self._round = [bucket for bucket in self.buckets if bucket.trainable]
@@ -102,7 +105,7 @@ class Reducer(Gradients):
         for member in self.members:
             if member.param.requires_grad:
                 self._hooked.add(member.index)
-                self._hooks.append(_hook_on(member.param, weakref.ref(self), member.index))
+                self._hooks.append(hook_on(member.param, weakref.ref(self), member.index))
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
         self._send_buffers, self.in_flight_bytes = {}, 0
         self._send_layouts = {}
@@ -183,7 +186,7 @@ class Reducer(Gradients):
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter; waits for a send buffer only."""
         gradients = [self._checked(member) for member in bucket.members]
-        buffer = self._send_buffer(bucket)
+        buffer = self._send_buffer(bucket)  # from here on the gradients are torn until the end
         layout = self._send_layouts[id(bucket)]
         packed = buffer[: layout.packed_numel]
         bucket.pack(gradients, layout.packed, packed)
@@ -210,6 +213,7 @@ class Reducer(Gradients):
             self._send_buffers[bucket.device, bucket.wire_dtype].append(buffer)
 
         self._in_flight.append((bucket, finish))
+        self._is_torn = False
 
     def _warn_of_used(self) -> None:
         if self._used_by_step and not self._warned:
@@ -231,6 +235,7 @@ class Reducer(Gradients):
             self.in_flight_bytes += sum(buffer.nbytes for buffer in buffers)
         while not self._send_buffers[key]:
             self._finish_oldest()
+        self._is_torn = True
         return self._send_buffers[key].pop()
 
     def _checked(self, member: BucketParam) -> Tensor | None:
@@ -245,8 +250,10 @@ class Reducer(Gradients):
         return gradient
 
     def _finish_oldest(self) -> None:
+        self._is_torn = True
         _, finish = self._in_flight.popleft()
         finish()
+        self._is_torn = False
 
     # --- before a collective call ---------------------------------------------------------------------------
 
@@ -266,6 +273,9 @@ class Reducer(Gradients):
 
         ``keep``: gradients that are not reduced yet are announced to the other ranks; False if they are discarded.
         """
+        if self._is_torn:
+            # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
+            self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
         while self._next:
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
@@ -388,6 +398,12 @@ class Reducer(Gradients):
         Collective if a backward has run since ranks last agreed: a round that only some ranks opened must not be left
         for a later backward to be paired with.
         """
+        if self._is_torn and self.communicators.world_size == 1:
+            # Nobody else has a part of what was torn.
+            self._in_flight.clear()
+            self._send_buffers, self.in_flight_bytes = {}, 0
+            self._next, self._header = 0, None
+            self._is_torn = self._backward_since_agree = False
         if self._backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
         self._wait_for_all()
@@ -428,19 +444,3 @@ def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, 
         return packed.new_zeros(numel)
     flat = flattened(gradient, bucket.members[send_range.slot].strides)
     return flat[send_range.source : send_range.source + numel]
-
-
-def _hook_on(param: Tensor, reducer: weakref.ref[Reducer], index: int) -> torch.utils.hooks.RemovableHandle:
-    # Parameters outlive optimizers: the hook must keep neither the reducer nor its buckets alive.
-    def hook(_: Tensor) -> None:
-        owner = reducer()
-        if owner is not None:
-            owner.note_ready(index)
-
-    handle: torch.utils.hooks.RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    return handle
-
-
-def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
-    while hooks:
-        hooks.pop().remove()

@@ -90,9 +90,10 @@ class StateDicts:
         # Averages may move to wider storage, so the cached tensors may show memory that is no longer used.
         self._cache.clear()
         for group, values in zip(groups, loaded.groups, strict=True):
-            params = group["params"]
-            group.clear()
-            group.update(values, params=params)
+            # The group keeps its parameters at every moment: a load that is interrupted here can be repeated.
+            for key in group.keys() - values.keys() - {"params"}:
+                del group[key]
+            group.update(values)
         if self._shards is None:
             unsharded.apply(loaded, groups, self._optimizer.state)
         else:
