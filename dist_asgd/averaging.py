@@ -17,6 +17,7 @@ from .comm import PeerError
 from .comm.agreement import CallsDiffer
 from .gather import Gatherer
 from .storage.buffers import ShardedParam, StateBuffer
+from .storage.published import mark_written
 from .update.operators import Updater
 from .update.schedule import Cohort
 
@@ -116,6 +117,8 @@ class Averages:
         self._gatherer = gatherer
         self._buffers: list[StateBuffer] = []
         self._exchanges: list[FragmentExchange | FragmentCopy] = []
+        # The parameters that other ranks or this one exchange fragments of.
+        self._written: list[Tensor] = []
         # How many of the buffers were gathered since ranks last agreed, and whether they have agreed to leave.
         self._num_gathered = 0
         self._leaving = False
@@ -201,6 +204,8 @@ class Averages:
             if not begun:
                 continue
             self._buffers.append(buffer)
+            self._written += [member.param for member in begun]
+            mark_written(member.param for member in begun)
             for member in begun:
                 if member.fragment.numel:
                     same_dtype = buffer.average.dtype == buffer.dtype
@@ -232,6 +237,7 @@ class Averages:
             raise failure
 
     def _undo_all(self) -> None:
+        mark_written(self._written)
         for exchange in self._exchanges:
             # First, as all exchanges share the scratch memory that holds a torn tile.
             exchange.mend()
@@ -249,7 +255,7 @@ class Averages:
         self._gatherer.wait()
 
     def _forget(self) -> None:
-        self._buffers, self._exchanges, self._num_gathered = [], [], 0
+        self._buffers, self._exchanges, self._written, self._num_gathered = [], [], [], 0
         self._leaving = self._exit_failed = self.is_swapped = False
 
 

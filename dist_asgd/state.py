@@ -13,6 +13,7 @@ from .comm import Communicators
 from .placements.presharded import PreshardedState, build_presharded, is_presharded
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
 from .storage.layout import bucket_cap_bytes
+from .storage.published import mark_written
 from .storage.snapshots import PublishedState, TensorSnapshot
 from .update.batch import Batch
 from .update.plan import plan_batches
@@ -60,6 +61,8 @@ class ParamShards:
         self.cohorts = Cohorts()
         self.cohort_of = self.cohorts.by_index
         self._last_plan: tuple[object, Plan] | None = None
+        # The parameters that the last step wrote, by index and as a list.
+        self._last_written: tuple[frozenset[int], list[Tensor]] = (frozenset(), [])
         # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
         self._snapshots: list[TensorSnapshot] = []
         # ax of each parameter as ``state`` has it, in registration order; and all published entries.
@@ -214,9 +217,15 @@ class ParamShards:
     # --- what a step updates --------------------------------------------------------------------------------
 
     def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Let cohorts get ready for a step of the ``active`` parameters, and publish scalars that were replaced."""
+        """Let cohorts get ready for a step of the ``active`` parameters, which are about to be written.
+
+        Publishes scalars that became other tensors.
+        """
         for indices in self.cohorts.begin_step(active, hypers):
             self._publish_scalars(indices)
+        if self._last_written[0] is not active:
+            self._last_written = (active, [self.members[index].param for index in active])
+        mark_written(self._last_written[1])
 
     def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """The state buffers that have an active parameter, and the batches by which this rank updates each.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_asgd import ShardedASGD
 from dist_asgd.storage.published import own_storage
 from tests.harness.bits import assert_same_bits
-from tests.harness.ranks import run
+from tests.harness.ranks import run, run_errors
 
 WORLDS = [("none", 1), ("gloo", 2)]
 worlds = pytest.mark.parametrize(("backend", "world_size"), WORLDS)
@@ -151,3 +151,37 @@ def test_own_storage_is_the_same_memory(kind: str) -> None:
     before = tensor.data_ptr()
     made.share_memory_()
     assert tensor.data_ptr() == before
+
+
+def a_shared_layer(rank: int, world_size: int, stage: int) -> None:
+    """Job: on the last rank, one parameter is in shared memory."""
+    params = {"first": nn.Parameter(torch.ones(3)), "second": nn.Parameter(torch.ones(5))}
+    if rank == world_size - 1:
+        params["second"].share_memory_()
+    ShardedASGD(params.items(), stage=stage)
+
+
+@worlds
+@both
+def test_parameters_in_shared_memory_are_refused(backend: str, world_size: int, stage: int) -> None:
+    """On all ranks, as other processes would not see a step; the parameters stay where they are."""
+    errors = run_errors(backend, world_size, a_shared_layer, stage)
+    assert {error.type_name for error in errors} == {"ValueError"}
+    for error in errors:
+        assert "second" in error.message
+        assert "p.data = p.data.clone()" in error.message
+
+
+def test_the_remedies_for_shared_memory_work(tmp_path: Path) -> None:
+    """A mapped file is refused too, a copy of it and a file that is mapped for reading alone are not."""
+    mapped = nn.Parameter(torch.from_file(str(tmp_path / "mapped"), shared=True, size=8))
+    address = mapped.data_ptr()
+    optimizer = ShardedASGD([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="other processes share"):
+        optimizer.add_param_group({"params": [mapped]})
+    assert mapped.data_ptr() == address
+    mapped.data = mapped.data.clone()
+    optimizer.add_param_group({"params": [mapped]})
+    torch.save({"weight": torch.ones(4096)}, tmp_path / "saved")
+    loaded = torch.load(tmp_path / "saved", mmap=True)
+    ShardedASGD([nn.Parameter(loaded["weight"])])

@@ -11,6 +11,7 @@ from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..gather import Gatherer
 from ..state import ParamShards
+from ..storage.published import mark_written
 from ..validation import check_hyperparameters, named_params
 from . import full, load, sharded, unsharded
 
@@ -99,6 +100,7 @@ class StateDicts:
         else:
             # Loaded masters change this rank's shard of the parameters, so the other ranks need it.
             for buffer in load.load_shards(loaded, self._shards.state_buffers):
+                mark_written(member.param for member in buffer.members)
                 self._gatherer.launch(buffer)
                 buffer.on_params_written()
             self._gatherer.wait()
