@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
 
 KEYS = ("step", "eta", "mu", "ax")
+# The value of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes.
+LOAD_CHECKPOINT = "load_checkpoint()"
 
 NamedParams = Sequence[tuple[str, Tensor]]
 Plan = list[tuple[StateBuffer, Sequence[Batch]]]
@@ -57,12 +60,16 @@ class ParamShards:
         self.cohorts = Cohorts()
         self.cohort_of = self.cohorts.by_index
         self._last_plan: tuple[object, Plan] | None = None
+        # The parameters that the last step wrote, by index and as a list.
+        self._last_written: tuple[frozenset[int], list[Tensor]] = (frozenset(), [])
         # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
         self._snapshots: list[TensorSnapshot] = []
         # ax of each parameter as ``state`` has it, in registration order; and all published entries.
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
         self._on_cuda = False
+        # The call that writes parameters and state now, or that was interrupted while it did.
+        self.torn_by: str | None = None
 
     # --- construction ---------------------------------------------------------------------------------------
 
@@ -155,10 +162,36 @@ class ParamShards:
             # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
             if buffer.follow():
                 self._last_plan = None
+        if self.torn_by is not None:
+            # Entries may be replaced by half; whatever reads them is refused, and a load publishes them anew.
+            return
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._state):
             self._raise_replaced()
+
+    def torn_problem(self) -> RuntimeError | None:
+        """The error of calls after one that was interrupted while it wrote; None if all is whole."""
+        if self.torn_by is None:
+            return None
+        return RuntimeError(
+            f"dist_asgd: {self.torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
+            f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
+        )
+
+    def check_whole(self) -> None:
+        """Raise ``torn_problem()`` if there is one."""
+        if self.torn_by is not None:
+            raise cast(RuntimeError, self.torn_problem())
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, a load writes; it has torn parameters and state if it does not come to its end."""
+        # Inside load_checkpoint(), which goes on to write parameters, that is not the end yet.
+        torn_by = LOAD_CHECKPOINT if self.torn_by == LOAD_CHECKPOINT else None
+        self.torn_by = torn_by or "load_state_dict()"
+        yield
+        self.torn_by = torn_by
 
     def _raise_replaced(self) -> None:
         for member in self.members:
@@ -183,9 +216,16 @@ class ParamShards:
     # --- what a step updates --------------------------------------------------------------------------------
 
     def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Let cohorts get ready for a step of the ``active`` parameters, and publish scalars that were replaced."""
+        """Let cohorts get ready for a step of the ``active`` parameters, which are about to be written.
+
+        Publishes scalars that became other tensors.
+        """
         for indices in self.cohorts.begin_step(active, hypers):
             self._publish_scalars(indices)
+        if self._last_written[0] is not active:
+            self._last_written = (active, [self.members[index].param for index in active])
+        # Before the flat memory under them is written, of which autograd sees nothing.
+        torch.autograd.graph.increment_version(self._last_written[1])
 
     def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """The state buffers that have an active parameter, and the batches by which this rank updates each.

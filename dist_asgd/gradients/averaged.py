@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -100,12 +99,6 @@ class AveragedGradients(Gradients):
 
     def keep(self) -> None:
         """Do nothing: gradients stay in ``p.grad`` until they are zeroed, and DDP adds to them."""
-
-    def no_sync(self) -> NoReturn:
-        raise RuntimeError(
-            "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() of the "
-            "DistributedDataParallel module."
-        )
 
     def apply_pending(self) -> None:
         """Do nothing: gradients on parameters are clipped at once, so that no factor is ever pending."""

@@ -107,9 +107,12 @@ class Gradients(ABC):
     def keep(self) -> None:
         """Let the next backward add to the gradients that a step has used; called by ``keep_gradients()``."""
 
-    @abstractmethod
     def no_sync(self) -> AbstractContextManager[None]:
-        """Let backwards inside leave their gradients in ``p.grad``. RuntimeError in stage 1."""
+        """Let backwards inside accumulate without communication; RuntimeError where this optimizer reduces nothing."""
+        raise RuntimeError(
+            "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
+            "of the DistributedDataParallel module."
+        )
 
     # --- gradients on the parameters ------------------------------------------------------------------------
 
@@ -226,3 +229,11 @@ def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
 def ranks_with(masks: Sequence[int], member: ShardedParam) -> list[int]:
     """The ranks whose mask has the parameter's bit; ``masks`` holds one mask for each rank, in order."""
     return [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
+
+
+def torn_problem(world_size: int) -> RuntimeError:
+    """The error of calls after an exception or a signal has stopped the reduction of a bucket in the middle."""
+    remedy = "Restart the job from its last checkpoint" if world_size > 1 else "Call zero_grad() and run backward again"
+    return RuntimeError(
+        f"dist_asgd: the reduction of a bucket was interrupted, and its gradients may be torn. {remedy}."
+    )

@@ -17,10 +17,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# torch has no public names for the end of a backward and for which backward a thread is in.
-from torch._C import _current_graph_task_id as current_task
-from torch._C import _ImperativeEngine as AutogradEngine
-
 from ..storage.buffers import BucketParam
 
 
@@ -49,8 +45,8 @@ class BackwardHooks:
         self._lock = threading.RLock()
         # By thread: the task and the index of the parameter whose hooks are running, or ran last.
         self._latest: dict[int, tuple[int, int]] = {}
-        # The tasks whose end is still to come, with the thread in which each had its first gradient.
-        self._tasks: dict[int, int] = {}
+        # The tasks whose end is still to come, with the thread in which each had its first gradient; empty after them.
+        self.tasks: dict[int, int] = {}
         self._threads_overlap = False
 
     def register(self, members: Sequence[BucketParam]) -> None:
@@ -64,11 +60,11 @@ class BackwardHooks:
         """Forget the gradients of backwards that have ended, with an error perhaps; called before collective calls."""
         with self._lock:
             self._latest.clear()
-            self._tasks.clear()
+            self.tasks.clear()
 
     def on_gradient(self, index: int) -> None:
         """Called by autograd, or by whoever calls the hooks of parameters by hand: then no end of a task will come."""
-        task, thread = current_task(), threading.get_ident()
+        task, thread = torch._C._current_graph_task_id(), threading.get_ident()
         with self._lock:
             listener = self._listener()
             if listener is None:
@@ -78,7 +74,7 @@ class BackwardHooks:
                 return
             before = self._latest.get(thread)
             self._latest[thread] = task, index
-            if task not in self._tasks:
+            if task not in self.tasks:
                 self._begin(task, thread)
             listener.note_gradient(index)
             if before is not None and not self._threads_overlap:
@@ -89,16 +85,16 @@ class BackwardHooks:
         return {index for _, index in self._latest.values()}
 
     def _begin(self, task: int, thread: int) -> None:
-        self._threads_overlap |= any(other != thread for other in self._tasks.values())
-        self._tasks[task] = thread
+        self._threads_overlap |= any(other != thread for other in self.tasks.values())
+        self.tasks[task] = thread
         end = partial(_on_end, weakref.ref(self), task)
-        AutogradEngine().queue_callback(end)
+        torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def on_end(self, task: int) -> None:
         """Called by autograd at the end of a task that has not failed; the stream is that of the backward's caller."""
         with self._lock:
             listener = self._listener()
-            self._tasks.pop(task, None)
+            self.tasks.pop(task, None)
             for thread, (latest, index) in list(self._latest.items()):
                 if latest == task:
                     del self._latest[thread]

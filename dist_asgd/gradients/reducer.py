@@ -26,7 +26,7 @@ from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
 from ..storage.layout import DIRECT_BYTES, SendLayout, send_layout, whole_layout
 from ..update.segments import UNSCALED, Scaling
-from .base import READ_GRADIENTS, Gradients, check_gradient, multiply
+from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
 from .hooks import BackwardHooks
 from .sending import source
 
@@ -84,11 +84,12 @@ class Reducer(Gradients):
         self._unpacked: set[int] = set()
         # Buckets wait for the parameters that took part in the last step: an unused one delays nothing for long.
         self._params_last_step: frozenset[int] = frozenset()
-        # Whether a step has used up what is reduced: the next gradient starts from zero then.
-        self._used_by_step = False
+        self._used_by_step = False  # then the next gradient starts from zero
         self._backward_since_agree = False
         # The parameters with a gradient on any rank, as ``agree`` has found them.
         self._present_mask = 0
+        # Whether a bucket is being launched or finished, or such a call was interrupted: its gradients are torn then.
+        self._is_torn = False
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
@@ -186,7 +187,7 @@ class Reducer(Gradients):
         # A gradient that nobody waits for stays on its parameter while hooks on that run; it is reduced later.
         running = self._hooks.running()
         gradients = [None if member.index in running else self._checked(member) for member in bucket.members]
-        buffer = self._send_buffer(bucket)
+        buffer = self._send_buffer(bucket)  # from here on the gradients are torn until the end
         layout = self._send_layouts[id(bucket)]
         packed = buffer[: layout.packed_numel]
         bucket.pack(gradients, layout.packed, packed)
@@ -210,12 +211,10 @@ class Reducer(Gradients):
             self._send_buffers[bucket.device, bucket.wire_dtype].append(buffer)
 
         self._in_flight.append((bucket, finish))
+        self._is_torn = False
 
     def _start_over_if_used(self) -> None:
-        """Forget gradients that a step has used, because another one has come on this rank or on another.
-
-        No exchange is needed: a step ends all rounds, so that no round has gradients from before and after it.
-        """
+        """Forget gradients that a step has used, as a new one has come; a step ends all rounds, so none mixes both."""
         if self._used_by_step:
             self._used_by_step = False
             self._reduced_mask = 0
@@ -233,6 +232,7 @@ class Reducer(Gradients):
             self.in_flight_bytes += sum(buffer.nbytes for buffer in buffers)
         while not self._send_buffers[key]:
             self._finish_oldest()
+        self._is_torn = True
         return self._send_buffers[key].pop()
 
     def _checked(self, member: BucketParam) -> Tensor | None:
@@ -247,8 +247,10 @@ class Reducer(Gradients):
         return gradient
 
     def _finish_oldest(self) -> None:
+        self._is_torn = True
         _, finish = self._in_flight.popleft()
         finish()
+        self._is_torn = False
 
     # --- before a collective call ---------------------------------------------------------------------------
 
@@ -278,7 +280,11 @@ class Reducer(Gradients):
         ``keep``: gradients that are not reduced yet are announced to the other ranks; False if they are discarded.
         For parameters in buckets, the masks say: (1, 0) reduced, (1, 1) yet to be reduced, (0, 1) used by a step.
         """
-        self._hooks.forget()
+        if self._is_torn:
+            # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
+            self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
+        if self._hooks.tasks:
+            self._hooks.forget()
         while self._next:
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
@@ -403,9 +409,16 @@ class Reducer(Gradients):
         Collective if a backward has run since ranks last agreed: a round that only some ranks opened must not be left
         for a later backward to be paired with.
         """
+        if self._is_torn and self.communicators.world_size == 1:
+            # Nobody else has a part of what was torn.
+            self._in_flight.clear()
+            self._send_buffers, self.in_flight_bytes = {}, 0
+            self._next, self._header = 0, None
+            self._is_torn = self._backward_since_agree = False
         if self._backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
-        self._hooks.forget()
+        if self._hooks.tasks:
+            self._hooks.forget()
         self._wait_for_all()
         self._used_by_step = False
         self.scaling = UNSCALED
@@ -424,8 +437,7 @@ class Reducer(Gradients):
     def keep(self) -> None:
         if self._used_by_step:
             self._used_by_step = False
-            # Ranks that differ in it would add to the gradients on some shards only.
-            self.agreement.discards += 1
+            self.agreement.discards += 1  # ranks that differ would add to the gradients on some shards only
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
