@@ -28,6 +28,7 @@ from .gradients.checksums import compare_values
 from .gradients.loss_scaling import ScalerInfo, unscale
 from .gradients.reducer import Reducer
 from .placements import fsdp1
+from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict import full
 from .state_dict.state_dicts import StateDicts
@@ -38,13 +39,7 @@ from .update.batch import StepContext
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
-from .validation import (
-    check_new_group,
-    check_options,
-    check_precision_fits,
-    named_params,
-    params_of,
-)
+from .validation import check_new_group, check_options, check_precision_fits, named_params, params_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,18 +133,9 @@ class ShardedASGD(torch.optim.Optimizer):
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
         self._values_compared = self.communicators.world_size == 1
-        defaults = {
-            "lr": lr,
-            "lambd": lambd,
-            "alpha": alpha,
-            "t0": t0,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "fused": fused,
-        }
+        defaults = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
+        defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
+        defaults |= {"capturable": capturable, "fused": fused}
         self._constructed = False
         problem = self.communicators.problem
         try:
@@ -165,6 +151,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
         self._add_storage(0)
+        self._registry = ParamRegistry(self.shards, self.communicators)
         sharded = None if self.is_differentiable else self.shards
         self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
 
@@ -180,6 +167,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._add_checked(param_group)
             return
         self._refuse_inside_averages("add_param_group()")
+        self._adopt_params()
         first, problem = len(self.param_groups), None
         try:
             self._add_checked(param_group)
@@ -220,6 +208,11 @@ class ShardedASGD(torch.optim.Optimizer):
         self._updater.reserve(self.shards.state_buffers)
         self._values_compared = self.communicators.world_size == 1
 
+    def _adopt_params(self) -> None:
+        """Called first in every call that uses the parameters."""
+        if self.shards.cohorts.is_fresh:
+            self._registry.check_group()
+
     # --- the step ------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -256,6 +249,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
         self._refuse_inside_averages("step()")
+        self._adopt_params()
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
@@ -320,6 +314,7 @@ class ShardedASGD(torch.optim.Optimizer):
         Collective. In stage 2 call this one: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there. It reads
         their shards once, and the update scales them. In stage 1 without DTensors it is torch's function, bit for bit.
         """
+        self._adopt_params()
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
         self._refuse_inside_averages("clip_grad_norm_()")
@@ -342,6 +337,7 @@ class ShardedASGD(torch.optim.Optimizer):
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
         """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``loss_scaling.unscale``. Collective."""
+        self._adopt_params()
         return unscale(self.gradients, inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------
@@ -362,6 +358,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
         self._refuse_inside_averages("averaged_parameters()")
+        self._adopt_params()
         fsdp1.refuse(
             "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
         )
@@ -398,6 +395,7 @@ class ShardedASGD(torch.optim.Optimizer):
         ``full_tensor()`` gathers all of it.
         """
         self._refuse_inside_averages("state_dict()")
+        self._adopt_params()
         return self._state_dicts.sharded()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
@@ -408,6 +406,7 @@ class ShardedASGD(torch.optim.Optimizer):
         State-dict hooks run on the ranks that get the result.
         """
         self._refuse_inside_averages("consolidated_state_dict()")
+        self._adopt_params()
         fsdp1.refuse(
             "consolidated_state_dict()", params_of(self.param_groups), "Call FSDP.optim_state_dict(model, optimizer)"
         )
@@ -424,6 +423,7 @@ class ShardedASGD(torch.optim.Optimizer):
         Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
         self._refuse_inside_averages("load_state_dict()")
+        self._adopt_params()
         problem = self._problem(read_hyperparameters=False)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
