@@ -315,6 +315,15 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"model.parameters() lists tied weights once."
             )
         seen[id(param)] = name
+    _check_spans(spans)
+
+
+def check_apart(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if two of the ``named`` parameters share memory."""
+    _check_spans([span for name, param in named for span in _span(name, param)])
+
+
+def _check_spans(spans: list[tuple[int, int, str]]) -> None:
     # Two parameters share memory exactly if two neighbours do, in the order of their addresses.
     spans.sort()
     for (_, stop, name), (start, _, other) in pairwise(spans):

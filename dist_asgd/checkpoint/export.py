@@ -76,6 +76,8 @@ def export_averaged(
         PeerError: a rank died.
     """
     saver = Saver.of(optimizer)
+    if isinstance(optimizer, ShardedASGD):
+        optimizer.adopt_params()
     files: TensorFiles | None = None
     weights: list[_Weight] = []
     fingerprint, problem = NO_FINGERPRINT, None

@@ -110,6 +110,8 @@ def restore(
     verify: bool,
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
+    if isinstance(optimizer, ShardedASGD):
+        optimizer.adopt_params()
     loaded: CheckpointState | None = None
     fingerprint, problem = NO_FINGERPRINT, None
     try:

@@ -183,6 +183,8 @@ class Saver:
 
         ``begin`` makes the directory to write in, ``commit`` moves it to its final path; both run on rank 0.
         """
+        if isinstance(optimizer, ShardedASGD):
+            optimizer.adopt_params()
         fingerprint, problem = NO_FINGERPRINT, None
         target, state = Path(), State()
         try:

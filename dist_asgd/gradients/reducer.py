@@ -94,6 +94,7 @@ class Reducer(Gradients):
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
         _remove(self._hooks)
+        self._hooked.clear()
         self._presharded_mask = bit_mask(member.index for member in self.presharded)
         self._member_of = {member.index: member for member in self.members}
         self._round = [bucket for bucket in self.buckets if bucket.trainable]
@@ -124,8 +125,8 @@ class Reducer(Gradients):
         the same buckets in the same order, but nobody waits here.
         """
         member = self._member_of[index]
-        if not member.is_unmoved:
-            # Another optimizer has taken the parameter over; step() says so.
+        if not (member.is_unmoved or member.is_rebound):
+            # It was converted, or another optimizer has taken the parameter over; step() says so.
             return
         self._unpacked.add(index)
         self._backward_since_agree = True
@@ -253,7 +254,8 @@ class Reducer(Gradients):
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
-        reports = self._agree(call, fingerprint, problem, keep=True)
+        # Buckets that are about to be replaced take no gradients any more.
+        reports = self._agree(call, fingerprint, problem, keep=call is not CollectiveCall.ADOPT)
         pending = reports.union(1) & ~self._presharded_mask
         if pending:
             self._reduce_pending(pending)
