@@ -213,6 +213,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # --- the step ------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Reduce gradients, update this rank's shards, gather the parameters. Collective.
 
@@ -226,22 +227,23 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.is_differentiable:
             differentiable.step(self.param_groups, self.state)
             return loss
-        with torch.no_grad():
-            scaler = ScalerInfo.of(self) if hasattr(self, "found_inf") else None
-            # Reduce: all ranks agree on which parameters have a gradient. In stage 2 the last ones are in flight.
-            active = self._reduce(scaler)
-            # Update: one state buffer after the other, as soon as its gradient is reduced.
-            step = self._begin_update(active, scaler)
-            if step is not None:
-                for buffer, batches in self.shards.plan(active, step.hypers):
-                    self.gradients.wait_for(buffer)
-                    for batch in batches:
-                        batch.run(step)
-                    # Gather: its parameters travel to the other ranks while the next buffer is updated.
-                    self.gatherer.launch(buffer)
-                self.shards.cohorts.end_step(active, step.hypers)
-            self.gradients.end_step()
-            self.gatherer.wait()
+        scaler = ScalerInfo.of(self) if hasattr(self, "found_inf") else None
+        # Reduce: all ranks agree on which parameters have a gradient. In stage 2 the last ones are in flight.
+        active = self._reduce(scaler)
+        # Update: one state buffer after the other, as soon as its gradient is reduced.
+        step = self._begin_update(active, scaler)
+        if step is not None:
+            self.shards.torn_by = "step()"
+            for buffer, batches in self.shards.plan(active, step.hypers):
+                self.gradients.wait_for(buffer)
+                for batch in batches:
+                    batch.run(step)
+                # Gather: its parameters travel to the other ranks while the next buffer is updated.
+                self.gatherer.launch(buffer)
+            self.shards.cohorts.end_step(active, step.hypers)
+        self.gradients.end_step()
+        self.gatherer.wait()
+        self.shards.torn_by = None
         return loss
 
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
@@ -259,11 +261,12 @@ class ShardedASGD(torch.optim.Optimizer):
             self._registry.compare_values(reports)
         return self.gradients.active(reports)
 
-    def _problem(self, read_hyperparameters: bool = True) -> Exception | None:
-        """What is wrong on this rank with parameters, state or hyperparameters, for all ranks to raise."""
+    def _problem(self, before_load: bool = False) -> Exception | None:
+        """What is wrong on this rank with parameters, state or (before a load replaces them) hyperparameters."""
         try:
             self.shards.check_unchanged()
-            if read_hyperparameters:
+            if not before_load:
+                self.shards.check_whole()
                 self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error
@@ -298,11 +301,6 @@ class ShardedASGD(torch.optim.Optimizer):
 
         The next backward outside, or ``step()``, reduces the sum. Unsharded gradients take their memory meanwhile.
         """
-        if not isinstance(self.gradients, Reducer):
-            raise RuntimeError(
-                "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
-                "of the DistributedDataParallel module."
-            )
         with self.gradients.no_sync():
             yield
 
@@ -316,11 +314,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
         self._refuse_inside_averages("clip_grad_norm_()")
-        fingerprint, problem = clip.fingerprint_of(max_norm, norm_type)
-        with torch.no_grad():
-            reports = self.gradients.agree(CollectiveCall.CLIP_GRAD_NORM, fingerprint, problem)
-            active = self.gradients.present(reports)
-            return clip.clip(self.gradients, active, max_norm, norm_type, error_if_nonfinite)
+        return clip.clip_grad_norm(self.gradients, max_norm, norm_type, error_if_nonfinite)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -355,14 +349,14 @@ class ShardedASGD(torch.optim.Optimizer):
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        self._refuse_inside_averages("averaged_parameters()")
         self.adopt_params()
-        fsdp1.refuse(
-            "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
+        params = params_of(self.param_groups)
+        fsdp1.refuse("averaged_parameters()", params, "Load ax of FSDP.optim_state_dict() into a model")
+        enter, leave = (
+            partial(self.gradients.agree, call, NO_FINGERPRINT)
+            for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
         )
-        self.gradients.agree(CollectiveCall.AVERAGED_PARAMETERS, problem=self._problem())
-        leave = partial(self.gradients.agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
-        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, leave):
+        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, enter, leave, self._problem):
             yield
 
     def _refuse_inside_averages(self, call: str) -> None:
@@ -392,6 +386,12 @@ class ShardedASGD(torch.optim.Optimizer):
         with its placements; if a replica group shares it, ``to_local()`` is this rank's fragment, 1-D, and
         ``full_tensor()`` gathers all of it.
         """
+        if self.shards.torn_by is not None:
+            self.shards.check_whole()
+        return self.live_state()
+
+    def live_state(self) -> dict[str, Any]:
+        """Hand out what ``state_dict()`` does, torn or not: ``load_checkpoint()`` fills its tensors. Not collective."""
         self._refuse_inside_averages("state_dict()")
         self.adopt_params()
         return self._state_dicts.sharded()
@@ -399,17 +399,16 @@ class ShardedASGD(torch.optim.Optimizer):
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
 
-        It is returned on rank ``to`` of the process group (None: on all ranks); the other ranks get ``{}``. Buckets are
-        gathered one at a time: rank ``to`` holds the result and one bucket, the others what they already had.
-        State-dict hooks run on the ranks that get the result.
+        It is returned on rank ``to`` of the process group (None: on all ranks), where state-dict hooks run; the other
+        ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
         """
         self._refuse_inside_averages("consolidated_state_dict()")
         self.adopt_params()
-        fsdp1.refuse(
-            "consolidated_state_dict()", params_of(self.param_groups), "Call FSDP.optim_state_dict(model, optimizer)"
-        )
+        remedy = "Call FSDP.optim_state_dict(model, optimizer)"
+        fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
+            problem = problem or self.shards.torn_problem()
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
         return self._state_dicts.full(to)
 
@@ -422,11 +421,12 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._refuse_inside_averages("load_state_dict()")
         self.adopt_params()
-        problem = self._problem(read_hyperparameters=False)
+        problem = self._problem(before_load=True)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
         if loaded is not None:
-            self._state_dicts.apply(loaded)
+            with self.shards.loading():
+                self._state_dicts.apply(loaded)
 
     def memory_report(self) -> memory.MemoryReport:
         """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""

@@ -159,6 +159,7 @@ class ParamRegistry:
 
     def _check(self, groups: Groups) -> None:
         """Raise on this rank if the state of ``groups`` cannot be adopted."""
+        self._shards.check_whole()
         params = params_of(groups)
         seen: dict[int, str] = {}
         for index in range(len(groups)):

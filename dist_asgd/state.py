@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .placements.presharded import PreshardedState, build_presharded, is_preshar
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.layout import bucket_cap_bytes
+from .storage.published import mark_written
 from .storage.snapshots import PublishedState, TensorSnapshot
 from .update.batch import Batch
 from .update.plan import plan_batches
@@ -23,6 +25,8 @@ from .validation import check_apart
 
 _LOG = logging.getLogger(__name__)
 KEYS = ("step", "eta", "mu", "ax")
+# The value of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes.
+LOAD_CHECKPOINT = "load_checkpoint()"
 
 NamedParams = Sequence[tuple[str, Tensor]]
 Plan = list[tuple[StateBuffer, Sequence[Batch]]]
@@ -59,6 +63,8 @@ class ParamShards:
         # Indices of parameters that were rebound on this rank; cleared once ranks have compared their values.
         self.rebound: set[int] = set()
         self._logged = False
+        # The call that writes parameters and state now, or that was interrupted while it did.
+        self.torn_by: str | None = None
         self.clear()
 
     # --- construction ---------------------------------------------------------------------------------------
@@ -76,6 +82,8 @@ class ParamShards:
         self.cohorts = Cohorts()
         self.cohort_of = self.cohorts.by_index
         self._last_plan: tuple[object, Plan] | None = None
+        # The parameters that the last step wrote, by index and as a list.
+        self._last_written: tuple[frozenset[int], list[Tensor]] = (frozenset(), [])
         # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
         self._snapshots: list[TensorSnapshot] = []
         # ax of each parameter as ``state`` has it, in registration order; and all published entries.
@@ -172,6 +180,9 @@ class ParamShards:
             # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
             if buffer.follow():
                 self._last_plan = None
+        if self.torn_by is not None:
+            # Entries may be replaced by half; whatever reads them is refused, and a load publishes them anew.
+            return
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._state):
@@ -223,6 +234,29 @@ class ParamShards:
             suspects = self.members
         return next((member for member in suspects if not (member.is_unmoved or member.is_rebound)), None)
 
+    def torn_problem(self) -> RuntimeError | None:
+        """The error of calls after one that was interrupted while it wrote; None if all is whole."""
+        if self.torn_by is None:
+            return None
+        return RuntimeError(
+            f"dist_asgd: {self.torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
+            f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
+        )
+
+    def check_whole(self) -> None:
+        """Raise ``torn_problem()`` if there is one."""
+        if self.torn_by is not None:
+            raise cast(RuntimeError, self.torn_problem())
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, a load writes; it has torn parameters and state if it does not come to its end."""
+        # Inside load_checkpoint(), which goes on to write parameters, that is not the end yet.
+        torn_by = LOAD_CHECKPOINT if self.torn_by == LOAD_CHECKPOINT else None
+        self.torn_by = torn_by or "load_state_dict()"
+        yield
+        self.torn_by = torn_by
+
     def _raise_replaced(self) -> None:
         for member in self.members:
             own, published = self._state.get(member.param, {}), self._entries(member)
@@ -246,9 +280,15 @@ class ParamShards:
     # --- what a step updates --------------------------------------------------------------------------------
 
     def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Let cohorts get ready for a step of the ``active`` parameters, and publish scalars that were replaced."""
+        """Let cohorts get ready for a step of the ``active`` parameters, which are about to be written.
+
+        Publishes scalars that became other tensors.
+        """
         for indices in self.cohorts.begin_step(active, hypers):
             self._publish_scalars(indices)
+        if self._last_written[0] is not active:
+            self._last_written = (active, [self.members[index].param for index in active])
+        mark_written(self._last_written[1])
 
     def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """The state buffers that have an active parameter, and the batches by which this rank updates each.

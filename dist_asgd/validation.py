@@ -301,6 +301,13 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"dist_asgd: parameter {name} is on the meta device. Materialise the model (to_empty() and "
                 f"initialisation) before constructing the optimizer."
             )
+        if _is_taken_out_of_shared_memory(param):
+            raise ValueError(
+                f"dist_asgd: parameter {name} is in memory that other processes share (share_memory_(), a "
+                f"torch.multiprocessing queue, or a mapped file). The optimizer moves parameters to memory of its own, "
+                f"which those processes would not see. Give the model its own copy first (p.data = p.data.clone() for "
+                f"each parameter), or use torch.optim.ASGD for training in shared memory (Hogwild)."
+            )
         if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
             raise ValueError(
                 f"dist_asgd: parameter {name} of shape {tuple(param.shape)} is an expanded view: its elements share "
@@ -332,6 +339,13 @@ def _check_spans(spans: list[tuple[int, int, str]]) -> None:
                 f"dist_asgd: parameters {name} and {other} share memory but are different Parameter objects. Tie "
                 f"weights by using one Parameter in both places."
             )
+
+
+def _is_taken_out_of_shared_memory(param: Tensor) -> bool:
+    # torch calls all CUDA memory shared. Presharded parameters stay in their memory, whatever it is.
+    if param.device.type != "cpu" or dtensor.is_dtensor(param) or fsdp1.is_managed(param):
+        return False
+    return bool(param.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _check_owner(name: str, param: Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -101,6 +102,13 @@ class Gradients(ABC):
     @abstractmethod
     def clear(self, set_to_none: bool) -> None:
         """Drop the gradients that are not in ``p.grad``, or set them to zeros; called by ``zero_grad()``."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Let backwards inside accumulate without communication; RuntimeError where this optimizer reduces nothing."""
+        raise RuntimeError(
+            "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
+            "of the DistributedDataParallel module."
+        )
 
     # --- gradients on the parameters ------------------------------------------------------------------------
 
@@ -218,3 +226,11 @@ def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
 def ranks_with(masks: Sequence[int], member: ShardedParam) -> list[int]:
     """The ranks whose mask has the parameter's bit; ``masks`` holds one mask for each rank, in order."""
     return [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
+
+
+def torn_problem(world_size: int) -> RuntimeError:
+    """The error of calls after an exception or a signal has stopped the reduction of a bucket in the middle."""
+    remedy = "Restart the job from its last checkpoint" if world_size > 1 else "Call zero_grad() and run backward again"
+    return RuntimeError(
+        f"dist_asgd: the reduction of a bucket was interrupted, and its gradients may be torn. {remedy}."
+    )

@@ -11,6 +11,7 @@ from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..gather import Gatherer
 from ..state import ParamShards
+from ..storage.published import mark_written
 from ..validation import check_hyperparameters, named_params
 from . import full, load, sharded, unsharded
 
@@ -94,14 +95,16 @@ class StateDicts:
         # Averages may move to wider storage, so the cached tensors may show memory that is no longer used.
         self._cache.clear()
         for group, values in zip(groups, loaded.groups, strict=True):
-            params = group["params"]
-            group.clear()
-            group.update(values, params=params)
+            # The group keeps its parameters at every moment: a load that is interrupted here can be repeated.
+            for key in group.keys() - values.keys() - {"params"}:
+                del group[key]
+            group.update(values)
         if self._shards is None:
             unsharded.apply(loaded, groups, self._optimizer.state)
         else:
             # Loaded masters change this rank's shard of the parameters, so the other ranks need it.
             for buffer in load.load_shards(loaded, self._shards.state_buffers):
+                mark_written(member.param for member in buffer.members)
                 self._gatherer.launch(buffer)
                 buffer.on_params_written()
             self._gatherer.wait()

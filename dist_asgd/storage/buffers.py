@@ -3,7 +3,7 @@
 state buffer  ``StateBuffer``: the average ``ax``, and what masters need, of parameters of one group, dtype and device.
               Presharded parameters have state buffers of their own (``placements/presharded.py``)
 bucket        ``Bucket``: a state buffer that also holds its parameters, whole, and in stage 2 this rank's shard of
-              their reduced gradient. Parameters become views of it: an all-gather writes them in place, without a copy
+              their reduced gradient. Parameters lie in its memory: an all-gather writes them in place, without a copy
 member        a parameter as one of its bucket or state buffer: ``ShardedParam``, and ``BucketParam`` in a bucket. All
               the members of an optimizer together are its parameters
 
@@ -24,6 +24,7 @@ from . import masters
 from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
+from .published import own_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,10 @@ class ShardedParam(ABC):
 
     @abstractmethod
     def state_entry(self, fragment: Tensor) -> Tensor:
-        """This rank's ``fragment`` ``(fragment_numel,)`` of sharded state as ``optimizer.state`` shows it; a view."""
+        """This rank's ``fragment`` ``(fragment_numel,)`` of sharded state as ``optimizer.state`` shows it.
+
+        It shares the memory of ``fragment`` and has a storage of its own.
+        """
 
     @property
     @abstractmethod
@@ -202,8 +206,9 @@ class BucketParam(ShardedParam):
         # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
         view = view.as_strided(param.shape, self.strides)
         view.copy_(param.detach())
-        # Modules, hooks and autograd keep the parameter object; only its memory is another now.
-        param.data = view
+        # Modules, hooks and autograd keep the parameter object; only its memory is another now. It has a storage of its
+        # own over the bucket, because savers take tensors of one storage for one tensor.
+        param.data = own_storage(view)
 
     @property
     def is_rebound(self) -> bool:
@@ -249,7 +254,7 @@ class BucketParam(ShardedParam):
         ]
 
     def state_entry(self, fragment: Tensor) -> Tensor:
-        return fragment
+        return own_storage(fragment)
 
     @property
     def norm_owner(self) -> int:
