@@ -205,7 +205,7 @@ class Averages:
                 continue
             self._buffers.append(buffer)
             self._written += [member.param for member in begun]
-            mark_written(member.param for member in begun)
+            mark_written([member.param for member in begun])
             for member in begun:
                 if member.fragment.numel:
                     same_dtype = buffer.average.dtype == buffer.dtype

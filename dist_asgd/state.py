@@ -190,7 +190,8 @@ class ParamShards:
     def _follow_rebound(self) -> None:
         """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""
         moved = [member for bucket in self.buckets for member in bucket.members if not member.is_unmoved]
-        for member in moved:
+        # The first in registration order is named, as elsewhere.
+        for member in sorted(moved, key=lambda member: member.index):
             if not member.is_rebound:
                 member.check_unmoved()
         # As at construction: memory that two parameters share would be two parameters from here on.

@@ -41,7 +41,7 @@ toc_object_entries_show_parents = "hide"
 # fetch them; neither have the types of this package that users do not name.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|os|pathlib|types|typing)\..*"),
+    (r"py:.*", r"(torch|collections|contextlib|os|pathlib|types|typing)\..*"),
     (r"py:.*", r"(Any|Callable|Iterator|Path|Tensor|Optimizer|ParamsT|DeviceMesh|ProcessGroup|NoReturn)"),
     (r"py:class", r"dist\.ProcessGroup|dist_asgd\.checkpoint\..*\.Open\w+"),
 ]

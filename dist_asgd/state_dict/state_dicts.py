@@ -104,7 +104,7 @@ class StateDicts:
         else:
             # Loaded masters change this rank's shard of the parameters, so the other ranks need it.
             for buffer in load.load_shards(loaded, self._shards.state_buffers):
-                mark_written(member.param for member in buffer.members)
+                mark_written([member.param for member in buffer.members])
                 self._gatherer.launch(buffer)
                 buffer.on_params_written()
             self._gatherer.wait()
