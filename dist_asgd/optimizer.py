@@ -6,7 +6,7 @@ Attributes without an underscore (``shards``, say) are for the rooms above it, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -289,20 +289,18 @@ class ShardedASGD(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those that stage 2 has reduced included.
 
-        In stage 2 call this one: ``model.zero_grad()`` does not see the gradients. It is collective there if a backward
-        has run since the last step, so a step that is skipped must be skipped on every rank.
+        In stage 2 it is collective if a backward has run since the last step: all ranks have to skip the same steps.
         """
         self.gradients.clear(set_to_none)
         _base("zero_grad")(self, set_to_none)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients locally in stage 2: backwards inside do not communicate.
+    def keep_gradients(self) -> None:
+        """Let the backward after a ``step()`` add to the gradients of that step in stage 2; called on every rank."""
+        self.gradients.keep()
 
-        The next backward outside, or ``step()``, reduces the sum. Unsharded gradients take their memory meanwhile.
-        """
-        with self.gradients.no_sync():
-            yield
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate locally in stage 2, at the cost of memory; the next backward outside, or ``step()``, reduces."""
+        return self.gradients.no_sync()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.

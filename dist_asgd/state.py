@@ -16,7 +16,6 @@ from .placements.presharded import PreshardedState, build_presharded, is_preshar
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.layout import bucket_cap_bytes
-from .storage.published import mark_written
 from .storage.snapshots import PublishedState, TensorSnapshot
 from .update.batch import Batch
 from .update.plan import plan_batches
@@ -288,7 +287,8 @@ class ParamShards:
             self._publish_scalars(indices)
         if self._last_written[0] is not active:
             self._last_written = (active, [self.members[index].param for index in active])
-        mark_written(self._last_written[1])
+        # Before the flat memory under them is written, of which autograd sees nothing.
+        torch.autograd.graph.increment_version(self._last_written[1])
 
     def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """The state buffers that have an active parameter, and the batches by which this rank updates each.

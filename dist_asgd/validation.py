@@ -7,7 +7,7 @@ caller shares them, so that all ranks raise. Only ``check_new_group`` may commun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from numbers import Real
@@ -261,10 +261,44 @@ def check_new_group(
     if differentiable:
         return
     check_group(groups, index, communicators.ranks, precision)
+    devices = {
+        param.device: name
+        for i in range(len(groups))
+        for name, param in reversed(named_params(groups, i))
+        if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param))
+    }
+    check_accelerators(devices, communicators.world_size, stage, communicators.bound_device)
     for param in group["params"]:
         if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)):
             # A device without a backend is an error now, not at the first step.
             communicators.on(param.device)
+
+
+def check_accelerators(
+    devices: Mapping[torch.device, str], world_size: int, stage: int, bound: torch.device | None
+) -> None:
+    """Raise ValueError if parameters lie on accelerators that this process cannot communicate on, or on too many.
+
+    ``devices`` names one parameter on each device; ``bound`` is the accelerator that the process group was bound to
+    by ``init_process_group(device_id=...)``, or None.
+    """
+    accelerators = {device: name for device, name in devices.items() if device.type != "cpu"}
+    if world_size == 1:
+        return
+    where = ", ".join(f"parameter {name} is on {device}" for device, name in accelerators.items())
+    if stage == 2 and len(accelerators) > 1:
+        # Each accelerator has a thread of its own in backward, and current streams that the other threads do not see.
+        raise ValueError(
+            f"dist_asgd: stage=2 with {len(accelerators)} accelerators in one process: {where}. Whichever thread of "
+            f"backward completes a bucket sends it, on streams of its own. Run one process for each accelerator, or "
+            f"pass stage=1."
+        )
+    for device, name in accelerators.items():
+        if bound is not None and bound.type == device.type and bound != device:
+            raise ValueError(
+                f"dist_asgd: parameter {name} is on {device}, but the process group is bound to {bound} and refuses to "
+                f"communicate elsewhere. Move the parameter, or do not pass device_id to init_process_group()."
+            )
 
 
 def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:

@@ -176,7 +176,8 @@ class Agreement:
     """The exchanges of one optimizer, and the errors that follow from them.
 
     All methods but ``resize`` are collective. ``discards`` counts how often ``zero_grad()`` has discarded reduced
-    gradients (stage 2); it travels in every header, because ranks that differ in it mix gradients of different steps.
+    gradients (stage 2), or ``keep_gradients()`` kept them; it travels in every header, because ranks that differ in it
+    mix gradients of different steps.
     ``rebound`` says whether parameters were rebound on this rank since the last step; ranks may differ in that.
     """
 
@@ -282,8 +283,8 @@ class Agreement:
             # zero_grad() on all of them.
             self.discards = max(discards)
             raise RuntimeError(
-                f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients: "
-                f"{values_by_rank(discards)}. Every rank must call zero_grad() between the same backwards."
+                f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients, or keep_gradients() kept "
+                f"them: {values_by_rank(discards)}. Every rank must call both between the same backwards."
             )
         if reports.problem:
             self._raise_together(problem)

@@ -103,6 +103,10 @@ class Gradients(ABC):
     def clear(self, set_to_none: bool) -> None:
         """Drop the gradients that are not in ``p.grad``, or set them to zeros; called by ``zero_grad()``."""
 
+    @abstractmethod
+    def keep(self) -> None:
+        """Let the next backward add to the gradients that a step has used; called by ``keep_gradients()``."""
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Let backwards inside accumulate without communication; RuntimeError where this optimizer reduces nothing."""
         raise RuntimeError(
