@@ -189,11 +189,11 @@ class ParamShards:
 
     def _follow_rebound(self) -> None:
         """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""
-        moved = [member for bucket in self.buckets for member in bucket.members if not member.is_unmoved]
         # The first in registration order is named, as elsewhere.
-        for member in sorted(moved, key=lambda member: member.index):
+        for member in self.members:
             if not member.is_rebound:
                 member.check_unmoved()
+        moved = [member for bucket in self.buckets for member in bucket.members if not member.is_unmoved]
         # As at construction: memory that two parameters share would be two parameters from here on.
         check_apart([(member.name, member.param) for member in self.members])
         # Values that lie in a bucket (two parameters may have changed places) must not be overwritten while others are

@@ -239,7 +239,7 @@ def changed_after_a_step(_rank: int, _world_size: int, change: str, stage: int) 
 @worlds
 @both
 @pytest.mark.parametrize(
-    ("change", "name"), [("to_bfloat16", "2.bias"), ("to_double", "2.bias"), ("resize", "0.weight")]
+    ("change", "name"), [("to_bfloat16", "0.weight"), ("to_double", "2.weight"), ("resize", "0.weight")]
 )
 def test_a_used_optimizer_names_what_was_converted(
     change: str, name: str, stage: int, backend: str, world_size: int
