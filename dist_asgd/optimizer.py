@@ -19,15 +19,15 @@ from . import memory
 from .averaging import Averages
 from .comm import Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall
-from .fingerprints import Hyperparameters, groups_fingerprint
+from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
 from .gather import Gatherer
 from .gradients import clip
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
-from .gradients.checksums import compare_values
 from .gradients.loss_scaling import ScalerInfo, unscale
 from .gradients.reducer import Reducer
 from .placements import fsdp1
+from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict import full
 from .state_dict.state_dicts import StateDicts
@@ -38,13 +38,7 @@ from .update.batch import StepContext
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
-from .validation import (
-    check_new_group,
-    check_options,
-    check_precision_fits,
-    named_params,
-    params_of,
-)
+from .validation import check_new_group, check_options, check_precision_fits, params_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -137,19 +131,9 @@ class ShardedASGD(torch.optim.Optimizer):
         self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
-        self._values_compared = self.communicators.world_size == 1
-        defaults = {
-            "lr": lr,
-            "lambd": lambd,
-            "alpha": alpha,
-            "t0": t0,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "fused": fused,
-        }
+        defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
+        defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
+        defaults |= {"capturable": capturable, "fused": fused}
         self._constructed = False
         problem = self.communicators.problem
         try:
@@ -164,6 +148,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
+        check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
+        self._registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
         self._add_storage(0)
         sharded = None if self.is_differentiable else self.shards
         self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
@@ -180,6 +166,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._add_checked(param_group)
             return
         self._refuse_inside_averages("add_param_group()")
+        self.adopt_params()
         first, problem = len(self.param_groups), None
         try:
             self._add_checked(param_group)
@@ -207,18 +194,22 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
-        groups = range(first_group, len(self.param_groups))
-        new = [(named_params(self.param_groups, i), self.param_groups[i]["lr"]) for i in groups]
-        if self.is_differentiable:
-            for named, lr in new:
-                for _, param in named:
-                    self.state[param] = differentiable.init_state(param, lr)
+        if not self.is_differentiable:
+            self._registry.add_groups(self.param_groups, first_group)
             return
-        self.shards.add_groups(new)
-        self.gradients.extend(self.shards.buckets, self.shards.presharded)
-        self._agreement.resize(len(self.shards.members))
-        self._updater.reserve(self.shards.state_buffers)
-        self._values_compared = self.communicators.world_size == 1
+        for group in self.param_groups[first_group:]:
+            for param in group["params"]:
+                self.state[param] = differentiable.init_state(param, group["lr"])
+
+    def adopt_params(self) -> None:
+        """Take parameters and ``param_groups`` as they are now; see ``registry.py``. Collective if they were changed.
+
+        Called first in every call that uses the parameters, also by ``checkpoint``.
+        """
+        if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
+            return
+        self._registry.adopt(self.param_groups)
+        self._state_dicts.forget_averages()
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -258,15 +249,16 @@ class ShardedASGD(torch.optim.Optimizer):
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
         self._refuse_inside_averages("step()")
+        self.adopt_params()
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
             NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
         )
+        self._agreement.rebound = bool(self.shards.rebound)
         reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
-        if not self._values_compared:
-            compare_values(self.gradients, self.communicators)
-            self._values_compared = True
+        if reports.rebound or not self._registry.values_compared:
+            self._registry.compare_values(reports)
         return self.gradients.active(reports)
 
     def _problem(self, before_load: bool = False) -> Exception | None:
@@ -318,6 +310,7 @@ class ShardedASGD(torch.optim.Optimizer):
         Collective. In stage 2 call this one: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there. It reads
         their shards once, and the update scales them. In stage 1 without DTensors it is torch's function, bit for bit.
         """
+        self.adopt_params()
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
         self._refuse_inside_averages("clip_grad_norm_()")
@@ -336,6 +329,7 @@ class ShardedASGD(torch.optim.Optimizer):
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
         """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``loss_scaling.unscale``. Collective."""
+        self.adopt_params()
         return unscale(self.gradients, inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------
@@ -355,6 +349,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
+        self.adopt_params()
         params = params_of(self.param_groups)
         fsdp1.refuse("averaged_parameters()", params, "Load ax of FSDP.optim_state_dict() into a model")
         enter, leave = (
@@ -398,6 +393,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def live_state(self) -> dict[str, Any]:
         """Hand out what ``state_dict()`` does, torn or not: ``load_checkpoint()`` fills its tensors. Not collective."""
         self._refuse_inside_averages("state_dict()")
+        self.adopt_params()
         return self._state_dicts.sharded()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
@@ -407,6 +403,7 @@ class ShardedASGD(torch.optim.Optimizer):
         ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
         """
         self._refuse_inside_averages("consolidated_state_dict()")
+        self.adopt_params()
         remedy = "Call FSDP.optim_state_dict(model, optimizer)"
         fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
         if not self.is_differentiable:
@@ -423,6 +420,7 @@ class ShardedASGD(torch.optim.Optimizer):
         Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
         self._refuse_inside_averages("load_state_dict()")
+        self.adopt_params()
         problem = self._problem(before_load=True)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)

@@ -356,6 +356,15 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"model.parameters() lists tied weights once."
             )
         seen[id(param)] = name
+    _check_spans(spans)
+
+
+def check_apart(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if two of the ``named`` parameters share memory."""
+    _check_spans([span for name, param in named for span in _span(name, param)])
+
+
+def _check_spans(spans: list[tuple[int, int, str]]) -> None:
     # Two parameters share memory exactly if two neighbours do, in the order of their addresses.
     spans.sort()
     for (_, stop, name), (start, _, other) in pairwise(spans):
@@ -368,9 +377,9 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
 
 def _is_taken_out_of_shared_memory(param: Tensor) -> bool:
     # torch calls all CUDA memory shared. Presharded parameters stay in their memory, whatever it is.
-    return (
-        param.device.type == "cpu" and not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)) and param.is_shared()  # type: ignore[no-untyped-call]
-    )
+    if param.device.type != "cpu" or dtensor.is_dtensor(param) or fsdp1.is_managed(param):
+        return False
+    return bool(param.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _check_owner(name: str, param: Tensor) -> None:

@@ -224,6 +224,13 @@ class Communicators:
         return None if self._group is None else self._group.bound_device_id
 
     @property
+    def predates_group(self) -> bool:
+        """Whether a default group of several ranks exists now, and did not when this was made for one process."""
+        if self._group is not None or not dist.is_available():
+            return False
+        return dist.is_initialized() and dist.get_world_size() > 1
+
+    @property
     def ranks(self) -> list[int]:
         """The ranks of the optimizer, as ranks of the default group."""
         return list(self._axes.everyone)

@@ -203,8 +203,9 @@ class Gradients(ABC):
 
 
 def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
-    """Raise RuntimeError unless the parameter is unmoved and ``gradient`` is dense, of its shape, dtype and device."""
-    member.check_unmoved()
+    """Raise RuntimeError unless ``gradient`` is dense and fits its parameter, which is unmoved or rebound."""
+    if not member.is_rebound:
+        member.check_unmoved()
     name, param = member.name, member.param
     if gradient.layout != torch.strided:
         raise RuntimeError(

@@ -99,7 +99,7 @@ class Reducer(Gradients):
         self._params_last_step = frozenset(member.index for bucket in self._round for member in bucket.members)
         self._begin_round()
         hooked = [member for member in self.members if member.param.requires_grad]
-        self._hooked.update(member.index for member in hooked)
+        self._hooked = {member.index for member in hooked}
         self._hooks.register(hooked)
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
         self._send_buffers, self.in_flight_bytes = {}, 0
@@ -117,8 +117,8 @@ class Reducer(Gradients):
 
     def note_gradient(self, index: int) -> None:
         """Note that backward has set ``p.grad`` of parameter ``index``. Called by the hook on the parameter."""
-        # Another optimizer may have taken the parameter over: step() says so.
-        if self._member_of[index].is_unmoved:
+        # If another optimizer has taken the parameter over, step() says so; it follows one that was rebound.
+        if self._member_of[index].is_unmoved or self._member_of[index].is_rebound:
             self._start_over_if_used()
             self._unpacked.add(index)
             self._backward_since_agree = True
@@ -257,7 +257,7 @@ class Reducer(Gradients):
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
-        reports = self._agree(call, fingerprint, problem, keep=True)
+        reports = self._agree(call, fingerprint, problem, keep=call is not CollectiveCall.ADOPT)
         in_buckets = ~self._presharded_mask
         self._present_mask, second = reports.union(0), reports.union(1) & in_buckets
         if not self._present_mask & in_buckets:
