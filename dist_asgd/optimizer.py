@@ -6,7 +6,7 @@ Attributes without an underscore (``shards``, say) are for the rooms above it, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -298,9 +298,11 @@ class ShardedASGD(torch.optim.Optimizer):
         """Let the backward after a ``step()`` add to the gradients of that step in stage 2; called on every rank."""
         self.gradients.keep()
 
-    def no_sync(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
         """Accumulate locally in stage 2, at the cost of memory; the next backward outside, or ``step()``, reduces."""
-        return self.gradients.no_sync()
+        with self.gradients.no_sync():
+            yield
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
