@@ -391,7 +391,8 @@ class ShardedASGD(torch.optim.Optimizer):
         with its placements; if a replica group shares it, ``to_local()`` is this rank's fragment, 1-D, and
         ``full_tensor()`` gathers all of it.
         """
-        self.shards.check_whole()
+        if self.shards.torn_by is not None:
+            self.shards.check_whole()
         return self.live_state()
 
     def live_state(self) -> dict[str, Any]:
@@ -402,9 +403,8 @@ class ShardedASGD(torch.optim.Optimizer):
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
 
-        It is returned on rank ``to`` of the process group (None: on all ranks); the other ranks get ``{}``. Buckets are
-        gathered one at a time: rank ``to`` holds the result and one bucket, the others what they already had.
-        State-dict hooks run on the ranks that get the result.
+        It is returned on rank ``to`` of the process group (None: on all ranks), where state-dict hooks run; the other
+        ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
         """
         self._refuse_inside_averages("consolidated_state_dict()")
         remedy = "Call FSDP.optim_state_dict(model, optimizer)"

@@ -335,7 +335,9 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
 def _is_taken_out_of_shared_memory(param: Tensor) -> bool:
     # torch calls all CUDA memory shared. Presharded parameters stay in their memory, whatever it is.
     return (
-        param.device.type == "cpu" and not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)) and param.is_shared()
+        param.device.type == "cpu"
+        and not (dtensor.is_dtensor(param) or fsdp1.is_managed(param))
+        and param.untyped_storage().is_shared()
     )
 
 

@@ -24,6 +24,11 @@ def checksum(flat: Tensor) -> Tensor:
     return total
 
 
+def hexadecimal(checksum_value: int) -> str:
+    """Write a checksum for an error, all 64 bits of it: two that differ may have equal halves."""
+    return f"{checksum_value & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
 def compare_values(gradients: Gradients, communicators: Communicators) -> None:
     """Raise on every rank if the parameters do not start from the same values; called at the first step. Collective."""
     _compare_buckets(gradients, communicators)
@@ -52,7 +57,7 @@ def _compare_replicas(gradients: Gradients, communicators: Communicators) -> Non
                 raise RuntimeError(
                     f"dist_asgd: parameter {member.name} does not start from the same values on "
                     f"{describe_ranks(list(values))}, which hold the same part of it: checksums "
-                    f"{', '.join(f'{value & 0xFFFFFFFF:08x}' for value in values.values())}. Seed these ranks alike "
+                    f"{', '.join(map(hexadecimal, values.values()))}. Seed these ranks alike "
                     f"before building the model, or broadcast its parameters from one of them."
                 )
 
@@ -73,6 +78,6 @@ def _compare_buckets(gradients: Gradients, communicators: Communicators) -> None
         if len(set(column)) > 1:
             raise RuntimeError(
                 f"dist_asgd: parameter {member.name} does not start from the same values on all ranks: "
-                f"{values_by_rank([f'checksum {value & 0xFFFFFFFF:08x}' for value in column])}. Seed every rank alike "
+                f"{values_by_rank([f'checksum {hexadecimal(value)}' for value in column])}. Seed every rank alike "
                 f"before building the model, or broadcast its parameters from one rank."
             )

@@ -1,7 +1,7 @@
 """Stage 2: gradients are reduce-scattered during backward, and only this rank's shard of their mean stays.
 
-A hook on each parameter notes that its gradient is there. Once all expected gradients of a bucket are, the bucket is
-packed, its ``p.grad`` freed, and its reduce-scatter launched while backward goes on with the layers before it.
+A hook on each parameter (``hooks.py``) notes that its gradient is complete. Once all expected gradients of a bucket
+are, the bucket is packed, its ``p.grad`` freed, and its reduce-scatter launched while backward goes on.
 
 round     one pass over all trainable buckets, launched in one fixed order on every rank. The first bucket that is
           launched opens the round, and an exchange that nobody waits for (the *header*) tells the other ranks.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from ..storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, w
 from ..storage.memory_order import flattened
 from ..update.segments import UNSCALED, Scaling
 from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
-from .hooks import hook_on, remove_hooks
+from .hooks import BackwardHooks
 
 # Buckets in flight at a time: one arrives while the next is packed.
 MAX_IN_FLIGHT = 2
@@ -46,7 +45,7 @@ class Reducer(Gradients):
     =========  ==============================  ===========================  ========================================
     state      ``p.grad`` of its parameters    its gradient shard           what moves it on
     =========  ==============================  ===========================  ========================================
-    empty      None                            without meaning              backward sets gradients (``note_ready``)
+    empty      None                            without meaning              backward sets p.grad (``note_gradient``)
     filling    set for some                    as before                    the last expected gradient, or ``agree``
     in flight  None: packed and freed          being written                ``wait_for``, or a lack of send buffers
     reduced    None                            mean over all ranks          ``step()``, or another backward adds to it
@@ -62,11 +61,9 @@ class Reducer(Gradients):
         self._mispaired: Exception | None = None
         self._presharded_mask = 0
         self._member_of: dict[int, BucketParam] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = BackwardHooks(self)
         # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
         self._hooked: set[int] = set()
-        # Parameters outlive optimizers, and so would their hooks.
-        weakref.finalize(self, remove_hooks, self._hooks)
         # Free send buffers by device and dtype. Each is busy until the reduce-scatter that reads it has ended, and is
         # kept for the next bucket: memory that is touched for the first time costs more than the copy into it.
         self._send_buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -96,16 +93,14 @@ class Reducer(Gradients):
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
-        remove_hooks(self._hooks)
         self._presharded_mask = bit_mask(member.index for member in self.presharded)
         self._member_of = {member.index: member for member in self.members}
         self._round = [bucket for bucket in self.buckets if bucket.trainable]
         self._params_last_step = frozenset(member.index for bucket in self._round for member in bucket.members)
         self._begin_round()
-        for member in self.members:
-            if member.param.requires_grad:
-                self._hooked.add(member.index)
-                self._hooks.append(hook_on(member.param, weakref.ref(self), member.index))
+        hooked = [member for member in self.members if member.param.requires_grad]
+        self._hooked.update(member.index for member in hooked)
+        self._hooks.register(hooked)
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
         self._send_buffers, self.in_flight_bytes = {}, 0
         self._send_layouts = {}
@@ -120,19 +115,21 @@ class Reducer(Gradients):
 
     # --- during backward ------------------------------------------------------------------------------------
 
-    def note_ready(self, index: int) -> None:
+    def note_gradient(self, index: int) -> None:
+        """Note that backward has set ``p.grad`` of parameter ``index``. Called by the hook on the parameter."""
+        # Another optimizer may have taken the parameter over: step() says so.
+        if self._member_of[index].is_unmoved:
+            self._unpacked.add(index)
+            self._backward_since_agree = True
+
+    def note_complete(self, index: int) -> None:
         """Note that the gradient of parameter ``index`` is complete in this backward; launch buckets that are full.
 
-        Called by the hook on the parameter, on autograd's thread. Collective in the sense of a round: all ranks launch
-        the same buckets in the same order, but nobody waits here.
+        Called when all hooks on the parameter have run, on autograd's thread. Collective in the sense of a round: all
+        ranks launch the same buckets in the same order, but nobody waits here.
         """
         member = self._member_of[index]
-        if not member.is_unmoved:
-            # Another optimizer has taken the parameter over; step() says so.
-            return
-        self._unpacked.add(index)
-        self._backward_since_agree = True
-        if not self.synchronising or index in self._ready or not member.bucket.trainable:
+        if not self.synchronising or index in self._ready or index not in self._unpacked or not member.bucket.trainable:
             return
         self._ready.add(index)
         if index not in self._params_last_step:
@@ -185,7 +182,9 @@ class Reducer(Gradients):
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter; waits for a send buffer only."""
-        gradients = [self._checked(member) for member in bucket.members]
+        # A gradient that nobody waits for stays on its parameter while hooks on that run; it is reduced later.
+        running = self._hooks.running()
+        gradients = [None if member.index in running else self._checked(member) for member in bucket.members]
         buffer = self._send_buffer(bucket)  # from here on the gradients are torn until the end
         layout = self._send_layouts[id(bucket)]
         packed = buffer[: layout.packed_numel]
@@ -194,7 +193,7 @@ class Reducer(Gradients):
             [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges
         ]
         for member in bucket.members:
-            if member.param.grad is not None:
+            if member.param.grad is not None and member.index not in running:
                 # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
                 member.param.grad = None
                 self._unpacked.discard(member.index)
@@ -276,6 +275,8 @@ class Reducer(Gradients):
         if self._is_torn:
             # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
             self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
+        if self._hooks.tasks:
+            self._hooks.forget()
         while self._next:
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
@@ -406,6 +407,8 @@ class Reducer(Gradients):
             self._is_torn = self._backward_since_agree = False
         if self._backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
+        if self._hooks.tasks:
+            self._hooks.forget()
         self._wait_for_all()
         self._used_by_step = False
         self.scaling = UNSCALED
