@@ -260,9 +260,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._refuse_inside_averages("step()")
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
-        fingerprint = (
-            NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
-        )
+        by_scaler = scaler is not None
+        fingerprint = NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, by_scaler)
         reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
         if not self._values_compared:
             compare_values(self.gradients, self.communicators)
@@ -355,13 +354,13 @@ class ShardedASGD(torch.optim.Optimizer):
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        params = params_of(self.param_groups)
-        fsdp1.refuse("averaged_parameters()", params, "Load ax of FSDP.optim_state_dict() into a model")
+        remedy = "Load ax of FSDP.optim_state_dict() into a model"
+        fsdp1.refuse("averaged_parameters()", params_of(self.param_groups), remedy)
         enter, leave = (
             partial(self.gradients.agree, call, NO_FINGERPRINT)
             for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
         )
-        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, enter, leave, self._problem):
+        with self.averages.in_place(self.shards, enter, leave, self._problem):
             yield
 
     def _refuse_inside_averages(self, call: str) -> None:
@@ -407,11 +406,11 @@ class ShardedASGD(torch.optim.Optimizer):
         ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
         """
         self._refuse_inside_averages("consolidated_state_dict()")
-        remedy = "Call FSDP.optim_state_dict(model, optimizer)"
-        fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
+        params, remedy = params_of(self.param_groups), "Call FSDP.optim_state_dict(model, optimizer)"
+        fsdp1.refuse("consolidated_state_dict()", params, remedy)
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
-            problem = problem or self.shards.torn_problem()
+            problem = problem or self.shards.torn_problem() or self.shards.state_problem()
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
         return self._state_dicts.full(to)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .comm import Communicators
+from .placements.dtensor import plain_tensor
 from .placements.presharded import PreshardedState, build_presharded, is_presharded
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
 from .storage.layout import bucket_cap_bytes
-from .storage.published import mark_written
-from .storage.snapshots import PublishedState, TensorSnapshot
+from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, mark_written
 from .update.batch import Batch
 from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
@@ -68,6 +68,7 @@ class ParamShards:
         # ax of each parameter as ``state`` has it, in registration order; and all published entries.
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
+        self._shown = PublishedAverages([])
         self._on_cuda = False
         # The call that writes parameters and state now, or that was interrupted while it did.
         self.torn_by: str | None = None
@@ -136,6 +137,7 @@ class ParamShards:
         self._last_plan = self._published = None
         self._on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
         self._averages = [member.state_entry(member.average) for member in self.members]
+        self._shown = PublishedAverages([plain_tensor(average) for average in self._averages])
         for member in self.members:
             self._state[member.param] = self._entries(member)
 
@@ -170,6 +172,27 @@ class ParamShards:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._state):
             self._raise_replaced()
+        self.follow_state()
+
+    def follow_state(self) -> None:
+        """Follow published state that was moved to other memory. Called before state is read; not collective.
+
+        RuntimeError if it has another shape, dtype or device now.
+        """
+        if self.torn_by is None:
+            self.cohorts.follow(self._name_of)
+            self._shown.follow(self._name_of)
+
+    def _name_of(self, index: int) -> str:
+        return self.members[index].name
+
+    def state_problem(self) -> Exception | None:
+        """The error of ``follow_state``, for all ranks to raise; None if there is none."""
+        try:
+            self.follow_state()
+        except RuntimeError as error:
+            return error
+        return None
 
     def torn_problem(self) -> RuntimeError | None:
         """The error of calls after one that was interrupted while it wrote; None if all is whole."""
