@@ -6,7 +6,7 @@ Attributes without an underscore (``shards``, say) are for the rooms above it, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -19,15 +19,15 @@ from . import memory
 from .averaging import Averages
 from .comm import Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall
-from .fingerprints import Hyperparameters, groups_fingerprint
+from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
 from .gather import Gatherer
 from .gradients import clip
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
-from .gradients.checksums import compare_values
 from .gradients.loss_scaling import ScalerInfo, unscale
 from .gradients.reducer import Reducer
 from .placements import fsdp1
+from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict import full
 from .state_dict.state_dicts import StateDicts
@@ -38,13 +38,7 @@ from .update.batch import StepContext
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
-from .validation import (
-    check_new_group,
-    check_options,
-    check_precision_fits,
-    named_params,
-    params_of,
-)
+from .validation import check_new_group, check_options, check_precision_fits, params_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -137,19 +131,9 @@ class ShardedASGD(torch.optim.Optimizer):
         self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
-        self._values_compared = self.communicators.world_size == 1
-        defaults = {
-            "lr": lr,
-            "lambd": lambd,
-            "alpha": alpha,
-            "t0": t0,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "fused": fused,
-        }
+        defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
+        defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
+        defaults |= {"capturable": capturable, "fused": fused}
         self._constructed = False
         problem = self.communicators.problem
         try:
@@ -164,6 +148,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
+        check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
+        self._registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
         self._add_storage(0)
         sharded = None if self.is_differentiable else self.shards
         self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
@@ -180,6 +166,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._add_checked(param_group)
             return
         self._refuse_inside_averages("add_param_group()")
+        self.adopt_params()
         first, problem = len(self.param_groups), None
         try:
             self._add_checked(param_group)
@@ -207,18 +194,22 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
-        groups = range(first_group, len(self.param_groups))
-        new = [(named_params(self.param_groups, i), self.param_groups[i]["lr"]) for i in groups]
-        if self.is_differentiable:
-            for named, lr in new:
-                for _, param in named:
-                    self.state[param] = differentiable.init_state(param, lr)
+        if not self.is_differentiable:
+            self._registry.add_groups(self.param_groups, first_group)
             return
-        self.shards.add_groups(new)
-        self.gradients.extend(self.shards.buckets, self.shards.presharded)
-        self._agreement.resize(len(self.shards.members))
-        self._updater.reserve(self.shards.state_buffers)
-        self._values_compared = self.communicators.world_size == 1
+        for group in self.param_groups[first_group:]:
+            for param in group["params"]:
+                self.state[param] = differentiable.init_state(param, group["lr"])
+
+    def adopt_params(self) -> None:
+        """Take parameters and ``param_groups`` as they are now; see ``registry.py``. Collective if they were changed.
+
+        Called first in every call that uses the parameters, also by ``checkpoint``.
+        """
+        if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
+            return
+        self._registry.adopt(self.param_groups)
+        self._state_dicts.forget_averages()
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -258,14 +249,16 @@ class ShardedASGD(torch.optim.Optimizer):
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
         self._refuse_inside_averages("step()")
+        self.adopt_params()
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
-        by_scaler = scaler is not None
-        fingerprint = NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, by_scaler)
+        fingerprint = (
+            NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
+        )
+        self._agreement.rebound = bool(self.shards.rebound)
         reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
-        if not self._values_compared:
-            compare_values(self.gradients, self.communicators)
-            self._values_compared = True
+        if reports.rebound or not self._registry.values_compared:
+            self._registry.compare_values(reports)
         return self.gradients.active(reports)
 
     def _problem(self, before_load: bool = False) -> Exception | None:
@@ -296,20 +289,18 @@ class ShardedASGD(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those that stage 2 has reduced included.
 
-        In stage 2 call this one: ``model.zero_grad()`` does not see the gradients. It is collective there if a backward
-        has run since the last step, so a step that is skipped must be skipped on every rank.
+        In stage 2 it is collective if a backward has run since the last step: all ranks have to skip the same steps.
         """
         self.gradients.clear(set_to_none)
         _base("zero_grad")(self, set_to_none)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients locally in stage 2: backwards inside do not communicate.
+    def keep_gradients(self) -> None:
+        """Let the backward after a ``step()`` add to the gradients of that step in stage 2; called on every rank."""
+        self.gradients.keep()
 
-        The next backward outside, or ``step()``, reduces the sum. Unsharded gradients take their memory meanwhile.
-        """
-        with self.gradients.no_sync():
-            yield
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate locally in stage 2, at the cost of memory; the next backward outside, or ``step()``, reduces."""
+        return self.gradients.no_sync()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
@@ -317,6 +308,7 @@ class ShardedASGD(torch.optim.Optimizer):
         Collective. In stage 2 call this one: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there. It reads
         their shards once, and the update scales them. In stage 1 without DTensors it is torch's function, bit for bit.
         """
+        self.adopt_params()
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
         self._refuse_inside_averages("clip_grad_norm_()")
@@ -335,6 +327,7 @@ class ShardedASGD(torch.optim.Optimizer):
     @torch.no_grad()
     def unscale_gradients(self, inv_scale: Tensor, explicitly: bool) -> Tensor:
         """Unscale gradients for ``dist_asgd.GradScaler``, which calls it; see ``loss_scaling.unscale``. Collective."""
+        self.adopt_params()
         return unscale(self.gradients, inv_scale, explicitly)
 
     # --- the average ---------------------------------------------------------------------------------------
@@ -354,8 +347,9 @@ class ShardedASGD(torch.optim.Optimizer):
                 "dist_asgd: averaged_parameters() with differentiable=True would cut autograd's graph. Read "
                 "optimizer.state[p]['ax'], which has the parameter's shape in this mode."
             )
-        remedy = "Load ax of FSDP.optim_state_dict() into a model"
-        fsdp1.refuse("averaged_parameters()", params_of(self.param_groups), remedy)
+        self.adopt_params()
+        params = params_of(self.param_groups)
+        fsdp1.refuse("averaged_parameters()", params, "Load ax of FSDP.optim_state_dict() into a model")
         enter, leave = (
             partial(self.gradients.agree, call, NO_FINGERPRINT)
             for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
@@ -397,6 +391,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def live_state(self) -> dict[str, Any]:
         """Hand out what ``state_dict()`` does, torn or not: ``load_checkpoint()`` fills its tensors. Not collective."""
         self._refuse_inside_averages("state_dict()")
+        self.adopt_params()
         return self._state_dicts.sharded()
 
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
@@ -406,8 +401,9 @@ class ShardedASGD(torch.optim.Optimizer):
         ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
         """
         self._refuse_inside_averages("consolidated_state_dict()")
-        params, remedy = params_of(self.param_groups), "Call FSDP.optim_state_dict(model, optimizer)"
-        fsdp1.refuse("consolidated_state_dict()", params, remedy)
+        self.adopt_params()
+        remedy = "Call FSDP.optim_state_dict(model, optimizer)"
+        fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
             problem = problem or self.shards.torn_problem() or self.shards.state_problem()
@@ -422,6 +418,7 @@ class ShardedASGD(torch.optim.Optimizer):
         Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
         self._refuse_inside_averages("load_state_dict()")
+        self.adopt_params()
         problem = self._problem(before_load=True)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)

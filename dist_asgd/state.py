@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -12,13 +14,16 @@ from torch import Tensor
 from .comm import Communicators
 from .placements.dtensor import plain_tensor
 from .placements.presharded import PreshardedState, build_presharded, is_presharded
-from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
+from .storage.bucketing import build_buckets, reduce_order
+from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.layout import bucket_cap_bytes
-from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, mark_written
+from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot
 from .update.batch import Batch
 from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
+from .validation import check_apart
 
+_LOG = logging.getLogger(__name__)
 KEYS = ("step", "eta", "mu", "ax")
 # The value of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes.
 LOAD_CHECKPOINT = "load_checkpoint()"
@@ -34,6 +39,7 @@ class ParamShards:
     presharded  the state of DTensors and FSDP1 parameters, one state buffer for each group, dtype and device
     members     all parameters in registration order, so that ``members[i].index == i``
     cohorts     the scalars step, eta and mu of all parameters
+    params      the parameters of each group, in their order
 
     ``state`` is the optimizer's own dict, by parameter. Its entries are published here for users to read; each step
     checks that nobody has replaced one.
@@ -54,7 +60,22 @@ class ParamShards:
         self._min_buckets = min_buckets
         self._precision = precision
         self._shard_replicated = shard_replicated
+        # Indices of parameters that were rebound on this rank; cleared once ranks have compared their values.
+        self.rebound: set[int] = set()
+        self._logged = False
+        # The call that writes parameters and state now, or that was interrupted while it did.
+        self.torn_by: str | None = None
+        self.clear()
+
+    # --- construction ---------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget all groups: before the first ones are added, and before all are added anew. No communication.
+
+        ``state`` stays as it is.
+        """
         self._group_sizes: list[int] = []
+        self.params: list[list[Tensor]] = []
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedState] = []
         self.members: list[ShardedParam] = []
@@ -70,10 +91,6 @@ class ParamShards:
         self._published: PublishedState | None = None
         self._shown = PublishedAverages([])
         self._on_cuda = False
-        # The call that writes parameters and state now, or that was interrupted while it did.
-        self.torn_by: str | None = None
-
-    # --- construction ---------------------------------------------------------------------------------------
 
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state.
@@ -115,6 +132,7 @@ class ParamShards:
         self.presharded += presharded
         self.members += [member for buffer in (*buckets, *presharded) for member in buffer.members]
         self._group_sizes.append(len(named))
+        self.params.append([param for _, param in named])
         self.cohorts.add_group(lr, len(named))
 
     @property
@@ -159,8 +177,7 @@ class ParamShards:
         raises on every rank.
         """
         if not all(snapshot.is_current() for snapshot in self._snapshots):
-            for member in self.members:
-                member.check_unmoved()
+            self._follow_rebound()
         for buffer in self.presharded:
             # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
             if buffer.follow():
@@ -193,6 +210,52 @@ class ParamShards:
         except RuntimeError as error:
             return error
         return None
+
+    def _follow_rebound(self) -> None:
+        """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""
+        moved = [member for bucket in self.buckets for member in bucket.members if not member.is_unmoved]
+        for member in moved:
+            if not member.is_rebound:
+                member.check_unmoved()
+        # As at construction: memory that two parameters share would be two parameters from here on.
+        check_apart([(member.name, member.param) for member in self.members])
+        # Values that lie in a bucket (two parameters may have changed places) must not be overwritten while others are
+        # brought home.
+        flats = [(bucket.flat.data_ptr(), bucket.flat.data_ptr() + bucket.flat.nbytes) for bucket in self.buckets]
+        for member in moved:
+            if any(start <= member.param.data_ptr() < stop for start, stop in flats):
+                member.param.data = member.param.detach().clone()
+        for member in moved:
+            member.bring_home()
+        if moved and not self._logged:
+            self._logged = True
+            _LOG.warning(
+                "parameter %s was re-bound (p.data = ...): its values were copied back to the optimizer's memory, and "
+                "it shares no memory with what it was bound to. p.copy_() does the same faster. This is said once.",
+                moved[0].name,
+            )
+        self.rebound.update(member.index for member in moved)
+
+    def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the shards were built for the parameters of ``groups``; before the first step, as these are now.
+
+        Called first in every call that uses the parameters; False asks for ``ParamRegistry.adopt``.
+        """
+        if len(groups) != len(self.params):
+            return False
+        for group, known in zip(groups, self.params, strict=True):
+            params = group["params"]
+            # By identity, in one pass of map: a comparison of tensors would compare their elements.
+            if len(params) != len(known) or not all(map(is_, params, known)):
+                return False
+        return not self.cohorts.is_fresh or (self.converted() is None and not self._communicators.predates_group)
+
+    def converted(self) -> ShardedParam | None:
+        """The first parameter that has another shape, dtype or device than its shards were built for, if any has."""
+        suspects: Iterable[ShardedParam] = [member for buffer in self.presharded for member in buffer.members]
+        if not all(snapshot.is_current() for snapshot in self._snapshots):
+            suspects = self.members
+        return next((member for member in suspects if not (member.is_unmoved or member.is_rebound)), None)
 
     def torn_problem(self) -> RuntimeError | None:
         """The error of calls after one that was interrupted while it wrote; None if all is whole."""
@@ -248,7 +311,8 @@ class ParamShards:
             self._publish_scalars(indices)
         if self._last_written[0] is not active:
             self._last_written = (active, [self.members[index].param for index in active])
-        mark_written(self._last_written[1])
+        # Before the flat memory under them is written, of which autograd sees nothing.
+        torch.autograd.graph.increment_version(self._last_written[1])
 
     def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """The state buffers that have an active parameter, and the batches by which this rank updates each.

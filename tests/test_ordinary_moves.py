@@ -120,6 +120,18 @@ def test_new_values_in_new_memory_are_taken(backend: str, world_size: int) -> No
     run(backend, world_size, changes)
 
 
+def test_averages_that_change_places() -> None:
+    """Each takes the other's values: none is overwritten before it was read."""
+    params = [nn.Parameter(torch.zeros(8)) for _ in range(2)]
+    optimizer = ShardedASGD(params, lr=0.1)
+    first, second = (optimizer.state[p]["ax"] for p in params)
+    first.fill_(1.0)
+    second.fill_(2.0)
+    first.data, second.data = second.data, first.data
+    saved = optimizer.state_dict()["state"]
+    assert [set(saved[index]["ax"].tolist()) for index in range(2)] == [{2.0}, {1.0}]
+
+
 REPLACED: dict[str, Callable[[Tensor], Tensor]] = {
     "ax": Tensor.double,
     "ax shape": lambda ax: ax.new_zeros(ax.numel() + 1),

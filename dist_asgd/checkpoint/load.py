@@ -27,7 +27,7 @@ from ..state_dict.sharded import AVERAGE
 from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
-from .save import Saver
+from .save import Saver, adopt_params
 
 MASTER = "master"
 NOT_LOADED = (*NOT_SAVED, "param_names")
@@ -111,6 +111,7 @@ def restore(
     verify: bool,
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
+    adopt_params(optimizer)
     loaded: CheckpointState | None = None
     fingerprint, problem = NO_FINGERPRINT, None
     try:

@@ -183,6 +183,7 @@ class Saver:
 
         ``begin`` makes the directory to write in, ``commit`` moves it to its final path; both run on rank 0.
         """
+        adopt_params(optimizer)
         fingerprint, problem = NO_FINGERPRINT, None
         target, state = Path(), State()
         try:
@@ -291,6 +292,12 @@ def _check(step: int, when_busy: str) -> None:
         raise ValueError(f"dist_asgd: step must be a whole number from 0 on, got {step!r}.")
     if when_busy not in ("wait", "refuse"):
         raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
+
+
+def adopt_params(optimizer: Optimizer) -> None:
+    """Let a ShardedASGD take parameters and ``param_groups`` as they are now. Collective if they were changed."""
+    if isinstance(optimizer, ShardedASGD):
+        optimizer.adopt_params()
 
 
 def os_problem(error: OSError) -> Exception:

@@ -97,6 +97,9 @@ class AveragedGradients(Gradients):
     def clear(self, set_to_none: bool) -> None:
         """Do nothing: all gradients are in ``p.grad``, which torch's own ``zero_grad()`` clears."""
 
+    def keep(self) -> None:
+        """Do nothing: gradients stay in ``p.grad`` until they are zeroed, and DDP adds to them."""
+
     def apply_pending(self) -> None:
         """Do nothing: gradients on parameters are clipped at once, so that no factor is ever pending."""
 

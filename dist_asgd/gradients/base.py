@@ -103,6 +103,10 @@ class Gradients(ABC):
     def clear(self, set_to_none: bool) -> None:
         """Drop the gradients that are not in ``p.grad``, or set them to zeros; called by ``zero_grad()``."""
 
+    @abstractmethod
+    def keep(self) -> None:
+        """Let the next backward add to the gradients that a step has used; called by ``keep_gradients()``."""
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Let backwards inside accumulate without communication; RuntimeError where this optimizer reduces nothing."""
         raise RuntimeError(
@@ -199,8 +203,9 @@ class Gradients(ABC):
 
 
 def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
-    """Raise RuntimeError unless the parameter is unmoved and ``gradient`` is dense, of its shape, dtype and device."""
-    member.check_unmoved()
+    """Raise RuntimeError unless ``gradient`` is dense and fits its parameter, which is unmoved or rebound."""
+    if not member.is_rebound:
+        member.check_unmoved()
     name, param = member.name, member.param
     if gradient.layout != torch.strided:
         raise RuntimeError(

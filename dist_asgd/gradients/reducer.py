@@ -12,7 +12,6 @@ joining   a rank that finds in ``agree`` that another rank has opened a round ta
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +24,11 @@ from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerpr
 from ..comm.masks import bit_mask, indices_in
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
-from ..storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
-from ..storage.memory_order import flattened
+from ..storage.layout import DIRECT_BYTES, SendLayout, send_layout, whole_layout
 from ..update.segments import UNSCALED, Scaling
 from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
 from .hooks import BackwardHooks
+from .sending import source
 
 # Buckets in flight at a time: one arrives while the next is packed.
 MAX_IN_FLIGHT = 2
@@ -49,7 +48,7 @@ class Reducer(Gradients):
     filling    set for some                    as before                    the last expected gradient, or ``agree``
     in flight  None: packed and freed          being written                ``wait_for``, or a lack of send buffers
     reduced    None                            mean over all ranks          ``step()``, or another backward adds to it
-    used       None                            mean, read by ``step()``     ``zero_grad()``: empty again
+    used       None                            mean, read by ``step()``     ``zero_grad()`` or a backward: empty again
     =========  ==============================  ===========================  ========================================
     """
 
@@ -85,9 +84,10 @@ class Reducer(Gradients):
         self._unpacked: set[int] = set()
         # Buckets wait for the parameters that took part in the last step: an unused one delays nothing for long.
         self._params_last_step: frozenset[int] = frozenset()
-        self._used_by_step = False
-        self._warned = False
+        self._used_by_step = False  # then the next gradient starts from zero
         self._backward_since_agree = False
+        # The parameters with a gradient on any rank, as ``agree`` has found them.
+        self._present_mask = 0
         # Whether a bucket is being launched or finished, or such a call was interrupted: its gradients are torn then.
         self._is_torn = False
 
@@ -99,7 +99,7 @@ class Reducer(Gradients):
         self._params_last_step = frozenset(member.index for bucket in self._round for member in bucket.members)
         self._begin_round()
         hooked = [member for member in self.members if member.param.requires_grad]
-        self._hooked.update(member.index for member in hooked)
+        self._hooked = {member.index for member in hooked}
         self._hooks.register(hooked)
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
         self._send_buffers, self.in_flight_bytes = {}, 0
@@ -117,8 +117,9 @@ class Reducer(Gradients):
 
     def note_gradient(self, index: int) -> None:
         """Note that backward has set ``p.grad`` of parameter ``index``. Called by the hook on the parameter."""
-        # Another optimizer may have taken the parameter over: step() says so.
-        if self._member_of[index].is_unmoved:
+        # If another optimizer has taken the parameter over, step() says so; it follows one that was rebound.
+        if self._member_of[index].is_unmoved or self._member_of[index].is_rebound:
+            self._start_over_if_used()
             self._unpacked.add(index)
             self._backward_since_agree = True
 
@@ -182,6 +183,7 @@ class Reducer(Gradients):
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter; waits for a send buffer only."""
+        self._start_over_if_used()
         # A gradient that nobody waits for stays on its parameter while hooks on that run; it is reduced later.
         running = self._hooks.running()
         gradients = [None if member.index in running else self._checked(member) for member in bucket.members]
@@ -189,9 +191,7 @@ class Reducer(Gradients):
         layout = self._send_layouts[id(bucket)]
         packed = buffer[: layout.packed_numel]
         bucket.pack(gradients, layout.packed, packed)
-        sends = [
-            [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges
-        ]
+        sends = [[(part.start, source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges]
         for member in bucket.members:
             if member.param.grad is not None and member.index not in running:
                 # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
@@ -203,7 +203,6 @@ class Reducer(Gradients):
         if accumulate:
             # The shard must not be scaled together with what is added to it now.
             self.scale()
-            self._warn_of_used()
         self._buckets_with_shard.add(id(bucket))
         wait = self._collectives[bucket.device].reduce_scatter(sends, shard, accumulate, tag)
 
@@ -214,14 +213,13 @@ class Reducer(Gradients):
         self._in_flight.append((bucket, finish))
         self._is_torn = False
 
-    def _warn_of_used(self) -> None:
-        if self._used_by_step and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "dist_asgd: backward adds to gradients that step() has already used. Call zero_grad() of the optimizer "
-                "after each step: in stage 2 model.zero_grad() does not see the gradients.",
-                stacklevel=3,
-            )
+    def _start_over_if_used(self) -> None:
+        """Forget gradients that a step has used, as a new one has come; a step ends all rounds, so none mixes both."""
+        if self._used_by_step:
+            self._used_by_step = False
+            self._reduced_mask = 0
+            self._buckets_with_shard.clear()
+            self.scaling = UNSCALED
 
     def _send_buffer(self, bucket: Bucket) -> Tensor:
         """A free send buffer for the bucket; waits for the oldest bucket in flight while all are busy."""
@@ -259,9 +257,18 @@ class Reducer(Gradients):
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
-        reports = self._agree(call, fingerprint, problem, keep=True)
-        pending = reports.union(1) & ~self._presharded_mask
-        if pending:
+        reports = self._agree(call, fingerprint, problem, keep=call is not CollectiveCall.ADOPT)
+        in_buckets = ~self._presharded_mask
+        self._present_mask, second = reports.union(0), reports.union(1) & in_buckets
+        if not self._present_mask & in_buckets:
+            # No rank has a new gradient: those that the last step has used are there to be used again, as in torch.
+            self._present_mask |= second
+            return reports
+        self._start_over_if_used()
+        if second:
+            pending = 0
+            for new, other in zip(reports.masks(0), reports.masks(1), strict=True):
+                pending |= new & other & in_buckets
             self._reduce_pending(pending)
         return reports
 
@@ -271,6 +278,7 @@ class Reducer(Gradients):
         """Complete this rank's round, join those of others, and agree on ``call``. Collective.
 
         ``keep``: gradients that are not reduced yet are announced to the other ranks; False if they are discarded.
+        For parameters in buckets, the masks say: (1, 0) reduced, (1, 1) yet to be reduced, (0, 1) used by a step.
         """
         if self._is_torn:
             # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
@@ -288,7 +296,8 @@ class Reducer(Gradients):
         while True:
             pending = self._pending() if keep else 0
             problem = problem or self._mispaired or self._problem or wrong
-            masks = (self._reduced_mask | pending | present, pending | misplaced)
+            reduced, used = (0, self._reduced_mask) if self._used_by_step else (self._reduced_mask, 0)
+            masks = (reduced | pending | present, used | pending | misplaced)
             reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:
                 break
@@ -315,6 +324,7 @@ class Reducer(Gradients):
         for member in self._member_of.values():
             if member.param.grad is None:
                 continue
+            self._start_over_if_used()
             pending |= 1 << member.index
             self._checked(member)
             hooked = member.index in self._hooked
@@ -339,7 +349,7 @@ class Reducer(Gradients):
     def present(self, reports: RankReports) -> frozenset[int]:
         if self.presharded:
             self.align_presharded(reports)
-        return self.agreement.indices(reports.union(0))
+        return self.agreement.indices(self._present_mask)
 
     def active(self, reports: RankReports) -> frozenset[int]:
         active = self.present(reports)
@@ -424,6 +434,11 @@ class Reducer(Gradients):
         self._unpacked.clear()
         self.agreement.discards += 1
 
+    def keep(self) -> None:
+        if self._used_by_step:
+            self._used_by_step = False
+            self.agreement.discards += 1  # ranks that differ would add to the gradients on some shards only
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let backwards inside leave their gradients in ``p.grad``; the next one outside reduces the sum."""
@@ -432,18 +447,3 @@ class Reducer(Gradients):
             yield
         finally:
             self.synchronising = before
-
-
-def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, send_range: SendRange) -> Tensor:
-    """The elements that are sent for ``send_range``, 1-D: a view of the packed buffer, or of the gradient as it lies.
-
-    Zeros if the parameter has no gradient.
-    """
-    numel = send_range.stop - send_range.start
-    if send_range.slot is None:
-        return packed[send_range.source : send_range.source + numel]
-    gradient = gradients[send_range.slot]
-    if gradient is None:
-        return packed.new_zeros(numel)
-    flat = flattened(gradient, bucket.members[send_range.slot].strides)
-    return flat[send_range.source : send_range.source + numel]

@@ -29,6 +29,10 @@ class StateDicts:
         self._gatherer = gatherer
         self._cache: sharded.ShardTensorCache = {}
 
+    def forget_averages(self) -> None:
+        """Let go of the tensors that show averages; called when the averages have moved."""
+        self._cache.clear()
+
     def sharded(self) -> dict[str, Any]:
         """Return this rank's fragments, for ``state_dict()``. No communication."""
         optimizer = self._optimizer

@@ -224,11 +224,13 @@ class PublishedAverages:
                     f"{tuple(home.shape)}, {home.dtype} on {home.device}, and is of shape {tuple(shown.shape)}, "
                     f"{shown.dtype} on {shown.device}. Change its values only (ax.copy_()), or call load_state_dict()."
                 )
-        for shown, home in pairs:
-            if shown.data_ptr() != home.data_ptr() or shown.stride() != home.stride():
-                home.copy_(shown)
-                # The tensor object stays the one that the user has. Its storage must not be that of the home.
-                shown.data = own_storage(home)
+        moved = [(s, h) for s, h in pairs if s.data_ptr() != h.data_ptr() or s.stride() != h.stride()]
+        # Copies first: two averages may have changed places.
+        for (_, home), values in zip(moved, [shown.clone() for shown, _ in moved], strict=True):
+            home.copy_(values)
+        for shown, home in moved:
+            # The tensor object stays the one that the user has. Its storage must not be that of the home.
+            shown.data = own_storage(home)
         self._snapshot = TensorSnapshot.of(self._shown)
 
 

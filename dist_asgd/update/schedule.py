@@ -245,6 +245,11 @@ class Cohorts:
     def _tables_follow(self, cohort: Cohort) -> bool:
         return self._tables[self._group_of[min(cohort.indices)]].follow(cohort)
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no parameter has stepped, nor got the state of a step from a state dict."""
+        return all(cohort.fresh for cohorts in self._groups for cohort in cohorts)
+
     def add_group(self, lr: float | Tensor, num_params: int) -> None:
         """Append a group of ``num_params`` parameters, which share a cohort that has not stepped."""
         group_index, first = len(self._groups), len(self._group_of)
