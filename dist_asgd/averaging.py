@@ -16,8 +16,9 @@ from torch import Tensor
 from .comm import PeerError
 from .comm.agreement import CallsDiffer
 from .gather import Gatherer
+from .state import ParamShards
 from .storage.buffers import ShardedParam, StateBuffer
-from .storage.published import mark_written
+from .storage.snapshots import mark_written
 from .update.operators import Updater
 from .update.schedule import Cohort
 
@@ -119,6 +120,7 @@ class Averages:
         self._exchanges: list[FragmentExchange | FragmentCopy] = []
         # The parameters that other ranks or this one exchange fragments of.
         self._written: list[Tensor] = []
+        self._find_moved: Callable[[], Exception | None] = lambda: None
         # How many of the buffers were gathered since ranks last agreed, and whether they have agreed to leave.
         self._num_gathered = 0
         self._leaving = False
@@ -140,24 +142,24 @@ class Averages:
     @contextmanager
     def in_place(
         self,
-        state_buffers: Sequence[StateBuffer],
-        cohort_of: dict[int, Cohort],
+        shards: ParamShards,
         enter: Agree,
         leave: Agree,
         find_problem: Callable[[], Exception | None],
     ) -> Iterator[None]:
         """Inside the block, the parameters are the averages. Entering and leaving are collective.
 
-        ``cohort_of`` maps the index of each member to its cohort. ``enter`` and ``leave`` make all ranks agree that
-        they enter or leave. ``find_problem`` looks for what is wrong on this rank before anything is exchanged. If
-        entering raises, every rank's parameters are as they were before.
+        ``enter`` and ``leave`` make all ranks agree that they enter or leave. ``find_problem`` looks for what is wrong
+        on this rank before anything is exchanged. If entering raises, every rank's parameters are as they were before.
         """
+        # Published averages that are moved inside the block are followed before they are exchanged back.
+        self._find_moved = shards.state_problem
         if self._exit_failed:
             self._leave(leave)
         if self.is_swapped:
             raise self.refusal("averaged_parameters()")
         try:
-            self._enter(state_buffers, cohort_of, enter, find_problem())
+            self._enter(shards.state_buffers, shards.cohort_of, enter, find_problem())
             self._gather()
             yield
             self._leave(leave)
@@ -221,7 +223,7 @@ class Averages:
             # The other ranks wait for the gathers of entering, if this one was interrupted in them.
             self._gather()
             try:
-                leave(None)
+                leave(self._find_moved())
             except (CallsDiffer, PeerError):
                 # Other ranks are not on their way out: a gather would hang, so the averages stay.
                 self._exit_failed = True

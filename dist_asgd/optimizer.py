@@ -356,7 +356,7 @@ class ShardedASGD(torch.optim.Optimizer):
             partial(self.gradients.agree, call, NO_FINGERPRINT)
             for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
         )
-        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, enter, leave, self._problem):
+        with self.averages.in_place(self.shards, enter, leave, self._problem):
             yield
 
     def _refuse_inside_averages(self, call: str) -> None:
@@ -408,7 +408,7 @@ class ShardedASGD(torch.optim.Optimizer):
         fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
-            problem = problem or self.shards.torn_problem()
+            problem = problem or self.shards.torn_problem() or self.shards.state_problem()
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
         return self._state_dicts.full(to)
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .comm import Communicators
+from .placements.dtensor import plain_tensor
 from .placements.presharded import PreshardedState, build_presharded, is_presharded
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.layout import bucket_cap_bytes
-from .storage.snapshots import PublishedState, TensorSnapshot
+from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot
 from .update.batch import Batch
 from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
@@ -88,6 +89,7 @@ class ParamShards:
         # ax of each parameter as ``state`` has it, in registration order; and all published entries.
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
+        self._shown = PublishedAverages([])
         self._on_cuda = False
 
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
@@ -153,6 +155,7 @@ class ParamShards:
         self._last_plan = self._published = None
         self._on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
         self._averages = [member.state_entry(member.average) for member in self.members]
+        self._shown = PublishedAverages([plain_tensor(average) for average in self._averages])
         for member in self.members:
             self._state[member.param] = self._entries(member)
 
@@ -186,6 +189,27 @@ class ParamShards:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._state):
             self._raise_replaced()
+        self.follow_state()
+
+    def follow_state(self) -> None:
+        """Follow published state that was moved to other memory. Called before state is read; not collective.
+
+        RuntimeError if it has another shape, dtype or device now.
+        """
+        if self.torn_by is None:
+            self.cohorts.follow(self._name_of)
+            self._shown.follow(self._name_of)
+
+    def _name_of(self, index: int) -> str:
+        return self.members[index].name
+
+    def state_problem(self) -> Exception | None:
+        """The error of ``follow_state``, for all ranks to raise; None if there is none."""
+        try:
+            self.follow_state()
+        except RuntimeError as error:
+            return error
+        return None
 
     def _follow_rebound(self) -> None:
         """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""

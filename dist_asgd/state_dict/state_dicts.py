@@ -11,7 +11,7 @@ from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..gather import Gatherer
 from ..state import ParamShards
-from ..storage.published import mark_written
+from ..storage.snapshots import mark_written
 from ..validation import check_hyperparameters, named_params
 from . import full, load, sharded, unsharded
 
@@ -37,6 +37,8 @@ class StateDicts:
         """Return this rank's fragments, for ``state_dict()``. No communication."""
         optimizer = self._optimizer
         _before_state_dict(optimizer)
+        if self._shards is not None:
+            self._shards.follow_state()
         if self._shards is None:
             packed = unsharded.pack(optimizer.param_groups, optimizer.state)
         else:

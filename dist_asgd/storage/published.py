@@ -7,8 +7,6 @@ Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
@@ -29,12 +27,3 @@ def own_storage(tensor: Tensor) -> Tensor:
         return tensor
     # DLPack normalises the strides of dimensions of size 1.
     return owner if owner.stride() == tensor.stride() else owner.as_strided(tensor.shape, tensor.stride())
-
-
-def mark_written(tensors: Iterable[Tensor]) -> None:
-    """Count a write to each tensor in its version, as an operator that writes in place does.
-
-    Called before the flat memory under them is written, of which autograd sees nothing. A backward that needs a value
-    from before the write then raises torch's own error, instead of computing with the new value.
-    """
-    torch.autograd.graph.increment_version(tensors)
