@@ -266,7 +266,8 @@ class ShardedASGD(torch.optim.Optimizer):
         try:
             self.shards.check_unchanged()
             if not before_load:
-                self.shards.check_whole()
+                if self.shards.torn_by is not None:
+                    self.shards.check_whole()
                 self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from .placements.presharded import PreshardedState, build_presharded, is_preshar
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.layout import bucket_cap_bytes
-from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot
+from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, are_same
 from .update.batch import Batch
 from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
@@ -245,9 +244,7 @@ class ParamShards:
         if len(groups) != len(self.params):
             return False
         for group, known in zip(groups, self.params, strict=True):
-            params = group["params"]
-            # By identity, in one pass of map: a comparison of tensors would compare their elements.
-            if len(params) != len(known) or not all(map(is_, params, known)):
+            if not are_same(group["params"], known):
                 return False
         return not self.cohorts.is_fresh or (self.converted() is None and not self._communicators.predates_group)
 

@@ -220,6 +220,8 @@ class Cohorts:
 
     def __init__(self) -> None:
         self.by_index: dict[int, Cohort] = {}
+        # Whether no parameter has stepped, nor got the state of a step from a state dict.
+        self.is_fresh = True
         self._groups: list[list[Cohort]] = []
         # The group of each parameter.
         self._group_of: list[int] = []
@@ -245,11 +247,6 @@ class Cohorts:
     def _tables_follow(self, cohort: Cohort) -> bool:
         return self._tables[self._group_of[min(cohort.indices)]].follow(cohort)
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether no parameter has stepped, nor got the state of a step from a state dict."""
-        return all(cohort.fresh for cohorts in self._groups for cohort in cohorts)
-
     def add_group(self, lr: float | Tensor, num_params: int) -> None:
         """Append a group of ``num_params`` parameters, which share a cohort that has not stepped."""
         group_index, first = len(self._groups), len(self._group_of)
@@ -260,12 +257,14 @@ class Cohorts:
 
     def replace(self, cohorts: Sequence[Cohort]) -> None:
         """Take the cohorts of a loaded state dict, which have all parameters and keep their scalars on the host."""
+        self.is_fresh = True
         self._groups = [[] for _ in self._groups]
         self._tables.clear()
         for cohort in cohorts:
             self._add(cohort, self._group_of[min(cohort.indices)])
 
     def _add(self, cohort: Cohort, group_index: int) -> None:
+        self.is_fresh &= cohort.fresh
         self._groups[group_index].append(cohort)
         for index in cohort.indices:
             self.by_index[index] = cohort
@@ -292,6 +291,7 @@ class Cohorts:
                         yield cohort.indices
                     cohort.prepare(hyper.lr)
         self._last_active = active
+        self.is_fresh &= not active
 
     def _move(self, cohort: Cohort, group_index: int, device: torch.device | None) -> None:
         if device is None:
