@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..comm import Communicator, Communicators, PeerError
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint
+from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, gather_objects
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
 from ..state_dict.sharded import ShardTensorCache
@@ -268,7 +268,7 @@ class Saver:
             except Exception as error:
                 problem = _save_error(path, error)
             self._agree_in_background(call, problem)
-            files = self._background.gather_objects(written, 0)
+            files = gather_objects(self._background, written, 0)
             try:
                 # Before sync(), because the disks are still at work on what was written.
                 metadata = directory.metadata_of(path, files) if files else b""

@@ -12,6 +12,7 @@ masks    the words after the header: two bit masks with one bit per parameter, 6
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -335,3 +336,19 @@ def _first_difference(by_rank: Sequence[Sequence[tuple[str, object]]]) -> str:
                 return f" {row[0][0]}: {values_by_rank([str(value) for _, value in row])}."
             return f" entry {position}: {values_by_rank([f'{label} {value}' for label, value in row])}."
     return ""
+
+
+def gather_objects(communicator: Communicator, value: Any, to: int) -> list[Any] | None:
+    """Return all ranks' picklable values on rank ``to``, in rank order, and None on the other ranks. Collective.
+
+    Rank ``to`` gets its own value back as it is, without pickling.
+    """
+    here = communicator.rank == to
+    # The receiving rank sends itself one byte, because a tensor from an empty buffer is an error.
+    data = torch.frombuffer(bytearray(b"" if here else pickle.dumps(value)) or bytearray(1), dtype=torch.uint8)
+    numels = communicator.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
+    places = [torch.empty(numel, dtype=torch.uint8, device="cpu") for numel in numels] if here else None
+    communicator.gather(data, places, numels, to)
+    if places is None:
+        return None
+    return [value if r == to else pickle.loads(place.numpy().tobytes()) for r, place in enumerate(places)]
