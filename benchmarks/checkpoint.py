@@ -169,7 +169,7 @@ def measure_seconds(shape: Shape, world_size: int, rounds: int, scratch: Path) -
 
     In each round all ways take their turn, in an order that rotates. The first round warms up and does not count.
     """
-    found: dict[str, dict[str, list[float]]] = {way: {call: [] for call in calls} for way, calls in CALLS.items()}
+    seconds: dict[str, dict[str, list[float]]] = {way: {call: [] for call in calls} for way, calls in CALLS.items()}
     with contextlib.ExitStack() as stack:
         teams = {}
         for way in CALLS:
@@ -184,16 +184,16 @@ def measure_seconds(shape: Shape, world_size: int, rounds: int, scratch: Path) -
                 for call in sorted(
                     CALLS[way], key=lambda call: ("async_save", "consolidate", "save", "load").index(call)
                 ):
-                    seconds = max(teams[way].call("timed", call, "1"))
+                    slowest = max(teams[way].call("timed", call, "1"))
                     teams[way].call("finish")
                     if number:
-                        found[way][call].append(seconds)
-    return found
+                        seconds[way][call].append(slowest)
+    return seconds
 
 
 def measure_peaks(shape: Shape, world_size: int, scratch: Path) -> dict[str, dict[str, int]]:
     """The peak of rank 0 in each call, in bytes, by way and call. Each way has fresh processes."""
-    found: dict[str, dict[str, int]] = {}
+    peaks: dict[str, dict[str, int]] = {}
     for way, calls in CALLS.items():
         if way == "plain":
             continue
@@ -201,8 +201,8 @@ def measure_peaks(shape: Shape, world_size: int, scratch: Path) -> dict[str, dic
         with Team(Checkpointer, world_size, way, shape, str(scratch / way), environment=MEMORY_ENVIRONMENT) as team:
             team.wait_ready()
             order = sorted(calls, key=("consolidate", "async_save", "save", "load").index)
-            found[way] = {call: team.call("peak", call)[0] for call in order}
-    return found
+            peaks[way] = {call: team.call("peak", call)[0] for call in order}
+    return peaks
 
 
 def report(options: argparse.Namespace, seconds: dict[str, Any], peaks: dict[str, Any], unit: int) -> str:

@@ -24,6 +24,7 @@ class GradScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         # torch calls this in unscale_(), and in step() if unscale_() was not called before.
         if isinstance(optimizer, ShardedASGD) and (optimizer.reduces_gradients or _has_dtensors(optimizer)):
+            optimizer.adopt_params()
             return {inv_scale.device: unscale(optimizer.gradients, inv_scale, not allow_fp16)}
         unscaled: dict[torch.device, Tensor] = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         return unscaled

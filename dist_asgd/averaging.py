@@ -1,7 +1,8 @@
 """Puts the averages in place of the parameters, and back, without a second copy of the model.
 
 ``ShardedASGD.averaged_parameters()`` does so with an ``Averages``. Each rank exchanges ``ax`` and the parameters in its
-own shards, and gathers the parameters as after a step.
+own shards, and gathers the parameters as after a step. An exchange that an exception or a signal interrupts leaves
+enough behind to be undone: parameters and averages are never mixed up for good.
 """
 
 from __future__ import annotations
@@ -13,28 +14,127 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .comm import PeerError
+from .comm import PeerError, public_call
 from .comm.agreement import CallsDiffer
 from .gather import Gatherer
+from .state import ParamShards
 from .storage.buffers import ShardedParam, StateBuffer
+from .storage.snapshots import mark_written
 from .update.operators import Updater
 from .update.schedule import Cohort
 
+# Makes all ranks agree on what they do; takes what is wrong on this rank, and raises on all if anything is on any.
+Agree = Callable[[Exception | None], object]
+
+
+class FragmentExchange:
+    """Exchanges this rank's fragments of one parameter and of its ``ax``, tile by tile through scratch memory.
+
+    ``run`` and ``undo``, after ``mend``, go on from wherever an interruption stopped them. ``_progress`` is how many
+    tiles have changed places, and of a torn tile its number, its stage, and how many have once it is mended.
+
+    stage 1  scratch holds the tile's parameters, which may be overwritten in part; the average is whole
+    stage 2  scratch holds the tile's parameters, the parameters are the average, which may be overwritten in part
+    """
+
+    def __init__(self, member: ShardedParam, updater: Updater) -> None:
+        self._member = member
+        self._tile_numel = updater.scratch_numel(member.bucket)
+        self._num_tiles = -(-member.fragment.numel // self._tile_numel)
+        self._scratch = updater.scratch(member.param_range(member.fragment.start, self._stop(0)))
+        self._progress: tuple[int, tuple[int, int, int] | None] = (0, None)
+
+    def run(self) -> None:
+        """Exchange all tiles that have not changed places yet."""
+        while (done := self._progress[0]) < self._num_tiles:
+            self._exchange(done, done, done + 1)
+
+    def undo(self) -> None:
+        """Exchange all tiles back that have changed places: an exchange undoes itself."""
+        while (done := self._progress[0]) > 0:
+            self._exchange(done - 1, done, done - 1)
+
+    def _exchange(self, tile: int, before: int, after: int) -> None:
+        param, average, scratch = self._tensors(tile)
+        scratch.copy_(param)
+        # Each of these lines is one assignment, so that no interruption finds half of what it says.
+        self._progress = (before, (tile, 1, before))
+        param.copy_(average)
+        self._progress = (before, (tile, 2, after))
+        average.copy_(scratch)
+        self._progress = (after, None)
+
+    def mend(self) -> None:
+        """Complete or take back the exchange of a torn tile."""
+        torn = self._progress[1]
+        if torn is not None:
+            tile, stage, mended = torn
+            param, average, scratch = self._tensors(tile)
+            (param if stage == 1 else average).copy_(scratch)
+            self._progress = (mended, None)
+
+    def _stop(self, tile: int) -> int:
+        return min(self._member.fragment.start + (tile + 1) * self._tile_numel, self._member.fragment.stop)
+
+    def _tensors(self, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+        start, stop = self._member.fragment.start + tile * self._tile_numel, self._stop(tile)
+        param, average = self._member.param_range(start, stop), self._member.bucket.average[start:stop]
+        return param, average, self._scratch[: stop - start]
+
+
+class FragmentCopy:
+    """Sets this rank's fragment of a parameter aside, because its ``ax`` is wider: an exchange would round that."""
+
+    def __init__(self, member: ShardedParam) -> None:
+        self._member = member
+        self._copy: Tensor | None = None
+
+    def mend(self) -> None:
+        """Do nothing: the copy is whole, or the parameter was not written yet."""
+
+    def run(self) -> None:
+        """Put the average, rounded, in place of the parameter."""
+        start, stop = self._member.fragment.start, self._member.fragment.stop
+        param = self._member.param_range(start, stop)
+        if self._copy is None:
+            self._copy = param.clone()
+        param.copy_(self._member.bucket.average[start:stop])
+
+    def undo(self) -> None:
+        """Put the parameter back."""
+        if self._copy is not None:
+            start, stop = self._member.fragment.start, self._member.fragment.stop
+            self._member.param_range(start, stop).copy_(self._copy)
+            self._copy = None
+
 
 class Averages:
-    """Exchanges ``ax`` with every parameter whose averaging has begun, and remembers what was exchanged."""
+    """Exchanges ``ax`` with every parameter whose averaging has begun, and remembers what was exchanged.
+
+    ``is_swapped`` is true from before the first exchange until everything is back.
+    """
 
     def __init__(self, updater: Updater, gatherer: Gatherer) -> None:
         self._updater = updater
         self._gatherer = gatherer
-        # The state buffers that were gathered, each with the members of which this rank exchanged a fragment.
-        self._swapped: list[tuple[StateBuffer, list[ShardedParam]]] = []
-        # Copies of this rank's fragments of parameters whose ax has another dtype, by the member's index.
-        self._kept: dict[int, Tensor] = {}
+        self._buffers: list[StateBuffer] = []
+        self._exchanges: list[FragmentExchange | FragmentCopy] = []
+        # The parameters that other ranks or this one exchange fragments of.
+        self._written: list[Tensor] = []
+        self._find_moved: Callable[[], Exception | None] = lambda: None
+        # How many of the buffers were gathered since ranks last agreed, and whether they have agreed to leave.
+        self._num_gathered = 0
+        self._leaving = False
+        self._exit_failed = False
         self.is_swapped = False
 
     def refusal(self, call: str) -> RuntimeError:
         """The error of a call that is made while the averages are in place of the parameters."""
+        if self._exit_failed:
+            return RuntimeError(
+                f"dist_asgd: {call} after leaving averaged_parameters() has failed: the parameters are still the "
+                f"averages. Enter and leave averaged_parameters() once more to bring them back."
+            )
         return RuntimeError(
             f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there, and the "
             f"state holds the parameters. Call it after the with block."
@@ -42,83 +142,127 @@ class Averages:
 
     @contextmanager
     def in_place(
-        self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort], leave: Callable[[], object]
+        self,
+        shards: ParamShards,
+        enter: Agree,
+        leave: Agree,
+        find_problem: Callable[[], Exception | None],
     ) -> Iterator[None]:
         """Inside the block, the parameters are the averages. Entering and leaving are collective.
 
-        ``cohort_of`` maps the index of each member to its cohort. ``leave`` is called on the way out, in order to make
-        all ranks agree that they leave; it may raise on all of them.
+        ``enter`` and ``leave`` make all ranks agree that they enter or leave. ``find_problem`` looks for what is wrong
+        on this rank before anything is exchanged. If entering raises, every rank's parameters are as they were before.
         """
+        # Published averages that are moved inside the block are followed before they are exchanged back.
+        self._find_moved = shards.state_problem
+        if self._exit_failed:
+            self._leave(leave)
+        if self.is_swapped:
+            raise self.refusal("averaged_parameters()")
         try:
-            self._swap_in(state_buffers, cohort_of)
+            self._enter(shards.state_buffers, shards.cohort_of, enter, find_problem())
+            self._gather()
             yield
-        finally:
+            self._leave(leave)
+        except BaseException:
+            # The block has raised, or a signal or a lack of memory has interrupted this rank on its way in or out.
+            if self.is_swapped and not self._exit_failed:
+                self._exit_failed = True
+                self._leave(leave)
+            raise
+
+    @public_call
+    def _enter(
+        self,
+        state_buffers: Sequence[StateBuffer],
+        cohort_of: dict[int, Cohort],
+        enter: Agree,
+        problem: Exception | None,
+    ) -> None:
+        """Exchange this rank's fragments, and agree with all ranks that they have done so. Collective.
+
+        Nothing is sent before the agreement: if any rank has failed, each undoes its own exchanges.
+        """
+        interruption: BaseException | None = problem
+        try:
             try:
-                leave()
-            except (CallsDiffer, PeerError):
-                # Other ranks are not on their way out: a gather would hang, so the averages stay.
-                raise
-            except Exception:
-                # The other errors are raised on all ranks alike, so all can swap back before they raise.
-                self._swap_back()
-                raise
-            self._swap_back()
+                if problem is None:
+                    self._exchange_all(state_buffers, cohort_of)
+            except BaseException as error:
+                interruption = error
+            enter(_as_problem(interruption))
+        except BaseException as error:
+            self._undo_all()
+            self._forget()
+            if interruption is not None and not isinstance(interruption, Exception):
+                raise interruption from None
+            raise error
 
     @torch.no_grad()
-    def _swap_in(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
-        """Put the averages in place of the parameters on every rank; ``ax`` keeps the parameters. Collective."""
+    def _exchange_all(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
+        """Put the averages in place of this rank's fragments of the parameters. Not collective."""
         self.is_swapped = True
         for buffer in state_buffers:
             # Cohorts are the same on all ranks, and so is the decision which state buffers are gathered.
             begun = [member for member in buffer.members if cohort_of[member.index].begun]
-            if begun:
-                self._swapped.append((buffer, [member for member in begun if member.fragment.numel]))
-                for member in self._swapped[-1][1]:
-                    self._put_average(member)
-                # This gather runs while the next state buffer is exchanged.
-                self._gatherer.launch(buffer)
-                buffer.on_params_written()
-        self._gatherer.wait()
+            if not begun:
+                continue
+            self._buffers.append(buffer)
+            self._written += [member.param for member in begun]
+            mark_written([member.param for member in begun])
+            for member in begun:
+                if member.fragment.numel:
+                    same_dtype = buffer.average.dtype == buffer.dtype
+                    exchange = FragmentExchange(member, self._updater) if same_dtype else FragmentCopy(member)
+                    self._exchanges.append(exchange)
+                    exchange.run()
+
+    @public_call
+    @torch.no_grad()
+    def _leave(self, leave: Agree) -> None:
+        """Bring the parameters back, bit for bit. Collective; goes on from where an earlier call was interrupted."""
+        failure: Exception | None = None
+        if not self._leaving:
+            # The other ranks wait for the gathers of entering, if this one was interrupted in them.
+            self._gather()
+            try:
+                leave(self._find_moved())
+            except (CallsDiffer, PeerError):
+                # Other ranks are not on their way out: a gather would hang, so the averages stay.
+                self._exit_failed = True
+                raise
+            except Exception as error:
+                # Raised on all ranks alike, so all bring the parameters back before they raise it.
+                failure = error
+            self._leaving, self._num_gathered = True, 0
+        self._undo_all()
+        self._gather()
+        self._forget()
+        if failure is not None:
+            raise failure
 
     @torch.no_grad()
-    def _swap_back(self) -> None:
-        """Undo ``_swap_in``, bit for bit. Collective."""
-        swapped, self._swapped = self._swapped, []
-        for buffer, members in swapped:
-            for member in members:
-                kept = self._kept.pop(member.index, None)
-                if kept is None:
-                    self._exchange(member)
-                else:
-                    member.param_range(member.fragment.start, member.fragment.stop).copy_(kept)
+    def _undo_all(self) -> None:
+        mark_written(self._written)
+        for exchange in self._exchanges:
+            # First, as all exchanges share the scratch memory that holds a torn tile.
+            exchange.mend()
+        for exchange in self._exchanges:
+            exchange.undo()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Bring every rank's shards of the parameters to all, as far as an earlier call has not. Collective."""
+        while self._num_gathered < len(self._buffers):
+            buffer = self._buffers[self._num_gathered]
             self._gatherer.launch(buffer)
+            self._num_gathered += 1
             buffer.on_params_written()
         self._gatherer.wait()
-        self.is_swapped = False
 
-    def _put_average(self, member: ShardedParam) -> None:
-        """Put the average in place of this rank's fragment of a parameter."""
-        average = member.bucket.average
-        if average.dtype == member.bucket.dtype:
-            self._exchange(member)
-            return
-        # An exchange would round a wider ax for good, so this rank's fragment of the parameter is copied instead.
-        start, stop = member.fragment.start, member.fragment.stop
-        param = member.param_range(start, stop)
-        self._kept[member.index] = param.clone()
-        param.copy_(average[start:stop])
-
-    def _exchange(self, member: ShardedParam) -> None:
-        """Exchange this rank's fragments of a parameter and of its ``ax``, through the update's scratch memory."""
-        first, last = member.fragment.start, member.fragment.stop
-        step = self._updater.scratch_numel(member.bucket)
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            param, average = member.param_range(start, stop), member.bucket.average[start:stop]
-            scratch = self._updater.scratch(param)
-            scratch.copy_(param)
-            param.copy_(average)
-            average.copy_(scratch)
+    def _forget(self) -> None:
+        self._buffers, self._exchanges, self._written, self._num_gathered = [], [], [], 0
+        self._leaving = self._exit_failed = self.is_swapped = False
 
 
 def refuse_differentiable() -> NoReturn:
@@ -134,3 +278,10 @@ def average_from_now(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) ->
     for group in groups:
         steps = [state[param]["step"].item() for param in group["params"]]
         group["t0"] = max(steps, default=0.0)
+
+
+def _as_problem(error: BaseException | None) -> Exception | None:
+    """``error`` as the other ranks are told of it."""
+    if error is None or isinstance(error, Exception):
+        return error
+    return RuntimeError(f"dist_asgd: averaged_parameters() was interrupted on this rank by {type(error).__name__}.")

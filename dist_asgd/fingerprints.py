@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .comm import Communicators
 from .comm.agreement import NO_FINGERPRINT, Fingerprint
 from .placements import fsdp1
 from .placements.dtensor import describe_placement, is_dtensor
+from .storage.buffers import Precision
 from .storage.memory_order import memory_strides
-from .validation import HYPERPARAMETERS, check_hyperparameters, hyperparameters, named_params
+from .validation import (
+    HYPERPARAMETERS,
+    check_hyperparameters,
+    check_new_group,
+    check_precision_fits,
+    hyperparameters,
+    named_params,
+)
 
 
 def groups_fingerprint(options: dict[str, object], groups: Sequence[dict[str, Any]], first: int) -> Fingerprint:
@@ -24,6 +33,23 @@ def groups_fingerprint(options: dict[str, object], groups: Sequence[dict[str, An
         entries += _hyperparameter_entries(index, groups[index])
     remedy = "Build the same model and optimizer, in the same order, on every rank."
     return Fingerprint("parameters or hyperparameters", entries, remedy)
+
+
+def checked_fingerprint(
+    options: dict[str, object],
+    communicators: Communicators,
+    precision: Precision,
+    stage: int,
+    groups: Sequence[dict[str, Any]],
+) -> Fingerprint:
+    """The fingerprint of all ``groups``; ValueError unless they can be optimized together.
+
+    Called when parameters or groups were changed. Collective on the ranks that make a communicator for a new device.
+    """
+    for end in range(1, len(groups) + 1):
+        check_new_group(groups[:end], communicators, precision, False, stage)
+    check_precision_fits(precision, groups)
+    return groups_fingerprint(options, groups, 0)
 
 
 def _describe(param: Tensor) -> str:

@@ -38,6 +38,10 @@ class Gatherer:
         """Bytes of the buffers for packed local tensors, which are kept between steps."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
+    def forget_layouts(self) -> None:
+        """Forget the layouts of state buffers; called when all of them are replaced."""
+        self._layouts.clear()
+
     def launch(self, buffer: StateBuffer) -> None:
         """Start to bring every rank's shard of the parameters of ``buffer`` to all ranks that need it. Collective.
 

@@ -19,15 +19,15 @@ from . import memory
 from .averaging import Averages, average_from_now, refuse_differentiable
 from .comm import Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, public_call
-from .fingerprints import Hyperparameters, groups_fingerprint
+from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
 from .gather import Gatherer
 from .gradients import clip, loss_scaling
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
-from .gradients.checksums import compare_values
 from .gradients.loss_scaling import ScalerInfo
 from .gradients.reducer import Reducer
 from .placements import fsdp1
+from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict import full
 from .state_dict.state_dicts import StateDicts
@@ -38,7 +38,7 @@ from .update.batch import StepContext
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .update.segments import UNSCALED
-from .validation import check_new_group, check_options, check_precision_fits, named_params, params_of
+from .validation import check_new_group, check_options, check_precision_fits, params_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -134,7 +134,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
-        self._values_compared = self.communicators.world_size == 1
         defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
         defaults |= {"capturable": capturable, "fused": fused}
@@ -146,8 +145,8 @@ class ShardedASGD(torch.optim.Optimizer):
             check_precision_fits(self._precision, self.param_groups)
         except Exception as error:
             problem = problem or error
-        # Every rank raises here if any has a problem or other arguments; nothing has been moved or made yet.
         try:
+            # Every rank raises here if any has a problem or other arguments; nothing has been moved or made yet.
             self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, problem)
         finally:
             del problem  # its traceback refers to this frame
@@ -155,8 +154,10 @@ class ShardedASGD(torch.optim.Optimizer):
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
+        check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
+        self._registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
         self._add_storage(0)
-        sharded = None if self.is_differentiable else self.shards
+        sharded = None if differentiable else self.shards
         self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
 
     # --- construction --------------------------------------------------------------------------------------
@@ -169,6 +170,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._add_checked(param_group)
             return
         self._refuse_inside_averages("add_param_group()")
+        self.adopt_params()
         first, problem = len(self.param_groups), None
         try:
             self._add_checked(param_group)
@@ -197,22 +199,27 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
-        groups = range(first_group, len(self.param_groups))
-        new = [(named_params(self.param_groups, i), self.param_groups[i]["lr"]) for i in groups]
-        if self.is_differentiable:
-            for named, lr in new:
-                for _, param in named:
-                    self.state[param] = differentiable.init_state(param, lr)
+        if not self.is_differentiable:
+            self._registry.add_groups(self.param_groups, first_group)
             return
-        self.shards.add_groups(new)
-        self.gradients.extend(self.shards.buckets, self.shards.presharded)
-        self._agreement.resize(len(self.shards.members))
-        self._updater.reserve(self.shards.state_buffers)
-        self._values_compared = self.communicators.world_size == 1
+        for group in self.param_groups[first_group:]:
+            for param in group["params"]:
+                self.state[param] = differentiable.init_state(param, group["lr"])
+
+    def adopt_params(self) -> None:
+        """Take parameters and ``param_groups`` as they are now; see ``registry.py``. Collective if they were changed.
+
+        Called first in every call that uses the parameters, also by ``checkpoint``.
+        """
+        if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
+            return
+        self._registry.adopt(self.param_groups)
+        self._state_dicts.forget_averages()
 
     # --- the step ------------------------------------------------------------------------------------------
 
     @public_call
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Reduce gradients, update this rank's shards, gather the parameters. Collective.
 
@@ -226,44 +233,47 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.is_differentiable:
             differentiable.step(self.param_groups, self.state)
             return loss
-        with torch.no_grad():
-            scaler = ScalerInfo.of(self) if hasattr(self, "found_inf") else None
-            # Reduce: all ranks agree on which parameters have a gradient. In stage 2 the last ones are in flight.
-            active = self._reduce(scaler)
-            # Update: one state buffer after the other, as soon as its gradient is reduced.
-            step = self._begin_update(active, scaler)
-            if step is not None:
-                for buffer, batches in self.shards.plan(active, step.hypers):
-                    self.gradients.wait_for(buffer)
-                    for batch in batches:
-                        batch.run(step)
-                    # Gather: its parameters travel to the other ranks while the next buffer is updated.
-                    self.gatherer.launch(buffer)
-                self.shards.cohorts.end_step(active, step.hypers)
-            self.gradients.end_step()
-            self.gatherer.wait()
+        # Reduce: all ranks agree on which parameters have a gradient. In stage 2 the last ones are in flight.
+        active = self._reduce(scaler := ScalerInfo.of(self) if hasattr(self, "found_inf") else None)
+        # Update: one state buffer after the other, as soon as its gradient is reduced.
+        step = self._begin_update(active, scaler)
+        if step is not None:
+            self.shards.torn_by = "step()"
+            for buffer, batches in self.shards.plan(active, step.hypers):
+                self.gradients.wait_for(buffer)
+                for batch in batches:
+                    batch.run(step)
+                # Gather: its parameters travel to the other ranks while the next buffer is updated.
+                self.gatherer.launch(buffer)
+            self.shards.cohorts.end_step(active, step.hypers)
+        self.gradients.end_step()
+        self.gatherer.wait()
+        self.shards.torn_by = None
         return loss
 
     def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
         self._refuse_inside_averages("step()")
+        self.adopt_params()
         self._state_dicts.consolidated = None
         self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
         fingerprint = (
             NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
         )
+        self._agreement.rebound = bool(self.shards.rebound)
         reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
-        if not self._values_compared:
-            compare_values(self.gradients, self.communicators)
-            self._values_compared = True
+        if reports.rebound or not self._registry.values_compared:
+            self._registry.compare_values(reports)
         return self.gradients.active(reports)
 
-    def _problem(self, read_hyperparameters: bool = True) -> Exception | None:
-        """What is wrong on this rank with parameters, state or hyperparameters, for all ranks to raise."""
+    def _problem(self, before_load: bool = False) -> Exception | None:
+        """What is wrong on this rank with parameters, state or (before a load replaces them) hyperparameters."""
         try:
             self.shards.check_unchanged()
-            if read_hyperparameters:
+            if not before_load:
+                if self.shards.torn_by is not None:
+                    self.shards.check_whole()
                 self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error
@@ -287,23 +297,18 @@ class ShardedASGD(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those that stage 2 has reduced included.
 
-        In stage 2 call this one: ``model.zero_grad()`` does not see the gradients. It is collective there if a backward
-        has run since the last step, so a step that is skipped must be skipped on every rank.
+        In stage 2 it is collective if a backward has run since the last step: all ranks have to skip the same steps.
         """
         self.gradients.clear(set_to_none)
         _base("zero_grad")(self, set_to_none)
 
+    def keep_gradients(self) -> None:
+        """Let the backward after a ``step()`` add to the gradients of that step in stage 2; called on every rank."""
+        self.gradients.keep()
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients locally in stage 2: backwards inside do not communicate.
-
-        The next backward outside, or ``step()``, reduces the sum. Unsharded gradients take their memory meanwhile.
-        """
-        if not isinstance(self.gradients, Reducer):
-            raise RuntimeError(
-                "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
-                "of the DistributedDataParallel module."
-            )
+        """Accumulate locally in stage 2, at the cost of memory; the next backward outside, or ``step()``, reduces."""
         with self.gradients.no_sync():
             yield
 
@@ -314,14 +319,11 @@ class ShardedASGD(torch.optim.Optimizer):
         Collective. In stage 2 call this one: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there. It reads
         their shards once, and the update scales them. In stage 1 without DTensors it is torch's function, bit for bit.
         """
+        self.adopt_params()
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
         self._refuse_inside_averages("clip_grad_norm_()")
-        fingerprint, problem = clip.fingerprint_of(max_norm, norm_type)
-        with torch.no_grad():
-            reports = self.gradients.agree(CollectiveCall.CLIP_GRAD_NORM, fingerprint, problem)
-            active = self.gradients.present(reports)
-            return clip.clip(self.gradients, active, max_norm, norm_type, error_if_nonfinite)
+        return clip.clip_grad_norm(self.gradients, max_norm, norm_type, error_if_nonfinite)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -342,23 +344,20 @@ class ShardedASGD(torch.optim.Optimizer):
         Afterwards the parameters are back, bit for bit. Collective on entry and on exit, also when an exception leaves
         the block. There is no second copy of the model: parameters and averages change places, DTensors where they lie.
         If ``ax`` is wider than the parameters (16-bit ones), each rank sets its own shard of them aside. Parameters
-        whose averaging has not begun (step <= t0) stay as they are, and so do buffers of modules, such as BatchNorm's
-        statistics. Inside, ``step()``, ``state_dict()`` and every other call that reads the state are refused.
+        whose averaging has not begun (step <= t0) stay as they are, and so do buffers of modules. Inside, ``step()``,
+        ``state_dict()`` and every other call that reads the state are refused.
         """
         if self.is_differentiable:
             refuse_differentiable()
-        self._refuse_inside_averages("averaged_parameters()")
-        fsdp1.refuse(
-            "averaged_parameters()", params_of(self.param_groups), "Load ax of FSDP.optim_state_dict() into a model"
+        self.adopt_params()
+        params = params_of(self.param_groups)
+        fsdp1.refuse("averaged_parameters()", params, "Load ax of FSDP.optim_state_dict() into a model")
+        enter, leave = (
+            partial(self.gradients.agree, call, NO_FINGERPRINT)
+            for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
         )
-        self._agree_on_averages()
-        leave = partial(self.gradients.agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
-        with self.averages.in_place(self.shards.state_buffers, self.shards.cohort_of, leave):
+        with self.averages.in_place(self.shards, enter, leave, self._problem):
             yield
-
-    @public_call
-    def _agree_on_averages(self) -> None:
-        self.gradients.agree(CollectiveCall.AVERAGED_PARAMETERS, problem=self._problem())
 
     def _refuse_inside_averages(self, call: str) -> None:
         if self.averages.is_swapped:
@@ -367,8 +366,8 @@ class ShardedASGD(torch.optim.Optimizer):
     def start_averaging(self) -> None:
         """Set ``t0`` of every group to its current step, so that averaging begins now.
 
-        It does not communicate; call it at the same step on every rank. As mu is stored, the next step still copies
-        the parameters, and ``ax`` is the mean of the iterates from the step after it on.
+        No communication; call it at the same step on every rank. The next step still copies the parameters (mu is
+        stored), and ``ax`` is the mean of the iterates from the step after it on.
         """
         self._refuse_inside_averages("start_averaging()")
         average_from_now(self.param_groups, self.state)
@@ -380,38 +379,37 @@ class ShardedASGD(torch.optim.Optimizer):
 
         On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
         this rank's fragment, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
-        loads it at any world size; it refuses whatever would take it for a whole tensor. On one rank ``ax`` is plain.
-        Of a DTensor it is a DTensor; if a replica group shares it, ``to_local()`` is this rank's fragment.
+        loads it at any world size; it refuses to be taken for a whole tensor. Of a DTensor ``ax`` is a DTensor.
         """
-        self._refuse_inside_averages("state_dict()")
-        return self._state_dicts.next(self.whole_state_dicts_only)
+        if self.shards.torn_by is not None:
+            self.shards.check_whole()
+        gathered = self._state_dicts.take_consolidated(self.whole_state_dicts_only)
+        return self.live_state() if gathered is None else gathered
 
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """Do what ``state_dict()`` does without ``consolidate_state_dict()``; checkpoints are saved from it."""
+    def live_state(self) -> dict[str, Any]:
+        """Hand out this rank's fragments, torn or not; ``load_checkpoint()`` fills these tensors. Not collective."""
         self._refuse_inside_averages("state_dict()")
+        self.adopt_params()
         return self._state_dicts.sharded()
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Make the next ``state_dict()`` on rank ``to`` the whole, as ``ZeroRedundancyOptimizer`` does. Collective.
-
-        Trainers call it before they save. A step or a load in between undoes it. See ``whole_state_dicts_only``.
-        """
+        """Make the next ``state_dict()`` on rank ``to`` the whole, unless a step or load comes before. Collective."""
         self._state_dicts.consolidated = self.consolidated_state_dict(to)
 
     @public_call
     def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
         """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
 
-        It is returned on rank ``to`` of the process group (None: on all ranks); the other ranks get ``{}``. Buckets are
-        gathered one at a time: rank ``to`` holds the result and one bucket, the others what they already had.
-        State-dict hooks run on the ranks that get the result.
+        It is returned on rank ``to`` of the process group (None: on all ranks), where state-dict hooks run; the other
+        ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
         """
         self._refuse_inside_averages("consolidated_state_dict()")
-        fsdp1.refuse(
-            "consolidated_state_dict()", params_of(self.param_groups), "Call FSDP.optim_state_dict(model, optimizer)"
-        )
+        self.adopt_params()
+        remedy = "Call FSDP.optim_state_dict(model, optimizer)"
+        fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
         if not self.is_differentiable:
             fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
+            problem = problem or self.shards.torn_problem() or self.shards.state_problem()
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
         return self._state_dicts.full(to)
 
@@ -424,11 +422,13 @@ class ShardedASGD(torch.optim.Optimizer):
         Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
         self._refuse_inside_averages("load_state_dict()")
-        problem = self._problem(read_hyperparameters=False)
+        self.adopt_params()
+        problem = self._problem(before_load=True)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
         if loaded is not None:
-            self._state_dicts.apply(loaded)
+            with self.shards.loading():
+                self._state_dicts.apply(loaded)
 
     def memory_report(self) -> memory.MemoryReport:
         """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""

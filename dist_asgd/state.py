@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .comm import Communicators
 from .placements.copies import is_copy_of
+from .placements.dtensor import plain_tensor
 from .placements.presharded import PreshardedState, build_presharded, is_presharded
-from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer, build_buckets, reduce_order
+from .storage.bucketing import build_buckets, reduce_order
+from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.layout import bucket_cap_bytes
-from .storage.snapshots import PublishedState, TensorSnapshot
+from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, are_same
 from .update.batch import Batch
 from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
+from .validation import check_apart
 
+_LOG = logging.getLogger(__name__)
 KEYS = ("step", "eta", "mu", "ax")
+# The value of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes.
+LOAD_CHECKPOINT = "load_checkpoint()"
 
 NamedParams = Sequence[tuple[str, Tensor]]
 Plan = list[tuple[StateBuffer, Sequence[Batch]]]
@@ -31,6 +39,7 @@ class ParamShards:
     presharded  the state of DTensors and FSDP1 parameters, one state buffer for each group, dtype and device
     members     all parameters in registration order, so that ``members[i].index == i``
     cohorts     the scalars step, eta and mu of all parameters
+    params      the parameters of each group, in their order
 
     ``state`` is the optimizer's own dict, by parameter. Its entries are published here for users to read; each step
     checks that nobody has replaced one.
@@ -51,21 +60,37 @@ class ParamShards:
         self._min_buckets = min_buckets
         self._precision = precision
         self._shard_replicated = shard_replicated
+        # Indices of parameters that were rebound on this rank; cleared once ranks have compared their values.
+        self.rebound: set[int] = set()
+        self._logged = False
+        # The call that writes parameters and state now, or that was interrupted while it did.
+        self.torn_by: str | None = None
+        self.clear()
+
+    # --- construction ---------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget all groups: before the first ones are added, and before all are added anew. No communication.
+
+        ``state`` stays as it is.
+        """
         self._group_sizes: list[int] = []
+        self.params: list[list[Tensor]] = []
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedState] = []
         self.members: list[ShardedParam] = []
         self.cohorts = Cohorts()
         self.cohort_of = self.cohorts.by_index
         self._last_plan: tuple[object, Plan] | None = None
+        # The parameters that the last step wrote, by index and as a list.
+        self._last_written: tuple[frozenset[int], list[Tensor]] = (frozenset(), [])
         # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
         self._snapshots: list[TensorSnapshot] = []
         # ax of each parameter as ``state`` has it, in registration order; and all published entries.
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
+        self._shown = PublishedAverages([])
         self._on_cuda = False
-
-    # --- construction ---------------------------------------------------------------------------------------
 
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state.
@@ -107,6 +132,7 @@ class ParamShards:
         self.presharded += presharded
         self.members += [member for buffer in (*buckets, *presharded) for member in buffer.members]
         self._group_sizes.append(len(named))
+        self.params.append([param for _, param in named])
         self.cohorts.add_group(lr, len(named))
 
     @property
@@ -129,6 +155,7 @@ class ParamShards:
         self._last_plan = self._published = None
         self._on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
         self._averages = [member.state_entry(member.average) for member in self.members]
+        self._shown = PublishedAverages([plain_tensor(average) for average in self._averages])
         for member in self.members:
             self._state[member.param] = self._entries(member)
 
@@ -150,16 +177,107 @@ class ParamShards:
         raises on every rank.
         """
         if not all(snapshot.is_current() for snapshot in self._snapshots):
-            for member in self.members:
-                member.check_unmoved()
+            self._follow_rebound()
         for buffer in self.presharded:
             # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
             if buffer.follow():
                 self._last_plan = None
+        if self.torn_by is not None:
+            # Entries may be replaced by half; whatever reads them is refused, and a load publishes them anew.
+            return
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
         if not self._published.matches(self._state):
             self._raise_replaced()
+        self.follow_state()
+
+    def follow_state(self) -> None:
+        """Follow published state that was moved to other memory. Called before state is read; not collective.
+
+        RuntimeError if it has another shape, dtype or device now.
+        """
+        if self.torn_by is None:
+            self.cohorts.follow(self._name_of)
+            self._shown.follow(self._name_of)
+
+    def _name_of(self, index: int) -> str:
+        return self.members[index].name
+
+    def state_problem(self) -> Exception | None:
+        """The error of ``follow_state``, for all ranks to raise; None if there is none."""
+        try:
+            self.follow_state()
+        except RuntimeError as error:
+            return error
+        return None
+
+    def _follow_rebound(self) -> None:
+        """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""
+        # The first in registration order is named, as elsewhere.
+        for member in self.members:
+            if not member.is_rebound:
+                member.check_unmoved()
+        moved = [member for bucket in self.buckets for member in bucket.members if not member.is_unmoved]
+        # As at construction: memory that two parameters share would be two parameters from here on.
+        check_apart([(member.name, member.param) for member in self.members])
+        # Values that lie in a bucket (two parameters may have changed places) must not be overwritten while others are
+        # brought home.
+        flats = [(bucket.flat.data_ptr(), bucket.flat.data_ptr() + bucket.flat.nbytes) for bucket in self.buckets]
+        for member in moved:
+            if any(start <= member.param.data_ptr() < stop for start, stop in flats):
+                member.param.data = member.param.detach().clone()
+        for member in moved:
+            member.bring_home()
+        if moved and not self._logged:
+            self._logged = True
+            _LOG.warning(
+                "parameter %s was re-bound (p.data = ...): its values were copied back to the optimizer's memory, and "
+                "it shares no memory with what it was bound to. p.copy_() does the same faster. This is said once.",
+                moved[0].name,
+            )
+        self.rebound.update(member.index for member in moved)
+
+    def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the shards were built for the parameters of ``groups``; before the first step, as these are now.
+
+        Called first in every call that uses the parameters; False asks for ``ParamRegistry.adopt``.
+        """
+        if len(groups) != len(self.params):
+            return False
+        for group, known in zip(groups, self.params, strict=True):
+            if not are_same(group["params"], known):
+                return False
+        return not self.cohorts.is_fresh or (self.converted() is None and not self._communicators.predates_group)
+
+    def converted(self) -> ShardedParam | None:
+        """The first parameter that has another shape, dtype or device than its shards were built for, if any has."""
+        suspects: Iterable[ShardedParam] = [member for buffer in self.presharded for member in buffer.members]
+        if not all(snapshot.is_current() for snapshot in self._snapshots):
+            suspects = self.members
+        return next((member for member in suspects if not (member.is_unmoved or member.is_rebound)), None)
+
+    def torn_problem(self) -> RuntimeError | None:
+        """The error of calls after one that was interrupted while it wrote; None if all is whole."""
+        if self.torn_by is None:
+            return None
+        return RuntimeError(
+            f"dist_asgd: {self.torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
+            f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
+        )
+
+    def check_whole(self) -> None:
+        """Raise ``torn_problem()`` if there is one."""
+        if self.torn_by is not None:
+            raise cast(RuntimeError, self.torn_problem())
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, a load writes; it has torn parameters and state if it does not come to its end."""
+        # Inside load_checkpoint(), which goes on to write parameters, that is not the end yet.
+        torn_by = LOAD_CHECKPOINT if self.torn_by == LOAD_CHECKPOINT else None
+        self.torn_by = torn_by or "load_state_dict()"
+        yield
+        self.torn_by = torn_by
 
     def _raise_replaced(self) -> None:
         """Put the own tensors back where equal copies replaced them; RuntimeError if other values did.
@@ -192,9 +310,16 @@ class ParamShards:
     # --- what a step updates --------------------------------------------------------------------------------
 
     def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
-        """Let cohorts get ready for a step of the ``active`` parameters, and publish scalars that were replaced."""
+        """Let cohorts get ready for a step of the ``active`` parameters, which are about to be written.
+
+        Publishes scalars that became other tensors.
+        """
         for indices in self.cohorts.begin_step(active, hypers):
             self._publish_scalars(indices)
+        if self._last_written[0] is not active:
+            self._last_written = (active, [self.members[index].param for index in active])
+        # Before the flat memory under them is written, of which autograd sees nothing.
+        torch.autograd.graph.increment_version(self._last_written[1])
 
     def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
         """The state buffers that have an active parameter, and the batches by which this rank updates each.

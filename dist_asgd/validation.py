@@ -7,7 +7,7 @@ caller shares them, so that all ranks raise. Only ``check_new_group`` may commun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from numbers import Real
@@ -262,10 +262,44 @@ def check_new_group(
     if differentiable:
         return
     check_group(groups, index, communicators.ranks, precision)
+    devices = {
+        param.device: name
+        for i in range(len(groups))
+        for name, param in reversed(named_params(groups, i))
+        if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param))
+    }
+    check_accelerators(devices, communicators.world_size, stage, communicators.bound_device)
     for param in group["params"]:
         if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)):
             # A device without a backend is an error now, not at the first step.
             communicators.on(param.device)
+
+
+def check_accelerators(
+    devices: Mapping[torch.device, str], world_size: int, stage: int, bound: torch.device | None
+) -> None:
+    """Raise ValueError if parameters lie on accelerators that this process cannot communicate on, or on too many.
+
+    ``devices`` names one parameter on each device; ``bound`` is the accelerator that the process group was bound to
+    by ``init_process_group(device_id=...)``, or None.
+    """
+    accelerators = {device: name for device, name in devices.items() if device.type != "cpu"}
+    if world_size == 1:
+        return
+    where = ", ".join(f"parameter {name} is on {device}" for device, name in accelerators.items())
+    if stage == 2 and len(accelerators) > 1:
+        # Each accelerator has a thread of its own in backward, and current streams that the other threads do not see.
+        raise ValueError(
+            f"dist_asgd: stage=2 with {len(accelerators)} accelerators in one process: {where}. Whichever thread of "
+            f"backward completes a bucket sends it, on streams of its own. Run one process for each accelerator, or "
+            f"pass stage=1."
+        )
+    for device, name in accelerators.items():
+        if bound is not None and bound.type == device.type and bound != device:
+            raise ValueError(
+                f"dist_asgd: parameter {name} is on {device}, but the process group is bound to {bound} and refuses to "
+                f"communicate elsewhere. Move the parameter, or do not pass device_id to init_process_group()."
+            )
 
 
 def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:
@@ -308,6 +342,13 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"dist_asgd: parameter {name} is on the meta device. Materialise the model (to_empty() and "
                 f"initialisation) before constructing the optimizer."
             )
+        if _is_taken_out_of_shared_memory(param):
+            raise ValueError(
+                f"dist_asgd: parameter {name} is in memory that other processes share (share_memory_(), a "
+                f"torch.multiprocessing queue, or a mapped file). The optimizer moves parameters to memory of its own, "
+                f"which those processes would not see. Give the model its own copy first (p.data = p.data.clone() for "
+                f"each parameter), or use torch.optim.ASGD for training in shared memory (Hogwild)."
+            )
         if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
             raise ValueError(
                 f"dist_asgd: parameter {name} of shape {tuple(param.shape)} is an expanded view: its elements share "
@@ -322,6 +363,15 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"model.parameters() lists tied weights once."
             )
         seen[id(param)] = name
+    _check_spans(spans)
+
+
+def check_apart(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if two of the ``named`` parameters share memory."""
+    _check_spans([span for name, param in named for span in _span(name, param)])
+
+
+def _check_spans(spans: list[tuple[int, int, str]]) -> None:
     # Two parameters share memory exactly if two neighbours do, in the order of their addresses.
     spans.sort()
     for (_, stop, name), (start, _, other) in pairwise(spans):
@@ -330,6 +380,13 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"dist_asgd: parameters {name} and {other} share memory but are different Parameter objects. Tie "
                 f"weights by using one Parameter in both places."
             )
+
+
+def _is_taken_out_of_shared_memory(param: Tensor) -> bool:
+    # torch calls all CUDA memory shared. Presharded parameters stay in their memory, whatever it is.
+    if param.device.type != "cpu" or dtensor.is_dtensor(param) or fsdp1.is_managed(param):
+        return False
+    return bool(param.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _check_owner(name: str, param: Tensor) -> None:

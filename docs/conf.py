@@ -41,17 +41,40 @@ toc_object_entries_show_parents = "hide"
 # fetch them; neither have the types of this package that users do not name.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|os|pathlib|types|typing)\..*"),
+    (r"py:.*", r"(torch|collections|contextlib|os|pathlib|types|typing)\..*"),
     (r"py:.*", r"(Any|Callable|Iterator|Path|Tensor|Optimizer|ParamsT|DeviceMesh|ProcessGroup|NoReturn)"),
     (r"py:class", r"dist\.ProcessGroup|dist_asgd\.checkpoint\..*\.Open\w+"),
 ]
 
 
-def _offer_files(_app: Sphinx, _docname: str, source: list[str]) -> None:
-    """Turn links to Markdown files outside docs/ into downloads: those files are no pages of the site."""
-    source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
+# Files of the repository that are read on the site too, and the labels of their places there. The README is not among
+# them: the index is its counterpart.
+_PLACES = {
+    "../CONTRIBUTING.md": "contributing.md",
+    "../benchmarks/README.md": "#method",
+    **{
+        f"../benchmarks/results/{file.name}": f"#report-{file.stem}"
+        for file in Path(__file__).resolve().parent.parent.glob("benchmarks/results/*.md")
+    },
+}
+
+
+def _link_on_site(match: re.Match[str]) -> str:
+    """A Markdown link to a file of the repository, as the site has it: to the file's place there, or without a link."""
+    text, file = match.groups()
+    if file in _PLACES:
+        return f"[{text}]({_PLACES[file]})"
+    return f"{text} (`{file.removeprefix('../')}` in the repository)"
+
+
+def _link_pages(_app: Sphinx, _docname: str, source: list[str]) -> None:
+    """Turn links to Markdown files outside docs/ into links to the pages that include them.
+
+    In the repository the links lead to the files themselves.
+    """
+    source[0] = re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)", _link_on_site, source[0])
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx: connects the function above."""
-    app.connect("source-read", _offer_files)
+    app.connect("source-read", _link_pages)

@@ -29,8 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..comm import Communicator
+from ..comm.agreement import gather_objects
+from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor, is_first_copy
+from ..placements.presharded import FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
 from .format.archives import load_object
@@ -103,7 +106,9 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     remedy = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
-    fsdp1.refuse("a checkpoint of this package", params, remedy)
+    members = optimizer.shards.members if isinstance(optimizer, ShardedASGD) else None
+    if members is None or any(isinstance(member, FSDP1Param) for member in members):
+        fsdp1.refuse("a checkpoint of this package", params, remedy)
     plain = _PlainNames(model)
     by_param: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -146,7 +151,9 @@ def state_to_save(
     live = model.state_dict(keep_vars=True)
     names = names_of(model, optimizer, live)
     # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).
-    saved = getattr(optimizer, "sharded_state_dict", optimizer.state_dict)()
+    if isinstance(optimizer, ShardedASGD):
+        optimizer.shards.check_whole()
+    saved = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     fragments = param_fragments(optimizer, saved, {} if cache is None else cache)
     model_state: dict[str, Any] = {}
     for key, value in live.items():
@@ -292,7 +299,7 @@ def without_copies(chunks: list[ChunkToWrite], communicator: Communicator) -> li
         return chunks
     copies: list[set[tuple[str, Any]]] = []
     taken: set[tuple[str, Any]] = set()
-    for theirs in communicator.gather_objects(mine, 0) or ():
+    for theirs in gather_objects(communicator, mine, 0) or ():
         copies.append(taken.intersection(theirs))
         taken.update(theirs)
     dropped = communicator.exchange_objects(copies)[0][communicator.rank]

@@ -24,7 +24,7 @@ from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
 from .entries import names_of
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
-from .save import Saver
+from .save import Saver, adopt_params
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -77,6 +77,7 @@ def export_averaged(
         PeerError: a rank died.
     """
     saver = Saver.of(optimizer)
+    adopt_params(optimizer)
     files: TensorFiles | None = None
     weights: list[_Weight] = []
     fingerprint, problem = NO_FINGERPRINT, None

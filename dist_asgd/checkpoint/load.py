@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public_call
 from ..optimizer import ShardedASGD
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
+from ..state import LOAD_CHECKPOINT
 from ..state_dict.sharded import AVERAGE
 from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
-from .save import Saver
+from .save import Saver, adopt_params
 
 MASTER = "master"
 NOT_LOADED = (*NOT_SAVED, "param_names")
@@ -111,8 +112,8 @@ def restore(
     verify: bool,
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
-    loaded: CheckpointState | None = None
-    fingerprint, problem = NO_FINGERPRINT, None
+    adopt_params(optimizer)
+    loaded, fingerprint, problem = None, NO_FINGERPRINT, None
     try:
         saver.wait_pending()
         loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
@@ -123,24 +124,28 @@ def restore(
     # Until here nothing was changed; from here on every rank has everything it needs.
     saver.agree(call, fingerprint, problem)
     assert loaded is not None
-    optimizer.load_state_dict(loaded.optimizer)
-    with torch.no_grad():
-        for live, fragment in loaded.fragments:
-            live.copy_(fragment)
-        # Before the model's own loading, which hands each live parameter to itself.
-        _gather(optimizer)
-        model.load_state_dict(loaded.model, strict=not loaded.mismatch)
+    _apply(loaded, model, optimizer)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
     return loaded
 
 
-def _gather(optimizer: Optimizer) -> None:
-    """Gather the parameters from the fragments of all ranks, as after a step. Collective."""
+@torch.no_grad()
+def _apply(loaded: CheckpointState, model: nn.Module, optimizer: Optimizer) -> None:
+    """Write everything that was read into ``model`` and ``optimizer``. Collective."""
     if isinstance(optimizer, ShardedASGD):
+        optimizer.shards.torn_by = LOAD_CHECKPOINT
+    optimizer.load_state_dict(loaded.optimizer)
+    for live, fragment in loaded.fragments:
+        live.copy_(fragment)
+    if isinstance(optimizer, ShardedASGD):
+        # Before the model's own loading, which hands each live parameter to itself.
         for bucket in optimizer.shards.buckets:
             optimizer.gatherer.launch(bucket)
         optimizer.gatherer.wait()
+    model.load_state_dict(loaded.model, strict=not loaded.mismatch)
+    if isinstance(optimizer, ShardedASGD):
+        optimizer.shards.torn_by = None
 
 
 def _read_state(
@@ -152,7 +157,7 @@ def _read_state(
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
-    live = optimizer.sharded_state_dict() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
+    live = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
     with_master = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
     live_fragments = param_fragments(optimizer, live, {})

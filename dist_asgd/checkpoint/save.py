@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..comm import Communicator, Communicators, PeerError
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, public_call
+from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, gather_objects, public_call
 from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
@@ -192,6 +192,7 @@ class Saver:
 
         ``begin`` makes the directory to write in, ``commit`` moves it to its final path; both run on rank 0.
         """
+        adopt_params(optimizer)
         fingerprint, problem = NO_FINGERPRINT, None
         target, state = Path(), State()
         try:
@@ -276,7 +277,7 @@ class Saver:
             except Exception as error:
                 problem = _save_error(path, error)
             self._agree_in_background(call, problem)
-            files = self._background.gather_objects(written, 0)
+            files = gather_objects(self._background, written, 0)
             try:
                 # Before sync(), because the disks are still at work on what was written.
                 metadata = directory.metadata_of(path, files) if files else b""
@@ -300,6 +301,12 @@ def _check(step: int, when_busy: str) -> None:
         raise ValueError(f"dist_asgd: step must be a whole number from 0 on, got {step!r}.")
     if when_busy not in ("wait", "refuse"):
         raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
+
+
+def adopt_params(optimizer: Optimizer) -> None:
+    """Let a ShardedASGD take parameters and ``param_groups`` as they are now. Collective if they were changed."""
+    if isinstance(optimizer, ShardedASGD):
+        optimizer.adopt_params()
 
 
 def os_problem(error: OSError) -> Exception:

@@ -4,7 +4,7 @@ Every collective call of the optimizer begins with one exchange of a fixed numbe
 round of backward. If a rank has failed, or called another function, all ranks raise; without the exchange they would
 hang. Only if an exchange shows a difference do ranks send messages of any length, to describe it.
 
-header   the first four words: the kind of call, the discard count, a problem flag, and a digest
+header   the first four words: the kind of call, the discard count, flags (a problem, rebound parameters), and a digest
 digest   a 62-bit hash of plain values that must be equal on all ranks (a fingerprint)
 masks    the words after the header: two bit masks with one bit per parameter, 62 bits to a word
 """
@@ -12,6 +12,7 @@ masks    the words after the header: two bit masks with one bit per parameter, 6
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -28,7 +29,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Where the words of the header lie.
-CALL, DISCARDS, PROBLEM, DIGEST = range(4)
+CALL, DISCARDS, FLAGS, DIGEST = range(4)
+# The bits of the flags.
+PROBLEM, REBOUND = 1, 2
 HEADER_WORDS = 4
 # Bits per word of a mask: words are int64, and must stay positive.
 MASK_BITS = 62
@@ -84,10 +87,13 @@ class CollectiveCall(IntEnum):
     EXPORT_AVERAGED = 15
     END_OF_EXPORT_AVERAGED = 16
     UNSCALE = 17
+    ADOPT = 18
 
     @property
     def text(self) -> str:
         """The name of this call in an error."""
+        if self is CollectiveCall.ADOPT:
+            return "a call after parameters or param_groups were changed"
         return "backward()" if self is CollectiveCall.ROUND else f"{self.name.lower()}()"
 
 
@@ -161,6 +167,16 @@ class RankReports:
         return [row[index] for row in self.rows]
 
     @property
+    def problem(self) -> bool:
+        """Whether any rank has a problem."""
+        return any(flags & PROBLEM for flags in self.column(FLAGS))
+
+    @property
+    def rebound(self) -> bool:
+        """Whether parameters were rebound on any rank since the last step."""
+        return any(flags & REBOUND for flags in self.column(FLAGS))
+
+    @property
     def calls(self) -> list[int]:
         """The ``CollectiveCall`` of every rank."""
         return self.column(CALL)
@@ -188,13 +204,16 @@ class Agreement:
     """The exchanges of one optimizer, and the errors that follow from them.
 
     All methods but ``resize`` are collective. ``discards`` counts how often ``zero_grad()`` has discarded reduced
-    gradients (stage 2); it travels in every header, because ranks that differ in it mix gradients of different steps.
+    gradients (stage 2), or ``keep_gradients()`` kept them; it travels in every header, because ranks that differ in it
+    mix gradients of different steps.
+    ``rebound`` says whether parameters were rebound on this rank since the last step; ranks may differ in that.
     """
 
     def __init__(self, communicator: Communicator) -> None:
         self._comm = communicator
         self._mask_words = 0
         self.discards = 0
+        self.rebound = False
         self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def resize(self, num_params: int) -> None:
@@ -256,7 +275,7 @@ class Agreement:
     def _words(
         self, call: CollectiveCall, fingerprint: Fingerprint, masks: tuple[int, int], problem: bool
     ) -> list[int]:
-        words = [int(call), self.discards, int(problem), fingerprint.digest]
+        words = [int(call), self.discards, PROBLEM * problem + REBOUND * self.rebound, fingerprint.digest]
         for mask in masks:
             words += [(mask >> (MASK_BITS * i)) & _MASK for i in range(self._mask_words)]
         return words
@@ -274,7 +293,7 @@ class Agreement:
             Exception: some rank has a problem. All ranks raise all problems, as the type of the first one.
         """
         first = reports.rows[0][:HEADER_WORDS]
-        if not first[PROBLEM] and all(row[:HEADER_WORDS] == first for row in reports.rows):
+        if not first[FLAGS] and all(row[:HEADER_WORDS] == first for row in reports.rows):
             return
         # A round that another rank has opened is no difference: the caller has joined it.
         calls = set(reports.calls) - {CollectiveCall.ROUND}
@@ -284,6 +303,7 @@ class Agreement:
                 f"dist_asgd: ranks called different things at the same point: {values_by_rank(texts)}. "
                 f"Every rank must make the same collective calls in the same order."
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
+                + (self._changes(reports, fingerprint) if CollectiveCall.ADOPT in calls else "")
             )
         discards = reports.column(DISCARDS)
         if len(set(discards)) > 1:
@@ -291,13 +311,19 @@ class Agreement:
             # zero_grad() on all of them.
             self.discards = max(discards)
             raise RuntimeError(
-                f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients: "
-                f"{values_by_rank(discards)}. Every rank must call zero_grad() between the same backwards."
+                f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients, or keep_gradients() kept "
+                f"them: {values_by_rank(discards)}. Every rank must call both between the same backwards."
             )
-        if any(reports.column(PROBLEM)):
+        if reports.problem:
             self._raise_together(problem)
         if len(set(reports.column(DIGEST))) > 1:
             self._compare(fingerprint)
+
+    def _changes(self, reports: RankReports, fingerprint: Fingerprint) -> str:
+        """Return the sentences about parameters or groups that some ranks have changed, and others have not."""
+        own = reports.calls[self._comm.rank] == CollectiveCall.ADOPT
+        changes = self._comm.exchange_objects(fingerprint.what if own else "no change")
+        return f" {values_by_rank(changes)}. Change parameters and param_groups on every rank alike."
 
     def _raise_together(self, problem: Exception | None) -> NoReturn:
         """Raise all ranks' problems on every rank, each with the ranks that have it."""
@@ -337,3 +363,19 @@ def _first_difference(by_rank: Sequence[Sequence[tuple[str, object]]]) -> str:
                 return f" {row[0][0]}: {values_by_rank([str(value) for _, value in row])}."
             return f" entry {position}: {values_by_rank([f'{label} {value}' for label, value in row])}."
     return ""
+
+
+def gather_objects(communicator: Communicator, value: Any, to: int) -> list[Any] | None:
+    """Return all ranks' picklable values on rank ``to``, in rank order, and None on the other ranks. Collective.
+
+    Rank ``to`` gets its own value back as it is, without pickling.
+    """
+    here = communicator.rank == to
+    # The receiving rank sends itself one byte, because a tensor from an empty buffer is an error.
+    data = torch.frombuffer(bytearray(b"" if here else pickle.dumps(value)) or bytearray(1), dtype=torch.uint8)
+    numels = communicator.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
+    places = [torch.empty(numel, dtype=torch.uint8, device="cpu") for numel in numels] if here else None
+    communicator.gather(data, places, numels, to)
+    if places is None:
+        return None
+    return [value if r == to else pickle.loads(place.numpy().tobytes()) for r, place in enumerate(places)]

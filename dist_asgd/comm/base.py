@@ -7,12 +7,10 @@ The modules of this package implement ``ShardCollectives`` and ``Communicator`` 
 
 from __future__ import annotations
 
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -113,21 +111,6 @@ class Communicator(ShardCollectives):
     @abstractmethod
     def exchange_objects(self, value: Any) -> list[Any]:
         """Return all ranks' picklable values in rank order. Construction and errors call it, never a step."""
-
-    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
-        """Return all ranks' picklable values on rank ``to``, in rank order, and None on the other ranks.
-
-        Rank ``to`` gets its own value back as it is, without pickling.
-        """
-        here = self.rank == to
-        # The receiving rank sends itself one byte, because a tensor from an empty buffer is an error.
-        data = torch.frombuffer(bytearray(b"" if here else pickle.dumps(value)) or bytearray(1), dtype=torch.uint8)
-        numels = self.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
-        places = [torch.empty(numel, dtype=torch.uint8, device="cpu") for numel in numels] if here else None
-        self.gather(data, places, numels, to)
-        if places is None:
-            return None
-        return [value if r == to else pickle.loads(place.numpy().tobytes()) for r, place in enumerate(places)]
 
 
 class SingleProcess(Communicator):

@@ -219,6 +219,18 @@ class Communicators:
         return self._group if exact else None
 
     @property
+    def bound_device(self) -> torch.device | None:
+        """The only accelerator that the process group serves in this process; None if none was passed to torch."""
+        return None if self._group is None else self._group.bound_device_id
+
+    @property
+    def predates_group(self) -> bool:
+        """Whether a default group of several ranks exists now, and did not when this was made for one process."""
+        if self._group is not None or not dist.is_available():
+            return False
+        return dist.is_initialized() and dist.get_world_size() > 1
+
+    @property
     def ranks(self) -> list[int]:
         """The ranks of the optimizer, as ranks of the default group."""
         return list(self._axes.everyone)

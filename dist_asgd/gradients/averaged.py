@@ -23,7 +23,13 @@ from ..storage.buffers import Bucket, StateBuffer
 from ..storage.memory_order import flattened
 from ..storage.snapshots import NO_GRADIENTS, TensorSnapshot
 from .base import READ_GRADIENTS, Gradients, multiply, ranks_with
-from .checksums import checksum
+from .checksums import checksum, hexadecimal
+
+# Nothing on the parameters tells the two causes apart: the last sentence of errors names both.
+REMEDY = (
+    "wrap the model in DDP or pass stage=2. If it is wrapped in DDP, run the last backward before step() outside of "
+    "its no_sync(), and call the wrapped module, not the one inside: only then does DDP average."
+)
 
 
 class AveragedGradients(Gradients):
@@ -91,6 +97,9 @@ class AveragedGradients(Gradients):
     def clear(self, set_to_none: bool) -> None:
         """Do nothing: all gradients are in ``p.grad``, which torch's own ``zero_grad()`` clears."""
 
+    def keep(self) -> None:
+        """Do nothing: gradients stay in ``p.grad`` until they are zeroed, and DDP adds to them."""
+
     def apply_pending(self) -> None:
         """Do nothing: gradients on parameters are clipped at once, so that no factor is ever pending."""
 
@@ -107,8 +116,7 @@ class AveragedGradients(Gradients):
             if 0 < len(have) < len(masks):
                 raise RuntimeError(
                     f"dist_asgd: parameter {member.name} has a gradient on {describe_ranks(have)} of {len(masks)} "
-                    f"only. With stage=1 gradients arrive already averaged, on all ranks or on none: wrap the model "
-                    f"in DDP or pass stage=2."
+                    f"only. With stage=1 gradients arrive already averaged, on all ranks or on none: {REMEDY}"
                 )
 
     def _compare(self, present: frozenset[int]) -> None:
@@ -123,6 +131,6 @@ class AveragedGradients(Gradients):
             if len(set(column)) > 1:
                 raise RuntimeError(
                     f"dist_asgd: at the first step the gradient of parameter {member.name} differs between ranks: "
-                    f"{values_by_rank([f'checksum {value & 0xFFFFFFFF:08x}' for value in column])}. With stage=1 "
-                    f"gradients must arrive already averaged: wrap the model in DDP or pass stage=2."
+                    f"{values_by_rank([f'checksum {hexadecimal(value)}' for value in column])}. With stage=1 "
+                    f"gradients must arrive already averaged: {REMEDY}"
                 )

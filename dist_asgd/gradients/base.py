@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -102,6 +103,17 @@ class Gradients(ABC):
     def clear(self, set_to_none: bool) -> None:
         """Drop the gradients that are not in ``p.grad``, or set them to zeros; called by ``zero_grad()``."""
 
+    @abstractmethod
+    def keep(self) -> None:
+        """Let the next backward add to the gradients that a step has used; called by ``keep_gradients()``."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Let backwards inside accumulate without communication; RuntimeError where this optimizer reduces nothing."""
+        raise RuntimeError(
+            "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
+            "of the DistributedDataParallel module."
+        )
+
     # --- gradients on the parameters ------------------------------------------------------------------------
 
     @staticmethod
@@ -191,8 +203,9 @@ class Gradients(ABC):
 
 
 def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
-    """Raise RuntimeError unless the parameter is unmoved and ``gradient`` is dense, of its shape, dtype and device."""
-    member.check_unmoved()
+    """Raise RuntimeError unless ``gradient`` is dense and fits its parameter, which is unmoved or rebound."""
+    if not member.is_rebound:
+        member.check_unmoved()
     name, param = member.name, member.param
     if gradient.layout != torch.strided:
         raise RuntimeError(
@@ -217,3 +230,11 @@ def check_gradient(member: ShardedParam, gradient: Tensor) -> None:
 def ranks_with(masks: Sequence[int], member: ShardedParam) -> list[int]:
     """The ranks whose mask has the parameter's bit; ``masks`` holds one mask for each rank, in order."""
     return [rank for rank, mask in enumerate(masks) if mask >> member.index & 1]
+
+
+def torn_problem(world_size: int) -> RuntimeError:
+    """The error of calls after an exception or a signal has stopped the reduction of a bucket in the middle."""
+    remedy = "Restart the job from its last checkpoint" if world_size > 1 else "Call zero_grad() and run backward again"
+    return RuntimeError(
+        f"dist_asgd: the reduction of a bucket was interrupted, and its gradients may be torn. {remedy}."
+    )

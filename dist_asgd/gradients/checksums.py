@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,20 @@ def checksum(flat: Tensor) -> Tensor:
     return total
 
 
-def compare_values(gradients: Gradients, communicators: Communicators) -> None:
-    """Raise on every rank if the parameters do not start from the same values; called at the first step. Collective."""
-    _compare_buckets(gradients, communicators)
-    _compare_replicas(gradients, communicators)
+def hexadecimal(checksum_value: int) -> str:
+    """Write a checksum for an error, all 64 bits of it: two that differ may have equal halves."""
+    return f"{checksum_value & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def compare_values(gradients: Gradients, communicators: Communicators, indices: Container[int] | None = None) -> None:
+    """Raise on every rank if parameters do not have the same values on all. Collective.
+
+    Called at the first step; and at a step after some bucket parameters were rebound, with their ``indices``, the same
+    on all ranks.
+    """
+    _compare_buckets(gradients, communicators, indices)
+    if indices is None:
+        _compare_replicas(gradients, communicators)
 
 
 def _compare_replicas(gradients: Gradients, communicators: Communicators) -> None:
@@ -52,14 +64,14 @@ def _compare_replicas(gradients: Gradients, communicators: Communicators) -> Non
                 raise RuntimeError(
                     f"dist_asgd: parameter {member.name} does not start from the same values on "
                     f"{describe_ranks(list(values))}, which hold the same part of it: checksums "
-                    f"{', '.join(f'{value & 0xFFFFFFFF:08x}' for value in values.values())}. Seed these ranks alike "
+                    f"{', '.join(map(hexadecimal, values.values()))}. Seed these ranks alike "
                     f"before building the model, or broadcast its parameters from one of them."
                 )
 
 
-def _compare_buckets(gradients: Gradients, communicators: Communicators) -> None:
-    """Raise if a bucket parameter does not start from the same values on all ranks."""
-    members = sorted(gradients.members, key=lambda m: m.index)
+def _compare_buckets(gradients: Gradients, communicators: Communicators, indices: Container[int] | None) -> None:
+    """Raise if a bucket parameter, of ``indices`` if given, does not have the same values on all ranks."""
+    members = sorted((m for m in gradients.members if indices is None or m.index in indices), key=lambda m: m.index)
     if not members:
         return
     sums = torch.stack([checksum(m.bucket.flat[m.slot.offset : m.slot.stop]) for m in members]).cpu()
@@ -71,8 +83,9 @@ def _compare_buckets(gradients: Gradients, communicators: Communicators) -> None
     for position, member in enumerate(members):
         column = columns[:, position].tolist()
         if len(set(column)) > 1:
+            verb = "does not start from" if indices is None else "was re-bound (p.data = ...), and does not have"
             raise RuntimeError(
-                f"dist_asgd: parameter {member.name} does not start from the same values on all ranks: "
-                f"{values_by_rank([f'checksum {value & 0xFFFFFFFF:08x}' for value in column])}. Seed every rank alike "
+                f"dist_asgd: parameter {member.name} {verb} the same values on all ranks: "
+                f"{values_by_rank([f'checksum {hexadecimal(value)}' for value in column])}. Seed every rank alike "
                 f"before building the model, or broadcast its parameters from one rank."
             )

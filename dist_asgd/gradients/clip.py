@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..comm.agreement import NO_FINGERPRINT, Fingerprint
+from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
 from .base import Gradients
 
 
@@ -86,3 +86,11 @@ def clip(
     for buffer in buffers:
         dtype = torch.promote_types(dtype, buffer.dtype)
     return total.to(dtype)
+
+
+@torch.no_grad()
+def clip_grad_norm(gradients: Gradients, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """Agree on the arguments and on which gradients there are, and ``clip``; for ``clip_grad_norm_()``. Collective."""
+    fingerprint, problem = fingerprint_of(max_norm, norm_type)
+    reports = gradients.agree(CollectiveCall.CLIP_GRAD_NORM, fingerprint, problem)
+    return clip(gradients, gradients.present(reports), max_norm, norm_type, error_if_nonfinite)

@@ -1,7 +1,7 @@
 """Stage 2: gradients are reduce-scattered during backward, and only this rank's shard of their mean stays.
 
-A hook on each parameter notes that its gradient is there. Once all expected gradients of a bucket are, the bucket is
-packed, its ``p.grad`` freed, and its reduce-scatter launched while backward goes on with the layers before it.
+A hook on each parameter (``hooks.py``) notes that its gradient is complete. Once all expected gradients of a bucket
+are, the bucket is packed, its ``p.grad`` freed, and its reduce-scatter launched while backward goes on.
 
 round     one pass over all trainable buckets, launched in one fixed order on every rank. The first bucket that is
           launched opens the round, and an exchange that nobody waits for (the *header*) tells the other ranks.
@@ -12,8 +12,6 @@ joining   a rank that finds in ``agree`` that another rank has opened a round ta
 from __future__ import annotations
 
 import sys
-import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +19,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..comm import Communicators, Wait, public_call
+from ..comm import Communicators, Wait
 from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports, values_by_rank
 from ..comm.masks import bit_mask, indices_in
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
-from ..storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
-from ..storage.memory_order import flattened
+from ..storage.layout import DIRECT_BYTES, SendLayout, send_layout, whole_layout
 from ..update.segments import UNSCALED, Scaling
-from .base import READ_GRADIENTS, Gradients, check_gradient, multiply
+from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
+from .hooks import BackwardHooks
+from .sending import source
 
 # Buckets in flight at a time: one arrives while the next is packed.
 MAX_IN_FLIGHT = 2
@@ -45,11 +44,11 @@ class Reducer(Gradients):
     =========  ==============================  ===========================  ========================================
     state      ``p.grad`` of its parameters    its gradient shard           what moves it on
     =========  ==============================  ===========================  ========================================
-    empty      None                            without meaning              backward sets gradients (``note_ready``)
+    empty      None                            without meaning              backward sets p.grad (``note_gradient``)
     filling    set for some                    as before                    the last expected gradient, or ``agree``
     in flight  None: packed and freed          being written                ``wait_for``, or a lack of send buffers
     reduced    None                            mean over all ranks          ``step()``, or another backward adds to it
-    used       None                            mean, read by ``step()``     ``zero_grad()``: empty again
+    used       None                            mean, read by ``step()``     ``zero_grad()`` or a backward: empty again
     =========  ==============================  ===========================  ========================================
     """
 
@@ -61,18 +60,16 @@ class Reducer(Gradients):
         self._mispaired: Exception | None = None
         self._presharded_mask = 0
         self._member_of: dict[int, BucketParam] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = BackwardHooks(self)
         # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
         self._hooked: set[int] = set()
-        # Parameters outlive optimizers, and so would their hooks.
-        weakref.finalize(self, _remove, self._hooks)
         # Free send buffers by device and dtype. Each is busy until the reduce-scatter that reads it has ended, and is
         # kept for the next bucket: memory that is touched for the first time costs more than the copy into it.
         self._send_buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self.in_flight_bytes = 0
         self._send_layouts: dict[int, SendLayout] = {}
         # Oldest first: reduce-scatters end in the order in which they were launched.
-        self._in_flight: deque[tuple[Bucket, Wait]] = deque()
+        self._in_flight: deque[tuple[Bucket, Wait, Tensor]] = deque()
         # The open round: its buckets in order, the parameters that are ready, for how many each bucket still waits,
         # and the position of the next bucket to launch (0: no round is open).
         self._round: list[Bucket] = []
@@ -87,22 +84,23 @@ class Reducer(Gradients):
         self._unpacked: set[int] = set()
         # Buckets wait for the parameters that took part in the last step: an unused one delays nothing for long.
         self._params_last_step: frozenset[int] = frozenset()
-        self._used_by_step = False
-        self._warned = False
+        self._used_by_step = False  # then the next gradient starts from zero
         self._backward_since_agree = False
+        # The parameters with a gradient on any rank, as ``agree`` has found them.
+        self._present_mask = 0
+        # Whether a bucket is being launched or finished, or such a call was interrupted: its gradients are torn then.
+        self._is_torn = False
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
-        _remove(self._hooks)
         self._presharded_mask = bit_mask(member.index for member in self.presharded)
         self._member_of = {member.index: member for member in self.members}
         self._round = [bucket for bucket in self.buckets if bucket.trainable]
         self._params_last_step = frozenset(member.index for bucket in self._round for member in bucket.members)
         self._begin_round()
-        for member in self.members:
-            if member.param.requires_grad:
-                self._hooked.add(member.index)
-                self._hooks.append(_hook_on(member.param, weakref.ref(self), member.index))
+        hooked = [member for member in self.members if member.param.requires_grad]
+        self._hooked = {member.index for member in hooked}
+        self._hooks.register(hooked)
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
         self._send_buffers, self.in_flight_bytes = {}, 0
         self._send_layouts = {}
@@ -117,20 +115,22 @@ class Reducer(Gradients):
 
     # --- during backward ------------------------------------------------------------------------------------
 
-    @public_call
-    def note_ready(self, index: int) -> None:
+    def note_gradient(self, index: int) -> None:
+        """Note that backward has set ``p.grad`` of parameter ``index``. Called by the hook on the parameter."""
+        # If another optimizer has taken the parameter over, step() says so; it follows one that was rebound.
+        if self._member_of[index].is_unmoved or self._member_of[index].is_rebound:
+            self._start_over_if_used()
+            self._unpacked.add(index)
+            self._backward_since_agree = True
+
+    def note_complete(self, index: int) -> None:
         """Note that the gradient of parameter ``index`` is complete in this backward; launch buckets that are full.
 
-        Called by the hook on the parameter, on autograd's thread. Collective in the sense of a round: all ranks launch
-        the same buckets in the same order, but nobody waits here.
+        Called when all hooks on the parameter have run, on autograd's thread. Collective in the sense of a round: all
+        ranks launch the same buckets in the same order, but nobody waits here.
         """
         member = self._member_of[index]
-        if not member.is_unmoved:
-            # Another optimizer has taken the parameter over; step() says so.
-            return
-        self._unpacked.add(index)
-        self._backward_since_agree = True
-        if not self.synchronising or index in self._ready or not member.bucket.trainable:
+        if not self.synchronising or index in self._ready or index not in self._unpacked or not member.bucket.trainable:
             return
         self._ready.add(index)
         if index not in self._params_last_step:
@@ -183,16 +183,17 @@ class Reducer(Gradients):
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter; waits for a send buffer only."""
-        gradients = [self._checked(member) for member in bucket.members]
-        buffer = self._send_buffer(bucket)
+        self._start_over_if_used()
+        # A gradient that nobody waits for stays on its parameter while hooks on that run; it is reduced later.
+        running = self._hooks.running()
+        gradients = [None if member.index in running else self._checked(member) for member in bucket.members]
+        buffer = self._send_buffer(bucket)  # from here on the gradients are torn until the end
         layout = self._send_layouts[id(bucket)]
         packed = buffer[: layout.packed_numel]
         bucket.pack(gradients, layout.packed, packed)
-        sends = [
-            [(part.start, _source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges
-        ]
+        sends = [[(part.start, source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges]
         for member in bucket.members:
-            if member.param.grad is not None:
+            if member.param.grad is not None and member.index not in running:
                 # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
                 member.param.grad = None
                 self._unpacked.discard(member.index)
@@ -202,26 +203,18 @@ class Reducer(Gradients):
         if accumulate:
             # The shard must not be scaled together with what is added to it now.
             self.scale()
-            self._warn_of_used()
         self._buckets_with_shard.add(id(bucket))
         wait = self._collectives[bucket.device].reduce_scatter(sends, shard, accumulate, tag)
+        self._in_flight.append((bucket, wait, buffer))
+        self._is_torn = False
 
-        free = self._send_buffers[bucket.device, bucket.wire_dtype]  # `finish` must not refer to its owner
-
-        def finish() -> None:
-            wait()
-            free.append(buffer)
-
-        self._in_flight.append((bucket, finish))
-
-    def _warn_of_used(self) -> None:
-        if self._used_by_step and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "dist_asgd: backward adds to gradients that step() has already used. Call zero_grad() of the optimizer "
-                "after each step: in stage 2 model.zero_grad() does not see the gradients.",
-                stacklevel=3,
-            )
+    def _start_over_if_used(self) -> None:
+        """Forget gradients that a step has used, as a new one has come; a step ends all rounds, so none mixes both."""
+        if self._used_by_step:
+            self._used_by_step = False
+            self._reduced_mask = 0
+            self._buckets_with_shard.clear()
+            self.scaling = UNSCALED
 
     def _send_buffer(self, bucket: Bucket) -> Tensor:
         """A free send buffer for the bucket; waits for the oldest bucket in flight while all are busy."""
@@ -234,6 +227,7 @@ class Reducer(Gradients):
             self.in_flight_bytes += sum(buffer.nbytes for buffer in buffers)
         while not self._send_buffers[key]:
             self._finish_oldest()
+        self._is_torn = True
         return self._send_buffers[key].pop()
 
     def _checked(self, member: BucketParam) -> Tensor | None:
@@ -248,17 +242,29 @@ class Reducer(Gradients):
         return gradient
 
     def _finish_oldest(self) -> None:
-        _, finish = self._in_flight.popleft()
-        finish()
+        self._is_torn = True
+        bucket, wait, buffer = self._in_flight.popleft()
+        wait()
+        self._send_buffers[bucket.device, bucket.wire_dtype].append(buffer)
+        self._is_torn = False
 
     # --- before a collective call ---------------------------------------------------------------------------
 
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
-        reports = self._agree(call, fingerprint, problem, keep=True)
-        pending = reports.union(1) & ~self._presharded_mask
-        if pending:
+        reports = self._agree(call, fingerprint, problem, keep=call is not CollectiveCall.ADOPT)
+        in_buckets = ~self._presharded_mask
+        self._present_mask, second = reports.union(0), reports.union(1) & in_buckets
+        if not self._present_mask & in_buckets:
+            # No rank has a new gradient: those that the last step has used are there to be used again, as in torch.
+            self._present_mask |= second
+            return reports
+        self._start_over_if_used()
+        if second:
+            pending = 0
+            for new, other in zip(reports.masks(0), reports.masks(1), strict=True):
+                pending |= new & other & in_buckets
             self._reduce_pending(pending)
         return reports
 
@@ -268,7 +274,13 @@ class Reducer(Gradients):
         """Complete this rank's round, join those of others, and agree on ``call``. Collective.
 
         ``keep``: gradients that are not reduced yet are announced to the other ranks; False if they are discarded.
+        For parameters in buckets, the masks say: (1, 0) reduced, (1, 1) yet to be reduced, (0, 1) used by a step.
         """
+        if self._is_torn:
+            # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
+            self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
+        if self._hooks.tasks:
+            self._hooks.forget()
         while self._next:
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
@@ -280,7 +292,8 @@ class Reducer(Gradients):
         while True:
             pending = self._pending() if keep else 0
             problem = problem or self._mispaired or self._problem or wrong
-            masks = (self._reduced_mask | pending | present, pending | misplaced)
+            reduced, used = (0, self._reduced_mask) if self._used_by_step else (self._reduced_mask, 0)
+            masks = (reduced | pending | present, used | pending | misplaced)
             reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:
                 break
@@ -307,6 +320,7 @@ class Reducer(Gradients):
         for member in self._member_of.values():
             if member.param.grad is None:
                 continue
+            self._start_over_if_used()
             pending |= 1 << member.index
             self._checked(member)
             hooked = member.index in self._hooked
@@ -331,7 +345,7 @@ class Reducer(Gradients):
     def present(self, reports: RankReports) -> frozenset[int]:
         if self.presharded:
             self.align_presharded(reports)
-        return self.agreement.indices(reports.union(0))
+        return self.agreement.indices(self._present_mask)
 
     def active(self, reports: RankReports) -> frozenset[int]:
         active = self.present(reports)
@@ -342,7 +356,7 @@ class Reducer(Gradients):
         return active
 
     def wait_for(self, buffer: StateBuffer) -> None:
-        while any(bucket is buffer for bucket, _ in self._in_flight):
+        while any(bucket is buffer for bucket, *_ in self._in_flight):
             self._finish_oldest()
 
     def _wait_for_all(self) -> None:
@@ -391,8 +405,16 @@ class Reducer(Gradients):
         Collective if a backward has run since ranks last agreed: a round that only some ranks opened must not be left
         for a later backward to be paired with.
         """
+        if self._is_torn and self.communicators.world_size == 1:
+            # Nobody else has a part of what was torn.
+            self._in_flight.clear()
+            self._send_buffers, self.in_flight_bytes = {}, 0
+            self._next, self._header = 0, None
+            self._is_torn = self._backward_since_agree = False
         if self._backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
+        if self._hooks.tasks:
+            self._hooks.forget()
         self._wait_for_all()
         self._used_by_step = False
         self.scaling = UNSCALED
@@ -408,6 +430,11 @@ class Reducer(Gradients):
         self._unpacked.clear()
         self.agreement.discards += 1
 
+    def keep(self) -> None:
+        if self._used_by_step:
+            self._used_by_step = False
+            self.agreement.discards += 1  # ranks that differ would add to the gradients on some shards only
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Let backwards inside leave their gradients in ``p.grad``; the next one outside reduces the sum."""
@@ -416,34 +443,3 @@ class Reducer(Gradients):
             yield
         finally:
             self.synchronising = before
-
-
-def _source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, send_range: SendRange) -> Tensor:
-    """The elements that are sent for ``send_range``, 1-D: a view of the packed buffer, or of the gradient as it lies.
-
-    Zeros if the parameter has no gradient.
-    """
-    numel = send_range.stop - send_range.start
-    if send_range.slot is None:
-        return packed[send_range.source : send_range.source + numel]
-    gradient = gradients[send_range.slot]
-    if gradient is None:
-        return packed.new_zeros(numel)
-    flat = flattened(gradient, bucket.members[send_range.slot].strides)
-    return flat[send_range.source : send_range.source + numel]
-
-
-def _hook_on(param: Tensor, reducer: weakref.ref[Reducer], index: int) -> torch.utils.hooks.RemovableHandle:
-    # Parameters outlive optimizers: the hook must keep neither the reducer nor its buckets alive.
-    def hook(_: Tensor) -> None:
-        owner = reducer()
-        if owner is not None:
-            owner.note_ready(index)
-
-    handle: torch.utils.hooks.RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    return handle
-
-
-def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
-    while hooks:
-        hooks.pop().remove()

@@ -41,6 +41,11 @@ def local_tensor(tensor: DTensor) -> Tensor:
     return local
 
 
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """The local tensor if ``tensor`` is a DTensor, else ``tensor`` itself."""
+    return local_tensor(tensor) if is_dtensor(tensor) else tensor
+
+
 def same_placement(tensor: DTensor, other: DTensor) -> bool:
     """Whether both lie on one mesh with the same placements, so that their local tensors hold the same elements."""
     return tensor.device_mesh == other.device_mesh and tensor.placements == other.placements

@@ -25,6 +25,7 @@ from ..comm.agreement import describe_ranks
 from ..storage.buffers import Precision, ShardedParam, StateBuffer
 from ..storage.layout import MIN_BUCKETS, Slot, bucket_cap_bytes, fill_buckets, lay_out
 from ..storage.memory_order import flattened, memory_strides, same_strides
+from ..storage.published import own_storage
 from ..storage.snapshots import TensorSnapshot
 from . import dtensor, fsdp1
 from .replicas import ReplicaGroup, ReplicaSharding
@@ -199,7 +200,7 @@ class DTensorParam(PreshardedParam):
         # The same memory in a storage of its own, which begins at offset 0. A DTensor reports the offset of its local
         # tensor, and copy.deepcopy copies a tensor with an offset through its storage, which a DTensor has not
         # (torch/_tensor.py, __deepcopy__).
-        local = torch.utils.dlpack.from_dlpack(fragment) if fragment.numel() else fragment.new_empty(0)
+        local = own_storage(fragment)
         replicas = self.bucket.replicas
         if replicas is None or not self.param.numel():
             return dtensor.dtensor_like(self.param, local.as_strided(self._shape, self.strides))
@@ -266,7 +267,7 @@ class FSDP1Param(PreshardedParam):
         return flattened(whole, self.strides)
 
     def state_entry(self, fragment: Tensor) -> Tensor:
-        return fragment.as_strided(self._shape, self.strides)
+        return own_storage(fragment).as_strided(self._shape, self.strides)
 
     @property
     def norm_owner(self) -> int:

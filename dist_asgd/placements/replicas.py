@@ -2,6 +2,9 @@
 
 HSDP and the replicated parameters of tensor parallelism make such groups. Each rank of a group has the state of its
 shard of the local tensors and updates that; an all-gather inside the group makes the local tensors whole again.
+
+No messages decide which rank has which fragment: the mesh, the layout of the local tensors and the rank do.
+``build_presharded`` in ``presharded.py`` makes the groups and the layouts.
 """
 
 from __future__ import annotations

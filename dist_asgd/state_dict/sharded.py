@@ -18,6 +18,7 @@ from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
 from ..state import ParamShards
 from ..storage.buffers import ShardedParam
+from ..storage.published import own_storage
 from ..update.schedule import Cohort
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class _EntryTensors:
     def _make(self, member: ShardedParam, fragment: Tensor) -> Tensor:
         if isinstance(member, PreshardedParam):
             return member.state_entry(fragment)
+        fragment = own_storage(fragment)
         communicators, shape, strides = self._communicators, member.param.shape, member.strides
         if communicators.num_shards == 1 or member.param.numel() == 0:
             return fragment.as_strided(shape, strides)

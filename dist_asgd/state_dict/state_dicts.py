@@ -12,6 +12,7 @@ from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..gather import Gatherer
 from ..state import ParamShards
+from ..storage.snapshots import mark_written
 from ..validation import check_hyperparameters, named_params
 from . import full, load, sharded, unsharded
 
@@ -36,28 +37,32 @@ class StateDicts:
     def _optimizer(self) -> Optimizer:
         return cast(Optimizer, self._weak_optimizer())
 
-    def next(self, whole_only: bool) -> dict[str, Any]:
-        """Return what was gathered for the next ``state_dict()``, once, else this rank's fragments. No communication.
+    def forget_averages(self) -> None:
+        """Let go of the tensors that show averages; called when the averages have moved."""
+        self._cache.clear()
 
-        RuntimeError if ``whole_only``, and nothing was gathered for several ranks.
+    def take_consolidated(self, whole_only: bool) -> dict[str, Any] | None:
+        """Return what was gathered for the next ``state_dict()``, once; None if that is this rank's fragments.
+
+        RuntimeError if ``whole_only``, and nothing was gathered for several ranks. No communication.
         """
         gathered, self.consolidated = self.consolidated, None
-        if gathered:
-            return gathered
-        if whole_only and self._communicators.world_size > 1:
-            if gathered is None:
-                raise RuntimeError(
-                    f"dist_asgd: state_dict() on rank {self._communicators.rank} of {self._communicators.world_size} "
-                    f"would be one rank's part, and whole_state_dicts_only is set. Call consolidate_state_dict(to=0) "
-                    f"on every rank before it, or use save_checkpoint()."
-                )
-            return gathered
-        return self.sharded()
+        if not whole_only or self._communicators.world_size == 1:
+            return gathered or None
+        if gathered is None:
+            raise RuntimeError(
+                f"dist_asgd: state_dict() on rank {self._communicators.rank} of {self._communicators.world_size} would "
+                f"be one rank's part, and whole_state_dicts_only is set. Call consolidate_state_dict(to=0) on every "
+                f"rank before it, or use save_checkpoint()."
+            )
+        return gathered
 
     def sharded(self) -> dict[str, Any]:
         """Return this rank's fragments, for ``state_dict()``. No communication."""
         optimizer = self._optimizer
         _before_state_dict(optimizer)
+        if self._shards is not None:
+            self._shards.follow_state()
         if self._shards is None:
             packed = unsharded.pack(optimizer.param_groups, optimizer.state)
         else:
@@ -117,14 +122,16 @@ class StateDicts:
         # Averages may move to wider storage, so the cached tensors may show memory that is no longer used.
         self._cache.clear()
         for group, values in zip(groups, loaded.groups, strict=True):
-            params = group["params"]
-            group.clear()
-            group.update(values, params=params)
+            # The group keeps its parameters at every moment: a load that is interrupted here can be repeated.
+            for key in group.keys() - values.keys() - {"params"}:
+                del group[key]
+            group.update(values)
         if self._shards is None:
             unsharded.apply(loaded, groups, self._optimizer.state)
         else:
             # Loaded masters change this rank's shard of the parameters, so the other ranks need it.
             for buffer in load.load_shards(loaded, self._shards.state_buffers):
+                mark_written([member.param for member in buffer.members])
                 self._gatherer.launch(buffer)
                 buffer.on_params_written()
             self._gatherer.wait()

@@ -3,7 +3,7 @@
 state buffer  ``StateBuffer``: the average ``ax``, and what masters need, of parameters of one group, dtype and device.
               Presharded parameters have state buffers of their own (``placements/presharded.py``)
 bucket        ``Bucket``: a state buffer that also holds its parameters, whole, and in stage 2 this rank's shard of
-              their reduced gradient. Parameters become views of it: an all-gather writes them in place, without a copy
+              their reduced gradient. Parameters lie in its memory: an all-gather writes them in place, without a copy
 member        a parameter as one of its bucket or state buffer: ``ShardedParam``, and ``BucketParam`` in a bucket. All
               the members of an optimizer together are its parameters
 
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from . import masters
-from .layout import BucketLayout, Fragment, Slot, fill_buckets, lay_out
+from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
+from .owners import Owners
+from .published import own_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,30 @@ class ShardedParam(ABC):
         The memory of a presharded parameter may be another: it is followed.
         """
 
+    @property
+    def is_rebound(self) -> bool:
+        """Whether it has other memory of the same shape, dtype and device, whose values ``bring_home`` takes."""
+        return False
+
+    def other_owner(self) -> str | None:
+        """The name that another optimizer has for the parameter, if it has taken the parameter's memory over."""
+        return None
+
     def check_unmoved(self) -> None:
         """RuntimeError unless ``is_unmoved``."""
         if not self.is_unmoved:
+            other = self.other_owner()
+            if other is not None:
+                raise RuntimeError(
+                    f"dist_asgd: parameter {self.name} was given to another ShardedASGD after this one, as {other}, "
+                    f"and lies in the memory of that one now. Give each parameter to one optimizer, or delete the "
+                    f"other optimizer before this one is used again."
+                )
             raise RuntimeError(
                 f"dist_asgd: parameter {self.name} was moved, re-cast or re-bound after the optimizer was constructed "
-                f"(it was {self.dtype} on {self.bucket.device}, it is {self.param.dtype} on {self.param.device}). "
-                f"Change parameters in place (p.copy_()), or convert the model first and then construct the optimizer."
+                f"and stepped (it was {self.dtype} on {self.bucket.device}, it is {self.param.dtype} of shape "
+                f"{tuple(self.param.shape)} on {self.param.device}). Change parameters in place (p.copy_()), or "
+                f"convert the model before the first step."
             )
 
     @property
@@ -122,7 +141,10 @@ class ShardedParam(ABC):
 
     @abstractmethod
     def state_entry(self, fragment: Tensor) -> Tensor:
-        """This rank's ``fragment`` ``(fragment_numel,)`` of sharded state as ``optimizer.state`` shows it; a view."""
+        """This rank's ``fragment`` ``(fragment_numel,)`` of sharded state as ``optimizer.state`` shows it.
+
+        It shares the memory of ``fragment`` and has a storage of its own.
+        """
 
     @property
     @abstractmethod
@@ -180,17 +202,40 @@ class BucketParam(ShardedParam):
 
     def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
         super().__init__(param, name, index, bucket, slot, bucket.layout.fragment(slot, rank), memory_strides(param))
-        view = bucket.flat[slot.offset : slot.stop]
+        self._shape = param.shape
+        self.bring_home()
+        self._address = param.data_ptr()
+        self._view_strides = param.stride()
+        Owners.claim(param, bucket, name)
+
+    def bring_home(self) -> None:
+        """Copy the parameter's values into its slot, and make the slot its memory; called again if it was rebound."""
+        param, slot = self.param, self.slot
+        view = self.bucket.flat[slot.offset : slot.stop]
         if param.is_complex():
             view = torch.view_as_complex(view.view(-1, 2))
         # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
         view = view.as_strided(param.shape, self.strides)
         view.copy_(param.detach())
-        # Modules, hooks and autograd keep the parameter object; only its memory is another now.
-        param.data = view
-        self._address = param.data_ptr()
-        self._shape = param.shape
-        self._view_strides = param.stride()
+        # Modules, hooks and autograd keep the parameter object; only its memory is another now. It has a storage of its
+        # own over the bucket, because savers take tensors of one storage for one tensor.
+        param.data = own_storage(view)
+
+    @property
+    def is_rebound(self) -> bool:
+        param = self.param
+        return (
+            param.shape == self._shape
+            and param.dtype == self.bucket.param_dtype
+            and param.device == self.bucket.device
+            and param.layout == torch.strided
+            and not any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True))
+            and self.other_owner() is None
+            and not self.is_unmoved
+        )
+
+    def other_owner(self) -> str | None:
+        return Owners.other(self.param, self.bucket)
 
     @property
     def bucket(self) -> Bucket:
@@ -224,7 +269,7 @@ class BucketParam(ShardedParam):
         ]
 
     def state_entry(self, fragment: Tensor) -> Tensor:
-        return fragment
+        return own_storage(fragment)
 
     @property
     def norm_owner(self) -> int:
@@ -384,55 +429,3 @@ class Bucket(StateBuffer):
             torch._foreach_copy_(targets, sources)
         if zeros:
             torch._foreach_zero_(zeros)
-
-
-def build_buckets(
-    params: Sequence[tuple[int, str, Tensor]],
-    *,
-    group_index: int,
-    rank: int,
-    world_size: int,
-    replica: int,
-    cap_bytes: int,
-    precision: Precision,
-) -> list[Bucket]:
-    """Move the plain parameters of one group, given as (index, name, parameter), into buckets.
-
-    The parameters of a bucket share dtype, device and ``requires_grad``. They are taken in reverse registration order,
-    which is about the order in which backward produces their gradients. Bucket sizes follow ``fill_buckets``.
-    """
-    classes: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
-    for position in reversed(range(len(params))):
-        param = params[position][2]
-        # A frozen parameter gets no gradient, and would keep a bucket of trainable ones from ever being full.
-        classes.setdefault((param.dtype, param.device, param.requires_grad), []).append(position)
-    buckets: list[Bucket] = []
-    for (dtype, _, _), positions in classes.items():
-        reals = 2 if dtype.is_complex else 1
-        itemsize = dtype.itemsize // reals
-        numels = [params[position][2].numel() * reals for position in positions]
-        for chosen in fill_buckets(numels, itemsize, cap_bytes):
-            layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
-            bucket = Bucket(layout, params[positions[chosen[0]]][2], group_index, rank, replica, precision)
-            # A parameter's old memory is freed as it moves: at most one bucket of parameters exists twice.
-            for i, slot in zip(chosen, layout.slots, strict=True):
-                index, name, param = params[positions[i]]
-                bucket.members.append(BucketParam(param, name, index, bucket, slot, rank))
-            bucket.reset_masters()
-            buckets.append(bucket)
-    return buckets
-
-
-def reduce_order(buckets: Sequence[Bucket], group_sizes: Sequence[int], first_indices: Sequence[int]) -> list[Bucket]:
-    """The buckets in the order in which backward is expected to fill them; the same on every rank.
-
-    ``group_sizes`` and ``first_indices`` give the number of parameters of each group, and the index of its first. A
-    bucket is full when its earliest registered parameter has its gradient. How early that is counts relative to the
-    parameter's group, because groups often cover the same layers (weights and biases, for example).
-    """
-
-    def earliest(bucket: Bucket) -> float:
-        size, first = group_sizes[bucket.group_index], first_indices[bucket.group_index]
-        return min((member.index - first + 0.5) / size for member in bucket.members)
-
-    return sorted(buckets, key=earliest, reverse=True)

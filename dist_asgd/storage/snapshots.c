@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 1
+#define VERSION 2
 enum { DLPACK_MAJOR = 1, MAX_DIMS = 64, NO_TENSOR = -1 };
 
 typedef struct {
@@ -237,6 +237,16 @@ static PyObject *shows(PyObject *module, PyObject *args) {
     Py_RETURN_TRUE;
 }
 
+/* same(a, b) -> bool: whether two lists hold the very same objects, in the same order. */
+static PyObject *same(PyObject *module, PyObject *args) {
+    PyObject *a, *b;
+    if (!PyArg_ParseTuple(args, "O!O!:same", &PyList_Type, &a, &PyList_Type, &b)) return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(a);
+    int equal = count == PyList_GET_SIZE(b);
+    for (Py_ssize_t i = 0; equal && i < count; i++) equal = PyList_GET_ITEM(a, i) == PyList_GET_ITEM(b, i);
+    return PyBool_FromLong(equal);
+}
+
 /* pick(addresses, picks, out): sets out[i] to addresses[index] + offset, where picks[i] is the pair (index, offset).
  * All are 8-byte integers; an address 0 stays 0. IndexError if an index or a size does not fit. */
 static PyObject *pick(PyObject *module, PyObject *args) {
@@ -263,7 +273,8 @@ static PyObject *pick(PyObject *module, PyObject *args) {
 static PyMethodDef functions[] = {
     {"describe", describe, METH_VARARGS, NULL}, {"unchanged", unchanged, METH_VARARGS, NULL},
     {"gradients", gradients, METH_VARARGS, NULL}, {"shows", shows, METH_VARARGS, NULL},
-    {"pick", pick, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"same", same, METH_VARARGS, NULL},           {"pick", pick, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
 };
 
 static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "VERSION", VERSION); }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, compress, repeat
@@ -24,7 +24,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-VERSION = 1
+from .published import own_storage
+
+VERSION = 2
 _DTYPE = attrgetter("dtype")
 
 
@@ -43,6 +45,14 @@ def _compiled() -> ModuleType | None:
     except (AttributeError, ValueError, RuntimeError):
         return None
     return _snapshots
+
+
+def are_same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two lists hold the very same tensors in the same order; ``==`` would compare their elements."""
+    module = _compiled()
+    if module is not None and type(a) is list:
+        return bool(module.same(a, b))
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +198,57 @@ class PublishedState:
         except (KeyError, TypeError):
             return False
         return all(map(is_, values, self._kept))
+
+
+class PublishedAverages:
+    """The averages that ``optimizer.state`` shows: plain tensors, each over memory of a state buffer (its *home*).
+
+    Users can move such a tensor: ``share_memory_()``, a torch.multiprocessing queue and ``ax.data = ...`` do so. Steps
+    read and write homes, which no user can move, and so never an address that has gone; but the moved tensor would not
+    show the state any more.
+    """
+
+    def __init__(self, shown: Sequence[Tensor]) -> None:
+        self._shown = list(shown)
+        # Tensors of the same memory that nobody else has, in order to tell where home is.
+        self._homes = [own_storage(tensor) for tensor in shown]
+        self._snapshot = TensorSnapshot.of(self._shown)
+
+    @torch.no_grad()
+    def follow(self, name_of: Callable[[int], str]) -> None:
+        """Copy the values of moved tensors home, and make the tensors show that memory again.
+
+        Called before each use of the averages; no communication. RuntimeError if a moved tensor has
+        another shape, dtype or device; then none is followed. ``name_of`` names the parameter of an index, for it.
+        """
+        if self._snapshot.is_current():
+            return
+        pairs = list(zip(self._shown, self._homes, strict=True))
+        for index, (shown, home) in enumerate(pairs):
+            wanted, got = ((t.shape, t.dtype, t.device) for t in (home, shown))
+            if wanted != got:
+                raise RuntimeError(
+                    f"dist_asgd: ax of parameter {name_of(index)} was replaced in place: it was of shape "
+                    f"{tuple(home.shape)}, {home.dtype} on {home.device}, and is of shape {tuple(shown.shape)}, "
+                    f"{shown.dtype} on {shown.device}. Change its values only (ax.copy_()), or call load_state_dict()."
+                )
+        moved = [(s, h) for s, h in pairs if s.data_ptr() != h.data_ptr() or s.stride() != h.stride()]
+        # Copies first: two averages may have changed places.
+        for (_, home), values in zip(moved, [shown.clone() for shown, _ in moved], strict=True):
+            home.copy_(values)
+        for shown, home in moved:
+            # The tensor object stays the one that the user has. Its storage must not be that of the home.
+            shown.data = own_storage(home)
+        self._snapshot = TensorSnapshot.of(self._shown)
+
+
+def mark_written(tensors: Iterable[Tensor]) -> None:
+    """Count a write to each tensor in its version, as an operator that writes in place does.
+
+    Called before the flat memory under them is written, of which autograd sees nothing. A backward that needs a value
+    from before the write then raises torch's own error, instead of computing with the new value.
+    """
+    torch.autograd.graph.increment_version(tensors)
 
 
 class AddressTable:

@@ -30,6 +30,8 @@ class ScalarTable:
         self._hyper = torch.zeros(capacity, 6, dtype=torch.float64, device=device)
         self.factors = torch.zeros(capacity, 4, dtype=torch.float64, device=device)
         self._cohorts: list[Cohort] = []
+        # The scalars of each row once more, as views that nobody else has.
+        self._homes: list[tuple[Tensor, ...]] = []
         self._uploaded: list[list[float]] = []
 
     def adopt(self, cohort: Cohort) -> None:
@@ -46,6 +48,25 @@ class ScalarTable:
         cohort.step, cohort.eta, cohort.mu = self._scalars[row].unbind()
         cohort.row = row
         cohort.fresh = False
+        self._homes.append(self._scalars[row].unbind())
+
+    @torch.no_grad()
+    def follow(self, cohort: Cohort) -> bool:
+        """Copy scalars that a user has moved (``eta.data = ...``) to the row, and make them show it again.
+
+        False, and nothing is copied, if one has another shape, dtype or device than the row.
+        """
+        assert cohort.row is not None
+        pairs = list(zip((cohort.step, cohort.eta, cohort.mu), self._homes[cohort.row], strict=True))
+        if all(shown.data_ptr() == home.data_ptr() for shown, home in pairs):
+            return True
+        if any((s.shape, s.dtype, s.device) != (home.shape, home.dtype, home.device) for s, home in pairs):
+            return False
+        for shown, home in pairs:
+            if shown.data_ptr() != home.data_ptr():
+                home.copy_(shown)
+                shown.data = home
+        return True
 
     def advance(self, hyper: StepHyperparameters, active: frozenset[int], found_inf: Tensor | None) -> None:
         """Write ``factors`` for this step and the scalars of the next: one launch, without waiting for the device.

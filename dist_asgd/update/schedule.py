@@ -8,7 +8,7 @@ cohort and step, however many parameters there are.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -168,6 +168,14 @@ class Cohort:
         self.step, self.eta, self.mu, self.row = scalars["step"], scalars["eta"], scalars["mu"], None
         self.fresh = self.initial and self.step.item() == 0
 
+    def follow(self) -> bool:
+        """Look for scalars on the host that a user has replaced in place; False if one cannot be used.
+
+        They are read through their objects, so that new memory is no problem.
+        """
+        scalars = (self.step, self.eta, self.mu)
+        return all(s.dim() == 0 and s.device.type == "cpu" and s.dtype.is_floating_point for s in scalars)
+
     @property
     def begun(self) -> bool:
         """Whether ``ax`` of the parameters is a mean of iterates, and not zeros or a copy of the last iterate."""
@@ -212,6 +220,8 @@ class Cohorts:
 
     def __init__(self) -> None:
         self.by_index: dict[int, Cohort] = {}
+        # Whether no parameter has stepped, nor got the state of a step from a state dict.
+        self.is_fresh = True
         self._groups: list[list[Cohort]] = []
         # The group of each parameter.
         self._group_of: list[int] = []
@@ -219,6 +229,23 @@ class Cohorts:
         self._tables: dict[int, ScalarTable] = {}
         # The parameters that took the last step; None if cohorts have changed since.
         self._last_active: frozenset[int] | None = None
+
+    def follow(self, name_of: Callable[[int], str]) -> None:
+        """Follow published scalars that were moved to other memory. Called before each use; not collective.
+
+        RuntimeError if they are no scalars of their device any more; ``name_of`` names a parameter for it.
+        """
+        for cohorts in self._groups:
+            for cohort in cohorts:
+                if not (cohort.follow() if cohort.row is None else self._tables_follow(cohort)):
+                    raise RuntimeError(
+                        f"dist_asgd: step, eta or mu of parameter {name_of(min(cohort.indices))} was replaced in place "
+                        f"by a tensor of another shape, dtype or device. Change its value only (eta.fill_()), or call "
+                        f"load_state_dict()."
+                    )
+
+    def _tables_follow(self, cohort: Cohort) -> bool:
+        return self._tables[self._group_of[min(cohort.indices)]].follow(cohort)
 
     def add_group(self, lr: float | Tensor, num_params: int) -> None:
         """Append a group of ``num_params`` parameters, which share a cohort that has not stepped."""
@@ -230,12 +257,14 @@ class Cohorts:
 
     def replace(self, cohorts: Sequence[Cohort]) -> None:
         """Take the cohorts of a loaded state dict, which have all parameters and keep their scalars on the host."""
+        self.is_fresh = True
         self._groups = [[] for _ in self._groups]
         self._tables.clear()
         for cohort in cohorts:
             self._add(cohort, self._group_of[min(cohort.indices)])
 
     def _add(self, cohort: Cohort, group_index: int) -> None:
+        self.is_fresh &= cohort.fresh
         self._groups[group_index].append(cohort)
         for index in cohort.indices:
             self.by_index[index] = cohort
@@ -262,6 +291,7 @@ class Cohorts:
                         yield cohort.indices
                     cohort.prepare(hyper.lr)
         self._last_active = active
+        self.is_fresh &= not active
 
     def _move(self, cohort: Cohort, group_index: int, device: torch.device | None) -> None:
         if device is None:

@@ -193,7 +193,7 @@ def refuses(rank: int, world_size: int, what: str, folder: str) -> None:
     elif what == "state":
         model.register_state_dict_post_hook(lambda _, state, *__: state.update(more={"a": 1}))
     elif what == "moved":
-        model.net.scale.data = model.net.scale.data.clone()
+        model.net.scale.data = model.net.scale.data.double()
     if what == "inside":
         with optimizer.averaged_parameters():
             export_averaged(path, other, optimizer, dtype)

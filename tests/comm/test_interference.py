@@ -168,7 +168,7 @@ def test_the_parameters_come_back_where_ranks_disagree_at_the_end() -> None:
 
 def rebind(rank: int, _world_size: int) -> None:
     """Job: a parameter transposed in its own memory, on one rank."""
-    param = torch.nn.Parameter(torch.zeros(3, 3))
+    param = torch.nn.Parameter(torch.arange(9.0).view(3, 3))
     optimizer = ShardedASGD([("weight", param)], **RULE)
     if rank == 1:
         param.data = param.data.t()

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -342,22 +341,3 @@ def discards(_rank: int, _world_size: int, set_to_none: bool) -> None:
 def test_zero_grad_forgets_what_was_reduced(backend: str, world_size: int, set_to_none: bool) -> None:
     """An abandoned backward leaves no trace, and nothing warns."""
     run(backend, world_size, discards, set_to_none)
-
-
-def never_zeroed(_rank: int, _world_size: int) -> int:
-    """Job: without ``optimizer.zero_grad()`` gradients add up over steps, as in torch; the number of warnings."""
-    ours, subject, theirs, oracle = twins()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for seed in range(3):
-            for model, optimizer in ((ours, subject), (theirs, oracle)):
-                mlp_loss(model, seed).backward()
-                optimizer.step()
-            assert_same_models(ours, theirs, f"after step {seed}")
-    return len([w for w in caught if "zero_grad()" in str(w.message)])
-
-
-@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2), ("gloo", 4)])
-def test_without_zero_grad_gradients_add_up_and_a_warning_says_so(backend: str, world_size: int) -> None:
-    """Once per optimizer: ``model.zero_grad()`` does not see what stage 2 has reduced."""
-    assert run(backend, world_size, never_zeroed) == [1] * world_size

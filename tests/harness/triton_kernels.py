@@ -90,7 +90,7 @@ def values(numel: int, dtype: torch.dtype, generator: torch.Generator, special: 
 
 
 def bits_of_nan(x: Tensor) -> Tensor:
-    """``x`` with one dtypes of NaN: which one an operation gives is the hardware's choice."""
+    """``x`` with all NaNs replaced by one of them, because the bits of a NaN depend on the hardware."""
     return torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
 
 
@@ -110,7 +110,7 @@ class Arrays:
     def random(
         cls, numel: int, dtypes: KernelDtypes, index: int, aligned: bool, generator: torch.Generator
     ) -> "Arrays":
-        """Arrays of a dtypes, with masters that belong to their parameters (and float16 ones that do not)."""
+        """Draw arrays of these dtypes. Masters fit their parameters, except some float16 masters."""
         gradient = values(numel + 1, dtypes.gradient, generator)
         param, master = values(numel, dtypes.param, generator), None
         if dtypes.master:
@@ -228,7 +228,7 @@ def shifted(x: Tensor, device: torch.device) -> Tensor:
 
 
 def table_of(hypers: Sequence[StepHyperparameters], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
-    """``hyper`` of ``advance``."""
+    """The argument ``hyper`` of ``advance``."""
     return torch.tensor(
         [[r.lr, r.lambd, r.alpha, r.t0, a, i] for r, a, i in zip(hypers, active, initial, strict=True)], dtype=F64
     )
@@ -279,7 +279,7 @@ def compare_with_optimizer(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def compare_schedules(double: bool, device: torch.device) -> None:
-    """``advance`` against ``Cohort.advance``: 40 of 120 sets of hyperparameters, 60 steps, some far into a run."""
+    """``advance`` against ``Cohort.advance``: 40 sets of hyperparameters, 60 steps, some far into a run."""
     from dist_asgd.update.cuda import advance
 
     before = torch.get_default_dtype()
@@ -569,7 +569,7 @@ def machine_code(kernel: Any) -> dict[str, int]:
 
 
 def ahead_of_time() -> dict[str, dict[str, int]]:
-    """Machine code facts of some kinds, and of one with unaligned gradients."""
+    """What the machine code for some dtypes holds, and that for unaligned gradients."""
     facts = {name: machine_code(compiled(KERNEL_DTYPES[name])) for name in AHEAD}
     facts["fp32-unaligned"] = machine_code(compiled(KERNEL_DTYPES["fp32"], aligned=False))
     facts["fp32-options"] = machine_code(compiled(KERNEL_DTYPES["fp32"], options=True))

@@ -1,0 +1,247 @@
+"""The parameters that an optimizer was built for, beside those that ``param_groups`` and the process group hold now.
+
+Users and trainers move a model after they have built its optimizer, replace its parameters (FSDP2 does), and edit
+``param_groups``. ``ShardedASGD`` asks its ``ParamRegistry`` first in every call that uses the parameters. If something
+differs, all ranks agree on it and the shards are built anew from ``param_groups`` as they are, by the same path as at
+construction, and every parameter keeps its state, as in torch. Parameters that are not in ``param_groups`` any more
+leave their state, whole and on the host, in ``optimizer.state``, as in torch, and take it up again if they come back.
+
+converted  a parameter with another shape, dtype or device than its shards were built for
+rebound    a parameter whose memory was replaced by other memory of the same shape, dtype and device (``p.data = q``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, RankReports
+from .gather import Gatherer
+from .gradients.base import Gradients
+from .gradients.checksums import compare_values
+from .gradients.unsharding import unshard_gradients
+from .placements import fsdp1
+from .state import KEYS, ParamShards
+from .state_dict import full, load
+from .state_dict.sharded import pack_groups
+from .storage.memory_order import memory_strides
+from .update.operators import Updater
+from .validation import named_params, params_of
+
+Groups = Sequence[dict[str, Any]]
+
+
+class ParamRegistry:
+    """Builds the shards of an optimizer from ``param_groups``, and notices when these have become others.
+
+    ``state`` is ``optimizer.state``. ``check`` raises unless all groups can be optimized, and returns their
+    fingerprint.
+    """
+
+    def __init__(
+        self,
+        state: dict[Any, Any],
+        shards: ParamShards,
+        gradients: Gradients,
+        gatherer: Gatherer,
+        updater: Updater,
+        check: Callable[[Groups], Fingerprint],
+    ) -> None:
+        self._state = state
+        self._shards = shards
+        self._gradients = gradients
+        self._gatherer = gatherer
+        self._communicators = gradients.communicators
+        self._updater = updater
+        self._checked_fingerprint = check
+        # Whether the ranks have compared the values from which all parameters start.
+        self.values_compared = False
+
+    def add_groups(self, groups: Groups, first: int) -> None:
+        """Build the shards of the groups from ``first`` on. Collective where replica groups make communicators."""
+        new = [(named_params(groups, index), groups[index]["lr"]) for index in range(first, len(groups))]
+        self._shards.add_groups(new)
+        self._gradients.extend(self._shards.buckets, self._shards.presharded)
+        self._gradients.agreement.resize(len(self._shards.members))
+        self._updater.reserve(self._shards.state_buffers)
+        self.values_compared = self._communicators.world_size == 1
+
+    def compare_values(self, reports: RankReports) -> None:
+        """Raise on every rank if parameters that are new, or were rebound on a rank, differ between ranks. Collective.
+
+        ``reports`` is what the agreement of this step returned. Called before anything is updated.
+        """
+        if not self.values_compared:
+            compare_values(self._gradients, self._communicators)
+            self.values_compared = True
+        elif reports.rebound:
+            own = sorted(self._shards.rebound)
+            rebound = {index for indices in self._communicators.host.exchange_objects(own) for index in indices}
+            compare_values(self._gradients, self._communicators, rebound)
+        if reports.rebound:
+            self._shards.rebound.clear()
+            self._gradients.agreement.rebound = False
+
+    # --- taking the groups as they are ----------------------------------------------------------------------
+
+    def adopt(self, groups: Groups) -> None:
+        """Build the shards anew from ``groups``; parameters keep their state, and in stage 2 their gradients.
+
+        Called if ``ParamShards.hold`` says that they are not current. Collective; if any rank raises, all do and
+        nothing changes. If a parameter has stepped, every rank holds all
+        state on the host for a moment.
+        """
+        if self._communicators.predates_group:
+            # Every rank finds that by itself, so nothing is sent.
+            raise RuntimeError(
+                f"dist_asgd: the optimizer was constructed before init_process_group(), for one process, and now there "
+                f"is a default group of {dist.get_world_size()} ranks: they would drift apart. Call "
+                f"init_process_group() first and construct the optimizer afterwards, or pass process_group (a group of "
+                f"this rank alone if each rank is to train by itself)."
+            )
+        call = CollectiveCall.ADOPT
+        # Only ranks that all have something to adopt may go on to the checks, which can communicate.
+        reports = self._gradients.agree(call, Fingerprint(self._change(groups), (), ""))
+        fingerprint, problem = NO_FINGERPRINT, None
+        try:
+            self._check(groups)
+            _rename(groups, {id(member.param): member.name for member in self._shards.members})
+            fingerprint = self._checked_fingerprint(groups)
+            known = {id(member.param) for member in self._shards.members}
+            # State that is there already for parameters that are new.
+            self._parse(groups, {p: e for p in params_of(groups) if id(p) not in known and (e := self._state.get(p))})
+        except Exception as error:
+            problem = error
+        self._gradients.agree(call, fingerprint, problem)
+        # From here on only a lost peer stops the ranks.
+        unshard_gradients(self._gradients, self._communicators, reports.union(0))
+        self._leave_state()
+        kept = {param: dict(self._state[param]) for param in params_of(groups) if self._state.get(param)}
+        loaded = self._parse(groups, kept)
+        self._gradients.clear(set_to_none=True)
+        self._shards.clear()
+        self._gatherer.forget_layouts()
+        self.add_groups(groups, 0)
+        if loaded.entries:
+            self._load(loaded, groups)
+        for param, entry in kept.items():
+            # Entries of the user's own stay.
+            self._state[param].update({key: v for key, v in entry.items() if key not in (*KEYS, load.MASTER_KEY)})
+
+    def _change(self, groups: Groups) -> str:
+        """The first difference between ``groups`` and the parameters that the shards were built for, for errors."""
+        names = {id(member.param): member.name for member in self._shards.members}
+        now = {id(param) for param in params_of(groups)}
+        gone = next((name for key, name in names.items() if key not in now), None)
+        new = next((name for i in range(len(groups)) for name, p in _positions(groups, i) if id(p) not in names), None)
+        if gone is not None and new is not None:
+            return f"parameter {gone} was replaced in param_groups ({new} is new)"
+        if gone is not None:
+            return f"parameter {gone} was removed from param_groups"
+        if new is not None:
+            return f"{new} was added to param_groups without add_param_group()"
+        converted = self._shards.converted() if self._shards.cohorts.is_fresh else None
+        if converted is not None:
+            param = converted.param
+            return (
+                f"parameter {converted.name} was moved or re-cast from {converted.dtype} on {converted.bucket.device} "
+                f"to {param.dtype} on {param.device}"
+            )
+        for index, (group, known) in enumerate(zip(groups, self._shards.params, strict=False)):
+            for param, before in zip(group["params"], known, strict=False):
+                if param is not before:
+                    return f"param_groups[{index}] has parameter {names[id(param)]} in the place of {names[id(before)]}"
+        return f"there are {len(groups)} groups, and were {len(self._shards.params)}"
+
+    def _check(self, groups: Groups) -> None:
+        """Raise on this rank if the state of ``groups`` cannot be adopted."""
+        self._shards.check_whole()
+        params = params_of(groups)
+        seen: dict[int, str] = {}
+        for index in range(len(groups)):
+            if not isinstance(groups[index]["params"], (list, tuple)):
+                raise TypeError(
+                    f"dist_asgd: param_groups[{index}]['params'] is a {type(groups[index]['params']).__name__}, wanted "
+                    f"a list of parameters."
+                )
+            for name, param in _positions(groups, index):
+                if not isinstance(param, Tensor) or not param.is_leaf:
+                    raise TypeError(f"dist_asgd: {name} is no parameter, but {type(param).__name__}.")
+                if id(param) in seen:
+                    raise ValueError(
+                        f"dist_asgd: {name} is {seen[id(param)]}, too. A parameter belongs to one group: remove it "
+                        f"from the other."
+                    )
+                seen[id(param)] = name
+        known = {id(member.param): member for member in self._shards.members}
+        for param in params:
+            member = known.get(id(param))
+            if member is None:
+                continue
+            if member.other_owner() is not None or not (
+                self._shards.cohorts.is_fresh or member.is_unmoved or member.is_rebound
+            ):
+                member.check_unmoved()
+            if not self._shards.cohort_of[member.index].fresh and not set(KEYS) <= set(self._state.get(param, ())):
+                raise RuntimeError(
+                    f"dist_asgd: the state of parameter {member.name} was removed from optimizer.state. Change it in "
+                    f"place, or through load_state_dict()."
+                )
+        if not self._shards.cohorts.is_fresh:
+            fsdp1.refuse("an edit of param_groups", [m.param for m in self._shards.members], "Build a new optimizer")
+
+    def _leave_state(self) -> None:
+        """Put the whole state of every parameter that has stepped into ``optimizer.state``, on the host. Collective."""
+        whole = full.collect_state(self._shards, self._communicators, None)
+        for member in self._shards.members:
+            entry = self._state.get(member.param)
+            if entry:
+                own = {key: value for key, value in entry.items() if key not in KEYS}
+                self._state[member.param] = {**own, **whole.get(member.index, {})}
+                if not self._state[member.param]:
+                    del self._state[member.param]
+
+    def _parse(self, groups: Groups, state: dict[Any, dict[str, Any]]) -> load.ParsedStateDict:
+        """``state``, whole tensors by parameter, as a state dict of ``groups``. ValueError if it does not fit."""
+        params = params_of(groups)
+        entries = {
+            index: {key: v for key, v in state[param].items() if key in (*KEYS, load.MASTER_KEY)}
+            for index, param in enumerate(params)
+            if param in state
+        }
+        names = [name for index in range(len(groups)) for name, _ in _positions(groups, index)]
+        targets = [
+            load.ParamTarget(name, p.dtype, tuple(p.shape), memory_strides(p), 0, p.numel(), True, p)
+            for name, p in zip(names, params, strict=True)
+        ]
+        packed = {"state": {i: entry for i, entry in entries.items() if entry}, "param_groups": pack_groups(groups)}
+        return load.parse(packed, groups, targets, {})
+
+    def _load(self, loaded: load.ParsedStateDict, groups: Groups) -> None:
+        """Give the new shards this rank's fragments of ``loaded``."""
+        for member in self._shards.members:
+            entry = loaded.entries.get(member.index)
+            if entry is not None and entry.master is not None and member.bucket.master is None:
+                loaded.entries[member.index] = replace(entry, master=None)
+        load.load_shards(loaded, self._shards.state_buffers)
+        self._shards.replace_cohorts(load.make_cohorts(loaded, self._shards.members, groups))
+
+
+def _positions(groups: Groups, index: int) -> list[tuple[str, Any]]:
+    """The parameters of a group, each with its place in ``param_groups``."""
+    return [(f"param_groups[{index}]['params'][{i}]", param) for i, param in enumerate(groups[index]["params"])]
+
+
+def _rename(groups: Groups, names: dict[int, str]) -> None:
+    """Make ``param_names`` follow the parameters in groups that have names; ``names`` are those known, by id."""
+    for index, group in enumerate(groups):
+        if "param_names" not in group:
+            continue
+        params, given = group["params"], list(group["param_names"])
+        places = [name for name, _ in _positions(groups, index)]
+        fallback = given if len(given) == len(params) else places
+        group["param_names"] = [names.get(id(p), other) for p, other in zip(params, fallback, strict=True)]

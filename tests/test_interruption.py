@@ -1,0 +1,212 @@
+"""Interrupted calls: whatever stops a call, at any line of it, parameters and averages are not mixed up, or it is said.
+
+A trace function raises at the n-th line that a call runs in the package, for every n, as Ctrl-C or a failed allocation
+may. The next call then finds parameters and state as they were, or raises and says that they may be torn.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dist_asgd
+from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from tests.harness.bits import same_bits
+from tests.harness.ranks import run
+
+PACKAGE = str(Path(dist_asgd.__file__).parent)
+OPTIONS: dict[str, Any] = {"lr": 0.5, "lambd": 0.0, "t0": 0, "bucket_cap_mb": 0.0005}
+
+
+class Interruption(BaseException):
+    """Is raised in the middle of a call, as KeyboardInterrupt is."""
+
+
+def interrupted(call: Callable[[], None], at_line: int, error: type[BaseException]) -> bool:
+    """Make ``call``, raising ``error`` before its line number ``at_line`` in the package; whether it had so many."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at_line:
+                sys.settrace(None)
+                raise error("interrupted")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except (Interruption, MemoryError):
+        pass
+    finally:
+        sys.settrace(before)
+    return lines >= at_line
+
+
+def trained(dtype: torch.dtype, **options: Any) -> tuple[list[Tensor], ShardedASGD]:
+    """Parameters of several buckets and an optimizer whose averages differ from them."""
+    params = [torch.nn.Parameter(torch.full((numel,), float(numel), dtype=dtype)) for numel in (300, 7, 129)]
+    optimizer = ShardedASGD(params, **OPTIONS, **options)
+    for step in range(4):
+        set_gradients(params, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(params), optimizer
+
+
+def set_gradients(params: list[Tensor], step: int) -> None:
+    """Gradients that are the same on all ranks."""
+    for index, param in enumerate(params):
+        param.grad = torch.full_like(param, 0.25 * (step + index + 1))
+
+
+def contents(params: list[Tensor], optimizer: ShardedASGD) -> list[Tensor]:
+    """Copies of all parameters and of this rank's averages."""
+    return [t.detach().clone() for p in params for t in (p, optimizer.state[p]["ax"])]
+
+
+def assert_untouched(params: list[Tensor], optimizer: ShardedASGD, expected: list[Tensor], when: str) -> None:
+    """Parameters and averages are to the bit what they were."""
+    found = contents(params, optimizer)
+    assert all(map(same_bits, found, expected)), when
+
+
+@pytest.mark.parametrize("error", [Interruption, MemoryError])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exchanged", "set aside"])
+def test_a_swap_is_whole_or_undone(dtype: torch.dtype, error: type[BaseException]) -> None:
+    """Whichever line of entering or leaving ``averaged_parameters()`` is interrupted."""
+    params, optimizer = trained(dtype)
+    expected = contents(params, optimizer)
+    averages = [optimizer.state[p]["ax"].clone() for p in params]
+
+    def evaluate() -> None:
+        with optimizer.averaged_parameters():
+            inside = [same_bits(p.detach(), ax.view_as(p).to(p.dtype)) for p, ax in zip(params, averages, strict=True)]
+            assert all(inside), f"mixed inside, line {line}"
+
+    line = 1
+    while interrupted(evaluate, line, error):
+        if optimizer.averages.is_swapped:
+            # Leaving has failed, and can be repeated.
+            evaluate()
+        assert_untouched(params, optimizer, expected, f"after line {line}")
+        line += 1
+    assert line > 100
+    set_gradients(params, 9)
+    optimizer.step()
+
+
+def refused(rank: int, world_size: int, stage: int) -> None:
+    """Job: memory runs out on the last rank while it exchanges; all raise that, and can enter afterwards."""
+    params, optimizer = trained(torch.bfloat16, stage=stage)
+    expected = contents(params, optimizer)
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory for this fragment")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == world_size - 1:
+            patch.setattr(optimizer.averages, "_exchange_all", exhausted)
+        wanted = f"no memory for this fragment.*rank {world_size - 1} of {world_size}"
+        with pytest.raises(RuntimeError, match=wanted), optimizer.averaged_parameters():
+            raise AssertionError("inside")
+    assert_untouched(params, optimizer, expected, "after the error")
+    with optimizer.averaged_parameters():
+        pass
+    assert_untouched(params, optimizer, expected, "afterwards")
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("gloo", 2), ("threads", 3)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rank_that_cannot_enter_is_an_error_on_all(backend: str, world_size: int, stage: int) -> None:
+    """In seconds, and their parameters are what they were."""
+    run(backend, world_size, refused, stage)
+
+
+# --- step, load ----------------------------------------------------------------------------------------------
+
+
+def trained_on(optimizer: ShardedASGD, params: list[Tensor], step: int) -> None:
+    """Take one step."""
+    set_gradients(params, step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"foreach": True}], ids=str)
+def test_an_interrupted_step_is_no_step_or_is_said(options: dict[str, Any]) -> None:
+    """Whichever line is interrupted; a load makes all whole again."""
+    twins, twin = trained(torch.float32, **options)
+    trained_on(twin, twins, 5)
+    after = contents(twins, twin)
+    params, optimizer = trained(torch.float32, **options)
+    before = contents(params, optimizer)
+    saved = copy.deepcopy(optimizer.consolidated_state_dict())
+    line, torn = 1, 0
+    set_gradients(params, 5)
+    while interrupted(optimizer.step, line, Interruption):
+        if optimizer.shards.torn_by is None:
+            found, steps = contents(params, optimizer), {optimizer.state[p]["step"].item() for p in params}
+            untouched = all(map(same_bits, found, before)) and steps == {4}
+            assert untouched or (all(map(same_bits, found, after)) and steps == {5}), f"torn in silence, line {line}"
+        else:
+            torn += 1
+            for call in (optimizer.step, optimizer.state_dict, optimizer.consolidated_state_dict):
+                with pytest.raises(RuntimeError, match=r"step\(\) was interrupted while it wrote"):
+                    call()
+        optimizer.zero_grad()  # what a reduction has lost is given up
+        optimizer.load_state_dict(saved)
+        with torch.no_grad():
+            for param, weight in zip(params, before[::2], strict=True):
+                param.copy_(weight)
+        set_gradients(params, 5)
+        line += 1
+    assert torn > 10
+
+
+def test_an_interrupted_load_is_said(tmp_path: Path) -> None:
+    """At any line after which something was written; loading once more makes all whole."""
+    params, optimizer = trained(torch.float32)
+    model = torch.nn.ParameterList(params)
+    save_checkpoint(tmp_path / "saved", model, optimizer, step=4)
+    expected = contents(params, optimizer)
+    trained_on(optimizer, params, 5)
+    moved = contents(params, optimizer)
+    lines = count_lines(lambda: load_checkpoint(tmp_path / "saved", model, optimizer))
+    assert_untouched(params, optimizer, expected, "loaded")
+    # The last lines write; those before, of which some are tried, only read.
+    for line in [*range(1, lines - 250, 211), *range(lines - 250, lines + 1)]:
+        with torch.no_grad():
+            for tensor, value in zip([t for p in params for t in (p, optimizer.state[p]["ax"])], moved, strict=True):
+                tensor.copy_(value)
+        interrupted(lambda: load_checkpoint(tmp_path / "saved", model, optimizer), line, Interruption)
+        found = contents(params, optimizer)
+        if optimizer.shards.torn_by is None:
+            assert all(map(same_bits, found, moved)) or all(map(same_bits, found, expected)), f"line {line}"
+        else:
+            with pytest.raises(RuntimeError, match="was interrupted while it wrote"):
+                optimizer.state_dict()
+    load_checkpoint(tmp_path / "saved", model, optimizer)
+    assert_untouched(params, optimizer, expected, "at last")
+
+
+def count_lines(call: Callable[[], Any]) -> int:
+    """How many lines of the package ``call`` runs."""
+    low, high = 1, 1
+    while interrupted(call, high, Interruption):
+        low, high = high, 2 * high
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if interrupted(call, middle, Interruption) else (low, middle)
+    return low
