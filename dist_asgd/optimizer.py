@@ -256,11 +256,11 @@ class ShardedASGD(torch.optim.Optimizer):
         self._refuse_inside_averages("step()")
         self.adopt_params()
         self._state_dicts.consolidated = None
-        self.shards.check_capture(self.param_groups)
+        if self.shards.on_cuda:
+            self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
-        fingerprint = (
-            NO_FINGERPRINT if problem else self._hyperparameters.fingerprint(self.param_groups, scaler is not None)
-        )
+        hypers = self._hyperparameters
+        fingerprint = NO_FINGERPRINT if problem else hypers.fingerprint(self.param_groups, scaler is not None)
         self._agreement.rebound = bool(self.shards.rebound)
         reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
         if reports.rebound or not self._registry.values_compared:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .comm import Communicators
 from .placements.copies import is_copy_of
 from .placements.dtensor import plain_tensor
-from .placements.presharded import PreshardedState, build_presharded, is_presharded
+from .placements.presharded import FSDP1Param, PreshardedState, build_presharded, is_presharded
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.layout import bucket_cap_bytes
@@ -90,7 +90,7 @@ class ParamShards:
         self._averages: list[Tensor] = []
         self._published: PublishedState | None = None
         self._shown = PublishedAverages([])
-        self._on_cuda = False
+        self.on_cuda = False
 
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
         """Move new groups, (named parameters, lr) each, into buckets, and give them fresh state.
@@ -153,7 +153,7 @@ class ParamShards:
 
     def _publish(self) -> None:
         self._last_plan = self._published = None
-        self._on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
+        self.on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
         self._averages = [member.state_entry(member.average) for member in self.members]
         self._shown = PublishedAverages([plain_tensor(average) for average in self._averages])
         for member in self.members:
@@ -250,11 +250,15 @@ class ParamShards:
         return not self.cohorts.is_fresh or (self.converted() is None and not self._communicators.predates_group)
 
     def converted(self) -> ShardedParam | None:
-        """The first parameter that has another shape, dtype or device than its shards were built for, if any has."""
+        """The first parameter that has another shape, dtype or device than its shards were built for, if any has.
+
+        Those of FSDP1 do not count: inside ``summon_full_params()`` they are whole for a moment only.
+        """
         suspects: Iterable[ShardedParam] = [member for buffer in self.presharded for member in buffer.members]
         if not all(snapshot.is_current() for snapshot in self._snapshots):
             suspects = self.members
-        return next((member for member in suspects if not (member.is_unmoved or member.is_rebound)), None)
+        lasting = (member for member in suspects if not isinstance(member, FSDP1Param))
+        return next((member for member in lasting if not (member.is_unmoved or member.is_rebound)), None)
 
     def torn_problem(self) -> RuntimeError | None:
         """The error of calls after one that was interrupted while it wrote; None if all is whole."""
@@ -298,7 +302,7 @@ class ParamShards:
 
     def check_capture(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise RuntimeError if a CUDA graph is being captured that would repeat one step's host scalars for ever."""
-        if not self._on_cuda or not torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_current_stream_capturing():
             return
         for index, group in enumerate(groups):
             if not group["capturable"]:
