@@ -270,7 +270,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def _problem(self, before_load: bool = False) -> Exception | None:
         """What is wrong on this rank with parameters, state or (before a load replaces them) hyperparameters."""
         try:
-            self.shards.check_unchanged()
+            self.shards.check_unchanged(self.state)
             if not before_load:
                 if self.shards.torn_by is not None:
                     self.shards.check_whole()

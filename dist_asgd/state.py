@@ -170,12 +170,17 @@ class ParamShards:
         cohort = self.cohort_of[member.index]
         return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._averages[member.index]}
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, state: object) -> None:
         """Raise RuntimeError if a parameter or its state on this rank is not what the shards were built for.
 
-        Called before anything reads an address. Not collective: the caller hands the error to the agreement, which
-        raises on every rank.
+        ``state`` is what the optimizer has as its state now. Called before anything reads an address. Not collective:
+        the caller hands the error to the agreement, which raises on every rank.
         """
+        if state is not self._state:
+            raise RuntimeError(
+                "dist_asgd: optimizer.state was replaced by another dict, which would be ignored: the state lies in "
+                "flat memory. To start anew construct a new optimizer; to go on from other state load_state_dict()."
+            )
         if not all(snapshot.is_current() for snapshot in self._snapshots):
             self._follow_rebound()
         for buffer in self.presharded:

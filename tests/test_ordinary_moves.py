@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -181,3 +182,24 @@ def sharded(_rank: int, world_size: int, replicated: bool) -> None:
 def test_averages_of_dtensors_are_followed(replicated: bool) -> None:
     """Through their local tensors."""
     run("gloo", 2, sharded, replicated)
+
+
+def resets(rank: int, world_size: int, stage: int) -> None:
+    """Job: the usual reset, on the last rank at least: the state is another dict."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = ShardedASGD([("weight", param)], lr=0.1, stage=stage)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    if rank == world_size - 1:
+        optimizer.state = defaultdict(dict)
+    param.grad = torch.ones(3)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+
+
+@worlds
+@both
+def test_state_that_was_reset_is_an_error_on_all_ranks(backend: str, world_size: int, stage: int) -> None:
+    """It had been ignored: the next step counted on."""
+    for error in run_errors(backend, world_size, resets, stage):
+        assert "optimizer.state was replaced" in error.message

@@ -125,7 +125,7 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
     shards = optimizer.shards
     params = [member.param for member in shards.members]
     fsdp1.refuse("export_averaged()", params, "Save ax of FSDP.optim_state_dict(model, optimizer)")
-    shards.check_unchanged()
+    shards.check_unchanged(optimizer.state)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
     names = names_of(model, optimizer).of_model
