@@ -178,7 +178,7 @@ class ShardedASGD(torch.optim.Optimizer):
             problem = error
         try:
             self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, problem)
-        except Exception:
+        except BaseException:
             del self.param_groups[first:]
             raise
         self._add_storage(first)
@@ -188,7 +188,7 @@ class ShardedASGD(torch.optim.Optimizer):
         index = len(self.param_groups) - 1
         try:
             check_new_group(self.param_groups, self.communicators, self._precision, self.is_differentiable, self._stage)
-        except Exception:
+        except BaseException:
             del self.param_groups[index]
             raise
 
@@ -211,10 +211,11 @@ class ShardedASGD(torch.optim.Optimizer):
 
         Called first in every call that uses the parameters, also by ``checkpoint``.
         """
+        self._registry.check_complete()
         if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
             return
-        self._registry.adopt(self.param_groups)
         self._state_dicts.forget_averages()
+        self._registry.adopt(self.param_groups)
 
     # --- the step ------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ rebound    a parameter whose memory was replaced by other memory of the same sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -60,15 +61,38 @@ class ParamRegistry:
         self._checked_fingerprint = check
         # Whether the ranks have compared the values from which all parameters start.
         self.values_compared = False
+        # The call that builds shards, or was interrupted while it did; None if they are complete.
+        self._built_by: str | None = None
+
+    def check_complete(self) -> None:
+        """Raise RuntimeError on this rank alone if a call was interrupted while it built the shards.
+
+        Called first in every call that uses the parameters. Nothing is sent: messages have the size of complete shards.
+        """
+        if self._built_by is not None:
+            raise RuntimeError(
+                f"dist_asgd: {self._built_by} was interrupted while it built the shards, and the optimizer is "
+                f"incomplete. Construct a new one and load a checkpoint (load_checkpoint()), or restart the job from "
+                f"one."
+            )
+
+    @contextmanager
+    def _building(self, call: str) -> Iterator[None]:
+        """Inside, ``call`` builds shards; they are incomplete if it does not come to its end."""
+        outer = self._built_by
+        self._built_by = outer or call
+        yield
+        self._built_by = outer
 
     def add_groups(self, groups: Groups, first: int) -> None:
         """Build the shards of the groups from ``first`` on. Collective where replica groups make communicators."""
         new = [(named_params(groups, index), groups[index]["lr"]) for index in range(first, len(groups))]
-        self._shards.add_groups(new)
-        self._gradients.extend(self._shards.buckets, self._shards.presharded)
-        self._gradients.agreement.resize(len(self._shards.members))
-        self._updater.reserve(self._shards.state_buffers)
-        self.values_compared = self._communicators.world_size == 1
+        with self._building("add_param_group()"):
+            self._shards.add_groups(new)
+            self._gradients.extend(self._shards.buckets, self._shards.presharded)
+            self._gradients.agreement.resize(len(self._shards.members))
+            self._updater.reserve(self._shards.state_buffers)
+            self.values_compared = self._communicators.world_size == 1
 
     def compare_values(self, reports: RankReports) -> None:
         """Raise on every rank if parameters that are new, or were rebound on a rank, differ between ranks. Collective.
@@ -117,20 +141,21 @@ class ParamRegistry:
         except Exception as error:
             problem = error
         self._gradients.agree(call, fingerprint, problem)
-        # From here on only a lost peer stops the ranks.
-        unshard_gradients(self._gradients, self._communicators, reports.union(0))
-        self._leave_state()
-        kept = {param: dict(self._state[param]) for param in params_of(groups) if self._state.get(param)}
-        loaded = self._parse(groups, kept)
-        self._gradients.clear(set_to_none=True)
-        self._shards.clear()
-        self._gatherer.forget_layouts()
-        self.add_groups(groups, 0)
-        if loaded.entries:
-            self._load(loaded, groups)
-        for param, entry in kept.items():
-            # Entries of the user's own stay.
-            self._state[param].update({key: v for key, v in entry.items() if key not in (*KEYS, load.MASTER_KEY)})
+        # From here on only a lost peer or an interruption stops the ranks.
+        with self._building("a call after an edit of param_groups"):
+            unshard_gradients(self._gradients, self._communicators, reports.union(0))
+            self._leave_state()
+            kept = {param: dict(self._state[param]) for param in params_of(groups) if self._state.get(param)}
+            loaded = self._parse(groups, kept)
+            self._gradients.clear(set_to_none=True)
+            self._shards.clear()
+            self._gatherer.forget_layouts()
+            self.add_groups(groups, 0)
+            if loaded.entries:
+                self._load(loaded, groups)
+            for param, entry in kept.items():
+                # Entries of the user's own stay.
+                self._state[param].update({key: v for key, v in entry.items() if key not in (*KEYS, load.MASTER_KEY)})
 
     def _change(self, groups: Groups) -> str:
         """The first difference between ``groups`` and the parameters that the shards were built for, for errors."""

@@ -210,3 +210,60 @@ def count_lines(call: Callable[[], Any]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if interrupted(call, middle, Interruption) else (low, middle)
     return low
+
+
+# --- groups --------------------------------------------------------------------------------------------------
+
+
+def add_to_group(optimizer: ShardedASGD, param: Tensor) -> None:
+    """Edit a group as torch allows; the next call builds the shards anew."""
+    optimizer.param_groups[0]["params"].append(param)
+    optimizer.state_dict()
+
+
+def add_group(optimizer: ShardedASGD, param: Tensor) -> None:
+    """Add a group by the method."""
+    optimizer.add_param_group({"params": [param]})
+
+
+def steps_after(optimizer: ShardedASGD) -> list[Tensor]:
+    """Train two steps more, and return parameters and averages of all groups."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in (6, 7):
+        trained_on(optimizer, params, step)
+    return contents(params, optimizer)
+
+
+@pytest.mark.parametrize("change", [add_to_group, add_group])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("first_line", [1, 2, 3])
+def test_an_interrupted_change_of_groups_is_whole_undone_or_said(
+    change: Callable[[ShardedASGD, Tensor], None], stage: int, first_line: int
+) -> None:
+    """Training goes on as if the change had been made, or as if it had not, or the next call says what to do."""
+
+    def changed(line: int | None) -> tuple[ShardedASGD, bool]:
+        _, optimizer = trained(torch.float32, stage=stage)
+        added = torch.nn.Parameter(torch.ones(11))
+        if line is None:
+            change(optimizer, added)
+            return optimizer, True
+        return optimizer, interrupted(lambda: change(optimizer, added), line, Interruption)
+
+    expected = {3: steps_after(trained(torch.float32, stage=stage)[1]), 4: steps_after(changed(None)[0])}
+    line, said, stride = first_line, 0, 11
+    while True:
+        optimizer, was_interrupted = changed(line)
+        if not was_interrupted:
+            break
+        try:
+            found = steps_after(optimizer)
+        except RuntimeError as error:
+            if "was interrupted while it built the shards" not in str(error):
+                raise
+            said += 1
+        else:
+            num_params = len(found) // 2
+            assert all(map(same_bits, found, expected[num_params])), f"mixed up in silence, line {line}"
+        line += stride
+    assert said > 10

@@ -241,7 +241,8 @@ class Saver:
                 # The files stay as a leftover: to remove them all ranks would have to agree, and one is gone.
                 raise
             except Exception:
-                # Raised on every rank alike, so nobody writes any more.
+                # Raised on every rank alike, so nobody writes any more. An interruption is this rank's own: it leaves
+                # the files too, as the others still write.
                 self._run_on_first(call, lambda: directory.discard(temporary))
                 raise
         except PeerError as error:
