@@ -173,10 +173,10 @@ class ShardedASGD(torch.optim.Optimizer):
         self.adopt_params()
         first, problem = len(self.param_groups), None
         try:
-            self._add_checked(param_group)
-        except Exception as error:
-            problem = error
-        try:
+            try:
+                self._add_checked(param_group)
+            except Exception as error:
+                problem = error
             self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, problem)
         except BaseException:
             del self.param_groups[first:]
@@ -185,12 +185,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
         _base("add_param_group")(self, param_group)
-        index = len(self.param_groups) - 1
-        try:
-            check_new_group(self.param_groups, self.communicators, self._precision, self.is_differentiable, self._stage)
-        except BaseException:
-            del self.param_groups[index]
-            raise
+        check_new_group(self.param_groups, self.communicators, self._precision, self.is_differentiable, self._stage)
 
     @public_call
     def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
