@@ -206,7 +206,6 @@ class ShardedASGD(torch.optim.Optimizer):
 
         Called first in every call that uses the parameters, also by ``checkpoint``.
         """
-        self._registry.check_complete()
         if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
             return
         self._state_dicts.forget_averages()

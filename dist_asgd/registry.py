@@ -61,17 +61,15 @@ class ParamRegistry:
         self._checked_fingerprint = check
         # Whether the ranks have compared the values from which all parameters start.
         self.values_compared = False
-        # The call that builds shards, or was interrupted while it did; None if they are complete.
-        self._built_by: str | None = None
 
-    def check_complete(self) -> None:
+    def _check_complete(self) -> None:
         """Raise RuntimeError on this rank alone if a call was interrupted while it built the shards.
 
-        Called first in every call that uses the parameters. Nothing is sent: messages have the size of complete shards.
+        Nothing is sent: messages have the size of complete shards.
         """
-        if self._built_by is not None:
+        if self._shards.built_by is not None:
             raise RuntimeError(
-                f"dist_asgd: {self._built_by} was interrupted while it built the shards, and the optimizer is "
+                f"dist_asgd: {self._shards.built_by} was interrupted while it built the shards, and the optimizer is "
                 f"incomplete. Construct a new one and load a checkpoint (load_checkpoint()), or restart the job from "
                 f"one."
             )
@@ -79,10 +77,10 @@ class ParamRegistry:
     @contextmanager
     def _building(self, call: str) -> Iterator[None]:
         """Inside, ``call`` builds shards; they are incomplete if it does not come to its end."""
-        outer = self._built_by
-        self._built_by = outer or call
+        outer = self._shards.built_by
+        self._shards.built_by = outer or call
         yield
-        self._built_by = outer
+        self._shards.built_by = outer
 
     def add_groups(self, groups: Groups, first: int) -> None:
         """Build the shards of the groups from ``first`` on. Collective where replica groups make communicators."""
@@ -119,6 +117,7 @@ class ParamRegistry:
         nothing changes. If a parameter has stepped, every rank holds all
         state on the host for a moment.
         """
+        self._check_complete()
         if self._communicators.predates_group:
             # Every rank finds that by itself, so nothing is sent.
             raise RuntimeError(

@@ -65,6 +65,8 @@ class ParamShards:
         self._logged = False
         # The call that writes parameters and state now, or that was interrupted while it did.
         self.torn_by: str | None = None
+        # The call that builds shards, or was interrupted while it did; None if they are complete.
+        self.built_by: str | None = None
         self.clear()
 
     # --- construction ---------------------------------------------------------------------------------------
@@ -243,11 +245,11 @@ class ParamShards:
         self.rebound.update(member.index for member in moved)
 
     def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether the shards were built for the parameters of ``groups``; before the first step, as these are now.
+        """Whether complete shards were built for the parameters of ``groups``; before the first step, as these are now.
 
         Called first in every call that uses the parameters; False asks for ``ParamRegistry.adopt``.
         """
-        if len(groups) != len(self.params):
+        if len(groups) != len(self.params) or self.built_by is not None:
             return False
         for group, known in zip(groups, self.params, strict=True):
             if not are_same(group["params"], known):
