@@ -29,7 +29,6 @@ from .gradients.reducer import Reducer
 from .placements import fsdp1
 from .registry import ParamRegistry
 from .state import ParamShards
-from .state_dict import full
 from .state_dict.state_dicts import StateDicts
 from .storage.buffers import Precision
 from .storage.layout import MIN_BUCKETS
@@ -136,7 +135,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._hyperparameters = Hyperparameters()
         defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
-        defaults |= {"capturable": capturable, "fused": fused}
+        # torch.optim.ASGD's groups do not have this key, and ours only if it was given: see ``pack``.
+        defaults |= {"capturable": capturable, **({} if fused is None else {"fused": fused})}
         self._constructed = False
         problem = self.communicators.problem
         try:
@@ -403,8 +403,7 @@ class ShardedASGD(torch.optim.Optimizer):
         remedy = "Call FSDP.optim_state_dict(model, optimizer)"
         fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
         if not self.is_differentiable:
-            fingerprint, problem = full.fingerprint_of(to, self.communicators.world_size)
-            problem = problem or self.shards.torn_problem() or self.shards.state_problem()
+            fingerprint, problem = self._state_dicts.before_full(to)
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
         return self._state_dicts.full(to)
 

@@ -26,7 +26,7 @@ from .gradients.base import Gradients
 from .gradients.checksums import compare_values
 from .gradients.unsharding import unshard_gradients
 from .placements import fsdp1
-from .state import KEYS, ParamShards
+from .state import KEYS, MASTER_KEY, ParamShards
 from .state_dict import full, load
 from .state_dict.sharded import pack_groups
 from .storage.memory_order import memory_strides
@@ -154,7 +154,7 @@ class ParamRegistry:
                 self._load(loaded, groups)
             for param, entry in kept.items():
                 # Entries of the user's own stay.
-                self._state[param].update({key: v for key, v in entry.items() if key not in (*KEYS, load.MASTER_KEY)})
+                self._state[param].update({key: v for key, v in entry.items() if key not in (*KEYS, MASTER_KEY)})
 
     def _change(self, groups: Groups) -> str:
         """The first difference between ``groups`` and the parameters that the shards were built for, for errors."""
@@ -233,7 +233,7 @@ class ParamRegistry:
         """``state``, whole tensors by parameter, as a state dict of ``groups``. ValueError if it does not fit."""
         params = params_of(groups)
         entries = {
-            index: {key: v for key, v in state[param].items() if key in (*KEYS, load.MASTER_KEY)}
+            index: {key: v for key, v in state[param].items() if key in (*KEYS, MASTER_KEY)}
             for index, param in enumerate(params)
             if param in state
         }

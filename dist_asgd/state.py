@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,15 +21,21 @@ from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot
 from .update.batch import Batch
 from .update.plan import plan_batches
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
-from .validation import check_apart
+from .validation import check_apart, named_params
 
 _LOG = logging.getLogger(__name__)
 KEYS = ("step", "eta", "mu", "ax")
+MASTER_KEY = "master"
 # The value of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes.
 LOAD_CHECKPOINT = "load_checkpoint()"
 
 NamedParams = Sequence[tuple[str, Tensor]]
 Plan = list[tuple[StateBuffer, Sequence[Batch]]]
+
+
+def own_entries(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What users keep in the ``entry`` of a parameter in ``optimizer.state`` beside what the optimizer keeps there."""
+    return {key: value for key, value in entry.items() if key not in (*KEYS, MASTER_KEY)}
 
 
 class ParamShards:
@@ -153,13 +159,20 @@ class ParamShards:
         self.cohorts.replace(cohorts)
         self._publish()
 
+    def rename(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take the names of ``groups``, which a load may have replaced, for errors and for later changes of groups."""
+        names = [name for index in range(len(groups)) for name, _ in named_params(groups, index)]
+        for member, name in zip(self.members, names, strict=True):
+            member.name = name
+
     def _publish(self) -> None:
         self._last_plan = self._published = None
         self.on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
         self._averages = [member.state_entry(member.average) for member in self.members]
         self._shown = PublishedAverages([plain_tensor(average) for average in self._averages])
         for member in self.members:
-            self._state[member.param] = self._entries(member)
+            own = own_entries(self._state.get(member.param, {}))
+            self._state[member.param] = {**self._entries(member), **own}
 
     def _publish_scalars(self, indices: Iterable[int]) -> None:
         """Publish the scalars of these parameters, which have become other tensors."""

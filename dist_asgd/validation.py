@@ -26,6 +26,8 @@ from .update import backend
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
 FORMS = ("foreach", "fused")
+# A hyperparameter that groups need not have; None is meant then.
+OPTIONAL = ("fused",)
 HYPERPARAMETERS = (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS)
 DTYPES = (
     torch.float32,
@@ -40,7 +42,7 @@ DTYPES = (
 def stays_on_device(group: dict[str, Any], key: str) -> bool:
     """Whether a hyperparameter is read by the device only: a learning rate on a GPU, with the fused kernel."""
     value = group[key]
-    return bool(group["fused"]) and isinstance(value, Tensor) and backend.of(value.device) is backend.TRITON
+    return bool(group.get("fused")) and isinstance(value, Tensor) and backend.of(value.device) is backend.TRITON
 
 
 def scalar(value: Any) -> float:
@@ -146,7 +148,7 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
     ``where`` names the group in errors. ``devices`` are those of its parameters; if None, they are looked up. The
     constructor and ``add_param_group`` call this, and so does every step if a hyperparameter was replaced.
     """
-    missing = [key for key in HYPERPARAMETERS if key not in group]
+    missing = [key for key in HYPERPARAMETERS if key not in group and key not in OPTIONAL]
     if missing:
         raise ValueError(f"dist_asgd: {where} lacks {missing}: set them again, or load a state dict that has them.")
     for key in REAL_HYPERPARAMETERS:
@@ -169,10 +171,10 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
         if not isinstance(group[key], bool):
             raise ValueError(f"dist_asgd: {where}: {key} must be True or False, got {group[key]!r}.")
     for key in FORMS:
-        if group[key] is not None and not isinstance(group[key], bool):
-            raise ValueError(f"dist_asgd: {where}: {key} must be None, True or False, got {group[key]!r}.")
+        if not isinstance(form := group.get(key), bool | None):
+            raise ValueError(f"dist_asgd: {where}: {key} must be None, True or False, got {form!r}.")
     _check_fused(group, where, devices)
-    if group["capturable"] and not group["fused"]:
+    if group["capturable"] and not group.get("fused"):
         raise ValueError(
             f"dist_asgd: {where}: capturable=True without fused=True: step, eta and mu live on the host then, where a "
             f"CUDA graph does not see them. Pass fused=True (CUDA parameters), or capturable=False: a step does not "
@@ -182,7 +184,7 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
 
 def _check_fused(group: dict[str, Any], where: str, known: Iterable[torch.device] | None) -> None:
     """Raise ValueError if ``fused=True`` does not fit the other options, or a device has no kernel."""
-    if not group["fused"]:
+    if not group.get("fused"):
         return
     for key in ("foreach", "differentiable"):
         if group[key]:
@@ -436,4 +438,4 @@ def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
     plain: list[tuple[str, object]] = [
         (key, "on the device" if stays_on_device(group, key) else scalar(group[key])) for key in REAL_HYPERPARAMETERS
     ]
-    return (*plain, *((key, group[key]) for key in (*FLAGS, *FORMS)))
+    return (*plain, *((key, group.get(key)) for key in (*FLAGS, *FORMS)))

@@ -7,8 +7,9 @@ and ``make_cohorts``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from ..comm.agreement import Fingerprint
 from ..placements.dtensor import is_dtensor, local_tensor, same_placement
 from ..placements.presharded import DTensorParam, FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
+from ..state import KEYS, MASTER_KEY
 from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
+from . import own_entries
 
-STATE_KEYS = ("step", "eta", "mu", "ax")
-MASTER_KEY = "master"
+STATE_KEYS = KEYS
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -55,10 +57,15 @@ class ParamState:
 
 @dataclass(frozen=True, slots=True)
 class ParsedStateDict:
-    """A parsed state dict: the entries by parameter index, and the new values of all groups."""
+    """A parsed state dict: the entries by parameter index, and the new values of all groups.
+
+    ``own`` are own entries of parameters, by index, and ``shared`` those of the optimizer; see ``own_entries.py``.
+    """
 
     entries: dict[int, ParamState]
     groups: list[dict[str, Any]]
+    own: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ def parse(
     groups: Sequence[dict[str, Any]],
     targets: Sequence[ParamTarget],
     defaults: dict[str, Any],
+    live: Mapping[Any, Any] = MappingProxyType({}),
 ) -> ParsedStateDict:
     """Parse and check ``state_dict``, and change nothing. No communication.
 
@@ -115,6 +123,7 @@ def parse(
         groups: the optimizer's ``param_groups``.
         targets: one per parameter, in index order.
         defaults: the optimizer's defaults, for options that an older torch did not save.
+        live: ``optimizer.state`` as it is, which says how own entries of DTensors are placed.
 
     Raises:
         ValueError: the dict does not fit the optimizer.
@@ -139,28 +148,52 @@ def parse(
         )
     ids = [identity for group in saved_groups for identity in group["params"]]
     index_of = {identity: index for index, identity in enumerate(ids)}
-    unknown = [key for key in state_dict["state"] if key not in index_of]
+    state = state_dict["state"]
+    unlisted = {key: value for key, value in state.items() if key not in index_of}
+    unknown = [key for key, value in unlisted.items() if _names_a_param(key, value)]
     if unknown:
         raise ValueError(f"dist_asgd: the state dict has state for {unknown[:3]}, which no parameter group lists.")
     lr_of = {identity: group.get("lr") for group in saved_groups for identity in group["params"]}
+    # An empty entry is none: reading state[p] of torch's optimizers makes one.
+    saved_of = {index_of[identity]: state[identity] for identity in ids if not _is_absent(state.get(identity))}
     entries = {
-        index: _entry(targets[index], state_dict["state"][identity], lr_of[identity])
-        for identity, index in index_of.items()
-        if identity in state_dict["state"]
+        index: _entry(targets[index], saved, lr_of[ids[index]])
+        for index, saved in saved_of.items()
+        if not _is_empty_part(targets[index], saved)
+    }
+    own = {
+        index: own_entries.cast_as_torch(targets[index].param, saved, live.get(targets[index].param, {}))
+        for index, saved in saved_of.items()
     }
     new_groups = [
         _group(i, saved, group, defaults) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
     ]
-    return ParsedStateDict(entries, new_groups)
+    return ParsedStateDict(entries, new_groups, own, unlisted)
+
+
+def _names_a_param(key: object, value: object) -> bool:
+    """Whether an entry of ``state`` that no group lists is the state of a parameter, and no own entry of the user's."""
+    if not isinstance(value, dict):
+        return isinstance(key, Tensor)
+    return isinstance(key, int | Tensor) or value.keys() >= set(STATE_KEYS)
+
+
+def _is_absent(saved: Any) -> bool:
+    return saved is None or (isinstance(saved, dict) and not saved)
+
+
+def _is_empty_part(target: ParamTarget, saved: Any) -> bool:
+    """Whether ``saved`` has only own entries of an FSDP1 parameter of which this rank holds nothing."""
+    return target.is_fsdp1 and not target.numel and isinstance(saved, dict) and not saved.keys() & set(STATE_KEYS)
 
 
 def _entry(target: ParamTarget, saved: Any, lr: Any) -> ParamState:
     """Check the state of one parameter; ``lr`` is that of its group in the dict."""
-    if not isinstance(saved, dict) or set(saved) - {MASTER_KEY} != set(STATE_KEYS):
+    if not isinstance(saved, dict) or not saved.keys() >= set(STATE_KEYS):
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(
-            f"dist_asgd: the state of parameter {target.name} has {got}, wanted {list(STATE_KEYS)}: this is not the "
-            f"state of an ASGD optimizer."
+            f"dist_asgd: the state of parameter {target.name} has {got}, wanted {list(STATE_KEYS)} at least: this is "
+            f"not the state of an ASGD optimizer."
         )
     for key in ("step", "eta", "mu"):
         value = saved[key]
@@ -280,6 +313,11 @@ def _plain_name(name: str) -> str:
 def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return the new values of a group; ValueError if the dict names its parameters differently."""
     names, own_names = saved.get("param_names"), own.get("param_names")
+    if names is not None and len(names) != len(own["params"]):
+        raise ValueError(
+            f"dist_asgd: param_groups[{index}] of the state dict has {len(own['params'])} parameters and {len(names)} "
+            f"param_names. Delete the names, or give one for each parameter."
+        )
     if names is not None and own_names is not None:
         for position, (got, wanted) in enumerate(zip(names, own_names, strict=True)):
             if _plain_name(got) != _plain_name(wanted):
@@ -293,11 +331,12 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
         loaded.setdefault(key, value)
     # These options say how this process runs, and a dict that was saved elsewhere does not change that.
     for key in ("capturable", "differentiable", "fused"):
-        loaded[key] = own[key]
-    if own_names is not None:
+        loaded.pop(key, None)
+        if key in own:
+            loaded[key] = own[key]
+    # As in torch, names in the dict replace those of the group.
+    if names is None and own_names is not None:
         loaded["param_names"] = own_names
-    else:
-        loaded.pop("param_names", None)
     return loaded
 
 
@@ -306,6 +345,7 @@ def fingerprint(loaded: ParsedStateDict, targets: Sequence[ParamTarget]) -> Fing
     entries: list[tuple[str, object]] = []
     for index, group in enumerate(loaded.groups):
         entries += [(f"param_groups[{index}][{key!r}]", value) for key, value in hyperparameters(group)]
+        entries.append((f"param_groups[{index}]['param_names']", group.get("param_names")))
     for index, entry in sorted(loaded.entries.items()):
         if targets[index].is_fsdp1:
             # Ranks that hold nothing of an FSDP1 parameter have no entry for it.

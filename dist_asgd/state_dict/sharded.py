@@ -5,7 +5,7 @@ The other forms of state dict pack groups (``pack_groups``) and scalars (``snaps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,15 +72,22 @@ ShardTensorCache = dict[int, ShardTensor]
 
 
 def pack(
-    groups: Sequence[dict[str, Any]], shards: ParamShards, communicators: Communicators, cache: ShardTensorCache
+    groups: Sequence[dict[str, Any]],
+    shards: ParamShards,
+    communicators: Communicators,
+    cache: ShardTensorCache,
+    with_own: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return torch's layout with this rank's fragment of each sharded tensor. No communication.
 
     Averages share memory with the optimizer's state, scalars and masters are copies. Frozen parameters that never
-    stepped have no entry, as in torch. FSDP1 parameters of which this rank holds nothing have none either.
+    stepped have no entry, as in torch, unless they have own entries (``with_own`` has the indices of those that do).
+    FSDP1 parameters of which this rank holds nothing have none either.
     """
     cohort_of = shards.cohort_of
-    members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
+    members = [
+        m for m in shards.members if m.param.requires_grad or m.index in with_own or not cohort_of[m.index].fresh
+    ]
     members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
     entries = _EntryTensors(shards.members, communicators, cache)
@@ -97,7 +104,8 @@ def pack(
     for index, group in enumerate(packed):
         # torch's helpers expect the keys of live groups, and torch.optim.ASGD's checkpoints do not have this one. DCP
         # neither writes an empty mapping nor asks for it.
-        group["fused"] = {}
+        if "fused" in groups[index]:
+            group["fused"] = {}
         if index in with_fragments:
             group["differentiable"] = NotGatherable()
     return {"state": state, "param_groups": packed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,9 @@ from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..gather import Gatherer
 from ..state import ParamShards
 from ..storage.snapshots import mark_written
-from ..validation import check_hyperparameters, named_params
-from . import full, load, sharded, unsharded
+from ..validation import check_hyperparameters, named_params, params_of
+from . import full, load, own_entries, sharded, unsharded
+from .whole_tensors import whole_dtensors
 
 
 class StateDicts:
@@ -63,27 +65,64 @@ class StateDicts:
         _before_state_dict(optimizer)
         if self._shards is not None:
             self._shards.follow_state()
+        groups, state = optimizer.param_groups, optimizer.state
+        params = params_of(groups)
         if self._shards is None:
-            packed = unsharded.pack(optimizer.param_groups, optimizer.state)
+            packed = unsharded.pack(groups, state)
         else:
-            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._cache)
+            with_own = own_entries.of_params(state, params)
+            packed = sharded.pack(groups, self._shards, self._communicators, self._cache, with_own.keys())
+        own_entries.add(packed["state"], state, params)
         return _after_state_dict(optimizer, packed)
+
+    def before_full(self, to: int | None) -> tuple[Fingerprint, Exception | None]:
+        """Get ready for ``full(to)``; return what ranks have to agree on before it, and this rank's problem.
+
+        No communication. Hooks that come before a state dict run here, on the ranks that get it.
+        """
+        fingerprint, problem = full.fingerprint_of(to, self._communicators.world_size)
+        if self._shards is None or problem is not None:
+            return fingerprint, problem
+        try:
+            self._shards.check_whole()
+            self._shards.follow_state()
+            if to is None or to == self._communicators.rank:
+                _before_state_dict(self._optimizer)
+            state, members = self._optimizer.state, self._shards.members
+            own_entries.check_whole(state, members, self._communicators)
+            described = own_entries.descriptions(state, members)
+            fingerprint = replace(fingerprint, entries=[*fingerprint.entries, *described])
+        except Exception as error:
+            problem = error
+        return fingerprint, problem
 
     @torch.no_grad()
     def full(self, to: int | None) -> dict[str, Any]:
         """Return the whole state on rank ``to`` (None: on all ranks), and {} on the others. Collective.
 
-        ``consolidated_state_dict()`` calls it, once all ranks agree on ``to``. Hooks run only on ranks that get it.
+        ``consolidated_state_dict()`` calls it, once all ranks agree on ``before_full(to)``. Hooks run only on ranks
+        that get it.
         """
         if self._shards is None:
             return self.sharded()
-        here = to is None or to == self._communicators.rank
-        if here:
-            _before_state_dict(self._optimizer)
-        state = full.collect_state(self._shards, self._communicators, to)
-        if not here:
+        shards, communicators = self._shards, self._communicators
+        groups, live = self._optimizer.param_groups, self._optimizer.state
+        whole = full.collect_state(shards, communicators, to)
+        placed = own_entries.sharded(live, shards.members)
+        gathered = list(whole_dtensors([value for *_, value in placed], communicators, to))
+        if to is not None and to != communicators.rank:
             return {}
-        packed = {"state": state, "param_groups": sharded.pack_groups(self._optimizer.param_groups)}
+        state: dict[Any, Any] = dict(whole)
+        for index in own_entries.of_params(live, params_of(groups)).keys() - whole.keys():
+            member = shards.members[index]
+            scalars = sharded.snapshots_of([member], shards.cohort_of)[index]
+            state[index] = own_entries.fresh_entry(member, scalars, groups[member.bucket.group_index]["lr"])
+        state = dict(sorted(state.items()))
+        own_entries.add_copies(state, live, params_of(groups))
+        for position, tensor in gathered:
+            index, key, _ = placed[position]
+            state[index][key] = tensor
+        packed = {"state": state, "param_groups": sharded.pack_groups(groups)}
         return _after_state_dict(self._optimizer, packed)
 
     def parse(self, state_dict: dict[str, Any]) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
@@ -96,7 +135,7 @@ class StateDicts:
         try:
             targets = self._targets()
             state_dict = _before_load(self._optimizer, state_dict)
-            loaded = load.parse(state_dict, groups, targets, self._optimizer.defaults)
+            loaded = load.parse(state_dict, groups, targets, self._optimizer.defaults, self._optimizer.state)
             for index, group in enumerate(loaded.groups):
                 check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
             return loaded, load.fingerprint(loaded, targets), None
@@ -126,6 +165,7 @@ class StateDicts:
             for key in group.keys() - values.keys() - {"params"}:
                 del group[key]
             group.update(values)
+        own_entries.replace(self._optimizer.state, params_of(groups), loaded.own, loaded.shared)
         if self._shards is None:
             unsharded.apply(loaded, groups, self._optimizer.state)
         else:
@@ -135,6 +175,7 @@ class StateDicts:
                 self._gatherer.launch(buffer)
                 buffer.on_params_written()
             self._gatherer.wait()
+            self._shards.rename(groups)
             self._shards.replace_cohorts(load.make_cohorts(loaded, self._shards.members, groups))
         _after_load(self._optimizer)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..state import own_entries
 from ..update.differentiable import init_state
 from .load import ParsedStateDict
 from .sharded import pack_groups
@@ -22,9 +23,9 @@ def apply(loaded: ParsedStateDict, groups: Sequence[dict[str, Any]], state: Any)
     """Replace ``optimizer.state`` by the loaded state; no tensor is cast to a narrower dtype."""
     params = [(param, group["lr"]) for group in groups for param in group["params"]]
     for index, (param, lr) in enumerate(params):
-        state[param] = init_state(param, lr)
+        state[param] = {**init_state(param, lr), **own_entries(state.get(param, {}))}
         entry = loaded.entries.get(index)
         if entry is not None:
             dtype = torch.promote_types(entry.average.dtype, param.dtype)
             average = entry.average.detach().to(param.device, dtype, copy=True)
-            state[param] = {"step": entry.step, "eta": entry.eta, "mu": entry.mu, "ax": average}
+            state[param] |= {"step": entry.step, "eta": entry.eta, "mu": entry.mu, "ax": average}

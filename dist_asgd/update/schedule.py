@@ -48,12 +48,13 @@ class Implementation(Enum):
         """
         if group["foreach"]:
             return cls.FOREACH
-        if group["fused"]:
+        fused = group.get("fused")
+        if fused:
             return cls.FUSED
         if group["foreach"] is False:
             return cls.FORLOOP
         if device_type in (None, "cpu"):
-            return cls.FORLOOP if group["fused"] is False else cls.FUSED
+            return cls.FORLOOP if fused is False else cls.FUSED
         return cls.FOREACH
 
 
