@@ -3,7 +3,8 @@
 The keys are those of ``get_state_dict`` of ``torch.distributed.checkpoint`` (DCP):
 
 ``model.<name>``                      parameters and buffers, under their true shape
-``optim.state.<name>.<key>``          step, eta, mu, ax (and whatever else the optimizer shards) of each parameter
+``optim.state.<name>.<key>``          step, eta, mu, ax, a master and own entries of the user of each parameter
+``optim.own``                         own entries that have no such key, see ``own_entries``
 ``optim.param_groups.<name>.<key>``   the hyperparameters of its group, for each parameter
 ``extra.<rank>``                      the values that the caller adds on each rank
 
@@ -17,7 +18,6 @@ with a copy writes it. Only copies on unrelated meshes (tensor parallelism insid
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -35,8 +35,11 @@ from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.presharded import FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
+from ..state import MASTER_KEY
+from ..state_dict.own_entries import check_whole
 from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
-from .format.archives import load_object
+from . import own_entries
+from .format.archives import serialized
 from .format.writer import ChunkToWrite, KeyPath, Serialized
 
 if TYPE_CHECKING:
@@ -165,12 +168,19 @@ def state_to_save(
             value = value.detach()
         if not rank or _is_own(value, replica):
             model_state[names.of_model[key]] = value
+    if isinstance(optimizer, ShardedASGD):
+        check_whole(optimizer.state, optimizer.shards.members, optimizer.communicators)
     optim: dict[str, Any] = {}
-    for index, entry in saved["state"].items():
-        prefix = f"{STATE}.{names.of_params[index][0]}."
-        for key, value in entry.items():
+    first_names = [aliases[0] for aliases in names.of_params]
+    own = own_entries.to_save(saved["state"], first_names)
+    if own.objects is not None and not rank:
+        optim[own_entries.OBJECTS] = own.objects
+    for index, name in enumerate(first_names):
+        entry = saved["state"].get(index, {})
+        kept = {key: entry[key] for key in (*SCALARS, AVERAGE, MASTER_KEY) if key in entry}
+        for key, value in (kept | own.of_params.get(index, {})).items():
             if not rank or _is_own(value, replica):
-                optim[prefix + key] = value
+                optim[f"{STATE}.{name}.{key}"] = value
     for group in () if rank else saved["param_groups"]:
         # NotGatherable is written as the False that it stands for.
         options = {
@@ -223,18 +233,15 @@ def _is_own(value: Any, replica: int) -> bool:
 
 def serialize(extra: Any) -> Serialized:
     """Serialize the caller's own values; raises ValueError if reading them would have to run code."""
-    stream = io.BytesIO()
     try:
         # In a tuple, because DCP takes dicts and lists apart.
-        torch.save((extra,), stream)
-        load_object(stream.getvalue(), "extra")
+        return Serialized(serialized((extra,), "extra"))
     except Exception as error:
         raise ValueError(
             f"dist_asgd: extra cannot be saved so that it loads safely: use tensors, numbers, strings, None, and "
             f"dicts, lists and tuples of them (state_dict() of what is more). torch said: "
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    return Serialized(stream.getvalue())
 
 
 # --- chunks ----------------------------------------------------------------------------------------------

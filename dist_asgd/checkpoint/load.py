@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
 from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public_call
 from ..optimizer import ShardedASGD
-from ..placements.shard_tensor import ShardTensor, shard_tensor_of
-from ..state import LOAD_CHECKPOINT
+from ..placements.shard_tensor import ShardTensor
+from ..state import LOAD_CHECKPOINT, MASTER_KEY
+from ..state import own_entries as own_of
 from ..state_dict.sharded import AVERAGE
+from . import own_entries
 from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
+from .keys import CheckpointKeys, KeyMismatch
 from .save import Saver, adopt_params
 
-MASTER = "master"
 NOT_LOADED = (*NOT_SAVED, "param_names")
-_MAX_LISTED = 20
 _LOG = logging.getLogger("dist_asgd")
 
 
@@ -159,7 +159,10 @@ def _read_state(
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
     live = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
-    with_master = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
+    optimizer_state["state"] |= own_entries.of_optimizer(checkpoint, {} if strict else live["state"])
+    with_master = {
+        n for i, entry in optimizer_state["state"].items() if MASTER_KEY in entry for n in names.of_params[i]
+    }
     live_fragments = param_fragments(optimizer, live, {})
     model_state, fragments = _model_state(checkpoint, names, model, with_master, live_fragments, mismatch)
     # The keys are compared before the tensors are read, so that a wrong checkpoint is refused at once.
@@ -175,99 +178,6 @@ def _read_state(
         None if manifest is None else manifest.step,
         mismatch,
     )
-
-
-# --- keys ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class KeyMismatch:
-    """Names that the checkpoint lacks, names that only the checkpoint has, and shapes that differ."""
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    shapes: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected)
-
-    def __str__(self) -> str:
-        lists = [("missing in the checkpoint", self.missing), ("in the checkpoint only", self.unexpected)]
-        return "; ".join(f"{what}: {_listed(names)}" for what, names in lists if names)
-
-    def check(self, path: Path, strict: bool) -> None:
-        """Raise ValueError if shapes differ, or, with ``strict``, names."""
-        if self.shapes:
-            raise ValueError(f"dist_asgd: {path} does not fit the model: {_listed(self.shapes)}.")
-        if strict and self:
-            raise ValueError(
-                f"dist_asgd: {path} is of another model or optimizer: {self}. Pass strict=False to load what matches, "
-                f"or build the model that was saved."
-            )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
-
-
-class CheckpointKeys:
-    """The keys of an open checkpoint. Values are read at once; tensors later and together, by ``read_tensors``.
-
-    Attributes:
-        keys: DCP's description of each key's tensor or object.
-        parents: keys by everything before their last dot, and then by the word after it.
-    """
-
-    def __init__(self, reader: CheckedReader, mismatch: KeyMismatch) -> None:
-        self._reader = reader
-        self._mismatch = mismatch
-        # A key may be read into several tensors (ax and a new master), each in a pass of its own.
-        self._passes: list[dict[str, Tensor]] = [{}]
-        self.keys = reader.opened.metadata.state_dict_metadata
-        self.parents: dict[str, dict[str, str]] = {}
-        for key in self.keys:
-            parent, _, last = key.rpartition(".")
-            self.parents.setdefault(parent, {})[last] = key
-
-    def target_for(self, key: str, like: Tensor, *, widen: bool) -> Tensor:
-        """Return new memory, shaped, sharded and placed as ``like``, that ``read_tensors`` fills with ``key``.
-
-        It has the dtype of ``like``; with ``widen`` the wider of that and the checkpoint's, so that nothing is lost.
-        If the tensor in the checkpoint has another shape or kind, the mismatch is noted and ``like`` returned.
-        """
-        entry = self.keys[key]
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"dist_asgd: {key} is no tensor in {self._reader.opened.path}.")
-        saved = entry.properties.dtype
-        same_kind = (saved.is_complex, saved.is_floating_point) == (like.dtype.is_complex, like.dtype.is_floating_point)
-        if tuple(entry.size) != tuple(like.shape) or not same_kind:
-            self._mismatch.shapes.append(
-                f"{key} is {tuple(entry.size)} {saved} in the checkpoint and {tuple(like.shape)} {like.dtype} here"
-            )
-            return like
-        dtype = torch.promote_types(saved, like.dtype) if widen else like.dtype
-        fragment = None if type(like) is Tensor else shard_tensor_of(like)
-        if fragment is not None:
-            # The like() of ``like``, and not of its fragment: DTensors that replicas share have one of their own.
-            target: Tensor = cast(Any, like).like(torch.empty_like(fragment.to_local(), dtype=dtype))
-        else:
-            target = torch.empty_like(like, dtype=dtype, requires_grad=False)
-        targets = next((targets for targets in self._passes if key not in targets), None)
-        if targets is None:
-            targets = {}
-            self._passes.append(targets)
-        targets[key] = target
-        return target
-
-    def values(self, keys: Sequence[str]) -> dict[str, Any]:
-        """Read objects and 0-dim tensors; returns them by key."""
-        return self._reader.opened.values(keys)
-
-    def read_tensors(self) -> None:
-        """Fill every tensor that ``target_for`` has returned."""
-        for targets in self._passes:
-            self._reader.read_into(targets)
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -318,6 +228,7 @@ def _optimizer_state(
     options_of = _option_keys(checkpoint)
     state_prefix = f"{OPTIM}.{STATE}."
     used: set[str] = set()
+    used_name: dict[int, str] = {}
     state_keys: dict[int, dict[str, str]] = {}
     option_keys: dict[int, dict[str, str]] = {}
     for index, aliases in enumerate(names.of_params):
@@ -327,6 +238,7 @@ def _optimizer_state(
             mismatch.missing.append(state_prefix + aliases[0])
             continue
         used.add(state_prefix + name)
+        used_name[index] = name
         state_keys[index] = checkpoint.parents.get(state_prefix + name, {})
         option_keys[index] = options_of.get(name, {})
     mismatch.unexpected += [
@@ -336,6 +248,7 @@ def _optimizer_state(
     ]
     scalar_keys = [key for below in state_keys.values() for last, key in below.items() if last in SCALARS]
     scalars = checkpoint.values(scalar_keys)
+    own = own_entries.of_params(checkpoint, state_keys, used_name, params, live["state"])
     state: dict[int, Any] = {}
     for index, param in enumerate(params):
         entry = live["state"].get(index)
@@ -343,6 +256,7 @@ def _optimizer_state(
             model_keys = (f"{MODEL}.{name}" for name in names.of_params[index])
             model_key = next((key for key in model_keys if key in checkpoint.keys), None)
             entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
+            entry = None if entry is None else entry | own.get(index, {})
         if entry is not None:
             state[index] = entry
     options = checkpoint.values([key for below in option_keys.values() for key in below.values()])
@@ -351,6 +265,9 @@ def _optimizer_state(
         for index in group["params"]:
             # As in torch: a parameter that has never stepped has no state.
             if index in state and index in state_keys and _never_stepped(state[index], group["lr"]):
+                if own_of(state[index]):
+                    # Its own entries are kept, and with them all others: torch makes none beside them.
+                    continue
                 del state[index]
     return {"state": state, "param_groups": groups}
 
@@ -376,9 +293,9 @@ def _param_state(
     live = live or {AVERAGE: param.detach()}
     # Cloned: equal values were read once, and torch's optimizer keeps the tensors that it is given.
     entry: dict[str, Any] = {key: scalars[keys[key]].reshape(()).clone() for key in SCALARS}
-    for key in (AVERAGE, MASTER):
+    for key in (AVERAGE, MASTER_KEY):
         # Without a saved master the saved parameter is one: it is read before it is rounded to this model's dtype.
-        source = keys.get(key, model_key if key == MASTER else None)
+        source = keys.get(key, model_key if key == MASTER_KEY else None)
         if key in live and source is not None:
             entry[key] = checkpoint.target_for(source, live[key], widen=True)
     return entry

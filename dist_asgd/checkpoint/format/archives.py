@@ -94,6 +94,15 @@ def load_object(data: bytes, what: str) -> Any:
     return value
 
 
+def serialized(value: Any, what: str) -> bytes:
+    """Return ``value`` in the form of ``torch.save``; raises CheckpointError if ``load_object`` would not load it."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    data = stream.getvalue()
+    load_object(data, what)
+    return data
+
+
 def dump_object(value: Any) -> io.BytesIO:
     """Serialize ``value`` anew, for DCP's planners, which unpickle whatever they are given."""
     stream = io.BytesIO()

@@ -1,7 +1,8 @@
 """Reads a checkpoint's contents by name, without a process group, and holds one tensor in memory at a time.
 
 The commands of ``dist_asgd/cli.py`` use it through the other modules of this folder. Keys are DCP's:
-``model.<name>``, ``optim.state.<name>.<step|eta|mu|ax|master>``, and plain values under
+``model.<name>``, ``optim.state.<name>.<step|eta|mu|ax|master>`` and own entries of users beside them, ``optim.own``
+with own entries of other kinds (see ``checkpoint/own_entries.py``), and plain values under
 ``optim.param_groups.<name>.<option>``, where ``<name>`` is a parameter's fully qualified name.
 """
 
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from ..format.manifest import CheckpointError
 from ..format.reader import OpenCheckpoint
+from ..own_entries import OBJECTS_KEY, shared_and_by_name
 
 MODEL = "model."
 STATE = "optim.state."
@@ -136,6 +138,16 @@ class CheckpointContents:
                         f"{value.dtype}, wanted one number."
                     )
         return scalars
+
+    @cached_property
+    def own_objects(self) -> tuple[dict[Any, Any], dict[str, dict[Any, Any]]]:
+        """What users keep in the optimizer's state that is no tensor: of the optimizer, and of parameters by name."""
+        shared, by_name = shared_and_by_name(self.value(OBJECTS_KEY) if OBJECTS_KEY in self.objects else None)
+        for key in self.objects:
+            if key.startswith(STATE):
+                name, _, state_key = key.removeprefix(STATE).rpartition(".")
+                by_name.setdefault(name, {})[state_key] = self.value(key)
+        return shared, by_name
 
     def has_begun_averaging(self, name: str) -> bool:
         """Whether ``ax`` of a parameter is a mean of iterates, which it is once ``mu`` is not 1."""

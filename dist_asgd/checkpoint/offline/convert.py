@@ -18,6 +18,7 @@ from torch import Tensor
 from ..format.directory import sync_directory
 from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
+from ..own_entries import RESERVED
 from .contents import MODEL, STATE, CheckpointContents, Progress, no_progress
 
 GROUPS_KEY = "param_groups"
@@ -133,13 +134,17 @@ def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
         raise CheckpointError(
             f"dist_asgd: {contents.opened.path} has state of {sorted(unlisted)[0]}, but no hyperparameters for it."
         )
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[Any, Any] = {}
+    shared, own_objects = contents.own_objects
     for index, name in enumerate(names):
-        # A parameter that never stepped has no state in torch.
-        if name in contents.state and contents.scalars[name]["step"].item():
-            entries = contents.state[name]
-            state[index] = {state_key: contents.tensor(entry.key) for state_key, entry in entries.items()}
+        if name not in contents.state:
+            continue
+        entries, own = contents.state[name], own_objects.get(name, {})
+        # A parameter that never stepped has no state in torch, unless users keep something there.
+        if contents.scalars[name]["step"].item() or own or not entries.keys() <= set(RESERVED):
+            state[index] = {state_key: contents.tensor(entry.key) for state_key, entry in entries.items()} | own
             progress(sum(entry.bytes for entry in entries.values()))
+    state |= shared
     groups = []
     first = 0
     for group in contents.groups:
