@@ -208,11 +208,10 @@ def param_fragments(
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     fragments = {}
-    for index, entry in state_dict["state"].items():
-        param = params[index]
+    for index, param in enumerate(params):
         if type(param) not in _PLAIN_TYPES and is_dtensor(param):
             continue
-        average = shard_tensor_of(entry.get(AVERAGE))
+        average = shard_tensor_of(state_dict["state"].get(index, {}).get(AVERAGE))
         if average is None:
             continue
         own = cache.get(index)

@@ -159,12 +159,12 @@ def _read_state(
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
     live = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
-    optimizer_state["state"] |= own_entries.of_optimizer(checkpoint, {} if strict else live["state"])
     with_master = {
         n for i, entry in optimizer_state["state"].items() if MASTER_KEY in entry for n in names.of_params[i]
     }
     live_fragments = param_fragments(optimizer, live, {})
     model_state, fragments = _model_state(checkpoint, names, model, with_master, live_fragments, mismatch)
+    optimizer_state["state"] |= own_entries.of_optimizer(checkpoint, {} if strict else live["state"])
     # The keys are compared before the tensors are read, so that a wrong checkpoint is refused at once.
     mismatch.check(path, strict)
     checkpoint.read_tensors()

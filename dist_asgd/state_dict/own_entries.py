@@ -67,7 +67,7 @@ def check_whole(state: State, members: Sequence[ShardedParam], communicators: Co
                 continue
             fragment, shape = tuple(member.average.shape), tuple(member.param.shape)
             # One element is more often a number.
-            if tuple(value.shape) == fragment != shape and value.numel() > 1:
+            if tuple(value.shape) == fragment != shape and value.numel() != 1:
                 raise ValueError(
                     f"dist_asgd: state[p][{key!r}] of parameter {member.name} is as large as this rank's fragment of "
                     f"ax, {fragment}, and that of one rank would be saved for all. Keep a tensor of the parameter's "
