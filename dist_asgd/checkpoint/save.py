@@ -247,9 +247,9 @@ class Saver:
                 raise
         except PeerError as error:
             raise PeerError(
-                f"dist_asgd: saving {path} failed on rank {self.rank} of {self.world_size}: a peer has died, was cut "
-                f"off, or did not arrive within the process group's timeout. Earlier checkpoints are whole: restart "
-                f"from the last one. The backend said: {error.__cause__}"
+                f"dist_asgd: saving {path} failed on {self.communicators.names.place(self.rank)}: a peer has died, was "
+                f"cut off, or did not arrive within the process group's timeout. Earlier checkpoints are whole: "
+                f"restart from the last one. The backend said: {error.__cause__}"
             ) from error
 
     def _write_files(
@@ -289,7 +289,7 @@ class Saver:
 
         def complete() -> None:
             try:
-                directory.finish(temporary, step, files or (), metadata)
+                directory.finish(temporary, step, files or (), metadata, self.communicators.names.describe([0]))
                 commit(temporary, path)
             except Exception as error:
                 raise _save_error(path, error) from error

@@ -23,6 +23,7 @@ import torch
 
 from .base import Communicator
 from .masks import indices_in
+from .rank_names import RankNames, positions_by_value
 from .tracebacks import release_frames
 
 P = ParamSpec("P")
@@ -101,33 +102,6 @@ def digest_of(values: object) -> int:
     """Return a 62-bit hash of plain values (numbers, strings, tuples of them) that is the same in every process."""
     raw = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(raw, "big") >> 2
-
-
-def describe_ranks(ranks: Sequence[int]) -> str:
-    """Return text for an error: ``rank 3`` or ``ranks 0-2, 5``."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
-
-
-def _ranks_by_value(values: Sequence[object]) -> dict[object, list[int]]:
-    ranks: dict[object, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(value, []).append(rank)
-    return ranks
-
-
-def values_by_rank(values: Sequence[object]) -> str:
-    """Return text for an error that groups ranks by their value: ``ranks 0-1 have 3; rank 2 has 4``."""
-    return "; ".join(
-        f"{describe_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
-        for value, ranks in _ranks_by_value(values).items()
-    )
 
 
 @dataclass(frozen=True)
@@ -211,6 +185,7 @@ class Agreement:
 
     def __init__(self, communicator: Communicator) -> None:
         self._comm = communicator
+        self.names = RankNames(communicator.ranks)
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
@@ -300,7 +275,7 @@ class Agreement:
         if len(calls) > 1:
             texts = [CollectiveCall(call).text for call in reports.calls]
             raise CallsDiffer(
-                f"dist_asgd: ranks called different things at the same point: {values_by_rank(texts)}. "
+                f"dist_asgd: ranks called different things at the same point: {self.names.by_value(texts)}. "
                 f"Every rank must make the same collective calls in the same order."
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
                 + (self._changes(reports, fingerprint) if CollectiveCall.ADOPT in calls else "")
@@ -312,7 +287,7 @@ class Agreement:
             self.discards = max(discards)
             raise RuntimeError(
                 f"dist_asgd: ranks differ in how many times zero_grad() discarded gradients, or keep_gradients() kept "
-                f"them: {values_by_rank(discards)}. Every rank must call both between the same backwards."
+                f"them: {self.names.by_value(discards)}. Every rank must call both between the same backwards."
             )
         if reports.problem:
             self._raise_together(problem)
@@ -323,7 +298,7 @@ class Agreement:
         """Return the sentences about parameters or groups that some ranks have changed, and others have not."""
         own = reports.calls[self._comm.rank] == CollectiveCall.ADOPT
         changes = self._comm.exchange_objects(fingerprint.what if own else "no change")
-        return f" {values_by_rank(changes)}. Change parameters and param_groups on every rank alike."
+        return f" {self.names.by_value(changes)}. Change parameters and param_groups on every rank alike."
 
     def _raise_together(self, problem: Exception | None) -> NoReturn:
         """Raise all ranks' problems on every rank, each with the ranks that have it."""
@@ -337,8 +312,8 @@ class Agreement:
         problems = self._comm.exchange_objects(own)
         names = [entry[0] for entry in problems if entry is not None]
         lines = [
-            f"{text} [on {describe_ranks(ranks)} of {self._comm.world_size}]"
-            for text, ranks in _ranks_by_value([None if entry is None else entry[1] for entry in problems]).items()
+            f"{text} [on {self.names.describe(ranks)} of {self.names.total}]"
+            for text, ranks in positions_by_value([None if entry is None else entry[1] for entry in problems]).items()
             if text is not None
         ]
         error_type = next(c for c in RAISED if c.__name__ == names[0])
@@ -348,20 +323,20 @@ class Agreement:
         """Raise on every rank, and name the first entry that is not equal on all of them."""
         by_rank: list[Any] = self._comm.exchange_objects(list(fingerprint.entries))
         counts = [len(entries) for entries in by_rank]
-        more = f" {values_by_rank(counts)} entries." if len(set(counts)) > 1 else ""
-        first = _first_difference(by_rank)
+        more = f" {self.names.by_value(counts)} entries." if len(set(counts)) > 1 else ""
+        first = _first_difference(by_rank, self.names)
         raise ValueError(f"dist_asgd: {fingerprint.what} differ between ranks:{more}{first} {fingerprint.remedy}")
 
 
-def _first_difference(by_rank: Sequence[Sequence[tuple[str, object]]]) -> str:
+def _first_difference(by_rank: Sequence[Sequence[tuple[str, object]]], names: RankNames) -> str:
     """Return the sentence about the first difference between all ranks' entries."""
     for position in range(max(len(entries) for entries in by_rank)):
         row = [entries[position] if position < len(entries) else ("nothing", "") for entries in by_rank]
         if len(set(map(repr, row))) > 1:
             labels = {label for label, _ in row}
             if len(labels) == 1:
-                return f" {row[0][0]}: {values_by_rank([str(value) for _, value in row])}."
-            return f" entry {position}: {values_by_rank([f'{label} {value}' for label, value in row])}."
+                return f" {row[0][0]}: {names.by_value([str(value) for _, value in row])}."
+            return f" entry {position}: {names.by_value([f'{label} {value}' for label, value in row])}."
     return ""
 
 

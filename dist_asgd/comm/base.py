@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from .rank_names import RankNames
+
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
 # For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor).
@@ -87,7 +89,12 @@ class ShardCollectives(ABC):
 
 
 class Communicator(ShardCollectives):
-    """The collectives of one group of ranks, whatever their tensors are."""
+    """The collectives of one group of ranks, whatever their tensors are.
+
+    ``ranks`` are the group's ranks as ranks of the default group, in the group's order; ``ranks[rank]`` is this one.
+    """
+
+    ranks: Sequence[int]
 
     @abstractmethod
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
@@ -118,6 +125,7 @@ class SingleProcess(Communicator):
 
     rank = 0
     world_size = 1
+    ranks = (0,)
 
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         for start, source in sends[0]:
@@ -154,15 +162,16 @@ class SingleProcess(Communicator):
 class GroupCommunicator(Communicator):
     """The base of the communicators that really send: they belong to a process group, and their peers can fail."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int] | None = None) -> None:
+        """``ranks`` are those that take part, as ranks of the default group; None: all of the group."""
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        self.ranks = list(ranks or dist.get_process_group_ranks(group))
+        self.rank, self.world_size = self.ranks.index(dist.get_rank()), len(self.ranks)
 
     def peer_error(self, action: str, error: RuntimeError) -> PeerError:
         """Return the PeerError for an ``error`` that the backend raised during ``action``; the caller raises it."""
         return PeerError(
-            f"dist_asgd: {action} failed on rank {self.rank} of {self.world_size}: a peer has died, was cut off, or "
+            f"dist_asgd: {action} failed on {RankNames(self.ranks).place(self.rank)}: a peer has died, was cut off, or "
             f"did not arrive within the process group's timeout. Parameters and state may differ between ranks now: "
             f"restart the job from its last checkpoint. The backend said: {error}"
         )

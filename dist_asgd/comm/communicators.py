@@ -17,6 +17,7 @@ from .base import Communicator, ShardCollectives, SingleProcess
 from .gloo import Gloo
 from .hybrid import Hybrid
 from .native import NativeCollectives
+from .rank_names import RankNames
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -229,6 +230,11 @@ class Communicators:
         if self._group is not None or not dist.is_available():
             return False
         return dist.is_initialized() and dist.get_world_size() > 1
+
+    @property
+    def names(self) -> RankNames:
+        """How errors name the optimizer's ranks."""
+        return RankNames(self._axes.everyone)
 
     @property
     def ranks(self) -> list[int]:

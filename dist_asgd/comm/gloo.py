@@ -44,10 +44,8 @@ class Gloo(GroupCommunicator):
 
         ``ranks`` are the members of ``group`` that take part, as ranks of the default group; None: all of them.
         """
-        super().__init__(group)
+        super().__init__(group, ranks)
         self._first_tag = first_tag
-        self._global = list(ranks or dist.get_process_group_ranks(group))
-        self.rank, self.world_size = self._global.index(dist.get_rank()), len(self._global)
         self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._inbox_bytes = 0
@@ -74,9 +72,9 @@ class Gloo(GroupCommunicator):
         try:
             # Receives come first: Gloo buffers a message again if its receive has not been posted yet.
             for peer, tensor in receives:
-                works.append(dist.irecv(tensor, self._global[peer], group=self.group, tag=tag))
+                works.append(dist.irecv(tensor, self.ranks[peer], group=self.group, tag=tag))
             for peer, tensor in sends:
-                works.append(dist.isend(tensor, self._global[peer], group=self.group, tag=tag))
+                works.append(dist.isend(tensor, self.ranks[peer], group=self.group, tag=tag))
         except RuntimeError as error:
             raise self.peer_error(action, error) from error
         return [work for work in works if work is not None]

@@ -14,8 +14,6 @@ from ..comm.agreement import (
     CollectiveCall,
     Fingerprint,
     RankReports,
-    describe_ranks,
-    values_by_rank,
 )
 from ..comm.masks import bit_mask
 from ..placements.presharded import PreshardedState
@@ -111,11 +109,12 @@ class AveragedGradients(Gradients):
 
     def _refuse_missing(self, masks: Sequence[int]) -> None:
         """Raise RuntimeError, on all ranks alike, if a bucket parameter has a gradient on some ranks only."""
+        names = self.agreement.names
         for member in sorted(self.members, key=lambda m: m.index):
             have = ranks_with(masks, member)
             if 0 < len(have) < len(masks):
                 raise RuntimeError(
-                    f"dist_asgd: parameter {member.name} has a gradient on {describe_ranks(have)} of {len(masks)} "
+                    f"dist_asgd: parameter {member.name} has a gradient on {names.describe(have)} of {names.total} "
                     f"only. With stage=1 gradients arrive already averaged, on all ranks or on none: {REMEDY}"
                 )
 
@@ -129,8 +128,9 @@ class AveragedGradients(Gradients):
         for position, member in enumerate(members):
             column = table[:, position].tolist()
             if len(set(column)) > 1:
+                shown = [f"checksum {hexadecimal(value)}" for value in column]
                 raise RuntimeError(
                     f"dist_asgd: at the first step the gradient of parameter {member.name} differs between ranks: "
-                    f"{values_by_rank([f'checksum {hexadecimal(value)}' for value in column])}. With stage=1 "
+                    f"{self.agreement.names.by_value(shown)}. With stage=1 "
                     f"gradients must arrive already averaged: {REMEDY}"
                 )

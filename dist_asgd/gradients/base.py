@@ -160,9 +160,10 @@ class Gradients(ABC):
         for mask, other in zip(masks, misplaced, strict=True):
             some, all_, unplaced = some | mask, all_ & mask, unplaced | other
         concerned = (some & ~all_) | unplaced
+        names = self.agreement.names
         for member in self.presharded if concerned else ():
             if concerned >> member.index & 1:
-                member.align_gradient(ranks_with(masks, member), ranks_with(misplaced, member), len(masks))
+                member.align_gradient(ranks_with(masks, member), ranks_with(misplaced, member), names)
 
     def gradient_fragment(self, member: ShardedParam) -> Tensor:
         """The fragment of an active parameter's gradient that this rank updates with: ``(fragment_numel,)``, real."""

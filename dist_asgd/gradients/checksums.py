@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import describe_ranks, digest_of, values_by_rank
+from ..comm.agreement import digest_of
 from .base import Gradients
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,7 +63,7 @@ def _compare_replicas(gradients: Gradients, communicators: Communicators) -> Non
             if len(set(values.values())) > 1:
                 raise RuntimeError(
                     f"dist_asgd: parameter {member.name} does not start from the same values on "
-                    f"{describe_ranks(list(values))}, which hold the same part of it: checksums "
+                    f"{communicators.names.describe(list(values))}, which hold the same part of it: checksums "
                     f"{', '.join(map(hexadecimal, values.values()))}. Seed these ranks alike "
                     f"before building the model, or broadcast its parameters from one of them."
                 )
@@ -83,9 +83,10 @@ def _compare_buckets(gradients: Gradients, communicators: Communicators, indices
     for position, member in enumerate(members):
         column = columns[:, position].tolist()
         if len(set(column)) > 1:
+            shown = [f"checksum {hexadecimal(value)}" for value in column]
             verb = "does not start from" if indices is None else "was re-bound (p.data = ...), and does not have"
             raise RuntimeError(
                 f"dist_asgd: parameter {member.name} {verb} the same values on all ranks: "
-                f"{values_by_rank([f'checksum {hexadecimal(value)}' for value in column])}. Seed every rank alike "
+                f"{communicators.names.by_value(shown)}. Seed every rank alike "
                 f"before building the model, or broadcast its parameters from one rank."
             )

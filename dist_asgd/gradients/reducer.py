@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators, Wait
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports, values_by_rank
+from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports
 from ..comm.masks import bit_mask, indices_in
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
@@ -177,8 +177,8 @@ class Reducer(Gradients):
             self._mispaired = RuntimeError(
                 f"dist_asgd: ranks ran different numbers of backwards before zero_grad(), so that gradients of "
                 f"different steps were reduced together; zero_grad() calls so far: "
-                f"{values_by_rank(reports.column(1))}. Call zero_grad() on every rank to go on, and run the same "
-                f"number of backwards on all of them."
+                f"{self.agreement.names.by_value(reports.column(1))}. Call zero_grad() on every rank to go on, and run "
+                f"the same number of backwards on all of them."
             )
 
     def _launch(self, bucket: Bucket, tag: int) -> None:

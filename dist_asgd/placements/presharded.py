@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import describe_ranks
+from ..comm.rank_names import RankNames
 from ..storage.buffers import Precision, ShardedParam, StateBuffer
 from ..storage.layout import MIN_BUCKETS, Slot, bucket_cap_bytes, fill_buckets, lay_out
 from ..storage.memory_order import flattened, memory_strides, same_strides
@@ -130,12 +130,12 @@ class PreshardedParam(ShardedParam):
         """Whether ``gradient``, which ``p.grad`` is, needs ``align_gradient``; False for one that ``fits``."""
 
     @abstractmethod
-    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], num_ranks: int) -> None:
+    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], names: RankNames) -> None:
         """Make ``p.grad`` usable by this parameter's update, or raise the same RuntimeError on every rank.
 
         Called on all ranks between the agreement and the update, if any rank's report is not plain. Collective on the
-        parameter's mesh if the gradient is ``misplaced`` on all ``num_ranks`` ranks. ``have``: the ranks that have a
-        gradient; ``misplaced``: the ranks on which it is misplaced.
+        parameter's mesh if the gradient is ``misplaced`` on all ranks. ``have``: the ranks that have a gradient;
+        ``misplaced``: those on which it is misplaced; both are positions among the ranks that ``names`` names.
         """
 
 
@@ -174,16 +174,16 @@ class DTensorParam(PreshardedParam):
         # Sequence parallelism leaves partial sums as the gradients of replicated parameters.
         return dtensor.is_dtensor(gradient) and not dtensor.same_placement(self.param, gradient)
 
-    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], num_ranks: int) -> None:
-        if 0 < len(have) < num_ranks:
+    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], names: RankNames) -> None:
+        if 0 < len(have) < len(names):
             raise RuntimeError(
-                f"dist_asgd: parameter {self.name} has a gradient on {describe_ranks(have)} of {num_ranks} only. "
+                f"dist_asgd: parameter {self.name} has a gradient on {names.describe(have)} of {names.total} only. "
                 f"Gradients of DTensors arrive reduced, on all ranks or on none: run the same modules on every rank."
             )
-        if 0 < len(misplaced) < num_ranks:
+        if 0 < len(misplaced) < len(names):
             raise RuntimeError(
                 f"dist_asgd: the gradient of parameter {self.name} is placed as the parameter is, but not on "
-                f"{describe_ranks(misplaced)} of {num_ranks}. A DTensor has the same placements on all ranks."
+                f"{names.describe(misplaced)} of {names.total}. A DTensor has the same placements on all ranks."
             )
         if misplaced:
             dtensor.redistribute_gradient(self.param)
@@ -250,11 +250,11 @@ class FSDP1Param(PreshardedParam):
         # A rank that holds no element of the parameter never has a gradient of it.
         return gradient is None and self.param.numel() > 0
 
-    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], num_ranks: int) -> None:
+    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], names: RankNames) -> None:
         if have and misplaced:
             raise RuntimeError(
-                f"dist_asgd: parameter {self.name} has a gradient on {describe_ranks(have)} of {num_ranks}, and none "
-                f"on {describe_ranks(misplaced)}, which hold parts of it too. FSDP1 reduces gradients on all ranks: "
+                f"dist_asgd: parameter {self.name} has a gradient on {names.describe(have)} of {names.total}, and none "
+                f"on {names.describe(misplaced)}, which hold parts of it too. FSDP1 reduces gradients on all ranks: "
                 f"run the same modules on every rank."
             )
 

@@ -6,19 +6,24 @@ from torch import Tensor
 
 from ..comm import Communicators
 from ..comm.agreement import Fingerprint
+from ..comm.rank_names import RankNames
 from ..state import ParamShards
 from .sharded import snapshots_of
 from .whole_tensors import whole_state
 
 
-def fingerprint_of(to: object, world_size: int) -> tuple[Fingerprint, Exception | None]:
-    """Return the fingerprint of the receiving rank, and a ValueError unless ``to`` is a rank or None."""
+def fingerprint_of(to: object, names: RankNames) -> tuple[Fingerprint, Exception | None]:
+    """Return the fingerprint of the receiving rank, and a ValueError unless ``to`` is a rank or None.
+
+    ``names`` are those of the optimizer's ranks, among which ``to`` is counted.
+    """
     fingerprint = Fingerprint("targets of consolidated_state_dict()", [("to", to)], "Pass the same rank on every rank.")
-    if to is None or (isinstance(to, int) and not isinstance(to, bool) and 0 <= to < world_size):
+    if to is None or (isinstance(to, int) and not isinstance(to, bool) and 0 <= to < len(names)):
         return fingerprint, None
+    counted = "" if names.total == str(len(names)) else f" (counted inside the group, which has {names.total})"
     return fingerprint, ValueError(
-        f"dist_asgd: consolidated_state_dict(to={to!r}): wanted a rank of the process group, 0 to {world_size - 1}, or "
-        f"None for all ranks."
+        f"dist_asgd: consolidated_state_dict(to={to!r}): wanted a rank of the process group, 0 to {len(names) - 1}"
+        f"{counted}, or None for all ranks."
     )
 
 

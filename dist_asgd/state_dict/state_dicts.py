@@ -53,7 +53,7 @@ class StateDicts:
             return gathered or None
         if gathered is None:
             raise RuntimeError(
-                f"dist_asgd: state_dict() on rank {self._communicators.rank} of {self._communicators.world_size} would "
+                f"dist_asgd: state_dict() on {self._communicators.names.place(self._communicators.rank)} would "
                 f"be one rank's part, and whole_state_dicts_only is set. Call consolidate_state_dict(to=0) on every "
                 f"rank before it, or use save_checkpoint()."
             )
@@ -80,7 +80,7 @@ class StateDicts:
 
         No communication. Hooks that come before a state dict run here, on the ranks that get it.
         """
-        fingerprint, problem = full.fingerprint_of(to, self._communicators.world_size)
+        fingerprint, problem = full.fingerprint_of(to, self._communicators.names)
         if self._shards is None or problem is not None:
             return fingerprint, problem
         try:

@@ -117,10 +117,13 @@ def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:
     return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)
 
 
-def finish(directory: Path, step: int, written: Sequence[WrittenFile], metadata: bytes) -> None:
-    """Add ``.metadata`` and the manifest; called when the files of all ranks are on disk in ``directory``."""
+def finish(directory: Path, step: int, written: Sequence[WrittenFile], metadata: bytes, here: str) -> None:
+    """Add ``.metadata`` and the manifest; called when the files of all ranks are on disk in ``directory``.
+
+    ``here`` names this rank in errors.
+    """
     files = {file.name: file.file for file in written if file.file is not None}
-    _check_visible(directory, files)
+    _check_visible(directory, files, here)
     chunks = {file.name: file.chunks for file in written if file.file is not None}
     with HashedFile(directory / METADATA_NAME) as metadata_file:
         metadata_file.write(metadata)
@@ -129,13 +132,13 @@ def finish(directory: Path, step: int, written: Sequence[WrittenFile], metadata:
     write_manifest(directory, Manifest(step, len(written), files, chunks))
 
 
-def _check_visible(directory: Path, files: dict[str, FileEntry]) -> None:
-    """Raise RuntimeError unless rank 0 sees every file as its rank wrote it."""
+def _check_visible(directory: Path, files: dict[str, FileEntry], here: str) -> None:
+    """Raise RuntimeError unless this rank sees every file as its rank wrote it."""
     for name, entry in files.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != entry.bytes:
             raise RuntimeError(
-                f"dist_asgd: rank 0 does not see {path} as it was written. The folder has vanished, or not all "
+                f"dist_asgd: {here} does not see {path} as it was written. The folder has vanished, or not all "
                 f"ranks share it: save to one that they share."
             )
 
