@@ -27,6 +27,7 @@ from .gradients.base import Gradients
 from .gradients.loss_scaling import ScalerInfo
 from .gradients.reducer import Reducer
 from .placements import fsdp1
+from .placements.leaves import refuse_non_leaves
 from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict.state_dicts import StateDicts
@@ -184,7 +185,11 @@ class ShardedASGD(torch.optim.Optimizer):
         self._add_storage(first)
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
-        _base("add_param_group")(self, param_group)
+        try:
+            _base("add_param_group")(self, param_group)
+        except ValueError:
+            refuse_non_leaves(param_group, len(self.param_groups))
+            raise
         check_new_group(self.param_groups, self.communicators, self._precision, self.is_differentiable, self._stage)
 
     @public_call

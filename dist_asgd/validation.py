@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .comm import Communicators
 from .placements import dtensor, fsdp1
+from .placements.leaves import refuse_unready
 from .storage.buffers import Precision
 from .storage.memory_order import memory_strides, same_strides
 from .update import backend
@@ -259,6 +260,7 @@ def check_new_group(
     """
     index = len(groups) - 1
     group, where = groups[index], f"param_groups[{index}]"
+    refuse_unready(named_params(groups, index), non_leaves=differentiable)
     check_hyperparameters(group, where)
     check_mode(group, where, communicators.world_size, differentiable, stage)
     if differentiable:
@@ -380,7 +382,8 @@ def _check_spans(spans: list[tuple[int, int, str]]) -> None:
         if start < stop:
             raise ValueError(
                 f"dist_asgd: parameters {name} and {other} share memory but are different Parameter objects. Tie "
-                f"weights by using one Parameter in both places."
+                f"weights by using one Parameter in both places. If forward computes one from the other (WeightDrop), "
+                f"pass only the raw weight."
             )
 
 

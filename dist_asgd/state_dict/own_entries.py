@@ -141,13 +141,11 @@ def _cast(param: Tensor, value: Any, key: Any) -> Any:
 def _mapped(value: Any, function: Any) -> Any:
     """Return a container with ``function(key, item)`` in place of each item; what is no container is returned as is.
 
-    Unlike torch, which passes every iterable to its own type, this leaves strings, arrays and the like alone.
+    Unlike torch, which passes every iterable to its own type, this leaves strings, arrays and named tuples alone.
     """
     if isinstance(value, dict):
         return {key: function(key, item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(function(None, item) for item in value))
-    if isinstance(value, _CONTAINERS):
+    if type(value) in _CONTAINERS:
         return type(value)(function(None, item) for item in value)
     return value
 
