@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..comm import Communicators
 from ..placements import fsdp1
-from ..placements.presharded import DTensorParam, PreshardedParam
+from ..placements.dtensor import is_dtensor
+from ..placements.presharded import PreshardedParam
 from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
 from ..state import ParamShards
@@ -80,7 +81,7 @@ def pack(
     stepped have no entry, as in torch. FSDP1 parameters of which this rank holds nothing have none either.
     """
     cohort_of = shards.cohort_of
-    members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
+    members = [m for m in shards.held if m.param.requires_grad or not cohort_of[m.index].fresh]
     members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
     entries = _EntryTensors(shards.members, communicators, cache)
@@ -114,7 +115,7 @@ class _EntryTensors:
     def __init__(self, members: Sequence[ShardedParam], communicators: Communicators, cache: ShardTensorCache) -> None:
         self._communicators = communicators
         self._cache = cache
-        mixed = any(isinstance(member, DTensorParam) for member in members)
+        mixed = any(is_dtensor(member.param) for member in members)
         self._group = communicators.group if mixed and communicators.num_replicas == 1 else None
         self._meshes: dict[str, DeviceMesh] = {}
 
