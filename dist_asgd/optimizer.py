@@ -383,11 +383,11 @@ class ShardedASGD(torch.optim.Optimizer):
         gathered = self._state_dicts.take_consolidated(self.whole_state_dicts_only)
         return self.live_state() if gathered is None else gathered
 
-    def live_state(self) -> dict[str, Any]:
-        """Hand out this rank's fragments, torn or not; ``load_checkpoint()`` fills these tensors. Not collective."""
+    def live_state(self, fresh: bool = False) -> dict[str, Any]:
+        """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped."""
         self._refuse_inside_averages("state_dict()")
         self.adopt_params()
-        return self._state_dicts.sharded()
+        return self._state_dicts.sharded(fresh)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make the next ``state_dict()`` on rank ``to`` the whole, unless a step or load comes before. Collective."""

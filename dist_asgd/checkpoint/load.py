@@ -157,7 +157,7 @@ def _read_state(
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
-    live = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
+    live = optimizer.live_state(fresh=True) if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
     with_master = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
     live_fragments = param_fragments(optimizer, live, {})

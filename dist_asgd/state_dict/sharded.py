@@ -73,15 +73,20 @@ ShardTensorCache = dict[int, ShardTensor]
 
 
 def pack(
-    groups: Sequence[dict[str, Any]], shards: ParamShards, communicators: Communicators, cache: ShardTensorCache
+    groups: Sequence[dict[str, Any]],
+    shards: ParamShards,
+    communicators: Communicators,
+    cache: ShardTensorCache,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Return torch's layout with this rank's fragment of each sharded tensor. No communication.
 
     Averages share memory with the optimizer's state, scalars and masters are copies. Frozen parameters that never
-    stepped have no entry, as in torch. FSDP1 parameters of which this rank holds nothing have none either.
+    stepped have no entry, as in torch; with ``fresh`` those have one that were taken in, so that a load can fill it.
+    FSDP1 parameters of which this rank holds nothing have none either.
     """
     cohort_of = shards.cohort_of
-    members = [m for m in shards.held if m.param.requires_grad or not cohort_of[m.index].fresh]
+    members = [m for m in shards.held if fresh or m.param.requires_grad or not cohort_of[m.index].fresh]
     members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
     entries = _EntryTensors(shards.members, communicators, cache)

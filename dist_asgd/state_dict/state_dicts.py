@@ -57,8 +57,8 @@ class StateDicts:
             )
         return gathered
 
-    def sharded(self) -> dict[str, Any]:
-        """Return this rank's fragments, for ``state_dict()``. No communication."""
+    def sharded(self, fresh: bool = False) -> dict[str, Any]:
+        """Return this rank's fragments, for ``state_dict()``; see ``sharded.pack``. No communication."""
         optimizer = self._optimizer
         _before_state_dict(optimizer)
         if self._shards is not None:
@@ -66,7 +66,7 @@ class StateDicts:
         if self._shards is None:
             packed = unsharded.pack(optimizer.param_groups, optimizer.state)
         else:
-            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._cache)
+            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._cache, fresh)
         return _after_state_dict(optimizer, packed)
 
     @torch.no_grad()
