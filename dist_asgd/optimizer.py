@@ -32,7 +32,7 @@ from .state import ParamShards
 from .state_dict import full
 from .state_dict.state_dicts import StateDicts
 from .storage.buffers import Precision
-from .storage.frozen import is_held
+from .storage.frozen import REQUIRES_GRAD, is_held
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
 from .update.batch import StepContext
@@ -200,7 +200,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self.registry.add_groups(self.param_groups, first_group)
             return
         for group in self.param_groups[first_group:]:
-            for param in group["params"]:
+            for param in filter(REQUIRES_GRAD, group["params"]):
                 self.state[param] = differentiable.init_state(param, group["lr"])
 
     def adopt_params(self) -> None:

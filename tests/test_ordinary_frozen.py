@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from dist_asgd import ShardedASGD, export_averaged, load_checkpoint, save_checkpoint
 from tests.harness.bits import assert_same_bits
+from tests.harness.meshes import Net as Blocks
+from tests.harness.meshes import batch, hybrid_mesh
 from tests.harness.ranks import run, run_errors
 from tests.test_ordinary_subclasses import Boxed
 
@@ -371,12 +374,12 @@ def test_an_interruption_is_said_by_the_next_call() -> None:
     run("none", 1, interrupted)
 
 
-def dtensors(_rank: int, world_size: int, stage: int) -> None:
+def dtensors(_rank: int, world_size: int, stage: int, placement: Placement) -> None:
     """Job: frozen DTensors beside plain trained parameters; one is unfrozen."""
     mesh = init_device_mesh("cpu", (world_size,))
     whole = [torch.arange(12.0).view(6, 2), torch.arange(8.0).view(4, 2), torch.ones(5)]
     params: list[Tensor] = [
-        nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]), requires_grad=False) for value in whole[:2]
+        nn.Parameter(distribute_tensor(value, mesh, [placement]), requires_grad=False) for value in whole[:2]
     ]
     params.append(nn.Parameter(whole[2].clone()))
     theirs = [nn.Parameter(value.clone(), param.requires_grad) for value, param in zip(whole, params, strict=True)]
@@ -392,7 +395,7 @@ def dtensors(_rank: int, world_size: int, stage: int) -> None:
                 if param.requires_grad:
                     gradient = torch.full(param.shape, 0.5 + number)
                     sharded = isinstance(param, DTensor)
-                    param.grad = distribute_tensor(gradient, mesh, [Shard(0)]) if sharded else gradient
+                    param.grad = distribute_tensor(gradient, mesh, [placement]) if sharded else gradient
             optimizer.step()
         assert (params[1] in ours.state) == (number >= 2)
         assert params[0] not in ours.state
@@ -402,6 +405,74 @@ def dtensors(_rank: int, world_size: int, stage: int) -> None:
 
 
 @both
-def test_frozen_dtensors(stage: int) -> None:
-    """They have no state until they are trained."""
-    run("gloo", 2, dtensors, stage)
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=["sharded", "replicated"])
+def test_frozen_dtensors(stage: int, placement: Placement) -> None:
+    """They have no state until they are trained; replicas share it then."""
+    run("gloo", 2, dtensors, stage, placement)
+
+
+def accumulated(_rank: int, world_size: int, hybrid: bool) -> None:
+    """Job: a parameter is unfrozen between two backwards of one step, and clipped; then one that is frozen is kept."""
+    net, plain = lora(), lora()
+    params, theirs = list(net.values()), list(plain.values())
+    mesh = hybrid_mesh((2, world_size // 2)) if hybrid else None
+    ours = ShardedASGD(params, **OPTIONS, stage=2, mesh=mesh)
+    oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
+    for number in range(3):
+        for optimizer, some in ((ours, params), (oracle, theirs)):
+            optimizer.zero_grad()
+            for part in range(2):
+                some[2].requires_grad_(number > 0 or part > 0)
+                trained = [param for param in some if param.requires_grad]
+                torch.stack([(param * (part + 0.5)).sum() for param in trained]).sum().backward()
+            if number == 0 and optimizer is ours:
+                # The factor is 1, and the call takes the parameter in.
+                ours.clip_grad_norm_(1e9)
+            optimizer.step()
+        assert_like_torch(ours, params, oracle)
+    for optimizer, some in ((ours, params), (oracle, theirs)):
+        optimizer.zero_grad()
+        some[2].requires_grad_(False)
+        optimizer.param_groups[0]["params"].reverse()
+        some[1].sum().backward()
+        optimizer.step()
+    assert_like_torch(ours, params[::-1], oracle)
+
+
+@pytest.mark.parametrize(("world_size", "hybrid"), [(2, False), (4, True)], ids=["group", "hybrid"])
+def test_unfrozen_while_gradients_accumulate(world_size: int, hybrid: bool) -> None:
+    """Its first gradient is reduced like one set by hand; state goes through an edit while it is frozen again."""
+    run("gloo", world_size, accumulated, hybrid)
+
+
+def fsdp1(rank: int, _world_size: int, stage: int) -> None:
+    """Job: one frozen module of FSDP1, beside torch on a twin."""
+    models = []
+    for _ in range(2):
+        model = Blocks()
+        model.blocks[0].requires_grad_(False)
+        for position, block in enumerate(model.blocks):
+            model.blocks[position] = Fsdp(block, use_orig_params=True, device_id=torch.device("cpu"))
+        models.append(Fsdp(model, use_orig_params=True, device_id=torch.device("cpu")))
+    subject = ShardedASGD(models[0].parameters(), **OPTIONS, stage=stage)
+    oracle = torch.optim.ASGD(models[1].parameters(), **OPTIONS, foreach=False)
+    for number in range(3):
+        for module, optimizer in zip(models, (subject, oracle), strict=True):
+            optimizer.zero_grad()
+            module(batch(number, rank)).square().mean().backward()
+            optimizer.step()
+    for mine, wanted in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_same_bits(mine.detach(), wanted.detach(), "parameter")
+        assert (mine in subject.state) == mine.requires_grad
+    saved = Fsdp.optim_state_dict(models[0], subject)
+    again = ShardedASGD(models[0].parameters(), **OPTIONS, stage=stage)
+    again.load_state_dict(Fsdp.optim_state_dict_to_load(models[0], again, saved))
+    for param in subject.state:
+        assert_same_bits(again.state[param]["ax"], subject.state[param]["ax"], "average")
+
+
+@both
+@pytest.mark.filterwarnings("ignore")
+def test_frozen_modules_of_fsdp1(stage: int) -> None:
+    """They have no state."""
+    run("gloo", 2, fsdp1, stage)

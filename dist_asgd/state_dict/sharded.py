@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm import Communicators
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
-from ..placements.presharded import PreshardedParam
+from ..placements.presharded import DTensorParam, PreshardedParam
 from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
 from ..state import ParamShards
@@ -89,7 +89,9 @@ def pack(
     members = [m for m in shards.held if fresh or m.param.requires_grad or not cohort_of[m.index].fresh]
     members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
-    entries = _EntryTensors(shards.members, communicators, cache)
+    mixed = any(isinstance(member, DTensorParam) for member in shards.held)
+    mixed = mixed or any(is_dtensor(member.param) for member in shards.frozen)
+    entries = _EntryTensors(mixed, communicators, cache)
     for member in members:
         entry = state[member.index]
         if cohort_of[member.index].fresh:
@@ -112,15 +114,14 @@ def pack(
 class _EntryTensors:
     """Makes the tensors of a sharded state dict, which have the parameter's shape and hold this rank's fragment.
 
-    They are ShardTensors. If the optimizer also has DTensors, they are DTensors, because get_state_dict(
-    full_state_dict=True) can gather those: their mesh is the optimizer's process group. Hybrid sharding has no process
-    group for one replica, so it stays with ShardTensors.
+    They are ShardTensors. If the optimizer also has DTensors (``mixed``), frozen ones included, they are DTensors,
+    because get_state_dict(full_state_dict=True) can gather those: their mesh is the optimizer's process group. Hybrid
+    sharding has no process group for one replica, so it stays with ShardTensors.
     """
 
-    def __init__(self, members: Sequence[ShardedParam], communicators: Communicators, cache: ShardTensorCache) -> None:
+    def __init__(self, mixed: bool, communicators: Communicators, cache: ShardTensorCache) -> None:
         self._communicators = communicators
         self._cache = cache
-        mixed = any(is_dtensor(member.param) for member in members)
         self._group = communicators.group if mixed and communicators.num_replicas == 1 else None
         self._meshes: dict[str, DeviceMesh] = {}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .buffers import Precision, ShardedParam, StateBuffer
 from .layout import Fragment, Slot, lay_out
 
-_REQUIRES_GRAD, _GRAD = attrgetter("requires_grad"), attrgetter("grad")
+REQUIRES_GRAD, _GRAD = attrgetter("requires_grad"), attrgetter("grad")
 
 
 def is_held(param: Tensor, state: Mapping[Any, Mapping[str, Any]]) -> bool:
@@ -30,7 +30,7 @@ def is_held(param: Tensor, state: Mapping[Any, Mapping[str, Any]]) -> bool:
 def any_trained(params: Sequence[Tensor]) -> bool:
     """Whether any of ``params`` requires gradients or has one: torch's optimizer steps those. Called in every step."""
     # One pass of map over each attribute: there may be thousands of frozen parameters beside a few trained ones.
-    return True in map(_REQUIRES_GRAD, params) or any(map(is_not, map(_GRAD, params), repeat(None)))
+    return True in map(REQUIRES_GRAD, params) or any(map(is_not, map(_GRAD, params), repeat(None)))
 
 
 class FrozenParam(ShardedParam):
