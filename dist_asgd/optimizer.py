@@ -27,11 +27,12 @@ from .gradients.base import Gradients
 from .gradients.loss_scaling import ScalerInfo
 from .gradients.reducer import Reducer
 from .placements import fsdp1
-from .placements.leaves import refuse_non_leaves
+from .placements.leaves import naming_non_leaves
 from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict.state_dicts import StateDicts
 from .storage.buffers import Precision
+from .storage.frozen import REQUIRES_GRAD, is_held
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
 from .update.batch import StepContext
@@ -136,7 +137,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._hyperparameters = Hyperparameters()
         defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
-        # torch.optim.ASGD's groups do not have this key, and ours only if it was given: see ``pack``.
         defaults |= {"capturable": capturable, **({} if fused is None else {"fused": fused})}
         self._constructed = False
         problem = self.communicators.problem
@@ -156,7 +156,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
         check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
-        self._registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
+        self.registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
         self._add_storage(0)
         sharded = None if differentiable else self.shards
         self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
@@ -185,12 +185,10 @@ class ShardedASGD(torch.optim.Optimizer):
         self._add_storage(first)
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
-        try:
+        with naming_non_leaves(param_group, len(self.param_groups)):
             _base("add_param_group")(self, param_group)
-        except ValueError:
-            refuse_non_leaves(param_group, len(self.param_groups))
-            raise
-        check_new_group(self.param_groups, self.communicators, self._precision, self.is_differentiable, self._stage)
+        options = (self.communicators, self._precision, self.is_differentiable, self._stage)
+        check_new_group(self.param_groups, *options, partial(is_held, state=self.state))
 
     @public_call
     def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
@@ -200,10 +198,10 @@ class ShardedASGD(torch.optim.Optimizer):
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
         if not self.is_differentiable:
-            self._registry.add_groups(self.param_groups, first_group)
+            self.registry.add_groups(self.param_groups, first_group)
             return
         for group in self.param_groups[first_group:]:
-            for param in group["params"]:
+            for param in filter(REQUIRES_GRAD, group["params"]):
                 self.state[param] = differentiable.init_state(param, group["lr"])
 
     def adopt_params(self) -> None:
@@ -214,7 +212,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
             return
         self._state_dicts.forget_averages()
-        self._registry.adopt(self.param_groups)
+        self.registry.adopt(self.param_groups)
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -263,8 +261,8 @@ class ShardedASGD(torch.optim.Optimizer):
         fingerprint = NO_FINGERPRINT if problem else hypers.fingerprint(self.param_groups, scaler is not None)
         self._agreement.rebound = bool(self.shards.rebound)
         reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
-        if reports.rebound or not self._registry.values_compared:
-            self._registry.compare_values(reports)
+        if reports.rebound or not self.registry.values_compared:
+            self.registry.compare_values(reports)
         return self.gradients.active(reports)
 
     def _problem(self, before_load: bool = False) -> Exception | None:
@@ -281,7 +279,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _begin_update(self, active: frozenset[int], scaler: ScalerInfo | None) -> StepContext | None:
         """Everything that the update of this step reads; None if gradients overflowed and no rank steps."""
-        hypers = step_hyperparameters(self.param_groups)
+        hypers = step_hyperparameters(self.param_groups, self.shards.leads)
         # Pending factors are for gradients that are reduced here: those on parameters were multiplied in place.
         pending, others, found_inf = self.gradients.scaling, UNSCALED, None
         if scaler is not None:
@@ -386,11 +384,11 @@ class ShardedASGD(torch.optim.Optimizer):
         gathered = self._state_dicts.take_consolidated(self.whole_state_dicts_only)
         return self.live_state() if gathered is None else gathered
 
-    def live_state(self) -> dict[str, Any]:
-        """Hand out this rank's fragments, torn or not; ``load_checkpoint()`` fills these tensors. Not collective."""
+    def live_state(self, fresh: bool = False) -> dict[str, Any]:
+        """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped."""
         self._refuse_inside_averages("state_dict()")
         self.adopt_params()
-        return self._state_dicts.sharded()
+        return self._state_dicts.sharded(fresh)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make the next ``state_dict()`` on rank ``to`` the whole, unless a step or load comes before. Collective."""
@@ -425,6 +423,9 @@ class ShardedASGD(torch.optim.Optimizer):
         problem = self._problem(before_load=True)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
+        if loaded is not None and self.registry.take_in(self.param_groups, loaded.stepped):
+            loaded, fingerprint, unreadable = self._state_dicts.parse(loaded.source, run_hooks=False)
+            self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, unreadable)
         if loaded is not None:
             with self.shards.loading():
                 self._state_dicts.apply(loaded)

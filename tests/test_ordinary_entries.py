@@ -221,6 +221,48 @@ def fresh_ones(_rank: int, _world_size: int, stage: int) -> None:
     assert optimizer.consolidated_state_dict(to=None)["state"][1]["grad_ema"].tolist() == [0.25] * 3
 
 
+def frozen_ones(_rank: int, world_size: int, stage: int, path: str) -> None:
+    """Job: a parameter that was never trained has own entries and no state, also where it is trained later."""
+
+    def build(frozen: bool) -> tuple[nn.Module, ShardedASGD]:
+        model, _ = make(ShardedASGD)
+        model.bias.requires_grad_(not frozen)
+        return model, ShardedASGD(model.named_parameters(), **HYPERPARAMETERS, stage=stage)
+
+    model, optimizer = build(frozen=True)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    optimizer.state[model.bias].update({"grad_ema": torch.ones(3), "tag": ["a"]})
+    before = own(model, optimizer)
+    save_checkpoint(path, model, optimizer, step=1)
+    for frozen in (True, False):
+        # One rank's fragments do not load into other buckets.
+        sharded = [optimizer.state_dict()] if frozen or world_size == 1 else []
+        for saved in (*sharded, optimizer.consolidated_state_dict(to=None)):
+            assert saved["state"][1].keys() == {"grad_ema", "tag"}
+            twin, target = build(frozen)
+            target.load_state_dict(saved)
+            assert same_tree(own(twin, target), before)
+            steps(twin, target, 1)
+        twin, target = build(frozen)
+        load_checkpoint(path, twin, target)
+        assert same_tree(own(twin, target), before)
+        assert ("ax" in target.state[twin.bias]) is not frozen
+    model.bias.requires_grad_(True)
+    steps(model, optimizer, 1)
+    assert same_tree(own(model, optimizer), before)
+    if world_size == 1:
+        (file,) = consolidate(CheckpointContents(path), Path(path + ".pt"))
+        assert torch.load(file)["optim"]["state"][1].keys() == {"grad_ema", "tag"}
+
+
+@both
+@worlds
+def test_frozen_parameters_with_own_entries(tmp_path: Path, backend: str, world_size: int, stage: int) -> None:
+    """As in torch, and they get a state as soon as they are trained."""
+    run(backend, world_size, frozen_ones, stage, str(tmp_path / "saved"))
+
+
 @pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.SGD, torch.optim.Rprop])
 def test_the_state_of_another_optimizer_is_refused(other: type) -> None:
     """Its entries are no own entries: those of ASGD are missing."""

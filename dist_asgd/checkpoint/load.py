@@ -29,7 +29,7 @@ from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Nam
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
 from .keys import CheckpointKeys, KeyMismatch
-from .save import Saver, adopt_params
+from .save import Saver, adopt_params, take_in
 
 NOT_LOADED = (*NOT_SAVED, "param_names")
 _LOG = logging.getLogger("dist_asgd")
@@ -57,6 +57,12 @@ class CheckpointState:
     save_id: str | None
     step: int | None
     mismatch: KeyMismatch
+
+    @property
+    def with_average(self) -> list[int]:
+        """The parameters of which ``optimizer`` has an average."""
+        state = self.optimizer[STATE]
+        return [key for key, entry in state.items() if type(key) is int and AVERAGE in entry]
 
 
 def load_checkpoint(
@@ -113,17 +119,17 @@ def restore(
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
     adopt_params(optimizer)
-    loaded, fingerprint, problem = None, NO_FINGERPRINT, None
-    try:
-        saver.wait_pending()
-        loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
-        entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
-        fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
-    except Exception as error:
-        problem = error
-    # Until here nothing was changed; from here on every rank has everything it needs.
-    saver.agree(call, fingerprint, problem)
-    assert loaded is not None
+    loaded: CheckpointState | None = None
+    while loaded is None or take_in(optimizer, loaded.with_average):
+        fingerprint, problem = NO_FINGERPRINT, None
+        try:
+            saver.wait_pending()
+            loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
+            entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
+            fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
+        except Exception as error:
+            problem = error
+        saver.agree(call, fingerprint, problem)
     _apply(loaded, model, optimizer)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
@@ -157,7 +163,7 @@ def _read_state(
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
-    live = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
+    live = optimizer.live_state(fresh=True) if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
     with_master = {
         n for i, entry in optimizer_state["state"].items() if MASTER_KEY in entry for n in names.of_params[i]
@@ -256,7 +262,7 @@ def _optimizer_state(
             model_keys = (f"{MODEL}.{name}" for name in names.of_params[index])
             model_key = next((key for key in model_keys if key in checkpoint.keys), None)
             entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
-            entry = None if entry is None else entry | own.get(index, {})
+            entry = {**(entry or {}), **own.get(index, {})} or None
         if entry is not None:
             state[index] = entry
     options = checkpoint.values([key for below in option_keys.values() for key in below.values()])
@@ -264,10 +270,11 @@ def _optimizer_state(
     for group in groups:
         for index in group["params"]:
             # As in torch: a parameter that has never stepped has no state.
-            if index in state and index in state_keys and _never_stepped(state[index], group["lr"]):
-                if own_of(state[index]):
-                    # Its own entries are kept, and with them all others: torch makes none beside them.
-                    continue
+            entry = state.get(index, {})
+            if index not in state_keys or AVERAGE not in entry or not _never_stepped(entry, group["lr"]):
+                continue
+            # Own entries are kept, and with them all others: torch makes none beside them.
+            if not own_of(entry):
                 del state[index]
     return {"state": state, "param_groups": groups}
 

@@ -26,7 +26,7 @@ from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
 from ..storage.layout import DIRECT_BYTES, SendLayout, send_layout, whole_layout
 from ..update.segments import UNSCALED, Scaling
-from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
+from .base import READ_GRADIENTS, REBUILDING, Gradients, check_gradient, multiply, torn_problem
 from .hooks import BackwardHooks
 from .sending import source
 
@@ -253,7 +253,7 @@ class Reducer(Gradients):
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
-        reports = self._agree(call, fingerprint, problem, keep=call is not CollectiveCall.ADOPT)
+        reports = self._agree(call, fingerprint, problem, keep=call not in REBUILDING)
         in_buckets = ~self._presharded_mask
         self._present_mask, second = reports.union(0), reports.union(1) & in_buckets
         if not self._present_mask & in_buckets:

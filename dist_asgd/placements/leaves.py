@@ -5,11 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+from .dtensor import is_dtensor
+
+
+def refuse_sharded(name: str, param: Tensor) -> None:
+    """Raise ValueError for a sharded tensor that is no DTensor."""
+    if hasattr(param, "device_mesh") and not is_dtensor(param):
+        raise ValueError(
+            f"dist_asgd: parameter {name} is a {type(param).__name__}: of tensors that are sharded already only "
+            f"DTensor is known here. Pass plain parameters or DTensors."
+        )
 
 
 def refuse_unready(named: Iterable[tuple[str, Tensor]], *, non_leaves: bool) -> None:
@@ -29,8 +41,17 @@ def refuse_unready(named: Iterable[tuple[str, Tensor]], *, non_leaves: bool) -> 
             )
 
 
-def refuse_non_leaves(group: dict[str, Any], index: int) -> None:
-    """Raise ValueError if torch has refused ``group``, which is to be ``param_groups[index]``, for a tensor in it."""
+@contextmanager
+def naming_non_leaves(group: dict[str, Any], index: int) -> Iterator[None]:
+    """Inside, torch adds ``group`` as ``param_groups[index]``; its error for a non-leaf names the tensor then."""
+    try:
+        yield
+    except ValueError:
+        _refuse_non_leaves(group, index)
+        raise
+
+
+def _refuse_non_leaves(group: dict[str, Any], index: int) -> None:
     params = group.get("params") if isinstance(group, dict) else None
     if not isinstance(params, list) or not all(isinstance(param, Tensor) for param in params):
         return

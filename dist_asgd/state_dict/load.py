@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..comm.agreement import Fingerprint
 from ..placements.dtensor import is_dtensor, local_tensor, same_placement
+from ..placements.fsdp1 import is_managed
 from ..placements.presharded import DTensorParam, FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state import KEYS, MASTER_KEY
 from ..storage.buffers import ShardedParam, StateBuffer
+from ..storage.frozen import FrozenParam
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
@@ -57,15 +59,21 @@ class ParamState:
 
 @dataclass(frozen=True, slots=True)
 class ParsedStateDict:
-    """A parsed state dict: the entries by parameter index, and the new values of all groups.
+    """A parsed state dict, ``source``: the entries by parameter index, and the new values of all groups.
 
     ``own`` are own entries of parameters, by index, and ``shared`` those of the optimizer; see ``own_entries.py``.
     """
 
     entries: dict[int, ParamState]
     groups: list[dict[str, Any]]
+    source: dict[str, Any]
     own: dict[int, dict[Any, Any]] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def stepped(self) -> list[int]:
+        """The parameters that have the state of a step."""
+        return [index for index, entry in self.entries.items() if not entry.fresh]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +94,27 @@ class ParamTarget:
     param: Tensor
     is_dtensor: bool = False
     is_fsdp1: bool = False
+    is_frozen: bool = False
 
     @classmethod
     def of(cls, member: ShardedParam) -> ParamTarget:
-        """Return the target for a parameter that is sharded here or was before."""
+        """Return the target for a parameter that is sharded here or was before, or frozen."""
+        if isinstance(member, FrozenParam):
+            # Which elements this rank will have is not known yet: the dict is parsed once more when it is.
+            fsdp1_too = is_managed(member.param)
+            return cls(
+                member.name,
+                member.dtype,
+                tuple(member.param.shape),
+                (),
+                0,
+                0,
+                True,
+                member.param,
+                is_dtensor(member.param),
+                fsdp1_too,
+                is_frozen=True,
+            )
         return cls(
             member.name,
             member.dtype,
@@ -150,16 +175,19 @@ def parse(
     index_of = {identity: index for index, identity in enumerate(ids)}
     state = state_dict["state"]
     unlisted = {key: value for key, value in state.items() if key not in index_of}
-    unknown = [key for key, value in unlisted.items() if _names_a_param(key, value)]
+    unknown = [key for key, value in unlisted.items() if own_entries.names_a_param(key, value)]
     if unknown:
         raise ValueError(f"dist_asgd: the state dict has state for {unknown[:3]}, which no parameter group lists.")
     lr_of = {identity: group.get("lr") for group in saved_groups for identity in group["params"]}
     # An empty entry is none: reading state[p] of torch's optimizers makes one.
-    saved_of = {index_of[identity]: state[identity] for identity in ids if not _is_absent(state.get(identity))}
+    saved_of = {
+        index_of[identity]: state[identity] for identity in ids if not own_entries.is_absent(state.get(identity))
+    }
+    of_asgd = any(own_entries.is_state(saved) for saved in saved_of.values())
     entries = {
         index: _entry(targets[index], saved, lr_of[ids[index]])
         for index, saved in saved_of.items()
-        if not _is_empty_part(targets[index], saved)
+        if not (own_entries.is_all(saved) and (of_asgd or _needs_no_state(targets[index])))
     }
     own = {
         index: own_entries.cast_as_torch(targets[index].param, saved, live.get(targets[index].param, {}))
@@ -168,23 +196,12 @@ def parse(
     new_groups = [
         _group(i, saved, group, defaults) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
     ]
-    return ParsedStateDict(entries, new_groups, own, unlisted)
+    return ParsedStateDict(entries, new_groups, state_dict, own, unlisted)
 
 
-def _names_a_param(key: object, value: object) -> bool:
-    """Whether an entry of ``state`` that no group lists is the state of a parameter, and no own entry of the user's."""
-    if not isinstance(value, dict):
-        return isinstance(key, Tensor)
-    return isinstance(key, int | Tensor) or value.keys() >= set(STATE_KEYS)
-
-
-def _is_absent(saved: Any) -> bool:
-    return saved is None or (isinstance(saved, dict) and not saved)
-
-
-def _is_empty_part(target: ParamTarget, saved: Any) -> bool:
-    """Whether ``saved`` has only own entries of an FSDP1 parameter of which this rank holds nothing."""
-    return target.is_fsdp1 and not target.numel and isinstance(saved, dict) and not saved.keys() & set(STATE_KEYS)
+def _needs_no_state(target: ParamTarget) -> bool:
+    """Whether a dict has no state for the parameter: it is frozen, or this rank holds nothing of an FSDP1 parameter."""
+    return target.is_frozen or (target.is_fsdp1 and not target.numel)
 
 
 def _entry(target: ParamTarget, saved: Any, lr: Any) -> ParamState:
@@ -223,6 +240,8 @@ def _tensor(target: ParamTarget, saved: dict[str, Any], key: str) -> tuple[Tenso
             f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
             f"whole."
         )
+    if target.is_frozen:
+        return value, False
     shard = shard_tensor_of(value)
     distributed = type(value) not in (Tensor, ShardTensor) and is_dtensor(value)
     if distributed and (target.is_dtensor or shard is None):

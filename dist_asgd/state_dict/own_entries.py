@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..comm import Communicators
 from ..placements.dtensor import describe_placement, dtensor_like, is_dtensor, local_like
-from ..state import own_entries
+from ..state import KEYS, MASTER_KEY, own_entries
 from ..storage.buffers import BucketParam, ShardedParam
 
 if TYPE_CHECKING:
@@ -113,6 +113,31 @@ def on_host(value: Any) -> Any:
 # --- loading ---------------------------------------------------------------------------------------------
 
 
+def is_state(saved: Any) -> bool:
+    """Whether ``saved`` has the state that ASGD keeps of a parameter."""
+    return isinstance(saved, dict) and saved.keys() >= set(KEYS)
+
+
+def is_all(saved: Any) -> bool:
+    """Whether ``saved`` has own entries and nothing of the state of a parameter, as torch has it before a step.
+
+    In a dict of another optimizer all entries may be so, but not in one that also has ``is_state`` entries.
+    """
+    return isinstance(saved, dict) and not saved.keys() & {*KEYS, MASTER_KEY}
+
+
+def is_absent(saved: Any) -> bool:
+    """Whether a dict has no entry: reading ``state[p]`` of torch's optimizers makes an empty one."""
+    return saved is None or (isinstance(saved, dict) and not saved)
+
+
+def names_a_param(key: object, value: object) -> bool:
+    """Whether an entry that no group lists is the state of a parameter, and no own entry of the optimizer."""
+    if not isinstance(value, dict):
+        return isinstance(key, Tensor)
+    return isinstance(key, int | Tensor) or is_state(value)
+
+
 def cast_as_torch(param: Tensor, saved: Mapping[Any, Any], live: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return the own entries in ``saved``, the loaded state of ``param``, as torch's ``load_state_dict()`` casts them.
 
@@ -165,6 +190,9 @@ def replace(
             for key in own_entries(entry):
                 del entry[key]
             entry.update(of_param.get(index, {}))
+            if not entry:
+                # Frozen parameters have no state beside own entries.
+                del state[param]
         elif index in of_param:
             state[param] = dict(of_param[index])
     state.update(shared)

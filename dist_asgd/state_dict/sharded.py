@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..comm import Communicators
 from ..placements import fsdp1
+from ..placements.dtensor import is_dtensor
 from ..placements.presharded import DTensorParam, PreshardedParam
 from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
@@ -76,21 +77,25 @@ def pack(
     shards: ParamShards,
     communicators: Communicators,
     cache: ShardTensorCache,
+    fresh: bool = False,
     with_own: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return torch's layout with this rank's fragment of each sharded tensor. No communication.
 
     Averages share memory with the optimizer's state, scalars and masters are copies. Frozen parameters that never
-    stepped have no entry, as in torch, unless they have own entries (``with_own`` has the indices of those that do).
-    FSDP1 parameters of which this rank holds nothing have none either.
+    stepped have no entry, as in torch; with ``fresh`` those have one that were taken in, so that a load can fill it,
+    and so have those with own entries (``with_own`` has the indices). FSDP1 parameters of which this rank holds
+    nothing have none either.
     """
     cohort_of = shards.cohort_of
     members = [
-        m for m in shards.members if m.param.requires_grad or m.index in with_own or not cohort_of[m.index].fresh
+        m for m in shards.held if fresh or m.param.requires_grad or m.index in with_own or not cohort_of[m.index].fresh
     ]
     members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
-    entries = _EntryTensors(shards.members, communicators, cache)
+    mixed = any(isinstance(member, DTensorParam) for member in shards.held)
+    mixed = mixed or any(is_dtensor(member.param) for member in shards.frozen)
+    entries = _EntryTensors(mixed, communicators, cache)
     for member in members:
         entry = state[member.index]
         if cohort_of[member.index].fresh:
@@ -102,7 +107,8 @@ def pack(
     # A master is a ShardTensor exactly if the average is one.
     with_fragments = {m.bucket.group_index for m in members if isinstance(state[m.index][AVERAGE], ShardTensor)}
     for index, group in enumerate(packed):
-        # torch's helpers expect the keys of live groups, and torch.optim.ASGD's checkpoints do not have this one. DCP
+        # torch's helpers expect the keys of live groups. Those of torch.optim.ASGD and its checkpoints do not have this
+        # one, and ours only if it was given. DCP
         # neither writes an empty mapping nor asks for it.
         if "fused" in groups[index]:
             group["fused"] = {}
@@ -114,15 +120,14 @@ def pack(
 class _EntryTensors:
     """Makes the tensors of a sharded state dict, which have the parameter's shape and hold this rank's fragment.
 
-    They are ShardTensors. If the optimizer also has DTensors, they are DTensors, because get_state_dict(
-    full_state_dict=True) can gather those: their mesh is the optimizer's process group. Hybrid sharding has no process
-    group for one replica, so it stays with ShardTensors.
+    They are ShardTensors. If the optimizer also has DTensors (``mixed``), frozen ones included, they are DTensors,
+    because get_state_dict(full_state_dict=True) can gather those: their mesh is the optimizer's process group. Hybrid
+    sharding has no process group for one replica, so it stays with ShardTensors.
     """
 
-    def __init__(self, members: Sequence[ShardedParam], communicators: Communicators, cache: ShardTensorCache) -> None:
+    def __init__(self, mixed: bool, communicators: Communicators, cache: ShardTensorCache) -> None:
         self._communicators = communicators
         self._cache = cache
-        mixed = any(isinstance(member, DTensorParam) for member in members)
         self._group = communicators.group if mixed and communicators.num_replicas == 1 else None
         self._meshes: dict[str, DeviceMesh] = {}
 

@@ -13,6 +13,7 @@ from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..gather import Gatherer
 from ..state import ParamShards
+from ..storage.frozen import FrozenParam
 from ..storage.snapshots import mark_written
 from ..validation import check_hyperparameters, named_params, params_of
 from . import full, load, own_entries, sharded, unsharded
@@ -59,8 +60,8 @@ class StateDicts:
             )
         return gathered
 
-    def sharded(self) -> dict[str, Any]:
-        """Return this rank's fragments, for ``state_dict()``. No communication."""
+    def sharded(self, fresh: bool = False) -> dict[str, Any]:
+        """Return this rank's fragments, for ``state_dict()``; see ``sharded.pack``. No communication."""
         optimizer = self._optimizer
         _before_state_dict(optimizer)
         if self._shards is not None:
@@ -71,7 +72,7 @@ class StateDicts:
             packed = unsharded.pack(groups, state)
         else:
             with_own = own_entries.of_params(state, params)
-            packed = sharded.pack(groups, self._shards, self._communicators, self._cache, with_own.keys())
+            packed = sharded.pack(groups, self._shards, self._communicators, self._cache, fresh, with_own.keys())
         own_entries.add(packed["state"], state, params)
         return _after_state_dict(optimizer, packed)
 
@@ -115,17 +116,22 @@ class StateDicts:
         state: dict[Any, Any] = dict(whole)
         for index in own_entries.of_params(live, params_of(groups)).keys() - whole.keys():
             member = shards.members[index]
+            if isinstance(member, FrozenParam):
+                continue
             scalars = sharded.snapshots_of([member], shards.cohort_of)[index]
             state[index] = own_entries.fresh_entry(member, scalars, groups[member.bucket.group_index]["lr"])
-        state = dict(sorted(state.items()))
         own_entries.add_copies(state, live, params_of(groups))
         for position, tensor in gathered:
             index, key, _ = placed[position]
             state[index][key] = tensor
+        in_order = sorted(key for key in state if type(key) is int and key < len(shards.members))
+        state = {key: state[key] for key in in_order} | state
         packed = {"state": state, "param_groups": sharded.pack_groups(groups)}
         return _after_state_dict(self._optimizer, packed)
 
-    def parse(self, state_dict: dict[str, Any]) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
+    def parse(
+        self, state_dict: dict[str, Any], run_hooks: bool = True
+    ) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
         """Parse and check ``state_dict``. No communication, and nothing changes but what pre-hooks do.
 
         Returns the parsed state and its fingerprint, which all ranks compare before any of them applies the state. If
@@ -134,7 +140,8 @@ class StateDicts:
         groups = self._optimizer.param_groups
         try:
             targets = self._targets()
-            state_dict = _before_load(self._optimizer, state_dict)
+            if run_hooks:
+                state_dict = _before_load(self._optimizer, state_dict)
             loaded = load.parse(state_dict, groups, targets, self._optimizer.defaults, self._optimizer.state)
             for index, group in enumerate(loaded.groups):
                 check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")

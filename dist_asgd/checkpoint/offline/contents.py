@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from ..format.manifest import CheckpointError
 from ..format.reader import OpenCheckpoint
-from ..own_entries import OBJECTS_KEY, shared_and_by_name
+from ..own_entries import OBJECTS_KEY, RESERVED, shared_and_by_name
 
 MODEL = "model."
 STATE = "optim.state."
@@ -87,8 +87,12 @@ class CheckpointContents:
             if key.startswith(STATE):
                 name, _, state_key = key.removeprefix(STATE).rpartition(".")
                 state.setdefault(name, {})[state_key] = entry
+        wanted = {"step", "eta", "mu", "ax"}
+        if any(entries.keys() >= wanted for entries in state.values()):
+            # Of a frozen parameter there may be own entries of the user, and no state.
+            state = {name: entries for name, entries in state.items() if entries.keys() & wanted}
         for name, entries in state.items():
-            missing = {"step", "eta", "mu", "ax"} - entries.keys()
+            missing = wanted - entries.keys()
             if missing:
                 raise CheckpointError(
                     f"dist_asgd: {self.opened.path} has no {', '.join(sorted(missing))} of parameter {name}: this is "
@@ -138,6 +142,16 @@ class CheckpointContents:
                         f"{value.dtype}, wanted one number."
                     )
         return scalars
+
+    @cached_property
+    def own_tensors(self) -> dict[str, dict[str, TensorEntry]]:
+        """Tensors that users keep in the optimizer's state, by parameter name, and then by key."""
+        own: dict[str, dict[str, TensorEntry]] = {}
+        for key, entry in self.tensors.items():
+            name, _, state_key = key.removeprefix(STATE).rpartition(".")
+            if key.startswith(STATE) and state_key not in RESERVED:
+                own.setdefault(name, {})[state_key] = entry
+        return own
 
     @cached_property
     def own_objects(self) -> tuple[dict[Any, Any], dict[str, dict[Any, Any]]]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..format.directory import sync_directory
 from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
-from ..own_entries import RESERVED
 from .contents import MODEL, STATE, CheckpointContents, Progress, no_progress
 
 GROUPS_KEY = "param_groups"
@@ -137,11 +136,11 @@ def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
     state: dict[Any, Any] = {}
     shared, own_objects = contents.own_objects
     for index, name in enumerate(names):
-        if name not in contents.state:
-            continue
-        entries, own = contents.state[name], own_objects.get(name, {})
+        own_tensors, own = contents.own_tensors.get(name, {}), own_objects.get(name, {})
         # A parameter that never stepped has no state in torch, unless users keep something there.
-        if contents.scalars[name]["step"].item() or own or not entries.keys() <= set(RESERVED):
+        stepped = name in contents.state and contents.scalars[name]["step"].item()
+        if stepped or own or own_tensors:
+            entries = {**contents.state.get(name, {}), **own_tensors}
             state[index] = {state_key: contents.tensor(entry.key) for state_key, entry in entries.items()} | own
             progress(sum(entry.bytes for entry in entries.values()))
     state |= shared
