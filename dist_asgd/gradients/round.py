@@ -39,8 +39,12 @@ class Round:
 
     def expect(self, active: frozenset[int]) -> None:
         """Wait for the ``active`` parameters, which took part in a step, from now on."""
-        if active and active != self.expected:
-            self.expected = active
+        if not active:
+            return
+        changed = active != self.expected
+        # Also if they are equal: the reducer asks only if it is another object.
+        self.expected = active
+        if changed:
             self.begin()
 
     @property
