@@ -61,7 +61,7 @@ class Reducer(Gradients):
         self._presharded_mask = 0
         self._member_of: dict[int, BucketParam] = {}
         self._hooks = BackwardHooks(self)
-        # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
+        # A frozen parameter has no hook: if it has a gradient all the same, it is reduced as if set by hand.
         self._hooked: set[int] = set()
         # Free send buffers by device and dtype. Each is busy until the reduce-scatter that reads it has ended, and is
         # kept for the next bucket: memory that is touched for the first time costs more than the copy into it.
