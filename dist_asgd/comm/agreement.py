@@ -89,15 +89,22 @@ class CollectiveCall(IntEnum):
     UNSCALE = 17
     ADOPT = 18
     GRADIENT = 19
+    UNFREEZE = 20
 
     @property
     def text(self) -> str:
         """The name of this call in an error."""
         if self is CollectiveCall.ADOPT:
             return "a call after parameters or param_groups were changed"
+        if self is CollectiveCall.UNFREEZE:
+            return "a call after frozen parameters became trained ones"
         if self is CollectiveCall.GRADIENT:
             return "an operator on p.grad"
         return "backward()" if self is CollectiveCall.ROUND else f"{self.name.lower()}()"
+
+
+# The calls that take a change of the user's over, which their fingerprint describes.
+_CHANGES = {CollectiveCall.ADOPT, CollectiveCall.UNFREEZE}
 
 
 def digest_of(values: object) -> int:
@@ -316,7 +323,7 @@ class Agreement:
                 f"dist_asgd: ranks called different things at the same point: {values_by_rank(texts)}. "
                 f"Every rank must make the same collective calls in the same order."
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
-                + (self._changes(reports, fingerprint) if CollectiveCall.ADOPT in calls else "")
+                + (self._changes(reports, fingerprint) if calls & _CHANGES else "")
             )
         discards = reports.column(DISCARDS)
         if len(set(discards)) > 1:
@@ -334,7 +341,7 @@ class Agreement:
 
     def _changes(self, reports: RankReports, fingerprint: Fingerprint) -> str:
         """Return the sentences about parameters or groups that some ranks have changed, and others have not."""
-        own = reports.calls[self._comm.rank] == CollectiveCall.ADOPT
+        own = reports.calls[self._comm.rank] in _CHANGES
         changes = self._comm.exchange_objects(fingerprint.what if own else "no change")
         return f" {values_by_rank(changes)}. Change parameters and param_groups on every rank alike."
 
