@@ -5,6 +5,7 @@ Users and trainers move a model after they have built its optimizer, replace its
 differs, all ranks agree on it and the shards are built anew from ``param_groups`` as they are, by the same path as at
 construction, and every parameter keeps its state, as in torch. Parameters that are not in ``param_groups`` any more
 leave their state, whole and on the host, in ``optimizer.state``, as in torch, and take it up again if they come back.
+Frozen parameters that are trained now, or are about to be loaded with state, get shards beside those of the others.
 
 converted  a parameter with another shape, dtype or device than its shards were built for
 rebound    a parameter whose memory was replaced by other memory of the same shape, dtype and device (``p.data = q``)

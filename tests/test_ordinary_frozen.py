@@ -132,8 +132,8 @@ def anything(_rank: int, _world_size: int, stage: int) -> None:
     shared = torch.ones(4).share_memory_()
     memory = torch.ones(8)
     frozen = [
-        torch.ones(4, dtype=torch.int8),
         torch.ones(4, device="meta"),
+        torch.ones(4, dtype=torch.int8),
         torch.eye(3).to_sparse(),
         torch.ones(1).expand(3),
         shared,
@@ -145,21 +145,36 @@ def anything(_rank: int, _world_size: int, stage: int) -> None:
     ]
     params = [nn.Parameter(value, requires_grad=False) for value in frozen]
     plain = nn.Parameter(torch.ones(4))
-    optimizer = ShardedASGD([*params, plain], lr=0.1, stage=stage)
+    # The device of the others does not matter for the kernel.
+    optimizer = ShardedASGD([*params, plain], lr=0.1, stage=stage, fused=True)
     for number in range(2):
         step(optimizer, [plain], number)
-        params[0].data = params[0].data.float()
+        params[1].data = params[1].data.float()
     assert list(optimizer.state_dict()["state"]) == [len(params)]
     assert params[4].data_ptr() == shared.data_ptr()
     assert optimizer.param_groups[0]["params"][3] is params[3]
     optimizer.load_state_dict(optimizer.consolidated_state_dict(to=None))
-    del optimizer.param_groups[0]["params"][1]
+    del optimizer.param_groups[0]["params"][0]
     optimizer.step()
     # Moved meanwhile: it is taken in as it is now.
-    params[0].data = params[0].data.double()
-    params[0].requires_grad_(True)
-    step(optimizer, [params[0]], 5)
-    assert optimizer.state[params[0]]["ax"].dtype == torch.float64
+    params[1].data = params[1].data.double()
+    params[1].requires_grad_(True)
+    step(optimizer, [params[1]], 5)
+    assert optimizer.state[params[1]]["ax"].dtype == torch.float64
+
+
+def test_frozen_parameters_of_a_differentiable_optimizer() -> None:
+    """Nothing is sharded in this mode, and the state is torch's own."""
+    trained, frozen = (torch.ones(n, requires_grad=n == 3) for n in (3, 2))
+    optimizer = ShardedASGD([frozen, trained], lr=0.1, differentiable=True)
+    assert list(optimizer.state) == [trained]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert list(optimizer.state_dict()["state"]) == [1]
+    optimizer.start_averaging()
+    frozen.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.state[frozen]["step"] == 1
+    assert frozen[0].item() == pytest.approx(0.9, abs=1e-3)
 
 
 @both

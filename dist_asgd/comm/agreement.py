@@ -32,7 +32,7 @@ R = TypeVar("R")
 # Where the words of the header lie.
 CALL, DISCARDS, FLAGS, DIGEST = range(4)
 # The bits of the flags.
-PROBLEM, REBOUND = 1, 2
+PROBLEM, REBOUND, CLEARED = 1, 2, 4
 HEADER_WORDS = 4
 # Bits per word of a mask: words are int64, and must stay positive.
 MASK_BITS = 62
@@ -89,7 +89,8 @@ class CollectiveCall(IntEnum):
     END_OF_EXPORT_AVERAGED = 16
     UNSCALE = 17
     ADOPT = 18
-    UNFREEZE = 19
+    GRADIENT = 19
+    UNFREEZE = 20
 
     @property
     def text(self) -> str:
@@ -98,6 +99,8 @@ class CollectiveCall(IntEnum):
             return "a call after parameters or param_groups were changed"
         if self is CollectiveCall.UNFREEZE:
             return "a call after frozen parameters became trained ones"
+        if self is CollectiveCall.GRADIENT:
+            return "an operator on p.grad"
         return "backward()" if self is CollectiveCall.ROUND else f"{self.name.lower()}()"
 
 
@@ -158,6 +161,11 @@ class RankReports:
         return any(flags & REBOUND for flags in self.column(FLAGS))
 
     @property
+    def cleared(self) -> bool:
+        """Whether a user of any rank took gradients out of ``p.grad``."""
+        return any(flags & CLEARED for flags in self.column(FLAGS))
+
+    @property
     def calls(self) -> list[int]:
         """The ``CollectiveCall`` of every rank."""
         return self.column(CALL)
@@ -188,6 +196,7 @@ class Agreement:
     gradients (stage 2), or ``keep_gradients()`` kept them; it travels in every header, because ranks that differ in it
     mix gradients of different steps.
     ``rebound`` says whether parameters were rebound on this rank since the last step; ranks may differ in that.
+    ``cleared`` says whether a user took gradients out of ``p.grad`` in stage 2, which the ranks compare then.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -196,6 +205,7 @@ class Agreement:
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
+        self.cleared = False
         self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def resize(self, num_params: int) -> None:
@@ -257,10 +267,13 @@ class Agreement:
     def _words(
         self, call: CollectiveCall, fingerprint: Fingerprint, masks: tuple[int, int], problem: bool
     ) -> list[int]:
-        words = [int(call), self.discards, PROBLEM * problem + REBOUND * self.rebound, fingerprint.digest]
+        words = [int(call), self.discards, self._flags(problem), fingerprint.digest]
         for mask in masks:
             words += [(mask >> (MASK_BITS * i)) & _MASK for i in range(self._mask_words)]
         return words
+
+    def _flags(self, problem: bool) -> int:
+        return PROBLEM * problem + REBOUND * self.rebound + CLEARED * self.cleared
 
     def check(self, reports: RankReports, fingerprint: Fingerprint, problem: Exception | None) -> None:
         """Raise on all ranks if ``reports`` has different calls, discard counts or fingerprints, or a problem.
