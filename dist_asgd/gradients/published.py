@@ -175,8 +175,8 @@ class PublishedGradients:
             ranks = [rank for rank, mask in enumerate(masks) if mask >> index & 1]
             raise RuntimeError(
                 f"dist_asgd: the p.grad of parameter {self._members[index].name} was taken away after its backward on "
-                f"{agreement.names.describe(ranks)} of {agreement.names.total} only. Clear gradients on every rank alike: with "
-                f"optimizer.zero_grad(), or p.grad = None for the same parameters."
+                f"{agreement.names.describe(ranks)} of {agreement.names.total} only. Clear gradients on every rank alike: "
+                f"with optimizer.zero_grad(), or p.grad = None for the same parameters."
             )
 
     def forget_norms(self) -> None:
