@@ -173,9 +173,10 @@ class PublishedGradients:
         if differing:
             index = min(indices_in(differing))
             ranks = [rank for rank, mask in enumerate(masks) if mask >> index & 1]
+            names = agreement.names
             raise RuntimeError(
                 f"dist_asgd: the p.grad of parameter {self._members[index].name} was taken away after its backward on "
-                f"{agreement.names.describe(ranks)} of {agreement.names.total} only. Clear gradients on every rank alike: "
+                f"{names.describe(ranks)} of {names.total} only. Clear gradients on every rank alike: "
                 f"with optimizer.zero_grad(), or p.grad = None for the same parameters."
             )
 
