@@ -4,6 +4,7 @@ Every collective call of the optimizer begins with one exchange of a fixed numbe
 round of backward. If a rank has failed, or called another function, all ranks raise; without the exchange they would
 hang. Only if an exchange shows a difference do ranks send messages of any length, to describe it.
 
+joined   a rank without further inputs inside torch's ``Join``; it takes part in the calls of the other, *active* ranks
 header   the first four words: the kind of call, the discard count, flags (a problem, rebound parameters), and a digest
 digest   a 62-bit hash of plain values that must be equal on all ranks (a fingerprint)
 masks    the words after the header: two bit masks with one bit per parameter, 62 bits to a word
@@ -22,6 +23,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 import torch
 
 from .base import Communicator
+from .iterations import Iterations
 from .masks import indices_in
 from .tracebacks import release_frames
 
@@ -88,13 +90,22 @@ class CollectiveCall(IntEnum):
     END_OF_EXPORT_AVERAGED = 16
     UNSCALE = 17
     ADOPT = 18
+    JOINED = 19
+    END_OF_JOIN = 20
 
     @property
     def text(self) -> str:
         """The name of this call in an error."""
         if self is CollectiveCall.ADOPT:
             return "a call after parameters or param_groups were changed"
+        if self is CollectiveCall.JOINED:
+            return "nothing more: no inputs are left"
         return "backward()" if self is CollectiveCall.ROUND else f"{self.name.lower()}()"
+
+
+# The calls that a rank can take part in after it has joined; an iteration ends with one of the first two.
+LAST_CALLS = (CollectiveCall.STEP, CollectiveCall.ZERO_GRAD)
+OF_AN_ITERATION = (*LAST_CALLS, CollectiveCall.CLIP_GRAD_NORM, CollectiveCall.UNSCALE)
 
 
 def digest_of(values: object) -> int:
@@ -181,6 +192,29 @@ class RankReports:
         """The ``CollectiveCall`` of every rank."""
         return self.column(CALL)
 
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """The ranks that have joined: none outside of torch's ``Join``."""
+        return tuple(rank for rank, row in enumerate(self.rows) if row[CALL] == CollectiveCall.JOINED)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The ranks that have not joined."""
+        return tuple(rank for rank, row in enumerate(self.rows) if row[CALL] != CollectiveCall.JOINED)
+
+    @property
+    def digests(self) -> list[int]:
+        """The digest of every rank's fingerprint."""
+        return self.column(DIGEST)
+
+    @classmethod
+    def of(cls, rows: list[list[int]], mask_words: int) -> RankReports:
+        """The reports with these words. Ranks that have joined zero no gradients: they get the first active one's count."""
+        reports = cls(rows, mask_words)
+        for rank in reports.joined:
+            rows[rank][DISCARDS] = rows[reports.active[0]][DISCARDS]
+        return reports
+
     def masks(self, which: int) -> list[int]:
         """Return the first (0) or the second (1) bit mask of every rank; bit i stands for parameter i."""
         start = HEADER_WORDS + which * self.mask_words
@@ -214,6 +248,8 @@ class Agreement:
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
+        # Inside torch's Join, if it leaves it to this optimizer to say when an iteration begins (stage 2).
+        self.iterations: Iterations | None = None
         self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def resize(self, num_params: int) -> None:
@@ -241,10 +277,12 @@ class Agreement:
         words = self._words(call, fingerprint, masks, problem)
         if self._comm.world_size == 1:
             return lambda: RankReports([words], self._mask_words)
+        if self.iterations is not None:
+            self.iterations.before(call)
         # The masks may be resized before the wait, and the reports keep the size that they were sent with.
         mask_words = self._mask_words
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        return lambda: RankReports(wait().tolist(), mask_words)
+        return lambda: RankReports.of(wait().tolist(), mask_words)
 
     def exchange(
         self,
@@ -257,8 +295,13 @@ class Agreement:
         words = self._words(call, fingerprint, masks, problem)
         if self._comm.world_size == 1:
             return RankReports([words], self._mask_words)
+        if self.iterations is not None:
+            self.iterations.before(call)
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        return RankReports(wait().tolist(), self._mask_words)
+        reports = RankReports.of(wait().tolist(), self._mask_words)
+        if self.iterations is not None and CollectiveCall.ROUND not in reports.calls:
+            self.iterations.after(call)
+        return reports
 
     def agree(
         self,
@@ -297,11 +340,17 @@ class Agreement:
             return
         # A round that another rank has opened is no difference: the caller has joined it.
         calls = set(reports.calls) - {CollectiveCall.ROUND}
+        joined = reports.joined
+        # If this raises, ranks that have joined leave their context, and wait for no further iteration.
+        iterations, self.iterations = self.iterations, None if joined else self.iterations
+        if joined and len(calls) == 2 and calls <= {CollectiveCall.JOINED, *OF_AN_ITERATION}:
+            calls -= {CollectiveCall.JOINED}
         if len(calls) > 1:
             texts = [CollectiveCall(call).text for call in reports.calls]
             raise CallsDiffer(
                 f"dist_asgd: ranks called different things at the same point: {values_by_rank(texts)}. "
                 f"Every rank must make the same collective calls in the same order."
+                + (" Inside Join, while some ranks have no inputs left, the others can only step." if joined else "")
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
                 + (self._changes(reports, fingerprint) if CollectiveCall.ADOPT in calls else "")
             )
@@ -316,8 +365,10 @@ class Agreement:
             )
         if reports.problem:
             self._raise_together(problem)
-        if len(set(reports.column(DIGEST))) > 1:
-            self._compare(fingerprint)
+        # Ranks that have joined take over whatever the active ones agree on.
+        if len({reports.rows[rank][DIGEST] for rank in reports.active}) > 1:
+            self._compare(fingerprint, reports)
+        self.iterations = iterations
 
     def _changes(self, reports: RankReports, fingerprint: Fingerprint) -> str:
         """Return the sentences about parameters or groups that some ranks have changed, and others have not."""
@@ -344,9 +395,11 @@ class Agreement:
         error_type = next(c for c in RAISED if c.__name__ == names[0])
         raise error_type("\n".join(lines)) from problem
 
-    def _compare(self, fingerprint: Fingerprint) -> NoReturn:
-        """Raise on every rank, and name the first entry that is not equal on all of them."""
+    def _compare(self, fingerprint: Fingerprint, reports: RankReports) -> NoReturn:
+        """Raise on every rank, and name the first entry that is not equal on all active ranks."""
         by_rank: list[Any] = self._comm.exchange_objects(list(fingerprint.entries))
+        for rank in reports.joined:
+            by_rank[rank] = by_rank[reports.active[0]]
         counts = [len(entries) for entries in by_rank]
         more = f" {values_by_rank(counts)} entries." if len(set(counts)) > 1 else ""
         first = _first_difference(by_rank)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,6 +113,23 @@ class Gradients(ABC):
             "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
             "of the DistributedDataParallel module."
         )
+
+    # --- uneven inputs (torch's Join) ---------------------------------------------------------------------
+
+    def lend(self, reports: RankReports, value: Any) -> Any:
+        """The first active rank's picklable ``value``, on all ranks. Collective; only called if ranks have joined."""
+        lender = reports.active[0]
+        return self.communicators.host.exchange_objects(value if self.communicators.rank == lender else None)[lender]
+
+    def forget_backward(self) -> None:  # noqa: B027  stage 1 takes no part in backward
+        """Forget that a backward has run, which was interrupted before it sent anything; its gradients are incomplete.
+
+        Called on every active rank if ``Join`` is to throw as soon as a rank runs out of inputs.
+        """
+
+    def end_join(self) -> None:
+        """Forget which ranks have joined: called when all of them have, and when a step of one of them failed."""
+        self.agreement.iterations = None
 
     # --- gradients on the parameters ------------------------------------------------------------------------
 

@@ -435,9 +435,13 @@ class Reducer(Gradients):
             self._used_by_step = False
             self.agreement.discards += 1  # ranks that differ would add to the gradients on some shards only
 
+    def forget_backward(self) -> None:
+        if not self._next:
+            self._backward_since_agree = False
+            self._begin_round()
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Let backwards inside leave their gradients in ``p.grad``; the next one outside reduces the sum."""
         before, self.synchronising = self.synchronising, False
         try:
             yield
