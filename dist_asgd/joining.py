@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from .comm import Communicators, public_call
-from .comm.agreement import LAST_CALLS, OF_AN_ITERATION, CollectiveCall, RankReports
+from .comm.agreement import LAST_CALLS, OF_AN_ITERATION, UNKNOWN_DISCARDS, CollectiveCall, RankReports
 from .comm.iterations import Iterations
 from .gradients import loss_scaling
 from .gradients.base import Gradients
@@ -86,8 +86,6 @@ class JoinableOptimizer(Joinable):
                 "all ranks. Use stage=1 with DDP, or leave the option out."
             )
         self.gradients.end_join()
-        # Ranks that were interrupted by throw_on_early_termination may have zeroed gradients at different times.
-        self.gradients.agreement.discards = 0
         if self.reduces_gradients:
             own = weakref.ref(self)
             self.gradients.agreement.iterations = Iterations(
@@ -164,6 +162,8 @@ def _notify(optimizer: JoinableOptimizer | None) -> None:
     try:
         Join.notify_join_context(optimizer)
     except RuntimeError:
+        # The rank that ran out of inputs may not have begun this iteration with a zero_grad().
+        optimizer.gradients.agreement.discards = UNKNOWN_DISCARDS
         optimizer.gradients.forget_backward()
         raise
 

@@ -35,6 +35,9 @@ CALL, DISCARDS, FLAGS, DIGEST = range(4)
 # The bits of the flags.
 PROBLEM, REBOUND = 1, 2
 HEADER_WORDS = 4
+# The discard count of a rank that has joined, or whose iteration Join has interrupted, up to its next exchange. It
+# stays below 0 if zero_grad() counts on.
+UNKNOWN_DISCARDS = -(1 << 40)
 # Bits per word of a mask: words are int64, and must stay positive.
 MASK_BITS = 62
 _MASK = (1 << MASK_BITS) - 1
@@ -209,11 +212,11 @@ class RankReports:
 
     @classmethod
     def of(cls, rows: list[list[int]], mask_words: int) -> RankReports:
-        """The reports with these words. Ranks that have joined zero no gradients: they get the first active one's count."""
-        reports = cls(rows, mask_words)
-        for rank in reports.joined:
-            rows[rank][DISCARDS] = rows[reports.active[0]][DISCARDS]
-        return reports
+        """The reports with these words; ranks whose discard count is unknown get the first one that is known."""
+        if any(row[DISCARDS] < 0 for row in rows):
+            known = next((row[DISCARDS] for row in rows if row[DISCARDS] >= 0), 0)
+            rows = [[known if i == DISCARDS and w < 0 else w for i, w in enumerate(row)] for row in rows]
+        return cls(rows, mask_words)
 
     def masks(self, which: int) -> list[int]:
         """Return the first (0) or the second (1) bit mask of every rank; bit i stands for parameter i."""
@@ -299,6 +302,8 @@ class Agreement:
             self.iterations.before(call)
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
         reports = RankReports.of(wait().tolist(), self._mask_words)
+        if self.discards < 0:
+            self.discards = reports.rows[0][DISCARDS]
         if self.iterations is not None and CollectiveCall.ROUND not in reports.calls:
             self.iterations.after(call)
         return reports

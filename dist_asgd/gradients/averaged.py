@@ -85,9 +85,9 @@ class AveragedGradients(Gradients):
         return reports
 
     def present(self, reports: RankReports) -> frozenset[int]:
-        masks, active = reports.masks(0), reports.active
-        if len({masks[rank] for rank in active}) > 1:
-            self._refuse_missing(masks, active)
+        masks = reports.masks(0)
+        if len(set(masks)) > 1:
+            self._refuse_missing(masks, reports.active)
         if self.presharded:
             self.align_presharded(reports)
         return self.agreement.indices(reports.union(0))

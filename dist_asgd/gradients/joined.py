@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..comm.agreement import DISCARDS, CollectiveCall, Fingerprint, RankReports
+from ..comm.agreement import UNKNOWN_DISCARDS, CollectiveCall, Fingerprint, RankReports
 from . import clip
 from .base import Gradients
 from .reducer import Reducer
@@ -21,9 +21,9 @@ def shadow(gradients: Gradients, fingerprint: Fingerprint, problem: Exception | 
     hyperparameters of this rank, ``problem`` is what is wrong with its parameters.
     """
     while True:
+        # This rank does not see the others' zero_grad().
+        gradients.agreement.discards = UNKNOWN_DISCARDS
         reports = gradients.agree(CollectiveCall.JOINED, fingerprint, problem)
-        # They do not zero gradients here, and so cannot count.
-        gradients.agreement.discards = reports.column(DISCARDS)[0]
         call = reports.calls[reports.active[0]]
         if call == CollectiveCall.STEP:
             return reports
