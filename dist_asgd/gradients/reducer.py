@@ -299,7 +299,7 @@ class Reducer(Gradients):
                 break
             self._check_pairing(reports)
             self._join_round()
-        if call is not CollectiveCall.STEP:
+        if CollectiveCall.STEP not in reports.calls:
             # A step waits bucket by bucket instead, and updates the first while the last are in flight.
             self._wait_for_all()
         self._problem = self._mispaired = None
