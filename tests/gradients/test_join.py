@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -34,6 +35,8 @@ def make(optimizer_class: type[Optimizer], script: Script) -> tuple[nn.Module, n
     options = {"lr": 0.1, "t0": 2, **script.get("options", {})}
     if optimizer_class is ShardedASGD:
         options |= {"bucket_cap_mb": 0.002, **script.get("own_options", {})}
+        if "mesh" in options:
+            options["mesh"] = init_device_mesh("cpu", options["mesh"], mesh_dim_names=("replicate", "shard"))
     net: nn.Module = model
     if options.get("stage", 1) == 1:
         net = DistributedDataParallel(model, bucket_cap_mb=0.002, **script.get("ddp_options", {}))
@@ -96,6 +99,14 @@ def compare(rank: int, world_size: int, script: Script) -> None:
         for index, (one, other) in enumerate(zip(ours, torchs, strict=True)):
             dist.broadcast(other, last)
             assert_same_bits(one, other, f"{what} {index} on rank {rank} of {counts}")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_hybrid_sharding(stage: int) -> None:
+    """All ranks of a replica may have joined: gradients come from another one."""
+    script: Script = {"own_options": {"stage": stage, "mesh": (2, 2)}}
+    for counts in ([0, 0, 3, 1], [2, 2, 0, 1]):
+        run("gloo", 4, compare if stage == 1 else same_but_rounding, {**script, "counts": counts})
 
 
 def counts_of(seed: int, world_size: int) -> list[int]:
