@@ -266,7 +266,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         agree = partial(shadow, self.gradients) if has_joined else partial(self.gradients.agree, CollectiveCall.STEP)
         if (reports := agree(fingerprint, problem)) is None:
             return frozenset(), None
-        if reports.joined:
+        if self._agreement.joined:
             scaler = share_step(self.gradients, reports, self.param_groups, scaler)
         if reports.rebound or not self._registry.values_compared:
             self._registry.compare_values(reports)

@@ -244,6 +244,7 @@ class Agreement:
     gradients (stage 2), or ``keep_gradients()`` kept them; it travels in every header, because ranks that differ in it
     mix gradients of different steps.
     ``rebound`` says whether parameters were rebound on this rank since the last step; ranks may differ in that.
+    ``joined`` are the ranks that had joined when ranks last agreed.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -251,6 +252,7 @@ class Agreement:
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
+        self.joined: tuple[int, ...] = ()
         # Inside torch's Join, if it leaves it to this optimizer to say when an iteration begins (stage 2).
         self.iterations: Iterations | None = None
         self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
@@ -340,12 +342,13 @@ class Agreement:
             ValueError: fingerprints differ; the error names the first entry that does.
             Exception: some rank has a problem. All ranks raise all problems, as the type of the first one.
         """
+        self.joined = ()
         first = reports.rows[0][:HEADER_WORDS]
         if not first[FLAGS] and all(row[:HEADER_WORDS] == first for row in reports.rows):
             return
         # A round that another rank has opened is no difference: the caller has joined it.
         calls = set(reports.calls) - {CollectiveCall.ROUND}
-        joined = reports.joined
+        self.joined = joined = reports.joined
         # If this raises, ranks that have joined leave their context, and wait for no further iteration.
         iterations, self.iterations = self.iterations, None if joined else self.iterations
         if joined and len(calls) == 2 and calls <= {CollectiveCall.JOINED, *OF_AN_ITERATION}:

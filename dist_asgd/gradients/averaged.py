@@ -97,7 +97,7 @@ class AveragedGradients(Gradients):
         if not self._compared and present:
             self._compare(present, reports)
             self._compared = True
-        if reports.joined:
+        if self.agreement.joined:
             self._begin_relay(present, reports)
         return present
 

@@ -302,7 +302,8 @@ def consolidate(optimizer: ShardedASGD) -> None:
     optimizer.consolidated_state_dict()
 
 
-@every_pair(stage=[1, 2], call=[averages, consolidate])
+@pytest.mark.parametrize("call", [averages, consolidate], ids=["averages", "consolidate"])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_other_calls_are_errors_on_all_ranks(stage: int, call: Callable[[Any], Any]) -> None:
     """In seconds, not after the group's timeout."""
     for error in run_errors("gloo", 2, other_call, stage, call, False, within_s=5.0):
