@@ -164,6 +164,6 @@ class GroupCommunicator(Communicator):
         return PeerError(
             f"dist_asgd: {action} failed on rank {self.rank} of {self.world_size}: a peer has died, was cut off, or "
             f"did not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to "
-            f"torch's Join). Parameters and state may differ between ranks now: restart the job from its last checkpoint. "
-            f"The backend said: {error}"
+            f"torch's Join). Parameters and state may differ between ranks now: restart the job from its last "
+            f"checkpoint. The backend said: {error}"
         )
