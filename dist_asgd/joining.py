@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from .comm import Communicators, public_call
-from .comm.agreement import LAST_CALLS, OF_AN_ITERATION, UNKNOWN_DISCARDS, CollectiveCall, RankReports
+from .comm.agreement import DIGEST, LAST_CALLS, OF_AN_ITERATION, UNKNOWN_DISCARDS, CollectiveCall, RankReports
 from .comm.iterations import Iterations
 from .gradients import loss_scaling
 from .gradients.base import Gradients
@@ -132,6 +132,8 @@ class JoinableOptimizer(Joinable):
     @torch.no_grad()
     def step_joined(self) -> None:
         """Take part in one iteration of the active ranks; called on a rank that has joined. Collective."""
+        # From here on this rank announces no iteration in the context.
+        self.gradients.agreement.iterations = None
         self._step(has_joined=True)
 
     @abstractmethod
@@ -164,7 +166,9 @@ def _notify(optimizer: JoinableOptimizer | None) -> None:
     except RuntimeError:
         # The rank that ran out of inputs may not have begun this iteration with a zero_grad().
         optimizer.gradients.agreement.discards = UNKNOWN_DISCARDS
-        optimizer.gradients.forget_backward()
+        if isinstance(optimizer.gradients, Reducer):
+            # The backward is interrupted before it has sent anything: no round has to be completed.
+            optimizer.gradients.backward_since_agree = False
         raise
 
 
@@ -193,7 +197,7 @@ def share_step(
     Returns the scaler's values on all ranks. Collective, called if there are joined ranks; sends something only if a
     joined rank has other values.
     """
-    digests = set(reports.digests)
+    digests = set(reports.column(DIGEST))
     on_device = any(isinstance(group["lr"], Tensor) for group in groups)  # such a learning rate is not in the digest
     if len(digests) == 1 and not on_device:
         return scaler

@@ -321,8 +321,9 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
 
-        Collective. In stage 2 call this one: ``torch.nn.utils.clip_grad_norm_`` sees no gradients there. It reads
-        their shards once, and the update scales them. In stage 1 without DTensors it is torch's function, bit for bit.
+        Collective. In stage 2 it reads the shards of the gradients once, and the update scales them;
+        ``torch.nn.utils.clip_grad_norm_`` does the same in one more pass. In stage 1 without DTensors it is torch's
+        function, bit for bit.
         """
         self.adopt_params()
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):

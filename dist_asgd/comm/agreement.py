@@ -33,10 +33,9 @@ R = TypeVar("R")
 # Where the words of the header lie.
 CALL, DISCARDS, FLAGS, DIGEST = range(4)
 # The bits of the flags.
-PROBLEM, REBOUND = 1, 2
+PROBLEM, REBOUND, CLEARED = 1, 2, 4
 HEADER_WORDS = 4
-# The discard count of a rank that has joined, or whose iteration Join has interrupted, up to its next exchange. It
-# stays below 0 if zero_grad() counts on.
+# The discard count of a rank that has joined, or that Join has interrupted; it stays below 0 if zero_grad() counts on.
 UNKNOWN_DISCARDS = -(1 << 40)
 # Bits per word of a mask: words are int64, and must stay positive.
 MASK_BITS = 62
@@ -93,14 +92,17 @@ class CollectiveCall(IntEnum):
     END_OF_EXPORT_AVERAGED = 16
     UNSCALE = 17
     ADOPT = 18
-    JOINED = 19
-    END_OF_JOIN = 20
+    GRADIENT = 19
+    JOINED = 20
+    END_OF_JOIN = 21
 
     @property
     def text(self) -> str:
         """The name of this call in an error."""
         if self is CollectiveCall.ADOPT:
             return "a call after parameters or param_groups were changed"
+        if self is CollectiveCall.GRADIENT:
+            return "an operator on p.grad"
         if self is CollectiveCall.JOINED:
             return "nothing more: no inputs are left"
         return "backward()" if self is CollectiveCall.ROUND else f"{self.name.lower()}()"
@@ -191,6 +193,11 @@ class RankReports:
         return any(flags & REBOUND for flags in self.column(FLAGS))
 
     @property
+    def cleared(self) -> bool:
+        """Whether a user of any rank took gradients out of ``p.grad``."""
+        return any(flags & CLEARED for flags in self.column(FLAGS))
+
+    @property
     def calls(self) -> list[int]:
         """The ``CollectiveCall`` of every rank."""
         return self.column(CALL)
@@ -204,11 +211,6 @@ class RankReports:
     def active(self) -> tuple[int, ...]:
         """The ranks that have not joined."""
         return tuple(rank for rank, row in enumerate(self.rows) if row[CALL] != CollectiveCall.JOINED)
-
-    @property
-    def digests(self) -> list[int]:
-        """The digest of every rank's fingerprint."""
-        return self.column(DIGEST)
 
     @classmethod
     def of(cls, rows: list[list[int]], mask_words: int) -> RankReports:
@@ -244,6 +246,7 @@ class Agreement:
     gradients (stage 2), or ``keep_gradients()`` kept them; it travels in every header, because ranks that differ in it
     mix gradients of different steps.
     ``rebound`` says whether parameters were rebound on this rank since the last step; ranks may differ in that.
+    ``cleared`` says whether a user took gradients out of ``p.grad`` in stage 2, which the ranks compare then.
     ``joined`` are the ranks that had joined when ranks last agreed.
     """
 
@@ -252,6 +255,7 @@ class Agreement:
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
+        self.cleared = False
         self.joined: tuple[int, ...] = ()
         # Inside torch's Join, if it leaves it to this optimizer to say when an iteration begins (stage 2).
         self.iterations: Iterations | None = None
@@ -325,10 +329,13 @@ class Agreement:
     def _words(
         self, call: CollectiveCall, fingerprint: Fingerprint, masks: tuple[int, int], problem: bool
     ) -> list[int]:
-        words = [int(call), self.discards, PROBLEM * problem + REBOUND * self.rebound, fingerprint.digest]
+        words = [int(call), self.discards, self._flags(problem), fingerprint.digest]
         for mask in masks:
             words += [(mask >> (MASK_BITS * i)) & _MASK for i in range(self._mask_words)]
         return words
+
+    def _flags(self, problem: bool) -> int:
+        return PROBLEM * problem + REBOUND * self.rebound + CLEARED * self.cleared
 
     def check(self, reports: RankReports, fingerprint: Fingerprint, problem: Exception | None) -> None:
         """Raise on all ranks if ``reports`` has different calls, discard counts or fingerprints, or a problem.

@@ -121,12 +121,6 @@ class Gradients(ABC):
         lender = reports.active[0]
         return self.communicators.host.exchange_objects(value if self.communicators.rank == lender else None)[lender]
 
-    def forget_backward(self) -> None:  # noqa: B027  stage 1 takes no part in backward
-        """Forget that a backward has run, which was interrupted before it sent anything; its gradients are incomplete.
-
-        Called on every active rank if ``Join`` is to throw as soon as a rank runs out of inputs.
-        """
-
     def end_join(self) -> None:
         """Forget which ranks have joined: called when all of them have, and when a step of one of them failed."""
         self.agreement.iterations = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
+from ..storage.buffers import ShardedParam
 from .base import Gradients
 
 
@@ -32,26 +34,35 @@ def _norm(fragment: Tensor, is_complex: bool, norm_type: float) -> Tensor:
 def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -> Tensor:
     """The norm over all active gradients, 0-dim float64 on their device, the same on all ranks. Collective.
 
-    It is the norm of the parameters' norms, as ``torch.nn.utils.clip_grad_norm_`` defines it. Each fragment is summed
-    in double precision and fragments are combined in rank order, so that the result does not depend on timing.
+    It is the norm of the parameters' norms, as ``torch.nn.utils.clip_grad_norm_`` defines it.
     """
     members = [m for m in (*gradients.members, *gradients.presharded) if m.index in active]
     if not members:
         return torch.zeros((), dtype=torch.float64, device="cpu")
     members.sort(key=lambda m: m.index)
+    total: Tensor = torch.linalg.vector_norm(param_norms(gradients, members, norm_type), norm_type)
+    return total
+
+
+def param_norms(gradients: Gradients, members: Sequence[ShardedParam], norm_type: float) -> Tensor:
+    """The norm of the gradient of each of ``members``, ``(len(members),)`` float64, the same on all ranks. Collective.
+
+    ``members`` are not empty, in the order of their indices, the same on all ranks. Each fragment is summed in double
+    precision and fragments are combined in rank order, so that the result does not depend on timing.
+    """
     device = members[0].bucket.device
     # One row a rank: the norms of its fragments, then which set of ranks counts each (0: not this rank's to count).
     row = torch.zeros(2 * len(members), dtype=torch.float64, device=device)
     counted = [member for member in members if member.norm_owner]
     if counted:
-        norms = [_norm(gradients.gradient_fragment(m), m.dtype.is_complex, norm_type) for m in counted]
+        own = [_norm(gradients.gradient_fragment(m), m.dtype.is_complex, norm_type) for m in counted]
         if norm_type != 0:
-            norms = [
+            own = [
                 n * f.to(n) if (f := gradients.pending_unscale(m)) is not None else n
-                for n, m in zip(norms, counted, strict=True)
+                for n, m in zip(own, counted, strict=True)
             ]
         owned = torch.tensor([bool(m.norm_owner) for m in members], device=device)
-        row[: len(members)][owned] = torch.stack([norm.to(device) for norm in norms])
+        row[: len(members)][owned] = torch.stack([norm.to(device) for norm in own])
     row[len(members) :] = torch.tensor([m.norm_owner for m in members], dtype=torch.float64, device=device)
     communicators = gradients.communicators
     communicator = communicators.host if device.type == "cpu" else communicators.on(device)
@@ -60,9 +71,8 @@ def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -
     first = torch.where(owners > 0, owners, math.inf).amin(0)
     neutral = math.inf if norm_type < 0 else 0.0
     fragments = torch.where((owners == first) & (owners > 0), norms_by_rank, neutral)
-    of_members = fragments.sum(0) if norm_type == 0 else torch.linalg.vector_norm(fragments, norm_type, dim=0)
-    total: Tensor = torch.linalg.vector_norm(of_members, norm_type)
-    return total
+    norms: Tensor = fragments.sum(0) if norm_type == 0 else torch.linalg.vector_norm(fragments, norm_type, dim=0)
+    return norms
 
 
 def clip(

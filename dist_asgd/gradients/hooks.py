@@ -22,13 +22,19 @@ from ..storage.buffers import BucketParam
 
 
 class GradientListener(Protocol):
-    """Who is told about gradients (the reducer); both methods are called under a lock, on a thread of autograd."""
+    """Who is told about gradients (the reducer); all methods are called under a lock, on a thread of autograd."""
+
+    def before_gradient(self, index: int) -> None:
+        """Backward is about to add to ``p.grad`` of parameter ``index``."""
 
     def note_gradient(self, index: int) -> None:
         """Backward has added to ``p.grad`` of parameter ``index``; other hooks on the parameter may be yet to run."""
 
     def note_complete(self, index: int) -> None:
         """All hooks on parameter ``index`` have run: its ``p.grad`` may be taken away."""
+
+    def note_end(self, busy: set[int]) -> None:
+        """A backward has ended, with all hooks; other threads add to the ``busy`` parameters, or run hooks on them."""
 
 
 class BackwardHooks:
@@ -42,10 +48,14 @@ class BackwardHooks:
     def __init__(self, listener: GradientListener) -> None:
         self._listener = weakref.ref(listener)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # Autograd's nodes that accumulate gradients: a parameter does not keep its own alive.
+        self._nodes: list[torch.autograd.graph.Node] = []
         weakref.finalize(self, _remove, self._handles)
         self._lock = threading.RLock()
         # By thread: the task and the index of the parameter whose hooks are running, or ran last.
         self._latest: dict[int, tuple[int, int]] = {}
+        # By thread: the parameter whose gradient is being added to.
+        self._adding: dict[int, int] = {}
         # The tasks whose end is still to come, with the thread in which each had its first gradient; empty after them.
         self.tasks: dict[int, int] = {}
         self._threads_overlap = False
@@ -53,7 +63,12 @@ class BackwardHooks:
     def register(self, members: Sequence[BucketParam]) -> None:
         """Put hooks on the parameters of ``members``, in place of those of an earlier call."""
         _remove(self._handles)
+        self._nodes.clear()
         for member in members:
+            # On the node, because a hook on the tensor would also run in torch.autograd.grad(), which adds nothing.
+            node = torch.autograd.graph.get_gradient_edge(member.param).node
+            self._nodes.append(node)
+            self._handles.append(node.register_prehook(partial(_before_gradient, weakref.ref(self), member.index)))
             hook = partial(_on_gradient, weakref.ref(self), member.index)
             self._handles.append(member.param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
@@ -61,7 +76,22 @@ class BackwardHooks:
         """Forget the gradients of backwards that have ended, with an error perhaps; called before collective calls."""
         with self._lock:
             self._latest.clear()
+            self._adding.clear()
             self.tasks.clear()
+
+    @public_call
+    def before_gradient(self, index: int) -> None:
+        """Called by autograd before it adds to the gradient of parameter ``index``."""
+        task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        with self._lock:
+            listener = self._listener()
+            if listener is None:
+                return
+            if task >= 0:
+                if task not in self.tasks:
+                    self._begin(task, thread)
+                self._adding[thread] = index
+            listener.before_gradient(index)
 
     @public_call
     def on_gradient(self, index: int) -> None:
@@ -76,6 +106,7 @@ class BackwardHooks:
                 return
             before = self._latest.get(thread)
             self._latest[thread] = task, index
+            self._adding.pop(thread, None)
             if task not in self.tasks:
                 self._begin(task, thread)
             listener.note_gradient(index)
@@ -103,6 +134,14 @@ class BackwardHooks:
                     del self._latest[thread]
                     if listener is not None and not self._threads_overlap:
                         listener.note_complete(index)
+            if listener is not None:
+                listener.note_end(self.running() | set(self._adding.values()))
+
+
+def _before_gradient(hooks: weakref.ref[BackwardHooks], index: int, _: tuple[Tensor, ...]) -> None:
+    owner = hooks()
+    if owner is not None:
+        owner.before_gradient(index)
 
 
 def _on_gradient(hooks: weakref.ref[BackwardHooks], index: int, _: Tensor) -> None:

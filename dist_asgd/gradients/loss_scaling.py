@@ -25,8 +25,7 @@ class ScalerInfo:
     """What a scaler has set on the optimizer for one step.
 
     grad_scale  the scale of the gradients, 0-dim, or None if they are unscaled already
-    found_inf   nonzero if any of them overflowed, 1 element; the int 0 if the scaler saw no gradient at all (stage 2
-                with torch's own scaler)
+    found_inf   nonzero if any of them overflowed, 1 element; the int 0 if torch's own scaler saw no gradient at all
     """
 
     grad_scale: Tensor | None
@@ -43,8 +42,8 @@ class ScalerInfo:
         if stage == 1 or isinstance(self.found_inf, Tensor):
             return None
         return RuntimeError(
-            "dist_asgd: torch.amp.GradScaler found no gradients: with stage=2 they are reduced as shards and leave "
-            "p.grad. Use dist_asgd.GradScaler instead, which takes the same arguments."
+            "dist_asgd: torch.amp.GradScaler found no gradients: this rank has run no backward. Use "
+            "dist_asgd.GradScaler instead, which takes the same arguments and looks at the gradients of all ranks."
         )
 
     def skips_on_host(self, hypers: Sequence[StepHyperparameters], communicators: Communicators) -> bool:

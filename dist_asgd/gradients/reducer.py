@@ -11,45 +11,44 @@ joining   a rank that finds in ``agree`` that another rank has opened a round ta
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from ..comm import Communicators, Wait
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports, values_by_rank
+from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports
 from ..comm.masks import bit_mask, indices_in
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
-from ..storage.layout import DIRECT_BYTES, SendLayout, send_layout, whole_layout
 from ..update.segments import UNSCALED, Scaling
 from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
 from .hooks import BackwardHooks
-from .sending import source
-
-# Buckets in flight at a time: one arrives while the next is packed.
-MAX_IN_FLIGHT = 2
+from .published import PublishedGradients
+from .round import Round, mispairing
+from .sending import SendBuffers, complete_in_background, source
 
 
 class Reducer(Gradients):
     """Stage 2: reduce-scatters gradients during backward and keeps this rank's shard of their mean.
 
-    ``in_flight_bytes`` counts the send buffers, which are kept between steps.
+    ``in_flight_bytes`` counts the send buffers, which are kept between steps. ``backward_since_agree`` says whether a
+    backward has run on this rank since ranks last agreed.
 
     The life of a bucket's gradient:
 
     =========  ==============================  ===========================  ========================================
-    state      ``p.grad`` of its parameters    its gradient shard           what moves it on
+    state      this rank's own gradients       its gradient shard           what moves it on
     =========  ==============================  ===========================  ========================================
-    empty      None                            without meaning              backward sets p.grad (``note_gradient``)
-    filling    set for some                    as before                    the last expected gradient, or ``agree``
-    in flight  None: packed and freed          being written                ``wait_for``, or a lack of send buffers
-    reduced    None                            mean over all ranks          ``step()``, or another backward adds to it
-    used       None                            mean, read by ``step()``     ``zero_grad()`` or a backward: empty again
+    empty      none                            without meaning              backward sets p.grad (``note_gradient``)
+    filling    in ``p.grad`` of some           as before                    the last expected gradient, or ``agree``
+    in flight  packed and freed                being written                ``wait_for``, or a lack of send buffers
+    reduced    none                            mean over all ranks          ``step()``, or another backward adds to it
+    used       none                            mean, read by ``step()``     ``zero_grad()`` or a backward: empty again
     =========  ==============================  ===========================  ========================================
+
+    From the end of backward on ``p.grad`` is a ``GradientTensor`` (``published.py``).
     """
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
@@ -63,29 +62,19 @@ class Reducer(Gradients):
         self._hooks = BackwardHooks(self)
         # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
         self._hooked: set[int] = set()
-        # Free send buffers by device and dtype. Each is busy until the reduce-scatter that reads it has ended, and is
-        # kept for the next bucket: memory that is touched for the first time costs more than the copy into it.
-        self._send_buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self.in_flight_bytes = 0
-        self._send_layouts: dict[int, SendLayout] = {}
+        self.published = PublishedGradients(self)
+        self._send_buffers = SendBuffers((), {})
         # Oldest first: reduce-scatters end in the order in which they were launched.
-        self._in_flight: deque[tuple[Bucket, Wait, Tensor]] = deque()
-        # The open round: its buckets in order, the parameters that are ready, for how many each bucket still waits,
-        # and the position of the next bucket to launch (0: no round is open).
-        self._round: list[Bucket] = []
-        self._ready: set[int] = set()
-        self._waiting_for: dict[int, int] = {}
-        self._next = 0
+        self._in_flight: deque[tuple[Bucket, Wait, Callable[[], None]]] = deque()
+        self._round = Round()
         self._header: Callable[[], RankReports] | None = None
         # Since the last zero_grad(): the parameters this rank contributed to, and the buckets whose shard is valid.
         self._reduced_mask = 0
         self._buckets_with_shard: set[int] = set()
         # Parameters whose p.grad backward has filled, and which are not packed yet.
         self._unpacked: set[int] = set()
-        # Buckets wait for the parameters that took part in the last step: an unused one delays nothing for long.
-        self._params_last_step: frozenset[int] = frozenset()
         self._used_by_step = False  # then the next gradient starts from zero
-        self._backward_since_agree = False
+        self.backward_since_agree = False
         # The parameters with a gradient on any rank, as ``agree`` has found them.
         self._present_mask = 0
         # Whether a bucket is being launched or finished, or such a call was interrupted: its gradients are torn then.
@@ -95,25 +84,30 @@ class Reducer(Gradients):
         super().extend(buckets, presharded)
         self._presharded_mask = bit_mask(member.index for member in self.presharded)
         self._member_of = {member.index: member for member in self.members}
-        self._round = [bucket for bucket in self.buckets if bucket.trainable]
-        self._params_last_step = frozenset(member.index for bucket in self._round for member in bucket.members)
-        self._begin_round()
+        self._round.extend(self.buckets)
         hooked = [member for member in self.members if member.param.requires_grad]
         self._hooked = {member.index for member in hooked}
         self._hooks.register(hooked)
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
-        self._send_buffers, self.in_flight_bytes = {}, 0
-        self._send_layouts = {}
-        for bucket in self.buckets:
-            if self._collectives[bucket.device].contiguous:
-                self._send_layouts[id(bucket)] = whole_layout(bucket.layout)
-            else:
-                # A gradient that is sent in another dtype has to be packed, however large it is.
-                sent_as_is = bucket.wire_dtype == bucket.dtype
-                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize if sent_as_is else sys.maxsize
-                self._send_layouts[id(bucket)] = send_layout(bucket.layout, direct_numel)
+        self._send_buffers = SendBuffers(self.buckets, self._collectives)
+        self.published.extend(self.members, self._hooked)
+
+    def __del__(self) -> None:
+        """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
+        waits = [wait for _, wait, _ in self._in_flight] + ([] if self._header is None else [self._header])
+        complete_in_background(waits)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """The bytes of the send buffers, which are kept between steps."""
+        return self._send_buffers.nbytes
 
     # --- during backward ------------------------------------------------------------------------------------
+
+    def before_gradient(self, index: int) -> None:
+        """Make ``p.grad`` of parameter ``index`` an ordinary gradient, or None, for backward to add to."""
+        if self.published.withdraw(index):
+            self._forget_gradient(index)
 
     def note_gradient(self, index: int) -> None:
         """Note that backward has set ``p.grad`` of parameter ``index``. Called by the hook on the parameter."""
@@ -121,7 +115,7 @@ class Reducer(Gradients):
         if self._member_of[index].is_unmoved or self._member_of[index].is_rebound:
             self._start_over_if_used()
             self._unpacked.add(index)
-            self._backward_since_agree = True
+            self.backward_since_agree = True
 
     def note_complete(self, index: int) -> None:
         """Note that the gradient of parameter ``index`` is complete in this backward; launch buckets that are full.
@@ -129,38 +123,30 @@ class Reducer(Gradients):
         Called when all hooks on the parameter have run, on autograd's thread. Collective in the sense of a round: all
         ranks launch the same buckets in the same order, but nobody waits here.
         """
-        member = self._member_of[index]
-        if not self.synchronising or index in self._ready or index not in self._unpacked or not member.bucket.trainable:
+        bucket = self._member_of[index].bucket
+        if not self.synchronising or index not in self._unpacked or not bucket.trainable:
             return
-        self._ready.add(index)
-        if index not in self._params_last_step:
+        if not self._round.note_ready(index, bucket):
             return
-        self._waiting_for[id(member.bucket)] -= 1
-        # Buckets leave in the fixed order: a full one waits until those before it are full too.
-        while not self._waiting_for[id(self._round[self._next])]:
+        while self._round.next_is_full():
             self._launch_next()
-            if self._next == 0:
+            if not self._round.position:
                 # The round is complete: only another gradient may open the next.
                 break
 
-    def _begin_round(self) -> None:
-        self._ready = set()
-        self._waiting_for = {
-            id(bucket): sum(member.index in self._params_last_step for member in bucket.members)
-            for bucket in self._round
-        }
-        self._next = 0
+    def note_end(self, busy: set[int]) -> None:
+        """Publish all gradients but those that other threads are at work on, at the end of a backward."""
+        if self.synchronising:
+            self.published.publish_all(busy)
 
     def _launch_next(self) -> None:
         """Launch the next bucket of the round; the first one opens it and starts the header."""
-        if self._next == 0:
+        if not self._round.position:
             # The exchange of the last round has had a whole backward to arrive.
             self._await_header()
             self._header = self.agreement.start(CollectiveCall.ROUND)
-        self._launch(self._round[self._next], self._next)
-        self._next += 1
-        if self._next == len(self._round):
-            self._begin_round()
+        self._launch(*self._round.next)
+        self._round.advance()
 
     def _await_header(self) -> None:
         if self._header is not None:
@@ -168,18 +154,9 @@ class Reducer(Gradients):
             self._check_pairing(header())
 
     def _check_pairing(self, reports: RankReports) -> None:
-        """Note an error if a round was paired with one from before another rank's ``zero_grad()``.
-
-        Such a round has mixed gradients of two steps, and every rank sees it here. Whatever else other ranks report
-        beside a round they repeat in the next exchange, once they have joined it.
-        """
+        # Whatever else other ranks report beside a round they repeat in the next exchange, once they have joined it.
         if len(set(reports.column(1))) > 1:
-            self._mispaired = RuntimeError(
-                f"dist_asgd: ranks ran different numbers of backwards before zero_grad(), so that gradients of "
-                f"different steps were reduced together; zero_grad() calls so far: "
-                f"{values_by_rank(reports.column(1))}. Call zero_grad() on every rank to go on, and run the same "
-                f"number of backwards on all of them."
-            )
+            self._mispaired = mispairing(reports)
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Pack the bucket's gradients, free them, and start its reduce-scatter; waits for a send buffer only."""
@@ -187,17 +164,19 @@ class Reducer(Gradients):
         # A gradient that nobody waits for stays on its parameter while hooks on that run; it is reduced later.
         running = self._hooks.running()
         gradients = [None if member.index in running else self._checked(member) for member in bucket.members]
-        buffer = self._send_buffer(bucket)  # from here on the gradients are torn until the end
-        layout = self._send_layouts[id(bucket)]
+        buffer, give_back = self._send_buffers.take(bucket, self._finish_oldest)
+        self._is_torn = True  # from here on, until the end
+        layout = self._send_buffers.layout(bucket)
         packed = buffer[: layout.packed_numel]
         bucket.pack(gradients, layout.packed, packed)
         sends = [[(part.start, source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges]
-        for member in bucket.members:
-            if member.param.grad is not None and member.index not in running:
+        self.published.forget_norms()
+        for member, gradient in zip(bucket.members, gradients, strict=True):
+            if member.index not in running:
                 # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
-                member.param.grad = None
+                self.published.publish(member, sent=True)
                 self._unpacked.discard(member.index)
-                self._reduced_mask |= 1 << member.index
+                self._reduced_mask |= (gradient is not None) << member.index
         shard = bucket.gradient_shard()
         accumulate = id(bucket) in self._buckets_with_shard
         if accumulate:
@@ -205,7 +184,7 @@ class Reducer(Gradients):
             self.scale()
         self._buckets_with_shard.add(id(bucket))
         wait = self._collectives[bucket.device].reduce_scatter(sends, shard, accumulate, tag)
-        self._in_flight.append((bucket, wait, buffer))
+        self._in_flight.append((bucket, wait, give_back))
         self._is_torn = False
 
     def _start_over_if_used(self) -> None:
@@ -216,23 +195,9 @@ class Reducer(Gradients):
             self._buckets_with_shard.clear()
             self.scaling = UNSCALED
 
-    def _send_buffer(self, bucket: Bucket) -> Tensor:
-        """A free send buffer for the bucket; waits for the oldest bucket in flight while all are busy."""
-        key = (bucket.device, bucket.wire_dtype)
-        if key not in self._send_buffers:
-            same_kind = [b for b in self.buckets if (b.device, b.wire_dtype) == key]
-            numel = max(self._send_layouts[id(b)].packed_numel for b in same_kind)
-            buffers = [torch.empty(numel, dtype=bucket.wire_dtype, device=bucket.device) for _ in range(MAX_IN_FLIGHT)]
-            self._send_buffers[key] = buffers
-            self.in_flight_bytes += sum(buffer.nbytes for buffer in buffers)
-        while not self._send_buffers[key]:
-            self._finish_oldest()
-        self._is_torn = True
-        return self._send_buffers[key].pop()
-
     def _checked(self, member: BucketParam) -> Tensor | None:
         """The gradient of ``member``; None, and a problem for all ranks at the next call, if it cannot be used."""
-        gradient = member.param.grad
+        gradient = self.published.unsent(member)
         if gradient is not None:
             try:
                 check_gradient(member, gradient)
@@ -243,9 +208,9 @@ class Reducer(Gradients):
 
     def _finish_oldest(self) -> None:
         self._is_torn = True
-        bucket, wait, buffer = self._in_flight.popleft()
+        _, wait, give_back = self._in_flight.popleft()
         wait()
-        self._send_buffers[bucket.device, bucket.wire_dtype].append(buffer)
+        give_back()
         self._is_torn = False
 
     # --- before a collective call ---------------------------------------------------------------------------
@@ -259,14 +224,26 @@ class Reducer(Gradients):
         if not self._present_mask & in_buckets:
             # No rank has a new gradient: those that the last step has used are there to be used again, as in torch.
             self._present_mask |= second
-            return reports
-        self._start_over_if_used()
-        if second:
+        else:
+            self._start_over_if_used()
             pending = 0
-            for new, other in zip(reports.masks(0), reports.masks(1), strict=True):
+            for new, other in zip(reports.masks(0), reports.masks(1), strict=True) if second else ():
                 pending |= new & other & in_buckets
             self._reduce_pending(pending)
+        there = self.agreement.indices(self._present_mask)
+        if there != self.published.now and call is not CollectiveCall.ADOPT:
+            self.published.match(there)
         return reports
+
+    def settle(self, *, always: bool = False) -> frozenset[int]:
+        """Reduce what a backward has left, for readers of ``p.grad``; returns the parameters that have a gradient.
+
+        Collective if a backward has run since ranks last agreed, or ``always``. Pending factors are multiplied in.
+        """
+        if always or self.backward_since_agree:
+            self.agree(CollectiveCall.GRADIENT)
+        self.scale()
+        return self.agreement.indices(self._present_mask)
 
     def _agree(
         self, call: CollectiveCall, fingerprint: Fingerprint, problem: Exception | None, keep: bool
@@ -281,7 +258,7 @@ class Reducer(Gradients):
             self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
         if self._hooks.tasks:
             self._hooks.forget()
-        while self._next:
+        while self._round.position:
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
         self._await_header()
@@ -290,7 +267,8 @@ class Reducer(Gradients):
             # No round changes the gradients of presharded parameters: one look is enough.
             present, misplaced, wrong = self.inspect_presharded(call)
         while True:
-            pending = self._pending() if keep else 0
+            pending = self._pending(keep)
+            self.agreement.cleared = bool(self.published.cleared)
             problem = problem or self._mispaired or self._problem or wrong
             reduced, used = (0, self._reduced_mask) if self._used_by_step else (self._reduced_mask, 0)
             masks = (reduced | pending | present, used | pending | misplaced)
@@ -303,23 +281,26 @@ class Reducer(Gradients):
             # A step waits bucket by bucket instead, and updates the first while the last are in flight.
             self._wait_for_all()
         self._problem = self._mispaired = None
-        self._backward_since_agree = False
+        self.backward_since_agree = False
         self.agreement.check(reports, fingerprint, problem)
+        if reports.cleared and call is not CollectiveCall.ZERO_GRAD:
+            self.published.compare_cleared()
         return reports
 
     def _join_round(self) -> None:
         """Take part in a round that another rank has opened; the exchange that said so stands for a header."""
-        self._next = 0
-        for position, bucket in enumerate(self._round):
+        self._round.begin()
+        for position, bucket in enumerate(self._round.buckets):
             self._launch(bucket, position)
-        self._begin_round()
+        self._round.begin()
 
-    def _pending(self) -> int:
-        """The bits of parameters that have a ``p.grad`` now, which is not reduced yet."""
+    def _pending(self, keep: bool) -> int:
+        """The bits of parameters that have a gradient now which is not reduced yet; 0 unless ``keep``."""
         pending = 0
-        for member in self._member_of.values():
-            if member.param.grad is None:
-                continue
+        unsent, cleared = self.published.scan()
+        for index in cleared:
+            self._forget_gradient(index)
+        for member, _ in unsent if keep else ():
             self._start_over_if_used()
             pending |= 1 << member.index
             self._checked(member)
@@ -332,8 +313,26 @@ class Reducer(Gradients):
                 )
         return pending
 
+    def _forget_gradient(self, index: int) -> None:
+        """Forget what was reduced of a parameter whose published gradient a user has taken out of ``p.grad``.
+
+        Every rank does it by itself; the next call compares for which parameters they did.
+        """
+        self._unpacked.discard(index)
+        self._reduced_mask &= ~(1 << index)
+        if self._used_by_step:
+            return
+        self.published.cleared |= 1 << index
+        member = self._member_of[index]
+        # What is in flight would arrive after the zeros.
+        self.wait_for(member.bucket)
+        if member.bucket.gradient is not None:
+            self.gradient_fragment(member).zero_()
+
     def _reduce_pending(self, pending: int) -> None:
         """Reduce the buckets in which any rank still has a gradient that is not reduced. Collective."""
+        if not pending:
+            return
         wanted = {id(self._member_of[index].bucket) for index in indices_in(pending)}
         for position, bucket in enumerate(self.buckets):
             if id(bucket) in wanted:
@@ -349,9 +348,8 @@ class Reducer(Gradients):
 
     def active(self, reports: RankReports) -> frozenset[int]:
         active = self.present(reports)
-        if active is not self._params_last_step and active != self._params_last_step and active:
-            self._params_last_step = active
-            self._begin_round()
+        if active is not self._round.expected:
+            self._round.expect(active)
         self._used_by_step = True
         return active
 
@@ -389,6 +387,8 @@ class Reducer(Gradients):
 
     def scale(self) -> None:
         """Multiply all shards by the pending factors, because another gradient is added or another norm is taken."""
+        if any(factor is not None for factor in self.scaling):
+            self.published.forget_norms()
         for factor in self.scaling:
             for bucket in self.buckets:
                 if bucket.gradient is not None:
@@ -408,22 +408,24 @@ class Reducer(Gradients):
         if self._is_torn and self.communicators.world_size == 1:
             # Nobody else has a part of what was torn.
             self._in_flight.clear()
-            self._send_buffers, self.in_flight_bytes = {}, 0
-            self._next, self._header = 0, None
-            self._is_torn = self._backward_since_agree = False
-        if self._backward_since_agree:
+            self._send_buffers.forget()
+            self._round.begin()
+            self._header = None
+            self._is_torn = self.backward_since_agree = False
+        if self.backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
         if self._hooks.tasks:
             self._hooks.forget()
         self._wait_for_all()
         self._used_by_step = False
         self.scaling = UNSCALED
+        self.published.discard_all(set_to_none)
         if not set_to_none:
             for bucket in self.buckets:
                 if bucket.gradient is not None:
                     bucket.gradient.zero_()
             return
-        self._begin_round()
+        self._round.begin()
         self._problem = None
         self._reduced_mask = 0
         self._buckets_with_shard.clear()
@@ -434,11 +436,6 @@ class Reducer(Gradients):
         if self._used_by_step:
             self._used_by_step = False
             self.agreement.discards += 1  # ranks that differ would add to the gradients on some shards only
-
-    def forget_backward(self) -> None:
-        if not self._next:
-            self._backward_since_agree = False
-            self._begin_round()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

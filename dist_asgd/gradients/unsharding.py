@@ -17,7 +17,10 @@ def unshard_gradients(gradients: Gradients, communicators: Communicators, reduce
     in flight. All ranks get equal gradients, so that reducing them once more gives the same mean. A parameter that was
     converted meanwhile gets its gradient in its own dtype and on its own device. Does nothing in stage 1.
     """
-    if not isinstance(gradients, Reducer) or not reduced:
+    if not isinstance(gradients, Reducer):
+        return
+    gradients.published.withdraw_all()
+    if not reduced:
         return
     gradients.scale()
     for bucket in gradients.buckets:

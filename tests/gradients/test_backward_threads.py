@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_asgd import ShardedASGD
 from dist_asgd.validation import check_accelerators
-from tests.gradients.test_stage2 import OPTIONS, assert_same_models, integer_backward
+from tests.gradients.test_stage2 import OPTIONS, assert_same_models, holds_no_gradient, integer_backward
 from tests.harness.models import mlp
 from tests.harness.ranks import run
 
@@ -57,14 +57,12 @@ def overlaps(_rank: int, _world_size: int, shared: bool) -> None:
     for step in range(4):
         subject.zero_grad()
         oracle.zero_grad()
-        # The first pair tells the optimizer that threads overlap, see docs/limits.md.
-        split = not shared or step == 0
-        parts = (params[:8], params[8:]) if split else (params, params)
+        parts = (params, params) if shared else (params[:8], params[8:])
         meeting = threading.Barrier(2)
         losses = [two_losses(part, 3 * step + number, meeting) for number, part in enumerate(parts)]
         in_threads(*(loss.backward for loss in losses))
         alone = threading.Barrier(1)
-        for number, part in enumerate((copies[:8], copies[8:]) if split else (copies, copies)):
+        for number, part in enumerate((copies[:8], copies[8:]) if not shared else (copies, copies)):
             two_losses(part, 3 * step + number, alone).backward()
         subject.step()
         oracle.step()
@@ -89,7 +87,7 @@ def in_turns(_rank: int, _world_size: int) -> None:
         oracle.zero_grad()
         for number in range(2):
             in_threads(lambda seed=2 * step + number: integer_backward(ours, seed))  # type: ignore[misc]
-            assert all(p.grad is None for p in ours.parameters())
+            assert holds_no_gradient(ours)
             integer_backward(theirs, 2 * step + number)
         subject.step()
         oracle.step()

@@ -302,6 +302,17 @@ def consolidate(optimizer: ShardedASGD) -> None:
     optimizer.consolidated_state_dict()
 
 
+def clip_by_torch(optimizer: ShardedASGD) -> None:
+    """Stage 2: reads the gradients of all ranks through ``p.grad``."""
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+
+
+def test_torchs_clipping_is_an_error_on_all_ranks() -> None:
+    """In stage 2, while a rank has joined: it cannot know what an operator on ``p.grad`` needs."""
+    for error in run_errors("gloo", 2, other_call, 2, clip_by_torch, False, within_s=5.0):
+        assert "an operator on p.grad" in error.message, error.message
+
+
 @pytest.mark.parametrize("call", [averages, consolidate], ids=["averages", "consolidate"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_other_calls_are_errors_on_all_ranks(stage: int, call: Callable[[Any], Any]) -> None:

@@ -1,0 +1,233 @@
+"""What users see in ``p.grad`` in stage 2: ``PublishedGradients`` puts it there, and answers those who read it.
+
+unsent     this rank's own gradient of a parameter, whole, that has not been sent with its bucket
+published  a parameter is published while its ``p.grad`` is the ``GradientTensor`` that it has here. From the end of a
+           backward on all are, so that every rank has the same list; during a backward, and inside ``no_sync()``,
+           ``p.grad`` is the unsent gradient, an ordinary tensor
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from ..comm import public_call
+from ..comm.agreement import CollectiveCall, describe_ranks
+from ..comm.masks import indices_in
+from ..storage.buffers import BucketParam
+from . import clip
+from .gradient_tensor import GradientTensor
+
+if TYPE_CHECKING:
+    from .reducer import Reducer
+
+
+class PublishedGradients:
+    """The ``GradientTensor`` of every parameter in the buckets of one reducer; it is a ``GradientReader`` for them.
+
+    ``now`` has the parameters that are published now, ``cleared`` (bits) those whose gradient a user took out of
+    ``p.grad``.
+    """
+
+    def __init__(self, reducer: Reducer) -> None:
+        # Weak, because the reducer keeps this object: a deleted optimizer must be freed at once.
+        self._weak_reducer = weakref.ref(reducer)
+        self._members: dict[int, BucketParam] = {}
+        self._tensors: dict[int, GradientTensor] = {}
+        # A deleted optimizer leaves nothing of its own on the parameters.
+        self._params: dict[int, weakref.ref[Tensor]] = {}
+        weakref.finalize(self, _take_back, self._tensors, self._params).atexit = False
+        # The parameters that are published, and those that the end of a backward will publish.
+        self.now: set[int] = set()
+        self._unpublished: set[int] = set()
+        # Norms of the gradients as they are now, by order and index.
+        self._norms: dict[float, dict[int, Tensor]] = {}
+        self.cleared = 0
+
+    @property
+    def _reducer(self) -> Reducer:
+        return cast("Reducer", self._weak_reducer())
+
+    def extend(self, members: Iterable[BucketParam], hooked: set[int]) -> None:
+        """Take all members of all buckets; the end of a backward publishes those in ``hooked``."""
+        members = list(members)
+        for index in self._members.keys() - {member.index for member in members}:
+            del self._members[index], self._tensors[index], self._params[index]
+        for member in members:
+            if self._members.get(member.index) is not member:
+                # A tensor that an optimizer before this one has left is no gradient.
+                if isinstance(member.param.grad, GradientTensor):
+                    member.param.grad = None
+                self._members[member.index] = member
+                self._params[member.index] = weakref.ref(member.param)
+                self._tensors[member.index] = GradientTensor(member.param, member.index, weakref.ref(self))
+        self._unpublished = hooked - self.now
+
+    # --- what is in p.grad ----------------------------------------------------------------------------------
+
+    def unsent(self, member: BucketParam) -> Tensor | None:
+        """This rank's gradient of ``member`` that is not sent yet, in ``p.grad`` or behind it."""
+        gradient = member.param.grad
+        return gradient.unsent if isinstance(gradient, GradientTensor) else gradient
+
+    def publish(self, member: BucketParam, *, sent: bool = False) -> None:
+        """Put the ``GradientTensor`` of ``member`` into ``p.grad``; unless ``sent`` it keeps what was there."""
+        tensor, gradient = self._tensors[member.index], member.param.grad
+        if gradient is not tensor:
+            try:
+                member.param.grad = tensor
+            except (RuntimeError, TypeError):
+                # The parameter was converted since, and the next call takes it and its gradient as they are.
+                return
+            tensor.unsent = gradient.unsent if isinstance(gradient, GradientTensor) else gradient
+        if sent:
+            tensor.unsent = None
+        self.now.add(member.index)
+        self._unpublished.discard(member.index)
+
+    def publish_all(self, busy: set[int]) -> None:
+        """Publish all but the ``busy`` ones, on which another thread is at work; called at the end of a backward."""
+        for index in self._unpublished - busy:
+            self.publish(self._members[index])
+
+    def withdraw(self, index: int) -> bool:
+        """Put the unsent gradient of a parameter back into ``p.grad``, for a backward that will add to it.
+
+        Returns whether a user has taken the published one away, which says that what was reduced is to be forgotten.
+        """
+        if index not in self.now:
+            return False
+        self.now.discard(index)
+        self._unpublished.add(index)
+        param = self._members[index].param
+        gradient = param.grad
+        if not isinstance(gradient, GradientTensor):
+            return True
+        unsent = gradient.unsent
+        gradient.unsent = None
+        # module.to() may have converted the parameter meanwhile.
+        param.grad = None if unsent is None else unsent.to(param.device, param.dtype)
+        return not gradient.belongs_to(index, self)
+
+    def withdraw_all(self) -> None:
+        """Put all unsent gradients back into ``p.grad``."""
+        for index in list(self.now):
+            self.withdraw(index)
+
+    def discard_all(self, set_to_none: bool) -> None:
+        """Discard unsent gradients that are published; take the published ones out of ``p.grad``, or leave zeros."""
+        self._norms.clear()
+        self.cleared = 0
+        for index in self.now:
+            tensor, param = self._tensors[index], self._members[index].param
+            if not set_to_none and tensor.unsent is not None:
+                tensor.unsent.zero_()
+            elif set_to_none:
+                tensor.unsent = None
+                if isinstance(param.grad, GradientTensor):
+                    param.grad = None
+        if set_to_none:
+            self._unpublished |= self.now
+            self.now = set()
+
+    def scan(self) -> tuple[list[tuple[BucketParam, Tensor]], list[int]]:
+        """The members that have an unsent gradient, each with it, and the indices of those that users have cleared."""
+        unsent, cleared = [], []
+        for index, member in self._members.items():
+            gradient = member.param.grad
+            if gradient is None:
+                if index in self.now:
+                    cleared.append(index)
+            elif not isinstance(gradient, GradientTensor):
+                unsent.append((member, gradient))
+            elif gradient.unsent is not None:
+                unsent.append((member, gradient.unsent))
+        for index in cleared:
+            self.withdraw(index)
+        return unsent, cleared
+
+    def match(self, present: frozenset[int]) -> None:
+        """Publish the parameters in ``present``, which have a gradient on some rank, and no other."""
+        for index in self.now - present:
+            self.withdraw(index)
+        for index in present - self.now:
+            # Hooks on it may be running in another thread, which withdraws and publishes by itself.
+            if index in self._members and self._members[index].param.grad is None:
+                self.publish(self._members[index])
+
+    def compare_cleared(self) -> None:
+        """Raise on every rank if users have not cleared the same gradients on all. Collective, for all in one call."""
+        cleared, self.cleared = self.cleared, 0
+        agreement = self._reducer.agreement
+        agreement.cleared = False
+        masks = agreement.exchange(CollectiveCall.GRADIENT, masks=(cleared, 0)).masks(0)
+        differing = masks[0]
+        union = 0
+        for mask in masks:
+            differing, union = differing & mask, union | mask
+        differing = union & ~differing
+        if differing:
+            index = min(indices_in(differing))
+            ranks = [rank for rank, mask in enumerate(masks) if mask >> index & 1]
+            raise RuntimeError(
+                f"dist_asgd: the p.grad of parameter {self._members[index].name} was taken away after its backward on "
+                f"{describe_ranks(ranks)} of {len(masks)} only. Clear gradients on every rank alike: with "
+                f"optimizer.zero_grad(), or p.grad = None for the same parameters."
+            )
+
+    def forget_norms(self) -> None:
+        """Forget the norms; called when gradients change."""
+        self._norms.clear()
+
+    # --- GradientReader -------------------------------------------------------------------------------------
+
+    @public_call
+    @torch.no_grad()
+    def fragments(self, indices: Sequence[int]) -> list[Tensor]:
+        """See ``GradientReader``. Collective if a backward ran since ranks last agreed."""
+        self._reducer.settle()
+        self.forget_norms()
+        return [self._fragment(self._members[index]) for index in indices]
+
+    def _fragment(self, member: BucketParam) -> Tensor:
+        reals = member.bucket.gradient_shard()[member.fragment.start : member.fragment.stop]
+        return torch.view_as_complex(reals.view(-1, 2)) if member.dtype.is_complex else reals
+
+    def fragment_of(self, index: int, whole: Tensor) -> Tensor:
+        """See ``GradientReader``."""
+        return self._members[index].fragment_of(whole)
+
+    @public_call
+    @torch.no_grad()
+    def norms(self, norm_type: float) -> dict[int, Tensor]:
+        """See ``GradientReader``. Not collective if norms of this type are known and gradients have not changed."""
+        reducer = self._reducer
+        if norm_type not in self._norms or reducer.backward_since_agree:
+            present = reducer.settle(always=True)
+            members = sorted((m for m in reducer.members if m.index in present), key=lambda m: m.index)
+            norms = dict.fromkeys(self._members, torch.zeros((), dtype=torch.float64, device="cpu"))
+            if members:
+                found = clip.param_norms(reducer, members, norm_type).unbind()
+                norms.update(zip((m.index for m in members), found, strict=True))
+            self._norms[norm_type] = norms
+        return self._norms[norm_type]
+
+    @public_call
+    @torch.no_grad()
+    def any_rank(self, flag: Tensor) -> Tensor:
+        """See ``GradientReader``."""
+        communicators = self._reducer.communicators
+        communicator = communicators.host if flag.device.type == "cpu" else communicators.on(flag.device)
+        return communicator.gather_rows(flag.reshape(1)).amax(0)
+
+
+def _take_back(tensors: dict[int, GradientTensor], params: dict[int, weakref.ref[Tensor]]) -> None:
+    """Leave unsent gradients in ``p.grad``, and None in the place of reduced ones, whose shards are gone."""
+    for index, tensor in tensors.items():
+        param = params[index]()
+        if param is not None and param.grad is tensor:
+            param.grad = tensor.unsent

@@ -1,0 +1,85 @@
+"""A round: one pass over all trainable buckets of stage 2, in one fixed order on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..comm.agreement import RankReports, values_by_rank
+from ..storage.buffers import Bucket
+
+
+class Round:
+    """Which bucket the reducer launches next, and for how many gradients each bucket waits; no communication.
+
+    ``position`` is that of the next bucket; the round is open if it is not 0. Buckets wait for the parameters in
+    ``expected``, which took part in the last step: an unused one delays nothing for long.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: list[Bucket] = []
+        self.expected: frozenset[int] = frozenset()
+        self.position = 0
+        # The parameters that are ready, and for how many each bucket still waits.
+        self._ready: set[int] = set()
+        self._waiting_for: dict[int, int] = {}
+
+    def extend(self, buckets: Sequence[Bucket]) -> None:
+        """Take all buckets, in reduce order; each waits for all its parameters until a step has shown which come."""
+        self.buckets = [bucket for bucket in buckets if bucket.trainable]
+        self.expected = frozenset(member.index for bucket in self.buckets for member in bucket.members)
+        self.begin()
+
+    def begin(self) -> None:
+        """Wait for every gradient anew; called when a round is complete, and when gradients are dropped."""
+        self._ready = set()
+        self._waiting_for = {
+            id(bucket): sum(member.index in self.expected for member in bucket.members) for bucket in self.buckets
+        }
+        self.position = 0
+
+    def expect(self, active: frozenset[int]) -> None:
+        """Wait for the ``active`` parameters, which took part in a step, from now on."""
+        if not active:
+            return
+        changed = active != self.expected
+        # Also if they are equal: the reducer asks only if it is another object.
+        self.expected = active
+        if changed:
+            self.begin()
+
+    @property
+    def next(self) -> tuple[Bucket, int]:
+        """The bucket to be launched next, and its position in the round."""
+        return self.buckets[self.position], self.position
+
+    def note_ready(self, index: int, bucket: Bucket) -> bool:
+        """Note that the gradient of parameter ``index`` is complete; False if that is known, or not waited for."""
+        if index in self._ready:
+            return False
+        self._ready.add(index)
+        if index not in self.expected:
+            return False
+        self._waiting_for[id(bucket)] -= 1
+        return True
+
+    def next_is_full(self) -> bool:
+        """Whether the next bucket waits for nothing; a full one waits until those before it are full too."""
+        return not self._waiting_for[id(self.buckets[self.position])]
+
+    def advance(self) -> None:
+        """Go on to the next bucket, once this one is launched; after the last one a new round begins."""
+        self.position += 1
+        if self.position == len(self.buckets):
+            self.begin()
+
+
+def mispairing(reports: RankReports) -> RuntimeError:
+    """The error of a round that was paired with one from before another rank's ``zero_grad()``.
+
+    Such a round has mixed gradients of two steps, and every rank sees that in the ``reports`` that opened it.
+    """
+    return RuntimeError(
+        f"dist_asgd: ranks ran different numbers of backwards before zero_grad(), so that gradients of different steps "
+        f"were reduced together; zero_grad() calls so far: {values_by_rank(reports.column(1))}. Call zero_grad() on "
+        f"every rank to go on, and run the same number of backwards on all of them."
+    )
