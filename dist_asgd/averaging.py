@@ -276,8 +276,9 @@ def refuse_differentiable() -> NoReturn:
 def average_from_now(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) -> None:
     """Set ``t0`` of every group to its current step; ``start_averaging()`` does so."""
     for group in groups:
-        steps = [state[param]["step"].item() for param in group["params"]]
-        group["t0"] = max(steps, default=0.0)
+        # Frozen parameters have no entry; torch's own state is a dict that would make one.
+        entries = [state.get(param, {}) for param in group["params"]]
+        group["t0"] = max((entry["step"].item() for entry in entries if "step" in entry), default=0.0)
 
 
 def _as_problem(error: BaseException | None) -> Exception | None:

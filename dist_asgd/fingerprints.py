@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -17,6 +18,7 @@ from .storage.buffers import Precision
 from .storage.memory_order import memory_strides
 from .validation import (
     HYPERPARAMETERS,
+    Held,
     check_hyperparameters,
     check_new_group,
     check_precision_fits,
@@ -41,15 +43,19 @@ def checked_fingerprint(
     precision: Precision,
     stage: int,
     groups: Sequence[dict[str, Any]],
+    held: Held,
 ) -> Fingerprint:
     """The fingerprint of all ``groups``; ValueError unless they can be optimized together.
 
-    Called when parameters or groups were changed. Collective on the ranks that make a communicator for a new device.
+    ``held`` says whether a parameter has state afterwards; ranks compare that too. Called when parameters
+    or groups were changed. Collective on the ranks that make a communicator for a new device.
     """
     for end in range(1, len(groups) + 1):
-        check_new_group(groups[:end], communicators, precision, False, stage)
+        check_new_group(groups[:end], communicators, precision, False, stage, held)
     check_precision_fits(precision, groups)
-    return groups_fingerprint(options, groups, 0)
+    found = groups_fingerprint(options, groups, 0)
+    without = [name for i in range(len(groups)) for name, param in named_params(groups, i) if not held(param)]
+    return replace(found, entries=[*found.entries, ("parameters without state", without)])
 
 
 def _describe(param: Tensor) -> str:
@@ -62,7 +68,8 @@ def _describe(param: Tensor) -> str:
         return f"<{kind} of FSDP1, on {device}>"
     if is_dtensor(param):
         return f"<{kind} DTensor of shape {tuple(param.shape)}, {describe_placement(param)}, on {device}>"
-    return f"<{kind} of shape {tuple(param.shape)}, strides {memory_strides(param)}, on {device}>"
+    strides = memory_strides(param) if param.layout == torch.strided else None
+    return f"<{kind} of shape {tuple(param.shape)}, strides {strides}, on {device}>"
 
 
 def _hyperparameter_entries(index: int, group: dict[str, Any]) -> list[tuple[str, object]]:

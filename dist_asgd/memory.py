@@ -13,7 +13,8 @@ class MemoryReport:
     """The bytes that the optimizer holds on this rank, as ``ShardedASGD.memory_report()`` returns them.
 
     Attributes:
-        parameter_bytes: Bytes of the parameters: buckets with their padding, and the local tensors of DTensors.
+        parameter_bytes: Bytes of the parameters: buckets with their padding, and the local tensors of DTensors. Frozen
+            ones, of which nothing is held, are not counted here or elsewhere.
         padding_bytes: Bytes of ``parameter_bytes`` that belong to no parameter.
         state_bytes: Bytes of this rank's shards of ``ax``. The scalars take a few bytes per parameter group and are not
             counted.

@@ -34,6 +34,7 @@ from .state import ParamShards
 from .state_dict import full
 from .state_dict.state_dicts import StateDicts
 from .storage.buffers import Precision
+from .storage.frozen import REQUIRES_GRAD, is_held
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
 from .update.batch import StepContext
@@ -158,7 +159,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
         check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
-        self._registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
+        self.registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
         self._add_storage(0)
         sharded = None if differentiable else self.shards
         self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
@@ -188,7 +189,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
         _base("add_param_group")(self, param_group)
-        check_new_group(self.param_groups, self.communicators, self._precision, self.is_differentiable, self._stage)
+        options = (self.communicators, self._precision, self.is_differentiable, self._stage)
+        check_new_group(self.param_groups, *options, partial(is_held, state=self.state))
 
     @public_call
     def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
@@ -198,10 +200,10 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""
         if not self.is_differentiable:
-            self._registry.add_groups(self.param_groups, first_group)
+            self.registry.add_groups(self.param_groups, first_group)
             return
         for group in self.param_groups[first_group:]:
-            for param in group["params"]:
+            for param in filter(REQUIRES_GRAD, group["params"]):
                 self.state[param] = differentiable.init_state(param, group["lr"])
 
     def adopt_params(self) -> None:
@@ -212,7 +214,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
             return
         self._state_dicts.forget_averages()
-        self._registry.adopt(self.param_groups)
+        self.registry.adopt(self.param_groups)
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -268,8 +270,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             return frozenset(), None
         if self._agreement.joined:
             scaler = share_step(self.gradients, reports, self.param_groups, scaler)
-        if reports.rebound or not self._registry.values_compared:
-            self._registry.compare_values(reports)
+        if reports.rebound or not self.registry.values_compared:
+            self.registry.compare_values(reports)
         return self.gradients.active(reports), scaler
 
     def _problem(self, before_load: bool = False) -> Exception | None:
@@ -286,7 +288,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
 
     def _begin_update(self, active: frozenset[int], scaler: ScalerInfo | None) -> StepContext | None:
         """Everything that the update of this step reads; None if gradients overflowed and no rank steps."""
-        hypers = step_hyperparameters(self.param_groups)
+        hypers = step_hyperparameters(self.param_groups, self.shards.leads)
         # Pending factors are for gradients that are reduced here: those on parameters were multiplied in place.
         pending, others, found_inf = self.gradients.scaling, UNSCALED, None
         if scaler is not None:
@@ -321,9 +323,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before, 0-dim.
 
-        Collective. In stage 2 it reads the shards of the gradients once, and the update scales them;
-        ``torch.nn.utils.clip_grad_norm_`` does the same in one more pass. In stage 1 without DTensors it is torch's
-        function, bit for bit.
+        Collective. In stage 2 it reads the gradients' shards once, and the update scales them. In stage 1 without
+        DTensors it is torch's function, bit for bit.
         """
         self.adopt_params()
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
@@ -382,11 +383,11 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         gathered = self._state_dicts.take_consolidated(self.whole_state_dicts_only)
         return self.live_state() if gathered is None else gathered
 
-    def live_state(self) -> dict[str, Any]:
-        """Hand out this rank's fragments, torn or not; ``load_checkpoint()`` fills these tensors. Not collective."""
+    def live_state(self, fresh: bool = False) -> dict[str, Any]:
+        """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped."""
         self._refuse_inside_averages("state_dict()")
         self.adopt_params()
-        return self._state_dicts.sharded()
+        return self._state_dicts.sharded(fresh)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make the next ``state_dict()`` on rank ``to`` the whole, unless a step or load comes before. Collective."""
@@ -422,6 +423,9 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         problem = self._problem(before_load=True)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
         self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
+        if loaded is not None and self.registry.take_in(self.param_groups, loaded.stepped):
+            loaded, fingerprint, unreadable = self._state_dicts.parse(loaded.source, run_hooks=False)
+            self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, unreadable)
         if loaded is not None:
             with self.shards.loading():
                 self._state_dicts.apply(loaded)

@@ -5,6 +5,7 @@ Users and trainers move a model after they have built its optimizer, replace its
 differs, all ranks agree on it and the shards are built anew from ``param_groups`` as they are, by the same path as at
 construction, and every parameter keeps its state, as in torch. Parameters that are not in ``param_groups`` any more
 leave their state, whole and on the host, in ``optimizer.state``, as in torch, and take it up again if they come back.
+Frozen parameters that are trained now, or are about to be loaded with state, get shards beside those of the others.
 
 converted  a parameter with another shape, dtype or device than its shards were built for
 rebound    a parameter whose memory was replaced by other memory of the same shape, dtype and device (``p.data = q``)
@@ -12,11 +13,12 @@ rebound    a parameter whose memory was replaced by other memory of the same sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,9 +31,10 @@ from .placements import fsdp1
 from .state import KEYS, ParamShards
 from .state_dict import full, load
 from .state_dict.sharded import pack_groups
+from .storage.frozen import is_held
 from .storage.memory_order import memory_strides
 from .update.operators import Updater
-from .validation import named_params, params_of
+from .validation import Held, named_params, params_of
 
 Groups = Sequence[dict[str, Any]]
 
@@ -50,7 +53,7 @@ class ParamRegistry:
         gradients: Gradients,
         gatherer: Gatherer,
         updater: Updater,
-        check: Callable[[Groups], Fingerprint],
+        check: Callable[[Groups, Held], Fingerprint],
     ) -> None:
         self._state = state
         self._shards = shards
@@ -87,10 +90,13 @@ class ParamRegistry:
         new = [(named_params(groups, index), groups[index]["lr"]) for index in range(first, len(groups))]
         with self._building("add_param_group()"):
             self._shards.add_groups(new)
-            self._gradients.extend(self._shards.buckets, self._shards.presharded)
             self._gradients.agreement.resize(len(self._shards.members))
-            self._updater.reserve(self._shards.state_buffers)
-            self.values_compared = self._communicators.world_size == 1
+            self._on_new_buffers()
+
+    def _on_new_buffers(self) -> None:
+        self._gradients.extend(self._shards.buckets, self._shards.presharded)
+        self._updater.reserve(self._shards.state_buffers)
+        self.values_compared = self._communicators.world_size == 1
 
     def compare_values(self, reports: RankReports) -> None:
         """Raise on every rank if parameters that are new, or were rebound on a rank, differ between ranks. Collective.
@@ -98,12 +104,12 @@ class ParamRegistry:
         ``reports`` is what the agreement of this step returned. Called before anything is updated.
         """
         if not self.values_compared:
-            compare_values(self._gradients, self._communicators)
+            compare_values(self._gradients, self._shards.frozen, self._communicators)
             self.values_compared = True
         elif reports.rebound:
             own = sorted(self._shards.rebound)
             rebound = {index for indices in self._communicators.host.exchange_objects(own) for index in indices}
-            compare_values(self._gradients, self._communicators, rebound)
+            compare_values(self._gradients, (), self._communicators, rebound)
         if reports.rebound:
             self._shards.rebound.clear()
             self._gradients.agreement.rebound = False
@@ -111,11 +117,10 @@ class ParamRegistry:
     # --- taking the groups as they are ----------------------------------------------------------------------
 
     def adopt(self, groups: Groups) -> None:
-        """Build the shards anew from ``groups``; parameters keep their state, and in stage 2 their gradients.
+        """Take ``groups`` and their parameters as they are now.
 
         Called if ``ParamShards.hold`` says that they are not current. Collective; if any rank raises, all do and
-        nothing changes. If a parameter has stepped, every rank holds all
-        state on the host for a moment.
+        nothing changes.
         """
         self._check_complete()
         if self._communicators.predates_group:
@@ -126,15 +131,68 @@ class ParamRegistry:
                 f"init_process_group() first and construct the optimizer afterwards, or pass process_group (a group of "
                 f"this rank alone if each rank is to train by itself)."
             )
+        if not self._shards.is_of(groups):
+            self._rebuild(groups)
+        trained = [member.index for member in self._shards.frozen if member.is_trained]
+        if trained:
+            self._unfreeze(groups, trained)
+
+    def take_in(self, groups: Groups, indices: Iterable[int]) -> bool:
+        """Give the frozen ones of these parameters state, as they are about to be loaded; whether there are any.
+
+        Collective if there are frozen parameters; ranks may pass other indices, as with FSDP1 not all have state.
+        """
+        if not self._shards.frozen:
+            return False
+        frozen = {member.index for member in self._shards.frozen}
+        own = sorted(frozen.intersection(indices))
+        every = {index for found in self._communicators.host.exchange_objects(own) for index in found}
+        if every:
+            self._unfreeze(groups, sorted(every))
+        return bool(every)
+
+    def _unfreeze(self, groups: Groups, indices: Sequence[int]) -> None:
+        """Give frozen parameters state buffers; nothing of the others moves. Collective; if any rank raises, all do."""
+        members = [self._shards.members[index] for index in indices]
+        names = [member.name for member in members]
+        what = f"parameters that were frozen and are trained now ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        fingerprint = Fingerprint(
+            what, [("parameter", name) for name in names], "Unfreeze the same parameters on every rank, in one step."
+        )
+        # Only ranks that all take the same parameters in may go on to the checks, which can communicate.
+        self._gradients.agree(CollectiveCall.UNFREEZE, fingerprint)
+        taken = {id(member.param) for member in members}
+        fingerprint, problem = NO_FINGERPRINT, None
+        try:
+            fingerprint = self._checked_fingerprint(groups, lambda p: id(p) in taken or is_held(p, self._state))
+        except Exception as error:
+            problem = error
+        self._gradients.agree(CollectiveCall.UNFREEZE, fingerprint, problem)
+        with self._building("a call after frozen parameters became trained ones"):
+            self._shards.take_in(indices)
+            self._on_new_buffers()
+
+    def _rebuild(self, groups: Groups) -> None:
+        """Build the shards anew from ``groups``; parameters keep their state, and in stage 2 their gradients.
+
+        If a parameter has stepped, every rank holds all state on the host for a moment. Collective.
+        """
         call = CollectiveCall.ADOPT
         # Only ranks that all have something to adopt may go on to the checks, which can communicate.
         reports = self._gradients.agree(call, Fingerprint(self._change(groups), (), ""))
+        known = {id(member.param): member for member in self._shards.members}
+
+        def held(param: Tensor) -> bool:
+            # Frozen parameters that never stepped lose their place in a state buffer.
+            member = known.get(id(param))
+            fresh = member is not None and self._shards.cohort_of[member.index].fresh
+            return param.requires_grad or (is_held(param, self._state) and not fresh)
+
         fingerprint, problem = NO_FINGERPRINT, None
         try:
             self._check(groups)
             _rename(groups, {id(member.param): member.name for member in self._shards.members})
-            fingerprint = self._checked_fingerprint(groups)
-            known = {id(member.param) for member in self._shards.members}
+            fingerprint = self._checked_fingerprint(groups, held)
             # State that is there already for parameters that are new.
             self._parse(groups, {p: e for p in params_of(groups) if id(p) not in known and (e := self._state.get(p))})
         except Exception as error:
@@ -239,7 +297,7 @@ class ParamRegistry:
         }
         names = [name for index in range(len(groups)) for name, _ in _positions(groups, index)]
         targets = [
-            load.ParamTarget(name, p.dtype, tuple(p.shape), memory_strides(p), 0, p.numel(), True, p)
+            load.ParamTarget(name, p.dtype, tuple(p.shape), _strides(p), 0, p.numel(), True, p)
             for name, p in zip(names, params, strict=True)
         ]
         packed = {"state": {i: entry for i, entry in entries.items() if entry}, "param_groups": pack_groups(groups)}
@@ -253,6 +311,11 @@ class ParamRegistry:
                 loaded.entries[member.index] = replace(entry, master=None)
         load.load_shards(loaded, self._shards.state_buffers)
         self._shards.replace_cohorts(load.make_cohorts(loaded, self._shards.members, groups))
+
+
+def _strides(param: Tensor) -> tuple[int, ...]:
+    # Frozen parameters may be sparse: they never have state.
+    return memory_strides(param) if param.layout == torch.strided else ()
 
 
 def _positions(groups: Groups, index: int) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from .placements.dtensor import plain_tensor
 from .placements.presharded import FSDP1Param, PreshardedState, build_presharded, is_presharded
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
+from .storage.frozen import FrozenBuffer, FrozenParam, any_trained, is_held
 from .storage.layout import bucket_cap_bytes
 from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, are_same
 from .update.batch import Batch
@@ -29,15 +31,19 @@ KEYS = ("step", "eta", "mu", "ax")
 LOAD_CHECKPOINT = "load_checkpoint()"
 
 NamedParams = Sequence[tuple[str, Tensor]]
+NamedParam = tuple[int, str, Tensor]
 Plan = list[tuple[StateBuffer, Sequence[Batch]]]
 
 
 class ParamShards:
-    """Moves plain parameters into buckets, leaves presharded ones where they are, and plans each step.
+    """Moves plain parameters into buckets, leaves presharded and frozen ones where they are, and plans each step.
 
     buckets     in reduce order: about the order in which backward fills them, the same on all ranks
     presharded  the state of DTensors and FSDP1 parameters, one state buffer for each group, dtype and device
     members     all parameters in registration order, so that ``members[i].index == i``
+    held        those of them that are in state buffers, in this order
+    frozen      the others: they have no state, and no entry in ``state``
+    leads       the first held parameter of each group, or None: its device decides how the group is updated
     cohorts     the scalars step, eta and mu of all parameters
     params      the parameters of each group, in their order
 
@@ -81,6 +87,12 @@ class ParamShards:
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedState] = []
         self.members: list[ShardedParam] = []
+        self.held: list[ShardedParam] = []
+        self.frozen: list[FrozenParam] = []
+        self.leads: list[Tensor | None] = []
+        self._frozen_params: list[Tensor] = []
+        # One for each group, kept here because members refer to them weakly.
+        self._frozen_buffers: list[FrozenBuffer] = []
         self.cohorts = Cohorts()
         self.cohort_of = self.cohorts.by_index
         self._last_plan: tuple[object, Plan] | None = None
@@ -88,10 +100,11 @@ class ParamShards:
         self._last_written: tuple[frozenset[int], list[Tensor]] = (frozenset(), [])
         # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
         self._snapshots: list[TensorSnapshot] = []
-        # ax of each parameter as ``state`` has it, in registration order; and all published entries.
-        self._averages: list[Tensor] = []
+        # ax of each held parameter as ``state`` has it, by index; and all published entries.
+        self._averages: dict[int, Tensor] = {}
         self._published: PublishedState | None = None
-        self._shown = PublishedAverages([])
+        # With the members whose averages these are, in their order.
+        self._shown: list[tuple[PublishedAverages, list[ShardedParam]]] = []
         self.on_cuda = False
 
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
@@ -99,29 +112,67 @@ class ParamShards:
 
         Collective where replica groups make their communicators.
         """
-        total_bytes = sum(p.nbytes for named, _ in groups for _, p in named if not is_presharded(p))
-        total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
-        num_known = len(self.buckets)
+        indexed: list[list[NamedParam]] = []
         for named, lr in groups:
-            self._add_group(named, lr, bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets))
-        new = [member.param for bucket in self.buckets[num_known:] for member in bucket.members]
-        self._snapshots.append(TensorSnapshot.of(new))
-        self.members.sort(key=lambda member: member.index)
+            first_index = sum(self._group_sizes)
+            indexed.append([(first_index + i, name, param) for i, (name, param) in enumerate(named)])
+            self._group_sizes.append(len(named))
+            self.params.append([param for _, param in named])
+            self.cohorts.add_group(lr, len(named))
+            self._frozen_buffers.append(FrozenBuffer(len(self._frozen_buffers)))
+        num_known = len(self._group_sizes) - len(groups)
+        held = [[entry for entry in group if is_held(entry[2], self._state)] for group in indexed]
+        for buffer, group, held_of_group in zip(self._frozen_buffers[num_known:], indexed, held, strict=True):
+            taken = {index for index, _, _ in held_of_group}
+            buffer.members += [FrozenParam(p, name, index, buffer) for index, name, p in group if index not in taken]
+        self._hold_in_groups(held, num_known)
+
+    def take_in(self, indices: Iterable[int]) -> None:
+        """Give frozen parameters buckets or state buffers, and fresh state; what others have stays as it is.
+
+        Collective where replica groups make their communicators.
+        """
+        taken = {index for index in indices if isinstance(self.members[index], FrozenParam)}
+        held: list[list[NamedParam]] = []
+        for buffer in self._frozen_buffers:
+            held.append([(m.index, m.name, m.param) for m in buffer.members if m.index in taken])
+            buffer.members = [member for member in buffer.members if member.index not in taken]
+        # Entries of the user's own stay, as in torch.
+        own = {param: dict(self._state.get(param, ())) for group in held for _, _, param in group}
+        self._hold_in_groups(held, 0)
+        for param, entries in own.items():
+            self._state[param].update(entries)
+
+    def _hold_in_groups(self, held: Sequence[Sequence[NamedParam]], first_group: int) -> None:
+        """Move parameters into state buffers of their groups, from ``first_group`` on, and publish their state."""
+        total_bytes = sum(p.nbytes for group in held for _, _, p in group if not is_presharded(p))
+        total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
+        cap_bytes = bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets)
+        num_buckets, known = len(self.buckets), {member.index for member in self.held}
+        for group_index, indexed in enumerate(held, first_group):
+            self._hold(indexed, group_index, cap_bytes)
+        moved = [member.param for bucket in self.buckets[num_buckets:] for member in bucket.members]
+        self._snapshots.append(TensorSnapshot.of(moved))
+        self.frozen = [member for buffer in self._frozen_buffers for member in buffer.members]
+        self._frozen_params = [member.param for member in self.frozen]
+        self.held = [member for buffer in self.state_buffers for member in buffer.members]
+        self.held.sort(key=lambda member: member.index)
+        self.members = sorted([*self.held, *self.frozen], key=lambda member: member.index)
+        leads = {member.bucket.group_index: member.param for member in reversed(self.held)}
+        self.leads = [leads.get(index) for index in range(len(self._group_sizes))]
         first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
         self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
-        self._publish()
+        self._publish([member for member in self.held if member.index not in known])
 
-    def _add_group(self, named: NamedParams, lr: float | Tensor, cap_bytes: int) -> None:
-        group_index, first_index = len(self._group_sizes), sum(self._group_sizes)
-        indexed = [(first_index + i, name, param) for i, (name, param) in enumerate(named)]
-        presharded = build_presharded(
+    def _hold(self, indexed: Sequence[NamedParam], group_index: int, cap_bytes: int) -> None:
+        self.presharded += build_presharded(
             [entry for entry in indexed if is_presharded(entry[2])],
             group_index,
             self._precision,
             self._bucket_cap_mb,
             self._communicators if self._shard_replicated else None,
         )
-        buckets = build_buckets(
+        self.buckets += build_buckets(
             [entry for entry in indexed if not is_presharded(entry[2])],
             group_index=group_index,
             rank=self._communicators.shard_rank,
@@ -130,12 +181,6 @@ class ParamShards:
             cap_bytes=cap_bytes,
             precision=self._precision,
         )
-        self.buckets += buckets
-        self.presharded += presharded
-        self.members += [member for buffer in (*buckets, *presharded) for member in buffer.members]
-        self._group_sizes.append(len(named))
-        self.params.append([param for _, param in named])
-        self.cohorts.add_group(lr, len(named))
 
     @property
     def state_buffers(self) -> list[StateBuffer]:
@@ -151,14 +196,17 @@ class ParamShards:
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
         """Take the scalars of a loaded state dict, and publish averages, which may have moved to wider buffers."""
         self.cohorts.replace(cohorts)
-        self._publish()
+        self._shown = []
+        self._publish(self.held)
 
-    def _publish(self) -> None:
+    def _publish(self, members: list[ShardedParam]) -> None:
+        """Publish the state of ``members``, whose averages are new or have moved; the tensors of others stay."""
         self._last_plan = self._published = None
         self.on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
-        self._averages = [member.state_entry(member.average) for member in self.members]
-        self._shown = PublishedAverages([plain_tensor(average) for average in self._averages])
-        for member in self.members:
+        averages = {member.index: member.state_entry(member.average) for member in members}
+        self._averages.update(averages)
+        self._shown.append((PublishedAverages([plain_tensor(average) for average in averages.values()]), members))
+        for member in members:
             self._state[member.param] = self._entries(member)
 
     def _publish_scalars(self, indices: Iterable[int]) -> None:
@@ -193,7 +241,7 @@ class ParamShards:
             # Entries may be replaced by half; whatever reads them is refused, and a load publishes them anew.
             return
         if self._published is None:
-            self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.members})
+            self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.held})
         if not self._published.matches(self._state):
             self._raise_replaced()
         self.follow_state()
@@ -204,11 +252,9 @@ class ParamShards:
         RuntimeError if it has another shape, dtype or device now.
         """
         if self.torn_by is None:
-            self.cohorts.follow(self._name_of)
-            self._shown.follow(self._name_of)
-
-    def _name_of(self, index: int) -> str:
-        return self.members[index].name
+            self.cohorts.follow(lambda index: self.members[index].name)
+            for shown, members in self._shown:
+                shown.follow(partial(_name_at, members))
 
     def state_problem(self) -> Exception | None:
         """The error of ``follow_state``, for all ranks to raise; None if there is none."""
@@ -221,12 +267,12 @@ class ParamShards:
     def _follow_rebound(self) -> None:
         """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""
         # The first in registration order is named, as elsewhere.
-        for member in self.members:
+        for member in self.held:
             if not member.is_rebound:
                 member.check_unmoved()
         moved = [member for bucket in self.buckets for member in bucket.members if not member.is_unmoved]
         # As at construction: memory that two parameters share would be two parameters from here on.
-        check_apart([(member.name, member.param) for member in self.members])
+        check_apart(*([(member.name, member.param) for member in members] for members in (self.held, self.frozen)))
         # Values that lie in a bucket (two parameters may have changed places) must not be overwritten while others are
         # brought home.
         flats = [(bucket.flat.data_ptr(), bucket.flat.data_ptr() + bucket.flat.nbytes) for bucket in self.buckets]
@@ -247,9 +293,16 @@ class ParamShards:
     def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether complete shards were built for the parameters of ``groups``; before the first step, as these are now.
 
-        Called first in every call that uses the parameters; False asks for ``ParamRegistry.adopt``.
+        They are incomplete if a frozen parameter is trained now. Called first in every call that uses the parameters;
+        False asks for ``ParamRegistry.adopt``.
         """
-        if len(groups) != len(self.params) or self.built_by is not None:
+        if self.built_by is not None or (self._frozen_params and any_trained(self._frozen_params)):
+            return False
+        return self.is_of(groups)
+
+    def is_of(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether shards were built for the parameters of ``groups``; before the first step, as these are now."""
+        if len(groups) != len(self.params):
             return False
         for group, known in zip(groups, self.params, strict=True):
             if not are_same(group["params"], known):
@@ -263,7 +316,7 @@ class ParamShards:
         """
         suspects: Iterable[ShardedParam] = [member for buffer in self.presharded for member in buffer.members]
         if not all(snapshot.is_current() for snapshot in self._snapshots):
-            suspects = self.members
+            suspects = self.held
         lasting = (member for member in suspects if not isinstance(member, FSDP1Param))
         return next((member for member in lasting if not (member.is_unmoved or member.is_rebound)), None)
 
@@ -295,7 +348,7 @@ class ParamShards:
 
         Trainers move and copy state. Steps go on with the own tensors, so that a copy is of no effect afterwards.
         """
-        for member in self.members:
+        for member in self.held:
             own, published = self._state.get(member.param, {}), self._entries(member)
             for key, value in published.items():
                 if own.get(key) is value:
@@ -347,3 +400,7 @@ class ParamShards:
             ]
             self._last_plan = (key, plan)
         return self._last_plan[1]
+
+
+def _name_at(members: Sequence[ShardedParam], position: int) -> str:
+    return members[position].name

@@ -7,9 +7,8 @@ caller shares them, so that all ranks raise. Only ``check_new_group`` may commun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -23,6 +22,8 @@ from .storage.buffers import Precision
 from .storage.memory_order import memory_strides, same_strides
 from .update import backend
 
+# Whether a parameter has or gets state; the others are frozen.
+Held = Callable[[Tensor], bool]
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
 FORMS = ("foreach", "fused")
@@ -250,26 +251,28 @@ def check_new_group(
     precision: Precision,
     differentiable: bool,
     stage: int,
+    held: Held,
 ) -> None:
     """Raise ValueError unless the last of ``groups`` can be optimized beside the others; called once for each group.
 
+    ``held`` says whether a parameter gets state. The others are frozen and left alone, so that they may be anything.
     Collective on the ranks that make a communicator for a device which is new to the optimizer.
     """
     index = len(groups) - 1
     group, where = groups[index], f"param_groups[{index}]"
-    check_hyperparameters(group, where)
+    check_hyperparameters(group, where, {param.device for param in filter(held, group["params"])})
     check_mode(group, where, communicators.world_size, differentiable, stage)
     if differentiable:
         return
-    check_group(groups, index, communicators.ranks, precision)
+    check_group(groups, index, communicators.ranks, precision, held)
     devices = {
         param.device: name
         for i in range(len(groups))
         for name, param in reversed(named_params(groups, i))
-        if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param))
+        if held(param) and not (dtensor.is_dtensor(param) or fsdp1.is_managed(param))
     }
     check_accelerators(devices, communicators.world_size, stage, communicators.bound_device)
-    for param in group["params"]:
+    for param in filter(held, group["params"]):
         if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)):
             # A device without a backend is an error now, not at the first step.
             communicators.on(param.device)
@@ -302,25 +305,35 @@ def check_accelerators(
             )
 
 
-def check_group(groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision) -> None:
+def check_group(
+    groups: Sequence[dict[str, Any]], index: int, ranks: Sequence[int], precision: Precision, held: Held
+) -> None:
     """Raise ValueError unless group ``index`` can be updated as ``precision`` asks, beside the groups before it.
 
     ``ranks`` are the ranks of the process group, numbered as in the default group.
     """
     named = named_params(groups, index)
-    check_params(named, [pair for i in range(index) for pair in named_params(groups, i)])
-    check_dtensors(named, ranks, precision)
-    check_rounding(precision, named)
+    seen: dict[int, str] = {}
+    for name, param in named:
+        if id(param) in seen:
+            raise ValueError(
+                f"dist_asgd: parameter {name} is given twice (first as {seen[id(param)]}). Pass each parameter once; "
+                f"model.parameters() lists tied weights once."
+            )
+        seen[id(param)] = name
+    named_held = [pair for pair in named if held(pair[1])]
+    check_params(named_held)
+    known = [pair for i in range(index) for pair in named_params(groups, i)]
+    check_apart(
+        [*(pair for pair in known if held(pair[1])), *named_held],
+        [pair for pair in (*known, *named) if not held(pair[1])],
+    )
+    check_dtensors(named_held, ranks, precision)
+    check_rounding(precision, named_held)
 
 
-def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError unless the ``named`` parameters can be moved to buckets, or updated where they are.
-
-    None of them may share memory with another one, or with one of the ``known`` parameters of earlier groups.
-    """
-    spans: list[tuple[int, int, str]] = []
-    for name, param in known:
-        spans += _span(name, param)
+def check_params(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError unless each of the ``named`` parameters can be moved to a bucket, or updated where it is."""
     for name, param in named:
         _check_owner(name, param)
         if param.dtype not in DTYPES:
@@ -329,7 +342,7 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}. Leave it out of the "
                 f"optimizer, or keep it in one of these."
             )
-        if param.requires_grad and _has_no_memory(param):
+        if _has_no_memory(param):
             raise ValueError(
                 f"dist_asgd: parameter {name} is a {type(param).__qualname__}, a tensor subclass that keeps its "
                 f"elements in other tensors, so it cannot be moved to flat memory. Freeze it (requires_grad_(False)), "
@@ -354,32 +367,22 @@ def check_params(named: Sequence[tuple[str, Tensor]], known: Sequence[tuple[str,
                 f"dist_asgd: parameter {name} of shape {tuple(param.shape)} is an expanded view: its elements share "
                 f"memory. Make it contiguous: torch.nn.Parameter(p.detach().contiguous())."
             )
-        spans += _span(name, param)
-    seen: dict[int, str] = {}
-    for name, param in named:
-        if id(param) in seen:
-            raise ValueError(
-                f"dist_asgd: parameter {name} is given twice (first as {seen[id(param)]}). Pass each parameter once; "
-                f"model.parameters() lists tied weights once."
-            )
-        seen[id(param)] = name
-    _check_spans(spans)
 
 
-def check_apart(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError if two of the ``named`` parameters share memory."""
-    _check_spans([span for name, param in named for span in _span(name, param)])
-
-
-def _check_spans(spans: list[tuple[int, int, str]]) -> None:
-    # Two parameters share memory exactly if two neighbours do, in the order of their addresses.
-    spans.sort()
-    for (_, stop, name), (start, _, other) in pairwise(spans):
-        if start < stop:
-            raise ValueError(
-                f"dist_asgd: parameters {name} and {other} share memory but are different Parameter objects. Tie "
-                f"weights by using one Parameter in both places."
-            )
+def check_apart(held: Sequence[tuple[str, Tensor]], frozen: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if a parameter of ``held`` shares memory with another one; two of ``frozen`` may."""
+    spans = [(*span, True) for name, param in held for span in _span(name, param)]
+    spans += [(*span, False) for name, param in frozen for span in _span(name, param)]
+    # In the order of addresses, a parameter shares memory with an earlier one if it does with the one that ends last.
+    last: dict[bool, tuple[int, str]] = {}
+    for start, stop, name, is_held in sorted(spans):
+        for other_stop, other in (entry for kind, entry in last.items() if kind or is_held):
+            if start < other_stop:
+                raise ValueError(
+                    f"dist_asgd: parameters {other} and {name} share memory but are different Parameter objects. Tie "
+                    f"weights by using one Parameter in both places."
+                )
+        last[is_held] = max(last.get(is_held, (0, "")), (stop, name))
 
 
 def _is_taken_out_of_shared_memory(param: Tensor) -> bool:
@@ -422,10 +425,16 @@ def _has_no_memory(param: Tensor) -> bool:
     return is_traceable_wrapper_subclass(param) and not dtensor.is_dtensor(param)
 
 
+def has_memory(param: Tensor) -> bool:
+    """Whether the elements of ``param``, a plain tensor, can be read in memory of its own."""
+    strided = param.layout == torch.strided and param.device.type != "meta"
+    return strided and not _has_no_memory(param) and not param.is_quantized
+
+
 def _span(name: str, param: Tensor) -> list[tuple[int, int, str]]:
     """The addresses (first byte, one past the last) of a parameter's memory on this rank, with its name."""
     param = dtensor.local_tensor(param) if dtensor.is_dtensor(param) else param
-    if _has_no_memory(param) or not param.numel() or param.device.type == "meta" or param.layout != torch.strided:
+    if not has_memory(param) or not param.numel():
         return []
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
     return [(param.data_ptr(), param.data_ptr() + extent * param.element_size(), name)]

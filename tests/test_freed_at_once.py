@@ -76,7 +76,7 @@ def refused(call: Callable[[], object]) -> None:
 
 def errors(model: nn.Module, optimizer: ShardedASGD, path: Path) -> None:
     """Errors of every kind of call."""
-    refused(lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1).char(), False)]}))
+    refused(lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1).to(torch.float8_e4m3fn))]}))
     refused(lambda: optimizer.load_state_dict({"state": {}}))
     refused(lambda: optimizer.consolidated_state_dict(to=99))
     refused(lambda: save_checkpoint(path / "no" / "parent", model, optimizer, step=1))
@@ -158,7 +158,7 @@ def test_a_constructor_that_raises_leaves_nothing(stage: int) -> None:
             made.append(weakref.ref(self))
             super().__init__(*args, **kwargs)
 
-    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).char(), requires_grad=False)]
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]
     with no_collector():
         refused(lambda: Noted(params[:1], lr=-1.0, stage=stage))
         refused(lambda: Noted(params, stage=stage))

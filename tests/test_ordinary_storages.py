@@ -67,7 +67,7 @@ def own_bytes(_rank: int, _world_size: int, stage: int, form: str) -> None:
     params, plain = parameters(), parameters()
     optimizer = ShardedASGD(params.items(), **OPTIONS, stage=stage, average_dtype=torch.float32, **FORMS[form])
     oracle = torch.optim.ASGD(plain.values(), **OPTIONS, foreach=form == "foreach")
-    held = dict(params) | {f"ax of {name}": optimizer.state[p]["ax"] for name, p in params.items()}
+    held = dict(params) | {f"ax of {n}": optimizer.state[p]["ax"] for n, p in params.items() if n != "frozen"}
     for seed in range(3):
         step(optimizer, params, seed)
         step(oracle, plain, seed)

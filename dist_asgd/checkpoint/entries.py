@@ -36,6 +36,7 @@ from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.presharded import FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
+from ..storage.frozen import FrozenParam
 from .format.archives import load_object
 from .format.writer import ChunkToWrite, KeyPath, Serialized
 
@@ -107,7 +108,7 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     params = [param for group in optimizer.param_groups for param in group["params"]]
     remedy = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
     members = optimizer.shards.members if isinstance(optimizer, ShardedASGD) else None
-    if members is None or any(isinstance(member, FSDP1Param) for member in members):
+    if members is None or any(isinstance(member, (FSDP1Param, FrozenParam)) for member in members):
         fsdp1.refuse("a checkpoint of this package", params, remedy)
     plain = _PlainNames(model)
     by_param: dict[int, list[str]] = {}

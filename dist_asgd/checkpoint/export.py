@@ -142,7 +142,8 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
         if member is not None and dtype is not None:
             if value.is_complex():
                 raise ValueError(f"dist_asgd: parameter {name} is {value.dtype} and cannot be exported as {dtype}.")
-            wanted = dtype
+            # Frozen ones may be of any dtype: quantised weights stay as they are.
+            wanted = dtype if value.is_floating_point() else value.dtype
         begun = member is not None and shards.cohort_of[member.index].begun
         weights.append(_Weight(name, value.detach(), TensorSpec(wanted, tuple(value.shape)), member if begun else None))
     return weights

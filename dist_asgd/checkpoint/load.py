@@ -27,7 +27,7 @@ from ..state_dict.sharded import AVERAGE
 from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
-from .save import Saver, adopt_params
+from .save import Saver, adopt_params, take_in
 
 MASTER = "master"
 NOT_LOADED = (*NOT_SAVED, "param_names")
@@ -113,17 +113,17 @@ def restore(
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
     adopt_params(optimizer)
-    loaded, fingerprint, problem = None, NO_FINGERPRINT, None
-    try:
-        saver.wait_pending()
-        loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
-        entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
-        fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
-    except Exception as error:
-        problem = error
-    # Until here nothing was changed; from here on every rank has everything it needs.
-    saver.agree(call, fingerprint, problem)
-    assert loaded is not None
+    loaded: CheckpointState | None = None
+    while loaded is None or take_in(optimizer, loaded.optimizer[STATE]):
+        fingerprint, problem = NO_FINGERPRINT, None
+        try:
+            saver.wait_pending()
+            loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
+            entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
+            fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
+        except Exception as error:
+            problem = error
+        saver.agree(call, fingerprint, problem)
     _apply(loaded, model, optimizer)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
@@ -157,7 +157,7 @@ def _read_state(
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
-    live = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
+    live = optimizer.live_state(fresh=True) if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
     with_master = {n for i, entry in optimizer_state["state"].items() if MASTER in entry for n in names.of_params[i]}
     live_fragments = param_fragments(optimizer, live, {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -302,6 +302,11 @@ def _check(step: int, when_busy: str) -> None:
         raise ValueError(f"dist_asgd: step must be a whole number from 0 on, got {step!r}.")
     if when_busy not in ("wait", "refuse"):
         raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
+
+
+def take_in(optimizer: Optimizer, indices: Iterable[int]) -> bool:
+    """Give the frozen ones of these parameters state, as in torch, for a load; whether there are any. Collective."""
+    return isinstance(optimizer, ShardedASGD) and optimizer.registry.take_in(optimizer.param_groups, indices)
 
 
 def adopt_params(optimizer: Optimizer) -> None:

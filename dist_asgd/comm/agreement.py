@@ -23,6 +23,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 import torch
 
 from .base import Communicator
+from .differences import describe_ranks, first_difference, ranks_by_value, values_by_rank
 from .iterations import Iterations
 from .masks import indices_in
 from .tracebacks import release_frames
@@ -93,14 +94,17 @@ class CollectiveCall(IntEnum):
     UNSCALE = 17
     ADOPT = 18
     GRADIENT = 19
-    JOINED = 20
-    END_OF_JOIN = 21
+    UNFREEZE = 20
+    JOINED = 21
+    END_OF_JOIN = 22
 
     @property
     def text(self) -> str:
         """The name of this call in an error."""
         if self is CollectiveCall.ADOPT:
             return "a call after parameters or param_groups were changed"
+        if self is CollectiveCall.UNFREEZE:
+            return "a call after frozen parameters became trained ones"
         if self is CollectiveCall.GRADIENT:
             return "an operator on p.grad"
         if self is CollectiveCall.JOINED:
@@ -111,39 +115,14 @@ class CollectiveCall(IntEnum):
 # The calls that a rank can take part in after it has joined; an iteration ends with one of the first two.
 LAST_CALLS = (CollectiveCall.STEP, CollectiveCall.ZERO_GRAD)
 OF_AN_ITERATION = (*LAST_CALLS, CollectiveCall.CLIP_GRAD_NORM, CollectiveCall.UNSCALE)
+# The calls that take a change of the user's over, which their fingerprint describes.
+_CHANGES = {CollectiveCall.ADOPT, CollectiveCall.UNFREEZE}
 
 
 def digest_of(values: object) -> int:
     """Return a 62-bit hash of plain values (numbers, strings, tuples of them) that is the same in every process."""
     raw = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(raw, "big") >> 2
-
-
-def describe_ranks(ranks: Sequence[int]) -> str:
-    """Return text for an error: ``rank 3`` or ``ranks 0-2, 5``."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
-
-
-def _ranks_by_value(values: Sequence[object]) -> dict[object, list[int]]:
-    ranks: dict[object, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(value, []).append(rank)
-    return ranks
-
-
-def values_by_rank(values: Sequence[object]) -> str:
-    """Return text for an error that groups ranks by their value: ``ranks 0-1 have 3; rank 2 has 4``."""
-    return "; ".join(
-        f"{describe_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
-        for value, ranks in _ranks_by_value(values).items()
-    )
 
 
 @dataclass(frozen=True)
@@ -367,7 +346,7 @@ class Agreement:
                 f"Every rank must make the same collective calls in the same order."
                 + (" Inside Join, while some ranks have no inputs left, the others can only step." if joined else "")
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
-                + (self._changes(reports, fingerprint) if CollectiveCall.ADOPT in calls else "")
+                + (self._changes(reports, fingerprint) if calls & _CHANGES else "")
             )
         discards = reports.column(DISCARDS)
         if len(set(discards)) > 1:
@@ -387,7 +366,7 @@ class Agreement:
 
     def _changes(self, reports: RankReports, fingerprint: Fingerprint) -> str:
         """Return the sentences about parameters or groups that some ranks have changed, and others have not."""
-        own = reports.calls[self._comm.rank] == CollectiveCall.ADOPT
+        own = reports.calls[self._comm.rank] in _CHANGES
         changes = self._comm.exchange_objects(fingerprint.what if own else "no change")
         return f" {values_by_rank(changes)}. Change parameters and param_groups on every rank alike."
 
@@ -404,7 +383,7 @@ class Agreement:
         names = [entry[0] for entry in problems if entry is not None]
         lines = [
             f"{text} [on {describe_ranks(ranks)} of {self._comm.world_size}]"
-            for text, ranks in _ranks_by_value([None if entry is None else entry[1] for entry in problems]).items()
+            for text, ranks in ranks_by_value([None if entry is None else entry[1] for entry in problems]).items()
             if text is not None
         ]
         error_type = next(c for c in RAISED if c.__name__ == names[0])
@@ -417,20 +396,8 @@ class Agreement:
             by_rank[rank] = by_rank[reports.active[0]]
         counts = [len(entries) for entries in by_rank]
         more = f" {values_by_rank(counts)} entries." if len(set(counts)) > 1 else ""
-        first = _first_difference(by_rank)
+        first = first_difference(by_rank)
         raise ValueError(f"dist_asgd: {fingerprint.what} differ between ranks:{more}{first} {fingerprint.remedy}")
-
-
-def _first_difference(by_rank: Sequence[Sequence[tuple[str, object]]]) -> str:
-    """Return the sentence about the first difference between all ranks' entries."""
-    for position in range(max(len(entries) for entries in by_rank)):
-        row = [entries[position] if position < len(entries) else ("nothing", "") for entries in by_rank]
-        if len(set(map(repr, row))) > 1:
-            labels = {label for label, _ in row}
-            if len(labels) == 1:
-                return f" {row[0][0]}: {values_by_rank([str(value) for _, value in row])}."
-            return f" entry {position}: {values_by_rank([f'{label} {value}' for label, value in row])}."
-    return ""
 
 
 def gather_objects(communicator: Communicator, value: Any, to: int) -> list[Any] | None:

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import (
-    NO_FINGERPRINT,
-    OF_AN_ITERATION,
-    Agreement,
-    CollectiveCall,
-    Fingerprint,
-    RankReports,
-    describe_ranks,
-    values_by_rank,
-)
+from ..comm.agreement import NO_FINGERPRINT, OF_AN_ITERATION, Agreement, CollectiveCall, Fingerprint, RankReports
+from ..comm.differences import describe_ranks, values_by_rank
 from ..comm.masks import bit_mask
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, StateBuffer
@@ -32,7 +24,8 @@ from .relay import Relay
 # Nothing on the parameters tells the two causes apart: the last sentence of errors names both.
 REMEDY = (
     "wrap the model in DDP or pass stage=2. If it is wrapped in DDP, run the last backward before step() outside of "
-    "its no_sync(), and call the wrapped module, not the one inside: only then does DDP average."
+    "its no_sync(), and call the wrapped module, not the one inside: only then does DDP average. It leaves out "
+    "parameters that were frozen when it was constructed: wrap the model anew after unfreezing them."
 )
 
 
@@ -57,6 +50,8 @@ class AveragedGradients(Gradients):
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
+        # Parameters that are new may have gradients that nobody averages.
+        self._compared = self.communicators.world_size == 1
         params = {member.index: member.param for member in self.members}
         self._snapshot = TensorSnapshot.of([params.get(index) for index in range(max(params, default=-1) + 1)])
 

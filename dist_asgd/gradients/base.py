@@ -28,6 +28,8 @@ from ..update.segments import UNSCALED
 
 # The calls that read gradients on the parameters, and so compare them between ranks.
 READ_GRADIENTS = (CollectiveCall.STEP, CollectiveCall.CLIP_GRAD_NORM)
+# The calls that leave gradients on the parameters as they are: another call follows, once the shards have changed.
+REBUILDING = (CollectiveCall.ADOPT, CollectiveCall.UNFREEZE)
 
 
 def multiply(gradients: Iterable[Tensor | None], factor: Tensor) -> None:

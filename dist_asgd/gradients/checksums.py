@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import describe_ranks, digest_of, values_by_rank
+from ..comm.agreement import digest_of
+from ..comm.differences import describe_ranks, values_by_rank
+from ..placements.presharded import is_presharded
+from ..storage.buffers import BucketParam
+from ..storage.frozen import FrozenParam
+from ..storage.memory_order import flattened, memory_strides
+from ..validation import has_memory
 from .base import Gradients
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRIME = 1_000_003
 
 
@@ -31,13 +37,18 @@ def hexadecimal(checksum_value: int) -> str:
     return f"{checksum_value & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
-def compare_values(gradients: Gradients, communicators: Communicators, indices: Container[int] | None = None) -> None:
+def compare_values(
+    gradients: Gradients,
+    frozen: Sequence[FrozenParam],
+    communicators: Communicators,
+    indices: Container[int] | None = None,
+) -> None:
     """Raise on every rank if parameters do not have the same values on all. Collective.
 
     Called at the first step; and at a step after some bucket parameters were rebound, with their ``indices``, the same
-    on all ranks.
+    on all ranks. ``frozen`` has the parameters that lie in no state buffer.
     """
-    _compare_buckets(gradients, communicators, indices)
+    _compare_plain(gradients, frozen, communicators, indices)
     if indices is None:
         _compare_replicas(gradients, communicators)
 
@@ -69,12 +80,29 @@ def _compare_replicas(gradients: Gradients, communicators: Communicators) -> Non
                 )
 
 
-def _compare_buckets(gradients: Gradients, communicators: Communicators, indices: Container[int] | None) -> None:
-    """Raise if a bucket parameter, of ``indices`` if given, does not have the same values on all ranks."""
-    members = sorted((m for m in gradients.members if indices is None or m.index in indices), key=lambda m: m.index)
+def _values(member: BucketParam | FrozenParam) -> Tensor:
+    """The values of a plain parameter as 1-D reals; of a frozen one none, if it has none that can be compared."""
+    if isinstance(member, BucketParam):
+        return member.bucket.flat[member.slot.offset : member.slot.stop]
+    param = member.param
+    # Ranks have other parts of a presharded one, and quantised weights have no memory of their own.
+    if is_presharded(param) or not has_memory(param):
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return flattened(param, memory_strides(param))
+
+
+def _compare_plain(
+    gradients: Gradients, frozen: Sequence[FrozenParam], communicators: Communicators, indices: Container[int] | None
+) -> None:
+    """Raise if a plain parameter, of ``indices`` if given, does not have the same values on all ranks."""
+    every: list[BucketParam | FrozenParam] = [*gradients.members, *frozen]
+    plain = (member for member in every if indices is None or member.index in indices)
+    members = sorted(plain, key=lambda m: m.index)
     if not members:
         return
-    sums = torch.stack([checksum(m.bucket.flat[m.slot.offset : m.slot.stop]) for m in members]).cpu()
+    values = [checksum(_values(m)) for m in members]
+    # On one device, in order to wait for it once.
+    sums = torch.stack([value.to(values[0].device) for value in values]).cpu()
     # One word first: a row for each parameter is exchanged only to say which one differs.
     table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())], device="cpu"))()
     if len(set(table[:, 0].tolist())) == 1:

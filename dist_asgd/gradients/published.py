@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..comm import public_call
-from ..comm.agreement import CollectiveCall, describe_ranks
+from ..comm.agreement import CollectiveCall
+from ..comm.differences import describe_ranks
 from ..comm.masks import indices_in
 from ..storage.buffers import BucketParam
 from . import clip

@@ -23,7 +23,7 @@ from ..comm.masks import bit_mask, indices_in
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
 from ..update.segments import UNSCALED, Scaling
-from .base import READ_GRADIENTS, Gradients, check_gradient, multiply, torn_problem
+from .base import READ_GRADIENTS, REBUILDING, Gradients, check_gradient, multiply, torn_problem
 from .hooks import BackwardHooks
 from .published import PublishedGradients
 from .round import Round, mispairing
@@ -60,7 +60,7 @@ class Reducer(Gradients):
         self._presharded_mask = 0
         self._member_of: dict[int, BucketParam] = {}
         self._hooks = BackwardHooks(self)
-        # A parameter that was frozen at construction has no hook: its gradients are reduced as if set by hand.
+        # A frozen parameter has no hook: if it has a gradient all the same, it is reduced as if set by hand.
         self._hooked: set[int] = set()
         self.published = PublishedGradients(self)
         self._send_buffers = SendBuffers((), {})
@@ -218,7 +218,7 @@ class Reducer(Gradients):
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
-        reports = self._agree(call, fingerprint, problem, keep=call is not CollectiveCall.ADOPT)
+        reports = self._agree(call, fingerprint, problem, keep=call not in REBUILDING)
         in_buckets = ~self._presharded_mask
         self._present_mask, second = reports.union(0), reports.union(1) & in_buckets
         if not self._present_mask & in_buckets:
@@ -231,7 +231,7 @@ class Reducer(Gradients):
                 pending |= new & other & in_buckets
             self._reduce_pending(pending)
         there = self.agreement.indices(self._present_mask)
-        if there != self.published.now and call is not CollectiveCall.ADOPT:
+        if there != self.published.now and call not in REBUILDING:
             self.published.match(there)
         return reports
 

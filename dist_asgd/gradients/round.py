@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..comm.agreement import RankReports, values_by_rank
+from ..comm.agreement import RankReports
+from ..comm.differences import values_by_rank
 from ..storage.buffers import Bucket
 
 

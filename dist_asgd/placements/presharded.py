@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import describe_ranks
+from ..comm.differences import describe_ranks
 from ..storage.buffers import Precision, ShardedParam, StateBuffer
 from ..storage.layout import MIN_BUCKETS, Slot, bucket_cap_bytes, fill_buckets, lay_out
 from ..storage.memory_order import flattened, memory_strides, same_strides

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..comm.agreement import Fingerprint
 from ..placements.dtensor import is_dtensor, local_tensor, same_placement
+from ..placements.fsdp1 import is_managed
 from ..placements.presharded import DTensorParam, FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..storage.buffers import ShardedParam, StateBuffer
+from ..storage.frozen import FrozenParam
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
@@ -55,10 +57,16 @@ class ParamState:
 
 @dataclass(frozen=True, slots=True)
 class ParsedStateDict:
-    """A parsed state dict: the entries by parameter index, and the new values of all groups."""
+    """A parsed state dict, ``source``: the entries by parameter index, and the new values of all groups."""
 
     entries: dict[int, ParamState]
     groups: list[dict[str, Any]]
+    source: dict[str, Any]
+
+    @property
+    def stepped(self) -> list[int]:
+        """The parameters that have the state of a step."""
+        return [index for index, entry in self.entries.items() if not entry.fresh]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +87,27 @@ class ParamTarget:
     param: Tensor
     is_dtensor: bool = False
     is_fsdp1: bool = False
+    is_frozen: bool = False
 
     @classmethod
     def of(cls, member: ShardedParam) -> ParamTarget:
-        """Return the target for a parameter that is sharded here or was before."""
+        """Return the target for a parameter that is sharded here or was before, or frozen."""
+        if isinstance(member, FrozenParam):
+            # Which elements this rank will have is not known yet: the dict is parsed once more when it is.
+            fsdp1_too = is_managed(member.param)
+            return cls(
+                member.name,
+                member.dtype,
+                tuple(member.param.shape),
+                (),
+                0,
+                0,
+                True,
+                member.param,
+                is_dtensor(member.param),
+                fsdp1_too,
+                is_frozen=True,
+            )
         return cls(
             member.name,
             member.dtype,
@@ -151,7 +176,7 @@ def parse(
     new_groups = [
         _group(i, saved, group, defaults) for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))
     ]
-    return ParsedStateDict(entries, new_groups)
+    return ParsedStateDict(entries, new_groups, state_dict)
 
 
 def _entry(target: ParamTarget, saved: Any, lr: Any) -> ParamState:
@@ -190,6 +215,8 @@ def _tensor(target: ParamTarget, saved: dict[str, Any], key: str) -> tuple[Tenso
             f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
             f"whole."
         )
+    if target.is_frozen:
+        return value, False
     shard = shard_tensor_of(value)
     distributed = type(value) not in (Tensor, ShardTensor) and is_dtensor(value)
     if distributed and (target.is_dtensor or shard is None):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..comm import Communicators
 from ..placements import fsdp1
+from ..placements.dtensor import is_dtensor
 from ..placements.presharded import DTensorParam, PreshardedParam
 from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
@@ -72,18 +73,25 @@ ShardTensorCache = dict[int, ShardTensor]
 
 
 def pack(
-    groups: Sequence[dict[str, Any]], shards: ParamShards, communicators: Communicators, cache: ShardTensorCache
+    groups: Sequence[dict[str, Any]],
+    shards: ParamShards,
+    communicators: Communicators,
+    cache: ShardTensorCache,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Return torch's layout with this rank's fragment of each sharded tensor. No communication.
 
     Averages share memory with the optimizer's state, scalars and masters are copies. Frozen parameters that never
-    stepped have no entry, as in torch. FSDP1 parameters of which this rank holds nothing have none either.
+    stepped have no entry, as in torch; with ``fresh`` those have one that were taken in, so that a load can fill it.
+    FSDP1 parameters of which this rank holds nothing have none either.
     """
     cohort_of = shards.cohort_of
-    members = [m for m in shards.members if m.param.requires_grad or not cohort_of[m.index].fresh]
+    members = [m for m in shards.held if fresh or m.param.requires_grad or not cohort_of[m.index].fresh]
     members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
     state = snapshots_of(members, cohort_of)
-    entries = _EntryTensors(shards.members, communicators, cache)
+    mixed = any(isinstance(member, DTensorParam) for member in shards.held)
+    mixed = mixed or any(is_dtensor(member.param) for member in shards.frozen)
+    entries = _EntryTensors(mixed, communicators, cache)
     for member in members:
         entry = state[member.index]
         if cohort_of[member.index].fresh:
@@ -106,15 +114,14 @@ def pack(
 class _EntryTensors:
     """Makes the tensors of a sharded state dict, which have the parameter's shape and hold this rank's fragment.
 
-    They are ShardTensors. If the optimizer also has DTensors, they are DTensors, because get_state_dict(
-    full_state_dict=True) can gather those: their mesh is the optimizer's process group. Hybrid sharding has no process
-    group for one replica, so it stays with ShardTensors.
+    They are ShardTensors. If the optimizer also has DTensors (``mixed``), frozen ones included, they are DTensors,
+    because get_state_dict(full_state_dict=True) can gather those: their mesh is the optimizer's process group. Hybrid
+    sharding has no process group for one replica, so it stays with ShardTensors.
     """
 
-    def __init__(self, members: Sequence[ShardedParam], communicators: Communicators, cache: ShardTensorCache) -> None:
+    def __init__(self, mixed: bool, communicators: Communicators, cache: ShardTensorCache) -> None:
         self._communicators = communicators
         self._cache = cache
-        mixed = any(isinstance(member, DTensorParam) for member in members)
         self._group = communicators.group if mixed and communicators.num_replicas == 1 else None
         self._meshes: dict[str, DeviceMesh] = {}
 

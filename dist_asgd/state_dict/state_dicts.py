@@ -57,8 +57,8 @@ class StateDicts:
             )
         return gathered
 
-    def sharded(self) -> dict[str, Any]:
-        """Return this rank's fragments, for ``state_dict()``. No communication."""
+    def sharded(self, fresh: bool = False) -> dict[str, Any]:
+        """Return this rank's fragments, for ``state_dict()``; see ``sharded.pack``. No communication."""
         optimizer = self._optimizer
         _before_state_dict(optimizer)
         if self._shards is not None:
@@ -66,7 +66,7 @@ class StateDicts:
         if self._shards is None:
             packed = unsharded.pack(optimizer.param_groups, optimizer.state)
         else:
-            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._cache)
+            packed = sharded.pack(optimizer.param_groups, self._shards, self._communicators, self._cache, fresh)
         return _after_state_dict(optimizer, packed)
 
     @torch.no_grad()
@@ -86,7 +86,9 @@ class StateDicts:
         packed = {"state": state, "param_groups": sharded.pack_groups(self._optimizer.param_groups)}
         return _after_state_dict(self._optimizer, packed)
 
-    def parse(self, state_dict: dict[str, Any]) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
+    def parse(
+        self, state_dict: dict[str, Any], run_hooks: bool = True
+    ) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
         """Parse and check ``state_dict``. No communication, and nothing changes but what pre-hooks do.
 
         Returns the parsed state and its fingerprint, which all ranks compare before any of them applies the state. If
@@ -95,7 +97,8 @@ class StateDicts:
         groups = self._optimizer.param_groups
         try:
             targets = self._targets()
-            state_dict = _before_load(self._optimizer, state_dict)
+            if run_hooks:
+                state_dict = _before_load(self._optimizer, state_dict)
             loaded = load.parse(state_dict, groups, targets, self._optimizer.defaults)
             for index, group in enumerate(loaded.groups):
                 check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")

@@ -31,7 +31,8 @@ def step(groups: Sequence[dict[str, Any]], state: Any) -> None:
         for param in group["params"]:
             if param.grad is None:
                 continue
-            entry = state[param]
+            # Frozen parameters have no entry yet.
+            entry = state[param] = state.get(param) or init_state(param, hyper.lr)
             scalars = Cohort(entry["step"], entry["eta"], entry["mu"], ())
             # A loaded state dict may have replaced the entry, so whether it is fresh is read from the scalars.
             if entry["step"].item() == 0 and entry["mu"].item() == 1:

@@ -93,11 +93,13 @@ class StepHyperparameters:
         )
 
 
-def step_hyperparameters(groups: Sequence[dict[str, Any]]) -> list[StepHyperparameters]:
-    """The hyperparameters of each group as they are now; called once at each step."""
+def step_hyperparameters(groups: Sequence[dict[str, Any]], leads: Sequence[Tensor | None]) -> list[StepHyperparameters]:
+    """The hyperparameters of each group as they are now; called once at each step.
+
+    ``leads`` has a parameter of each group that can step; None if the group has none.
+    """
     hypers = []
-    for group in groups:
-        first = next(iter(group["params"]), None)
+    for group, first in zip(groups, leads, strict=True):
         implementation = Implementation.of(group, None if first is None else first.device.type)
         on_device = (
             implementation is Implementation.FUSED and first is not None and backend.of(first.device) is backend.TRITON

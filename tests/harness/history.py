@@ -108,6 +108,18 @@ class AddGroup:
 
 
 @dataclass(frozen=True)
+class SetTrained:
+    """Freeze or unfreeze a parameter of the groups at construction, counted over all of them and around the end."""
+
+    param: int
+    trained: bool
+
+    def index(self, history: History) -> int:
+        """The number of the parameter."""
+        return self.param % sum(len(group.params) for group in history.groups)
+
+
+@dataclass(frozen=True)
 class Reload:
     """Continue with a new optimizer that loads the state.
 
@@ -118,7 +130,7 @@ class Reload:
     kind: str
 
 
-Event = Step | SetLr | SetT0 | StartAveraging | AddGroup | Reload
+Event = Step | SetLr | SetT0 | StartAveraging | AddGroup | SetTrained | Reload
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tests.harness.history import (
     History,
     SetLr,
     SetT0,
+    SetTrained,
     StartAveraging,
     Step,
     like,
@@ -79,6 +80,8 @@ class Oracle:
         elif isinstance(event, StartAveraging):
             for group in groups:
                 group["t0"] = max(self._step_of(p) for p in group["params"])
+        elif isinstance(event, SetTrained):
+            self.params[event.index(self.history)].requires_grad_(event.trained)
         elif isinstance(event, AddGroup):
             self.optimizer.add_param_group(self._make_group(event.group))
 

@@ -13,6 +13,7 @@ from tests.harness.history import (
     Reload,
     SetLr,
     SetT0,
+    SetTrained,
     StartAveraging,
     Step,
 )
@@ -82,6 +83,7 @@ def histories(
         st.builds(SetLr, group, _LRS),
         st.builds(SetT0, group, st.sampled_from([0.0, 1.0, 4.0])),
         st.builds(StartAveraging),
+        st.builds(SetTrained, st.integers(0, 14), st.booleans()),
         st.builds(AddGroup, group_specs(dtypes)),
         st.builds(Reload, st.sampled_from(reloads)),
     )

@@ -27,6 +27,7 @@ from tests.harness.history import (
     Reload,
     SetLr,
     SetT0,
+    SetTrained,
     StartAveraging,
     Step,
     exact_share,
@@ -119,6 +120,9 @@ class Subject:
         self.params: list[Tensor] = []
         for spec in self.specs:
             self._make_params(spec)
+        for event in history.events[: resume.num_events] if resume else ():
+            if isinstance(event, SetTrained):
+                self._set_trained(event)
         if resume:
             for index, saved in enumerate(resume.params):
                 held(self.params[index]).copy_(self.placements.part(index, saved))
@@ -137,6 +141,8 @@ class Subject:
             groups[event.group]["t0"] = event.t0
         elif isinstance(event, StartAveraging):
             self.optimizer.start_averaging()
+        elif isinstance(event, SetTrained):
+            self._set_trained(event)
         elif isinstance(event, AddGroup):
             first = len(self.params)
             self._make_params(event.group)
@@ -145,6 +151,9 @@ class Subject:
             self.optimizer.add_param_group(group)
         else:
             self._reload(event)
+
+    def _set_trained(self, event: SetTrained) -> None:
+        self.params[event.index(self.history)].requires_grad_(event.trained)
 
     def compare_params(self, when: str) -> None:
         """Assert that this rank's data of every parameter has the oracle's bits, on every replica."""
@@ -212,12 +221,14 @@ class Subject:
         )
 
     def _reload(self, event: Reload) -> None:
-        if event.kind in ("by name", "full"):
+        # Fragments fit the same buckets only, and those of a new optimizer follow what is trained now.
+        toggled = any(isinstance(other, SetTrained) for other in self.history.events)
+        if event.kind in ("by name", "full") and not toggled:
             self._reload_by_name(event.kind == "full")
             return
-        if event.kind == "own":
+        if event.kind == "own" and not toggled:
             saved = self.optimizer.state_dict()
-        elif event.kind == "consolidated" or self.setting.masters:  # torch's dict has no masters
+        elif event.kind != "torch" or self.setting.masters:  # torch's dict has no masters
             saved = self.optimizer.consolidated_state_dict(to=None)
         else:
             saved = self._state_of_torch()
