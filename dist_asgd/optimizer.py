@@ -21,11 +21,13 @@ from .comm import Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, public_call
 from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
 from .gather import Gatherer
-from .gradients import clip, loss_scaling
+from .gradients import clip
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
+from .gradients.joined import shadow
 from .gradients.loss_scaling import ScalerInfo
 from .gradients.reducer import Reducer
+from .joining import JoinableOptimizer, share_step
 from .placements import fsdp1
 from .placements.leaves import naming_non_leaves
 from .registry import ParamRegistry
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class ShardedASGD(torch.optim.Optimizer):
+class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     """``torch.optim.ASGD`` with its state, and in stage 2 its gradients, sharded over the ranks of a process group.
 
     For one element x with gradient g, at step t = 1, 2, ... with eta = lr and mu = 1 at first
@@ -123,6 +125,7 @@ class ShardedASGD(torch.optim.Optimizer):
         reduce_dtype: torch.dtype | None = None,
         shard_replicated: bool = True,
     ) -> None:
+        JoinableOptimizer.__init__(self)
         self.communicators = Communicators(process_group, mesh)
         self._agreement = Agreement(self.communicators.host)
         self._updater = Updater()
@@ -231,8 +234,12 @@ class ShardedASGD(torch.optim.Optimizer):
         if self.is_differentiable:
             differentiable.step(self.param_groups, self.state)
             return loss
+        self._step()
+        return loss
+
+    def _step(self, has_joined: bool = False) -> None:
         # Reduce: all ranks agree on which parameters have a gradient. In stage 2 the last ones are in flight.
-        active = self._reduce(scaler := ScalerInfo.of(self) if hasattr(self, "found_inf") else None)
+        active, scaler = self._reduce(ScalerInfo.of(self) if hasattr(self, "found_inf") else None, has_joined)
         # Update: one state buffer after the other, as soon as its gradient is reduced.
         step = self._begin_update(active, scaler)
         if step is not None:
@@ -247,9 +254,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self.gradients.end_step()
         self.gatherer.wait()
         self.shards.torn_by = None
-        return loss
 
-    def _reduce(self, scaler: ScalerInfo | None) -> frozenset[int]:
+    def _reduce(self, scaler: ScalerInfo | None, has_joined: bool) -> tuple[frozenset[int], ScalerInfo | None]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
         self._refuse_inside_averages("step()")
         self.adopt_params()
@@ -260,10 +266,14 @@ class ShardedASGD(torch.optim.Optimizer):
         hypers = self._hyperparameters
         fingerprint = NO_FINGERPRINT if problem else hypers.fingerprint(self.param_groups, scaler is not None)
         self._agreement.rebound = bool(self.shards.rebound)
-        reports = self.gradients.agree(CollectiveCall.STEP, fingerprint, problem)
+        agree = partial(shadow, self.gradients) if has_joined else partial(self.gradients.agree, CollectiveCall.STEP)
+        if (reports := agree(fingerprint, problem)) is None:
+            return frozenset(), None
+        if self._agreement.joined:
+            scaler = share_step(self.gradients, reports, self.param_groups, scaler)
         if reports.rebound or not self.registry.values_compared:
             self.registry.compare_values(reports)
-        return self.gradients.active(reports)
+        return self.gradients.active(reports), scaler
 
     def _problem(self, before_load: bool = False) -> Exception | None:
         """What is wrong on this rank with parameters, state or (before a load replaces them) hyperparameters."""
@@ -322,16 +332,6 @@ class ShardedASGD(torch.optim.Optimizer):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
         self._refuse_inside_averages("clip_grad_norm_()")
         return clip.clip_grad_norm(self.gradients, max_norm, norm_type, error_if_nonfinite)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Tells gradient scalers and trainers that ``step()`` unscales, and skips on overflow, by itself."""
-        return not self.is_differentiable and loss_scaling.is_needed(self.gradients)
-
-    @property
-    def reduces_gradients(self) -> bool:
-        """Whether this optimizer reduces gradients itself, so that they leave ``p.grad`` (stage 2)."""
-        return isinstance(self.gradients, Reducer)
 
     # --- the average ---------------------------------------------------------------------------------------
 

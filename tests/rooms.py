@@ -22,6 +22,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
     (("fingerprints", "gather", "memory", "state"), "what a step needs beside gradients and the update"),
     (("averaging", "state_dict"), "the averages in place of the parameters; state dicts, sharded and full"),
+    (("joining",), "uneven inputs: what torch's Join calls on ranks that have no inputs left"),
     (("registry",), "the parameters that the optimizer was built for, beside those that param_groups hold now"),
     (("optimizer",), "ShardedASGD"),
     (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),

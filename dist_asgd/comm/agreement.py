@@ -4,6 +4,7 @@ Every collective call of the optimizer begins with one exchange of a fixed numbe
 round of backward. If a rank has failed, or called another function, all ranks raise; without the exchange they would
 hang. Only if an exchange shows a difference do ranks send messages of any length, to describe it.
 
+joined   a rank without further inputs inside torch's ``Join``; it takes part in the calls of the other, *active* ranks
 header   the first four words: the kind of call, the discard count, flags (a problem, rebound parameters), and a digest
 digest   a 62-bit hash of plain values that must be equal on all ranks (a fingerprint)
 masks    the words after the header: two bit masks with one bit per parameter, 62 bits to a word
@@ -22,6 +23,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 import torch
 
 from .base import Communicator
+from .iterations import Iterations
 from .masks import indices_in
 from .rank_names import RankNames, positions_by_value
 from .tracebacks import release_frames
@@ -34,6 +36,8 @@ CALL, DISCARDS, FLAGS, DIGEST = range(4)
 # The bits of the flags.
 PROBLEM, REBOUND, CLEARED = 1, 2, 4
 HEADER_WORDS = 4
+# The discard count of a rank that has joined, or that Join has interrupted; it stays below 0 if zero_grad() counts on.
+UNKNOWN_DISCARDS = -(1 << 40)
 # Bits per word of a mask: words are int64, and must stay positive.
 MASK_BITS = 62
 _MASK = (1 << MASK_BITS) - 1
@@ -91,6 +95,8 @@ class CollectiveCall(IntEnum):
     ADOPT = 18
     GRADIENT = 19
     UNFREEZE = 20
+    JOINED = 21
+    END_OF_JOIN = 22
 
     @property
     def text(self) -> str:
@@ -101,9 +107,14 @@ class CollectiveCall(IntEnum):
             return "a call after frozen parameters became trained ones"
         if self is CollectiveCall.GRADIENT:
             return "an operator on p.grad"
+        if self is CollectiveCall.JOINED:
+            return "nothing more: no inputs are left"
         return "backward()" if self is CollectiveCall.ROUND else f"{self.name.lower()}()"
 
 
+# The calls that a rank can take part in after it has joined; an iteration ends with one of the first two.
+LAST_CALLS = (CollectiveCall.STEP, CollectiveCall.ZERO_GRAD)
+OF_AN_ITERATION = (*LAST_CALLS, CollectiveCall.CLIP_GRAD_NORM, CollectiveCall.UNSCALE)
 # The calls that take a change of the user's over, which their fingerprint describes.
 _CHANGES = {CollectiveCall.ADOPT, CollectiveCall.UNFREEZE}
 
@@ -170,6 +181,24 @@ class RankReports:
         """The ``CollectiveCall`` of every rank."""
         return self.column(CALL)
 
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """The ranks that have joined: none outside of torch's ``Join``."""
+        return tuple(rank for rank, row in enumerate(self.rows) if row[CALL] == CollectiveCall.JOINED)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The ranks that have not joined."""
+        return tuple(rank for rank, row in enumerate(self.rows) if row[CALL] != CollectiveCall.JOINED)
+
+    @classmethod
+    def of(cls, rows: list[list[int]], mask_words: int) -> RankReports:
+        """The reports with these words; ranks whose discard count is unknown get the first one that is known."""
+        if any(row[DISCARDS] < 0 for row in rows):
+            known = next((row[DISCARDS] for row in rows if row[DISCARDS] >= 0), 0)
+            rows = [[known if i == DISCARDS and w < 0 else w for i, w in enumerate(row)] for row in rows]
+        return cls(rows, mask_words)
+
     def masks(self, which: int) -> list[int]:
         """Return the first (0) or the second (1) bit mask of every rank; bit i stands for parameter i."""
         start = HEADER_WORDS + which * self.mask_words
@@ -197,6 +226,7 @@ class Agreement:
     mix gradients of different steps.
     ``rebound`` says whether parameters were rebound on this rank since the last step; ranks may differ in that.
     ``cleared`` says whether a user took gradients out of ``p.grad`` in stage 2, which the ranks compare then.
+    ``joined`` are the ranks that had joined when ranks last agreed.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -206,6 +236,9 @@ class Agreement:
         self.discards = 0
         self.rebound = False
         self.cleared = False
+        self.joined: tuple[int, ...] = ()
+        # Inside torch's Join, if it leaves it to this optimizer to say when an iteration begins (stage 2).
+        self.iterations: Iterations | None = None
         self._last_indices: tuple[int, frozenset[int]] = (0, frozenset())
 
     def resize(self, num_params: int) -> None:
@@ -233,10 +266,12 @@ class Agreement:
         words = self._words(call, fingerprint, masks, problem)
         if self._comm.world_size == 1:
             return lambda: RankReports([words], self._mask_words)
+        if self.iterations is not None:
+            self.iterations.before(call)
         # The masks may be resized before the wait, and the reports keep the size that they were sent with.
         mask_words = self._mask_words
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        return lambda: RankReports(wait().tolist(), mask_words)
+        return lambda: RankReports.of(wait().tolist(), mask_words)
 
     def exchange(
         self,
@@ -249,8 +284,15 @@ class Agreement:
         words = self._words(call, fingerprint, masks, problem)
         if self._comm.world_size == 1:
             return RankReports([words], self._mask_words)
+        if self.iterations is not None:
+            self.iterations.before(call)
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        return RankReports(wait().tolist(), self._mask_words)
+        reports = RankReports.of(wait().tolist(), self._mask_words)
+        if self.discards < 0:
+            self.discards = reports.rows[0][DISCARDS]
+        if self.iterations is not None and CollectiveCall.ROUND not in reports.calls:
+            self.iterations.after(call)
+        return reports
 
     def agree(
         self,
@@ -287,16 +329,23 @@ class Agreement:
             ValueError: fingerprints differ; the error names the first entry that does.
             Exception: some rank has a problem. All ranks raise all problems, as the type of the first one.
         """
+        self.joined = ()
         first = reports.rows[0][:HEADER_WORDS]
         if not first[FLAGS] and all(row[:HEADER_WORDS] == first for row in reports.rows):
             return
         # A round that another rank has opened is no difference: the caller has joined it.
         calls = set(reports.calls) - {CollectiveCall.ROUND}
+        self.joined = joined = reports.joined
+        # If this raises, ranks that have joined leave their context, and wait for no further iteration.
+        iterations, self.iterations = self.iterations, None if joined else self.iterations
+        if joined and len(calls) == 2 and calls <= {CollectiveCall.JOINED, *OF_AN_ITERATION}:
+            calls -= {CollectiveCall.JOINED}
         if len(calls) > 1:
             texts = [CollectiveCall(call).text for call in reports.calls]
             raise CallsDiffer(
                 f"dist_asgd: ranks called different things at the same point: {self.names.by_value(texts)}. "
                 f"Every rank must make the same collective calls in the same order."
+                + (" Inside Join, while some ranks have no inputs left, the others can only step." if joined else "")
                 + (f" This rank also had a problem of its own: {problem}" if problem else "")
                 + (self._changes(reports, fingerprint) if calls & _CHANGES else "")
             )
@@ -311,8 +360,10 @@ class Agreement:
             )
         if reports.problem:
             self._raise_together(problem)
-        if len(set(reports.column(DIGEST))) > 1:
-            self._compare(fingerprint)
+        # Ranks that have joined take over whatever the active ones agree on.
+        if len({reports.rows[rank][DIGEST] for rank in reports.active}) > 1:
+            self._compare(fingerprint, reports)
+        self.iterations = iterations
 
     def _changes(self, reports: RankReports, fingerprint: Fingerprint) -> str:
         """Return the sentences about parameters or groups that some ranks have changed, and others have not."""
@@ -339,25 +390,15 @@ class Agreement:
         error_type = next(c for c in RAISED if c.__name__ == names[0])
         raise error_type("\n".join(lines)) from problem
 
-    def _compare(self, fingerprint: Fingerprint) -> NoReturn:
-        """Raise on every rank, and name the first entry that is not equal on all of them."""
+    def _compare(self, fingerprint: Fingerprint, reports: RankReports) -> NoReturn:
+        """Raise on every rank, and name the first entry that is not equal on all active ranks."""
         by_rank: list[Any] = self._comm.exchange_objects(list(fingerprint.entries))
+        for rank in reports.joined:
+            by_rank[rank] = by_rank[reports.active[0]]
         counts = [len(entries) for entries in by_rank]
         more = f" {self.names.by_value(counts)} entries." if len(set(counts)) > 1 else ""
-        first = _first_difference(by_rank, self.names)
+        first = self.names.first_difference(by_rank)
         raise ValueError(f"dist_asgd: {fingerprint.what} differ between ranks:{more}{first} {fingerprint.remedy}")
-
-
-def _first_difference(by_rank: Sequence[Sequence[tuple[str, object]]], names: RankNames) -> str:
-    """Return the sentence about the first difference between all ranks' entries."""
-    for position in range(max(len(entries) for entries in by_rank)):
-        row = [entries[position] if position < len(entries) else ("nothing", "") for entries in by_rank]
-        if len(set(map(repr, row))) > 1:
-            labels = {label for label, _ in row}
-            if len(labels) == 1:
-                return f" {row[0][0]}: {names.by_value([str(value) for _, value in row])}."
-            return f" entry {position}: {names.by_value([f'{label} {value}' for label, value in row])}."
-    return ""
 
 
 def gather_objects(communicator: Communicator, value: Any, to: int) -> list[Any] | None:

@@ -172,6 +172,7 @@ class GroupCommunicator(Communicator):
         """Return the PeerError for an ``error`` that the backend raised during ``action``; the caller raises it."""
         return PeerError(
             f"dist_asgd: {action} failed on {RankNames(self.ranks).place(self.rank)}: a peer has died, was cut off, or "
-            f"did not arrive within the process group's timeout. Parameters and state may differ between ranks now: "
-            f"restart the job from its last checkpoint. The backend said: {error}"
+            f"did not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to "
+            f"torch's Join). Parameters and state may differ between ranks now: restart the job from its last "
+            f"checkpoint. The backend said: {error}"
         )

@@ -40,6 +40,17 @@ class RankNames:
             for value, positions in positions_by_value(values).items()
         )
 
+    def first_difference(self, by_rank: Sequence[Sequence[tuple[str, object]]]) -> str:
+        """Return the sentence about the first difference between all ranks' (label, value) entries."""
+        for position in range(max(len(entries) for entries in by_rank)):
+            row = [entries[position] if position < len(entries) else ("nothing", "") for entries in by_rank]
+            if len(set(map(repr, row))) > 1:
+                labels = {label for label, _ in row}
+                if len(labels) == 1:
+                    return f" {row[0][0]}: {self.by_value([str(value) for _, value in row])}."
+                return f" entry {position}: {self.by_value([f'{label} {value}' for label, value in row])}."
+        return ""
+
 
 def positions_by_value(values: Sequence[object]) -> dict[object, list[int]]:
     """Return the positions in ``values`` at which each value stands, in the order of first appearance."""

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import (
-    NO_FINGERPRINT,
-    Agreement,
-    CollectiveCall,
-    Fingerprint,
-    RankReports,
-)
+from ..comm.agreement import NO_FINGERPRINT, OF_AN_ITERATION, Agreement, CollectiveCall, Fingerprint, RankReports
 from ..comm.masks import bit_mask
 from ..placements.presharded import PreshardedState
-from ..storage.buffers import Bucket, StateBuffer
+from ..storage.buffers import Bucket, BucketParam, StateBuffer
 from ..storage.memory_order import flattened
 from ..storage.snapshots import NO_GRADIENTS, TensorSnapshot
 from .base import READ_GRADIENTS, Gradients, multiply, ranks_with
 from .checksums import checksum, hexadecimal
+from .relay import Relay
 
 # Nothing on the parameters tells the two causes apart: the last sentence of errors names both.
 REMEDY = (
@@ -44,6 +41,11 @@ class AveragedGradients(Gradients):
         self._snapshot = TensorSnapshot.of(())
         # One byte for each parameter, 1 if it had a gradient when last looked at, and the same as a bit mask.
         self._last_present: tuple[bytes, int] = (b"", 0)
+        # While ranks have joined: how they get gradients, which parameters step (none between steps), and a parameter
+        # with the gradient that the last step used.
+        self._relay: Relay | None = None
+        self._relayed: frozenset[int] = frozenset()
+        self._last_used: tuple[BucketParam, weakref.ref[Tensor]] | None = None
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
@@ -56,6 +58,8 @@ class AveragedGradients(Gradients):
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
         if call not in READ_GRADIENTS:
+            if self._relay is not None and call not in (CollectiveCall.JOINED, *OF_AN_ITERATION):
+                self._refuse_between_steps(call, self._relay.joined)
             return self.agreement.agree(call, fingerprint, problem=problem)
         table = self._snapshot.gradients()
         if table.present != self._last_present[0]:
@@ -77,7 +81,7 @@ class AveragedGradients(Gradients):
     def present(self, reports: RankReports) -> frozenset[int]:
         masks = reports.masks(0)
         if len(set(masks)) > 1:
-            self._refuse_missing(masks)
+            self._refuse_missing(masks, reports.active)
         if self.presharded:
             self.align_presharded(reports)
         return self.agreement.indices(reports.union(0))
@@ -85,15 +89,22 @@ class AveragedGradients(Gradients):
     def active(self, reports: RankReports) -> frozenset[int]:
         present = self.present(reports)
         if not self._compared and present:
-            self._compare(present)
+            self._compare(present, reports)
             self._compared = True
+        if self.agreement.joined:
+            self._begin_relay(present, reports)
         return present
 
     def wait_for(self, buffer: StateBuffer) -> None:
-        """Return at once: averaged gradients have arrived before ``step()`` is called."""
+        """Wait for gradients on their way to ranks that have joined; on others they arrived before ``step()``."""
+        if self._relayed and self._relay is not None:
+            self._relay.deliver(cast(Bucket, buffer), self._relayed)
 
     def end_step(self) -> None:
         self.table = NO_GRADIENTS
+        if self._relay is not None:
+            self._relay.end()
+            self._relayed = frozenset()
 
     def clear(self, set_to_none: bool) -> None:
         """Do nothing: all gradients are in ``p.grad``, which torch's own ``zero_grad()`` clears."""
@@ -110,24 +121,65 @@ class AveragedGradients(Gradients):
     def held(self) -> list[Tensor]:
         return [g for member in (*self.members, *self.presharded) if (g := member.gradient) is not None]
 
-    def _refuse_missing(self, masks: Sequence[int]) -> None:
+    # --- uneven inputs --------------------------------------------------------------------------------------
+
+    def _begin_relay(self, present: frozenset[int], reports: RankReports) -> None:
+        """Get ready to bring the gradients of this step to the ranks that have joined. Collective."""
+        if self._relay is None or self._relay.joined != reports.joined:
+            self._relay = Relay(self.communicators, reports, self.buckets)
+        members = [member for member in self.members if member.index in present]
+        if members and members[0].param.grad is not None:
+            self._last_used = members[0], weakref.ref(members[0].param.grad)
+        self._relay.begin(members)
+        self._relayed = present
+        if self.communicators.rank in reports.joined:
+            self.table = self._snapshot.gradients()
+
+    def _refuse_between_steps(self, call: CollectiveCall, joined: Sequence[int]) -> None:
+        """Raise RuntimeError, on all active ranks alike, if ranks that have joined cannot hear of ``call``.
+
+        Between a step and the next backward they wait inside of torch's ``Join`` for DDP. During an iteration they
+        take part in the agreement, and all ranks raise.
+        """
+        if self._last_used is not None:
+            gradient = self._last_used[0].param.grad
+            if gradient is not None and gradient is not self._last_used[1]():
+                return
+        raise RuntimeError(
+            f"dist_asgd: {call.text} inside Join after {self.agreement.names.describe(joined)} ran out of inputs: "
+            f"these ranks wait for the next iteration and cannot take part. Call it after the context."
+        )
+
+    def end_join(self) -> None:
+        super().end_join()
+        self.end_step()
+        self._relay = self._last_used = None
+
+    # --- comparisons ----------------------------------------------------------------------------------------
+
+    def _refuse_missing(self, masks: Sequence[int], active: Sequence[int]) -> None:
         """Raise RuntimeError, on all ranks alike, if a bucket parameter has a gradient on some ranks only."""
         names = self.agreement.names
         for member in sorted(self.members, key=lambda m: m.index):
-            have = ranks_with(masks, member)
-            if 0 < len(have) < len(masks):
+            have = [rank for rank in ranks_with(masks, member) if rank in active]
+            if 0 < len(have) < len(active):
                 raise RuntimeError(
                     f"dist_asgd: parameter {member.name} has a gradient on {names.describe(have)} of {names.total} "
                     f"only. With stage=1 gradients arrive already averaged, on all ranks or on none: {REMEDY}"
                 )
 
-    def _compare(self, present: frozenset[int]) -> None:
-        """Raise on all ranks if a gradient's bits are not the same on all; called at the first step. Collective."""
+    def _compare(self, present: frozenset[int], reports: RankReports) -> None:
+        """Raise on all ranks if a gradient's bits differ between active ones; called at the first step. Collective."""
         members = sorted((m for m in self.members if m.index in present), key=lambda m: m.index)
         if not members:
             return
-        sums = [checksum(flattened(m.param.grad, m.strides)) for m in members if m.param.grad is not None]
-        table = self.communicators.host.exchange(torch.stack(sums).cpu())()  # (ranks, len(members))
+        row = torch.zeros(len(members), dtype=torch.int64, device="cpu")
+        if self.communicators.rank in reports.active:
+            sums = [checksum(flattened(m.param.grad, m.strides)) for m in members if m.param.grad is not None]
+            row = torch.stack(sums).cpu()
+        table = self.communicators.host.exchange(row)()  # (ranks, len(members))
+        for rank in reports.joined:
+            table[rank] = table[reports.active[0]]
         for position, member in enumerate(members):
             column = table[:, position].tolist()
             if len(set(column)) > 1:

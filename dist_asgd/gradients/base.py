@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -115,6 +115,17 @@ class Gradients(ABC):
             "dist_asgd: no_sync() is for stage=2. With stage=1 gradients are averaged by DDP: use the no_sync() "
             "of the DistributedDataParallel module."
         )
+
+    # --- uneven inputs (torch's Join) ---------------------------------------------------------------------
+
+    def lend(self, reports: RankReports, value: Any) -> Any:
+        """The first active rank's picklable ``value``, on all ranks. Collective; only called if ranks have joined."""
+        lender = reports.active[0]
+        return self.communicators.host.exchange_objects(value if self.communicators.rank == lender else None)[lender]
+
+    def end_join(self) -> None:
+        """Forget which ranks have joined: called when all of them have, and when a step of one of them failed."""
+        self.agreement.iterations = None
 
     # --- gradients on the parameters ------------------------------------------------------------------------
 

@@ -103,4 +103,6 @@ def clip_grad_norm(gradients: Gradients, max_norm: float, norm_type: float, erro
     """Agree on the arguments and on which gradients there are, and ``clip``; for ``clip_grad_norm_()``. Collective."""
     fingerprint, problem = fingerprint_of(max_norm, norm_type)
     reports = gradients.agree(CollectiveCall.CLIP_GRAD_NORM, fingerprint, problem)
+    if reports.joined:
+        gradients.lend(reports, (float(max_norm), float(norm_type), error_if_nonfinite))
     return clip(gradients, gradients.present(reports), max_norm, norm_type, error_if_nonfinite)

@@ -112,7 +112,9 @@ def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
             "dist_asgd: unscale_() of float16 gradients would lose the small ones. Pass master_weights=True, or do not "
             "call unscale_(): step() unscales."
         )
-    gradients.agree(CollectiveCall.UNSCALE, problem=problem)
+    reports = gradients.agree(CollectiveCall.UNSCALE, problem=problem)
+    if reports.joined:
+        gradients.lend(reports, (float(inverse), explicitly))
     found = gradients.communicators.host.exchange(gradients.overflowed())().any()
     if explicitly:
         gradients.unscale(inverse.detach())

@@ -277,7 +277,7 @@ class Reducer(Gradients):
                 break
             self._check_pairing(reports)
             self._join_round()
-        if call is not CollectiveCall.STEP:
+        if CollectiveCall.STEP not in reports.calls:
             # A step waits bucket by bucket instead, and updates the first while the last are in flight.
             self._wait_for_all()
         self._problem = self._mispaired = None
@@ -439,7 +439,6 @@ class Reducer(Gradients):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Let backwards inside leave their gradients in ``p.grad``; the next one outside reduces the sum."""
         before, self.synchronising = self.synchronising, False
         try:
             yield
