@@ -219,7 +219,7 @@ def share_step(
 def _hyperparameters(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The hyperparameters of each group as plain values; waits for a device that one of them is on."""
     return [
-        {key: scalar(group[key]) for key in REAL_HYPERPARAMETERS} | {key: group[key] for key in (*FLAGS, *FORMS)}
+        {key: scalar(group[key]) for key in REAL_HYPERPARAMETERS} | {key: group.get(key) for key in (*FLAGS, *FORMS)}
         for group in groups
     ]
 
@@ -230,7 +230,7 @@ def _set_hyperparameters(groups: list[dict[str, Any]], values: list[dict[str, An
         for key in own.keys() & other.keys():
             if own[key] == other[key]:
                 continue
-            if isinstance(group[key], Tensor):
+            if isinstance(group.get(key), Tensor):
                 group[key].fill_(other[key])
             else:
                 group[key] = other[key]
