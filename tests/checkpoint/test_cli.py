@@ -143,16 +143,16 @@ def test_inspect_says_what_is_there(source: str, num_ranks: int, request: pytest
 
 def test_inspect_reads_no_tensor_data(one: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """``inspect`` reads only scalars and plain values, so that it is quick for a checkpoint of any size."""
-    from dist_asgd.checkpoint.offline import contents
+    from dist_asgd.checkpoint.format.reader import OpenCheckpoint
 
     asked = []
-    tensor = contents.CheckpointContents.tensor
+    tensor = OpenCheckpoint.tensor
 
-    def watched(self: contents.CheckpointContents, key: str) -> Tensor:
-        asked.append(key)
-        return tensor(self, key)
+    def watched(self: OpenCheckpoint, index: Any, data: bytes) -> Tensor:
+        asked.append(index.fqn)
+        return tensor(self, index, data)
 
-    monkeypatch.setattr(contents.CheckpointContents, "tensor", watched)
+    monkeypatch.setattr(OpenCheckpoint, "tensor", watched)
     cli("inspect", one[0])
     assert asked
     assert not [key for key in asked if not key.endswith((".step", ".eta", ".mu"))]
