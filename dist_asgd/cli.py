@@ -250,8 +250,8 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
     """Check that DIR is whole and undamaged. Exit status 0 if it is, 1 if not.
 
     The command reads every byte of every file once and compares it with the hashes in `manifest.json`. It checks that
-    no file is missing or superfluous, and that the metadata fits the data. It reports every problem, not only the
-    first.
+    no file is missing, and that the metadata fits the data. It reports every problem, not only the first. Files that
+    the manifest does not list are ignored, by this command and by all others.
     """
     with _reported(), _progress("verifying", total_bytes(directory)) as progress:
         verdict = verify_bytes(directory, progress)
@@ -264,11 +264,15 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
                     "chunks": verdict.num_chunks,
                     "bytes": verdict.bytes,
                     "problems": verdict.problems,
+                    "ignored": verdict.ignored,
                 }
             )
         elif not verdict.problems:
             size = f"{verdict.num_files} files, {verdict.num_chunks} chunks, {decimal(verdict.bytes)}"
             typer.echo(f"{_encodable(_plain(str(directory)))}: good ({size})")
+    if verdict.ignored and not as_json:
+        names = ", ".join(verdict.ignored[:20]) + (", ..." if len(verdict.ignored) > 20 else "")
+        typer.echo(f"note: not in the manifest, and ignored: {_encodable(_plain(names))}", err=True)
     for problem in verdict.problems if not as_json else ():
         typer.echo(f"error: {_plain(problem)}", err=True)
     if verdict.problems:
