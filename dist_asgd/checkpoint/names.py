@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..optimizer import ShardedASGD
 from ..placements import fsdp1
+from ..placements.dtensor import reshard
 from ..placements.presharded import FSDP1Param
 from ..state_dict.wrapper_names import CERTAIN_PARTS
 from ..storage.frozen import FrozenParam
@@ -88,8 +89,10 @@ def _below(path: str, child: str) -> str:
 def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] | None = None) -> Names:
     """Match the optimizer's parameters with the model's by identity; raises ValueError if the model lacks one.
 
-    ``state_keys`` are the keys of ``model.state_dict()``; callers that have made it pass them.
+    ``state_keys`` are the keys of ``model.state_dict()``; callers that have made it pass them. Parameters of FSDP2 that
+    an evaluation has left gathered are sharded again. No communication.
     """
+    reshard(model)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     remedy = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
     members = optimizer.shards.members if isinstance(optimizer, ShardedASGD) else None
