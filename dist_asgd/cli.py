@@ -317,6 +317,10 @@ def export(
     max_shard_gb: Annotated[
         float, typer.Option(help="Write several files and an index above this many gigabytes.", min=1e-6)
     ] = DEFAULT_MAX_BYTES / _GIGABYTE,
+    ties_by_value: Annotated[
+        bool,
+        typer.Option(help="If DIR does not record ties, export what has a parameter's values as that parameter."),
+    ] = True,
     verify: Verify = True,
     force: Force = False,
     as_json: AsJson = False,
@@ -331,16 +335,32 @@ def export(
     """
     with _reported():
         contents = CheckpointContents(directory, verify=verify)
-        plan = convert.plan_export(contents, last, None if dtype is None else getattr(torch, dtype.value))
+        plan = convert.plan_export(
+            contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
+        )
         total = sum(weight.spec.bytes for weight in plan.values())
         with _progress("exporting", total) as progress:
             max_bytes = int(max_shard_gb * _GIGABYTE)
             paths = convert.export(contents, out, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
+    if not last or dtype is not None:
+        _note_ties(contents, ties_by_value)
     averaged = sum(weight.averaged for weight in plan.values())
     with _printing():
         _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
         typer.echo("note: averaging has not begun for any parameter: these are the last iterates.", err=True)
+
+
+def _note_ties(contents: CheckpointContents, taken: bool) -> None:
+    """Say on standard error which entries have a parameter's values in a checkpoint that does not record ties."""
+    tied = sorted(contents.tied_by_value.items())
+    if not tied:
+        return
+    shown = ", ".join(f"{name} ({param})" for name, param in tied[:5]) + f" and {len(tied) - 5} more" * (len(tied) > 5)
+    what = "were exported as that parameter" if taken else "were exported as they are"
+    other = "--no-ties-by-value" if taken else "--ties-by-value"
+    note = f"note: {contents.opened.path} does not record ties. Entries with the values of a parameter {what}: {shown}."
+    typer.echo(_plain(f"{note} Pass {other} if they {'only look alike' if taken else 'are tied'}."), err=True)
 
 
 def _print_written(paths: list[Path], as_json: bool, counts: dict[str, int]) -> None:

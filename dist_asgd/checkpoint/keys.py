@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..placements.shard_tensor import shard_tensor_of
+from ..state_dict.wrapper_names import without_parts
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
 
@@ -67,6 +68,21 @@ class CheckpointKeys:
         for key in self.keys:
             parent, _, last = key.rpartition(".")
             self.parents.setdefault(parent, {})[last] = key
+        self._by_plain_name: dict[str, list[str]] | None = None
+
+    def find(self, key: str) -> str | None:
+        """Return ``key`` if the checkpoint has it, or the only key that is ``key`` but for parts of wrappers, or None.
+
+        Version 0.1 left parts in the names of entries if one wrapper was right inside another.
+        """
+        if key in self.keys:
+            return key
+        if self._by_plain_name is None:
+            self._by_plain_name = {}
+            for known in self.keys:
+                self._by_plain_name.setdefault(without_parts(known), []).append(known)
+        found = self._by_plain_name.get(without_parts(key), [])
+        return found[0] if len(found) == 1 else None
 
     def target_for(self, key: str, like: Tensor, *, widen: bool) -> Tensor:
         """Return new memory, shaped, sharded and placed as ``like``, that ``read_tensors`` fills with ``key``.

@@ -26,10 +26,11 @@ from ..state import own_entries as own_of
 from ..state_dict.sharded import AVERAGE
 from . import own_entries
 from .apply import apply
-from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
+from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
 from .keys import CheckpointKeys, KeyMismatch
+from .names import Names, names_of
 from .save import Saver, adopt_params, take_in
 
 NOT_LOADED = (*NOT_SAVED, "param_names")
@@ -187,12 +188,13 @@ def _model_state(
     """
     state: dict[str, Any] = {}
     fragments: list[tuple[ShardTensor, ShardTensor]] = []
-    known = {f"{MODEL}.{name}" for name in names.of_model.values()}
+    found = {name: checkpoint.find(f"{MODEL}.{name}") for name in names.of_model.values()}
+    known = set(found.values())
     mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     for key, value in model.state_dict(keep_vars=True).items():
-        name = f"{MODEL}.{names.of_model[key]}"
-        if name not in checkpoint.keys:
-            mismatch.missing.append(name)
+        name = found[names.of_model[key]]
+        if name is None:
+            mismatch.missing.append(f"{MODEL}.{names.of_model[key]}")
         elif names.of_model[key] in with_master:
             state[key] = value
         elif id(value) in live_fragments:
@@ -242,8 +244,8 @@ def _optimizer_state(
     for index, param in enumerate(params):
         entry = live["state"].get(index)
         if index in state_keys:
-            model_keys = (f"{MODEL}.{name}" for name in names.of_params[index])
-            model_key = next((key for key in model_keys if key in checkpoint.keys), None)
+            model_keys = (checkpoint.find(f"{MODEL}.{name}") for name in names.of_params[index])
+            model_key = next((key for key in model_keys if key is not None), None)
             entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
             entry = {**(entry or {}), **own.get(index, {})} or None
         if entry is not None:

@@ -8,21 +8,23 @@ with own entries of other kinds (see ``checkpoint/own_entries.py``), and plain v
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
 from ..format.manifest import CheckpointError
 from ..format.reader import OpenCheckpoint
 from ..own_entries import OBJECTS_KEY, RESERVED, shared_and_by_name
+from ..source_record import SOURCES_KEY, SourceRecord
 
 MODEL = "model."
 STATE = "optim.state."
@@ -77,8 +79,23 @@ class CheckpointContents:
 
     @cached_property
     def model(self) -> dict[str, TensorEntry]:
-        """The model's tensors by name: parameters and buffers."""
-        return {key.removeprefix(MODEL): entry for key, entry in self.tensors.items() if key.startswith(MODEL)}
+        """The model's tensors by name: parameters and buffers. Parts that wrappers added to names are left out."""
+        entries = {key.removeprefix(MODEL): entry for key, entry in self.tensors.items() if key.startswith(MODEL)}
+        params = {key.removeprefix(STATE).rpartition(".")[0] for key in self.tensors if key.startswith(STATE)}
+        model: dict[str, TensorEntry] = {}
+        for name, entry in entries.items():
+            plain, param = without_parts(name, CERTAIN_PARTS), without_parts(name)
+            # "module" is a part of a wrapper only if that is how the optimizer knows the parameter.
+            plain = param if plain not in params and param in params else plain
+            model[name if name in params or plain in entries or plain in model else plain] = entry
+        return model
+
+    @cached_property
+    def sources(self) -> SourceRecord | None:
+        """The parameters that entries of the model come from, as recorded; None if nothing is."""
+        if SOURCES_KEY not in self.objects:
+            return None
+        return SourceRecord.parse(self.value(SOURCES_KEY), self.opened.path)
 
     @cached_property
     def state(self) -> dict[str, dict[str, TensorEntry]]:
@@ -100,7 +117,7 @@ class CheckpointContents:
                     f"not the state of an ASGD optimizer."
                 )
             ax, param = entries["ax"], self.model.get(name)
-            if param is not None and param.shape != ax.shape:
+            if param is not None and param.shape != ax.shape and name not in (self.sources or ()):
                 raise CheckpointError(
                     f"dist_asgd: {self.opened.path}: parameter {name} is {list(param.shape)}, its ax {list(ax.shape)}."
                 )
@@ -230,28 +247,29 @@ class CheckpointContents:
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
     @cached_property
-    def tied(self) -> dict[str, str]:
-        """Further names of tied parameters in the model, each with the name by which the optimizer knows it.
+    def tied_by_value(self) -> dict[str, str]:
+        """Entries of the model that have the values of a parameter, to the bit, each with the parameter's name.
 
-        DCP stores a tied parameter under each of its names, but its state under one of them. A further name is
-        recognised by its values: its tensor has no state, and it equals, to the bit, a parameter whose averaging has
-        begun.
+        Version 0.1, and torch's own recipe, save a tied parameter under each of its names and do not record that it is
+        tied. It has no state under the further names. Empty if there is a record.
         """
-        further = {name: e for name, e in self.model.items() if name not in self.optimized and e.bytes}
-        wanted = {(entry.shape, entry.dtype) for entry in further.values()}
-        # Each tensor is read once, and recognised by its hash.
-        by_hash: dict[object, str] = {}
-        for other in self.state:
-            twin = self.model.get(other)
-            if twin is not None and (twin.shape, twin.dtype) in wanted and self.has_begun_averaging(other):
-                by_hash.setdefault(self._hash_of(twin), other)
-        hashes = {name: self._hash_of(entry) for name, entry in further.items()} if by_hash else {}
-        return {name: by_hash[hashed] for name, hashed in hashes.items() if hashed in by_hash}
+        if self.sources is not None:
+            return {}
+        params = [name for name in self._by_model(self.optimized) if name in self.model]
+        others = [name for name, entry in self.model.items() if name not in self.optimized and entry.bytes]
+        kinds = {(self.model[name].shape, self.model[name].dtype) for name in others}
+        by_digest: dict[tuple[Any, ...], str] = {}
+        # Those whose averaging has begun come first, as they are what a tie makes a difference for.
+        for name in sorted(params, key=lambda name: not self.has_begun_averaging(name)):
+            if (self.model[name].shape, self.model[name].dtype) in kinds:
+                by_digest.setdefault(self._digest(name), name)
+        found = ((name, by_digest.get(self._digest(name))) for name in others if by_digest)
+        return {name: param for name, param in found if param is not None}
 
-    def _hash_of(self, entry: TensorEntry) -> tuple[object, ...]:
-        """Return shape and dtype of a tensor and a hash of its bits, which is that of no other tensor."""
-        content: Any = _as_bytes(self.tensor(entry.key)).numpy()
-        return entry.shape, entry.dtype, hashlib.blake2b(content).digest()
+    def _digest(self, name: str) -> tuple[Any, ...]:
+        """What entries of the model with the same bits have in common. Reads the tensor."""
+        entry = self.model[name]
+        return entry.shape, entry.dtype, xxhash.xxh3_128_digest(cast(Any, _as_bytes(self.tensor(entry.key)).numpy()))
 
     def read(self, keys: Iterable[str], progress: Progress = no_progress) -> Iterator[tuple[str, Tensor]]:
         """Read the tensors of ``keys``, one after the other; yields each with its key."""
