@@ -81,7 +81,7 @@ class CheckpointContents:
     def model(self) -> dict[str, TensorEntry]:
         """The model's tensors by name: parameters and buffers. Parts that wrappers added to names are left out."""
         entries = {key.removeprefix(MODEL): entry for key, entry in self.tensors.items() if key.startswith(MODEL)}
-        params = {key.removeprefix(STATE).rpartition(".")[0] for key in self.tensors if key.startswith(STATE)}
+        params = {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
         model: dict[str, TensorEntry] = {}
         for name, entry in entries.items():
             plain, param = without_parts(name, CERTAIN_PARTS), without_parts(name)
@@ -103,7 +103,7 @@ class CheckpointContents:
         state: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
             if key.startswith(STATE):
-                name, _, state_key = key.removeprefix(STATE).rpartition(".")
+                name, state_key = _split(key, STATE)
                 state.setdefault(name, {})[state_key] = entry
         wanted = {"step", "eta", "mu", "ax"}
         if any(entries.keys() >= wanted for entries in state.values()):
@@ -166,7 +166,7 @@ class CheckpointContents:
         """Tensors that users keep in the optimizer's state, by parameter name, and then by key."""
         own: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
-            name, _, state_key = key.removeprefix(STATE).rpartition(".")
+            name, state_key = _split(key, STATE)
             if key.startswith(STATE) and state_key not in RESERVED:
                 own.setdefault(name, {})[state_key] = entry
         return own
@@ -177,7 +177,7 @@ class CheckpointContents:
         shared, by_name = shared_and_by_name(self.value(OBJECTS_KEY) if OBJECTS_KEY in self.objects else None)
         for key in self.objects:
             if key.startswith(STATE):
-                name, _, state_key = key.removeprefix(STATE).rpartition(".")
+                name, state_key = _split(key, STATE)
                 by_name.setdefault(name, {})[state_key] = self.value(key)
         return shared, by_name
 
@@ -203,13 +203,14 @@ class CheckpointContents:
                 if len(path) == 4 and type(path[2]) is int:
                     nested.setdefault(path[2], {})[path[3]] = value
                 else:
-                    name, _, option = key.removeprefix(GROUPS).rpartition(".")
+                    name, option = _split(key, GROUPS)
                     flat.setdefault(name, {})[option] = value
         groups = [group for _, group in sorted(nested.items())]
         for group in groups:
             names = group.get("params")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"dist_asgd: {self.opened.path} has a parameter group without parameter names.")
+            group["params"] = [without_parts(name, CERTAIN_PARTS) for name in names]
         by_options: dict[str, dict[str, Any]] = {}
         for name, options in flat.items():
             group = by_options.setdefault(repr(sorted(options.items())), {**options, "params": []})
@@ -256,6 +257,12 @@ class CheckpointContents:
         for key in keys:
             yield key, self.tensor(key)
             progress(self.tensors[key].bytes)
+
+
+def _split(key: str, prefix: str) -> tuple[str, str]:
+    """The parameter's name, without what wrappers add, and the last word of a key below ``prefix``."""
+    name, _, last = key.removeprefix(prefix).rpartition(".")
+    return without_parts(name, CERTAIN_PARTS), last
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
