@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,8 @@ from torch.optim import Optimizer
 
 from ..comm.agreement import CollectiveCall, Fingerprint
 from .format import directory
-from .format.directory import leftover_of, leftovers, step_name, steps_in
+from .format.directory import NewDirectory, leftovers, remove_leftovers, step_name, steps_in
+from .format.nearby import refuse_as_folder
 from .load import restore
 from .save import PendingSave, Saver, WhenBusy
 
@@ -109,9 +109,7 @@ class CheckpointManager:
         )
         saver.wait_pending()
         # Rank 0 decides which is the latest: on a shared file system other ranks may not see the newest one yet.
-        path = saver.on_first(
-            CollectiveCall.RESTORE_CHECKPOINT, self.latest if step is None else lambda: self.path_of(step)
-        )
+        path = saver.on_first(CollectiveCall.RESTORE_CHECKPOINT, lambda: self._to_restore(step))
         if path is None:
             return None
         loaded = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
@@ -137,28 +135,34 @@ class CheckpointManager:
         self._last_save = saver.save(call, path, model, optimizer, step, extra, self._when_busy, begin, commit)
         return self._last_save
 
-    def _begin(self, path: Path) -> Path:
+    def _to_restore(self, step: int | None) -> Path | None:
+        """Return the checkpoint of ``step``, or the latest if there is one; called on rank 0."""
+        refuse_as_folder(self.folder)
+        return self.latest() if step is None else self.path_of(step)
+
+    def _begin(self, path: Path) -> NewDirectory:
         """Clear the folder of leftovers and make the directory to write in; called on rank 0."""
         if not self.folder.is_dir():
             raise ValueError(f"dist_asgd: the folder of checkpoints {self.folder} has vanished. Make it again.")
+        refuse_as_folder(self.folder)
+        # First the check that nobody else writes here, and then all that it could disturb.
+        remove_leftovers(self.folder, lambda name: name.startswith("step-"))
         for leftover in leftovers(self.folder):
-            name = leftover_of(leftover) or ""
             if leftover.is_symlink():
                 leftover.unlink()
-            elif name.startswith("step-"):
-                shutil.rmtree(leftover)
         newest = self.latest()
         if newest is not None and newest.name >= path.name:
             raise ValueError(
                 f"dist_asgd: {self.folder} has a checkpoint of a later or the same step, {newest.name}, so {path.name} "
-                f"would not become the latest. Remove those of the run that you leave, or use another folder."
+                f"would not become the latest. Remove those of the run that you leave, or use another folder. Jobs and "
+                f"stages of a pipeline need folders of their own."
             )
         return directory.begin(path)
 
-    def _commit(self, temporary: Path, path: Path) -> None:
+    def _commit(self, new: NewDirectory, path: Path) -> None:
         """Put the checkpoint in place, and remove superseded ones; called on rank 0 when all files are on disk."""
         # In this order: whenever a crash comes, `latest` leads to a whole checkpoint.
-        directory.put_in_place(temporary, path)
+        directory.put_in_place(new, path)
         directory.point_latest(self.folder, path.name)
         whole = [entry for _, entry in steps_in(self.folder)]
         for superseded in whole[: -self._keep] if self._keep is not None else ():

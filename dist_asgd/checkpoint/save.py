@@ -26,6 +26,7 @@ from ..optimizer import ShardedASGD
 from ..state_dict.sharded import ShardTensorCache
 from .entries import LocalChunks, State, local_chunks, state_to_save, without_copies
 from .format import directory
+from .format.directory import NewDirectory
 from .format.writer import Frames, RankFile, WrittenFile
 from .staging import StagingArea
 
@@ -185,8 +186,8 @@ class Saver:
         step: int,
         extra: Any,
         when_busy: WhenBusy,
-        begin: Callable[[Path], Path],
-        commit: Callable[[Path, Path], None],
+        begin: Callable[[Path], NewDirectory],
+        commit: Callable[[NewDirectory, Path], None],
     ) -> PendingSave | None:
         """Save from all ranks; returns the pending save of an asynchronous ``call``, else None. Collective.
 
@@ -229,21 +230,36 @@ class Saver:
         path: Path,
         state: State,
         step: int,
-        begin: Callable[[Path], Path],
-        commit: Callable[[Path, Path], None],
+        begin: Callable[[Path], NewDirectory],
+        commit: Callable[[NewDirectory, Path], None],
     ) -> None:
         """Write the checkpoint of ``state`` to ``path``. Collective in the background group; raises on all ranks."""
+        new: NewDirectory | None = None
+
+        def begin_here() -> Path:
+            nonlocal new
+            new = begin(path)
+            return new.path
+
+        def put_in_place() -> None:
+            assert new is not None
+            commit(new, path)
+
+        def discard() -> None:
+            assert new is not None
+            directory.discard(new)
+
         try:
-            temporary = self.on_first(call, lambda: begin(path))
+            temporary = self.on_first(call, begin_here)
             try:
-                self._write_files(call, temporary, path, state, step, commit)
+                self._write_files(call, temporary, path, state, step, put_in_place)
             except PeerError:
                 # The files stay as a leftover: to remove them all ranks would have to agree, and one is gone.
                 raise
             except Exception:
                 # Raised on every rank alike, so nobody writes any more. An interruption is this rank's own: it leaves
                 # the files too, as the others still write.
-                self._run_on_first(call, lambda: directory.discard(temporary))
+                self._run_on_first(call, discard)
                 raise
         except PeerError as error:
             raise PeerError(
@@ -251,6 +267,10 @@ class Saver:
                 f"cut off, or did not arrive within the process group's timeout. Earlier checkpoints are whole: "
                 f"restart from the last one. The backend said: {error.__cause__}"
             ) from error
+        finally:
+            # Whatever was left is now a leftover, which the next save may remove.
+            if new is not None:
+                new.close()
 
     def _write_files(
         self,
@@ -259,7 +279,7 @@ class Saver:
         path: Path,
         state: State,
         step: int,
-        commit: Callable[[Path, Path], None],
+        commit: Callable[[], None],
     ) -> None:
         """Write all files into ``temporary``, and let rank 0 commit it. Collective in the background group."""
         assert self._background is not None
@@ -290,7 +310,7 @@ class Saver:
         def complete() -> None:
             try:
                 directory.finish(temporary, step, files or (), metadata, self.communicators.names.describe([0]))
-                commit(temporary, path)
+                commit()
             except Exception as error:
                 raise _save_error(path, error) from error
 

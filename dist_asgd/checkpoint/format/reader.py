@@ -43,19 +43,22 @@ from .manifest import (
     read_whole,
 )
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
+from .nearby import hint_at
 
 
 class OpenCheckpoint:
     """One checkpoint directory: its metadata and manifest are read and checked here, every chunk as it is read.
 
     With ``verify`` every byte that is read must have the hash that the manifest gives it, and the directory must hold
-    the manifest's files and no others. Without it the manifest may be missing and no hash is compared; all other
-    checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
+    the manifest's files. Others are never opened. Without it the manifest may be missing and no hash is compared; all
+    other checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
         self.path = Path(path)
         self.manifest: Manifest | None = None
+        # Raises if there is no such directory.
+        names_in(self.path)
         if verify:
             self.manifest = self._checked_manifest()
         raw = self.read_file(METADATA_NAME, MAX_METADATA_BYTES)
@@ -93,6 +96,15 @@ class OpenCheckpoint:
             # By opening: a link or a device must be refused before its size is believed.
             file, sizes[name] = open_confined(self.path, name)
             file.close()
+        return sizes
+
+    def file_sizes(self) -> dict[str, int]:
+        """Return the bytes of every file of the checkpoint by name, the metadata and the manifest included."""
+        sizes = dict(self.sizes)
+        for name in (METADATA_NAME, *(() if self.manifest is None else (MANIFEST_NAME, *self.manifest.files))):
+            if name not in sizes:
+                file, sizes[name] = open_confined(self.path, name)
+                file.close()
         return sizes
 
     def _chunk_hashes(self) -> dict[tuple[str, int, int], str] | None:
@@ -196,7 +208,7 @@ def needs_manifest(path: Path) -> CheckpointError:
     """Return the error for a directory without a manifest: another program's checkpoint, or none at all."""
     if METADATA_NAME not in names_in(path):
         return CheckpointError(
-            f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}."
+            f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}.{hint_at(path)}"
         )
     return CheckpointError(
         f"dist_asgd: {path} has no {MANIFEST_NAME}, so there are no hashes to verify. If something else than dist_asgd "

@@ -8,15 +8,15 @@ with own entries of other kinds (see ``checkpoint/own_entries.py``), and plain v
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
@@ -147,12 +147,25 @@ class CheckpointContents:
         ((index, data),) = self.opened.chunks([MetadataIndex(key)])
         return self.opened.value(index, data)
 
+    def values(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Read plain values together, by key: those that share a chunk are read once, and are one object."""
+        return self.opened.values(list(keys))
+
     @cached_property
     def scalars(self) -> dict[str, dict[str, Tensor]]:
         """``step``, ``eta`` and ``mu`` of every parameter with state, by name; each has one element."""
         scalars: dict[str, dict[str, Tensor]] = {}
+        single = [
+            entries[key].key
+            for entries in self.state.values()
+            for key in SCALARS
+            if entries[key].num_chunks == 1 and math.prod(entries[key].shape) == 1
+        ]
+        # Read together, because parameters share the chunks of equal scalars.
+        read = self.opened.values(single)
         for name, entries in self.state.items():
-            scalars[name] = {key: self.tensor(entries[key].key) for key in SCALARS}
+            keys = {key: entries[key].key for key in SCALARS}
+            scalars[name] = {key: read[full] if full in read else self.tensor(full) for key, full in keys.items()}
             for key, value in scalars[name].items():
                 if value.numel() != 1 or value.is_complex():
                     raise CheckpointError(
@@ -195,9 +208,10 @@ class CheckpointContents:
         planned = self.opened.metadata.planner_data or {}
         nested: dict[int, dict[str, Any]] = {}
         flat: dict[str, dict[str, Any]] = {}
+        objects = self.values(key for key in self.objects if key.startswith(GROUPS))
         for key in (*self.objects, *self.tensors):
             if key.startswith(GROUPS):
-                value = self.tensor(key) if key in self.tensors else self.value(key)
+                value = self.tensor(key) if key in self.tensors else objects[key]
                 path = planned.get(key, ())
                 # A nested key is ("optim", "param_groups", index, option).
                 if len(path) == 4 and type(path[2]) is int:
@@ -211,9 +225,15 @@ class CheckpointContents:
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"dist_asgd: {self.opened.path} has a parameter group without parameter names.")
             group["params"] = [without_parts(name, CERTAIN_PARTS) for name in names]
-        by_options: dict[str, dict[str, Any]] = {}
+        by_options: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+        # All parameters of a group share one list of their names, which is written out once.
+        texts: dict[int, str] = {}
         for name, options in flat.items():
-            group = by_options.setdefault(repr(sorted(options.items())), {**options, "params": []})
+            for value in options.values():
+                if id(value) not in texts:
+                    texts[id(value)] = repr(value)
+            shown = tuple(sorted((option, texts[id(value)]) for option, value in options.items()))
+            group = by_options.setdefault(shown, {**options, "params": []})
             group["params"].append(name)
         return groups + list(by_options.values())
 
@@ -243,14 +263,14 @@ class CheckpointContents:
         # Those whose averaging has begun come first, as they are what a tie makes a difference for.
         for name in sorted(params, key=lambda name: not self.has_begun_averaging(name)):
             if (self.model[name].shape, self.model[name].dtype) in kinds:
-                by_digest.setdefault(self._digest(name), name)
-        found = ((name, by_digest.get(self._digest(name))) for name in others if by_digest)
+                by_digest.setdefault(self._hash_of(self.model[name]), name)
+        found = ((name, by_digest.get(self._hash_of(self.model[name]))) for name in others if by_digest)
         return {name: param for name, param in found if param is not None}
 
-    def _digest(self, name: str) -> tuple[Any, ...]:
-        """What entries of the model with the same bits have in common. Reads the tensor."""
-        entry = self.model[name]
-        return entry.shape, entry.dtype, xxhash.xxh3_128_digest(cast(Any, _as_bytes(self.tensor(entry.key)).numpy()))
+    def _hash_of(self, entry: TensorEntry) -> tuple[object, ...]:
+        """Return shape and dtype of a tensor and a hash of its bits, which is that of no other tensor."""
+        content: Any = _as_bytes(self.tensor(entry.key)).numpy()
+        return entry.shape, entry.dtype, hashlib.blake2b(content).digest()
 
     def read(self, keys: Iterable[str], progress: Progress = no_progress) -> Iterator[tuple[str, Tensor]]:
         """Read the tensors of ``keys``, one after the other; yields each with its key."""

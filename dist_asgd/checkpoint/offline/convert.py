@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..format.directory import sync_directory
+from ..format.locks import open_alone
 from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
 from ..sources import Region
@@ -161,15 +162,18 @@ def consolidate(
     check_free(out, [out] if out.exists() else [], overwrite)
     whole = _whole(contents, progress)
     partial = out.with_name(f".{out.name}.partial")
-    try:
-        with partial.open("wb") as file:
+    with open_alone(partial) as file:
+        try:
             _save(whole, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(out)
-        sync_directory(out.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+            # Another writer may have come first since this one has begun.
+            check_free(out, [out] if out.exists() else [], overwrite)
+            partial.replace(out)
+            sync_directory(out.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     return [out]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest
+from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest, superfluous
 from ..format.reader import OpenCheckpoint, needs_manifest
 from .contents import Progress, no_progress
 
@@ -19,12 +19,16 @@ _BLOCK_BYTES = 1 << 22
 
 @dataclass(slots=True)
 class Verdict:
-    """The result of ``verify``: what was read, and one line for each problem. A whole checkpoint has no problems."""
+    """The result of ``verify``: what was read, and one line for each problem. A whole checkpoint has no problems.
+
+    ``ignored`` are the names in the directory that the manifest does not have; nothing reads them.
+    """
 
     num_files: int = 0
     num_chunks: int = 0
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
 
 def total_bytes(path: Path) -> int:
@@ -47,6 +51,7 @@ def verify(path: Path, progress: Progress = no_progress) -> Verdict:
         verdict.problems.append(_line(error))
         return verdict
     verdict.problems += check_files(path, manifest)
+    verdict.ignored += superfluous(path, manifest)
     complete = not verdict.problems
     for name in manifest.files:
         try:
