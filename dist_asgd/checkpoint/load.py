@@ -29,7 +29,7 @@ from .apply import apply
 from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
-from .keys import CheckpointKeys, KeyMismatch
+from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex
 from .names import Names, names_of
 from .save import Saver, adopt_params, take_in
 
@@ -218,13 +218,17 @@ def _optimizer_state(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     options_of = _option_keys(checkpoint)
     state_prefix = f"{OPTIM}.{STATE}."
+    known = options_of.keys() | {
+        parent.removeprefix(state_prefix) for parent in checkpoint.parents if parent.startswith(state_prefix)
+    }
+    by_plain_name = PlainNameIndex(known)
     used: set[str] = set()
     used_name: dict[int, str] = {}
     state_keys: dict[int, dict[str, str]] = {}
     option_keys: dict[int, dict[str, str]] = {}
     for index, aliases in enumerate(names.of_params):
         # Of a shared parameter any name will do: another wrapping may have put another one first.
-        name = next((n for n in aliases if n in options_of or state_prefix + n in checkpoint.parents), None)
+        name = next((found for n in aliases if (found := by_plain_name.find(n)) is not None), None)
         if name is None:
             mismatch.missing.append(state_prefix + aliases[0])
             continue

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -135,3 +137,31 @@ RUNS = [
 def test_random_nestings(backend: str, world_size: int, mode: str, other: str, seed: int, tmp_path: Path) -> None:
     """Names are those of the model without wrappers, and checkpoints, exports and state dicts are exchanged."""
     run(backend, world_size, nested, mode, other, seed, str(tmp_path))
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("wrapper", [lambda module: module, checkpoint_wrapper])
+def test_parts_that_torchs_recipe_leaves(flatten: bool, wrapper: Wrapper, tmp_path: Path) -> None:
+    """torch names parameters of a compiled module in activation checkpointing with a part of the wrapper."""
+    warnings.simplefilter("ignore")
+    model = nn.Sequential(nn.Linear(2, 3), checkpoint_wrapper(torch.compile(nn.Linear(3, 2))))  # type: ignore[arg-type]
+    optimizer = torch.optim.ASGD(model.named_parameters(), lr=0.2, t0=0)
+    for _ in range(3):
+        sum(p.square().sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    assert "1._orig_mod.weight" in weights
+    dcp.save({"model": weights, "optim": state}, checkpoint_id=tmp_path / "c", no_dist=True)
+    other = nn.Sequential(nn.Linear(2, 3), wrapper(nn.Linear(3, 2)))
+    loaded = ShardedASGD(other.named_parameters(), lr=0.1)
+    load_checkpoint(tmp_path / "c", other, loaded, verify=False)
+    assert loaded.param_groups[0]["lr"] == 0.2
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits(q.detach(), p.detach(), "parameter")
+        assert_same_bits(loaded.state[q]["ax"].view(q.shape), optimizer.state[p]["ax"], "average")
+    result = CliRunner().invoke(app, ["export", f"{tmp_path}/c", f"{tmp_path}/e.safetensors", "--no-verify"])
+    assert result.exit_code == 0, result.output
+    found = load_file(tmp_path / "e.safetensors")
+    for name, p in zip(("0.weight", "0.bias", "1.weight", "1.bias"), model.parameters(), strict=True):
+        assert_same_bits(found[name], optimizer.state[p]["ax"], name)

@@ -13,10 +13,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
@@ -81,7 +80,7 @@ class CheckpointContents:
     def model(self) -> dict[str, TensorEntry]:
         """The model's tensors by name: parameters and buffers. Parts that wrappers added to names are left out."""
         entries = {key.removeprefix(MODEL): entry for key, entry in self.tensors.items() if key.startswith(MODEL)}
-        params = {key.removeprefix(STATE).rpartition(".")[0] for key in self.tensors if key.startswith(STATE)}
+        params = {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
         model: dict[str, TensorEntry] = {}
         for name, entry in entries.items():
             plain, param = without_parts(name, CERTAIN_PARTS), without_parts(name)
@@ -103,7 +102,7 @@ class CheckpointContents:
         state: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
             if key.startswith(STATE):
-                name, _, state_key = key.removeprefix(STATE).rpartition(".")
+                name, state_key = _split(key, STATE)
                 state.setdefault(name, {})[state_key] = entry
         wanted = {"step", "eta", "mu", "ax"}
         if any(entries.keys() >= wanted for entries in state.values()):
@@ -179,7 +178,7 @@ class CheckpointContents:
         """Tensors that users keep in the optimizer's state, by parameter name, and then by key."""
         own: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
-            name, _, state_key = key.removeprefix(STATE).rpartition(".")
+            name, state_key = _split(key, STATE)
             if key.startswith(STATE) and state_key not in RESERVED:
                 own.setdefault(name, {})[state_key] = entry
         return own
@@ -190,7 +189,7 @@ class CheckpointContents:
         shared, by_name = shared_and_by_name(self.value(OBJECTS_KEY) if OBJECTS_KEY in self.objects else None)
         for key in self.objects:
             if key.startswith(STATE):
-                name, _, state_key = key.removeprefix(STATE).rpartition(".")
+                name, state_key = _split(key, STATE)
                 by_name.setdefault(name, {})[state_key] = self.value(key)
         return shared, by_name
 
@@ -217,13 +216,14 @@ class CheckpointContents:
                 if len(path) == 4 and type(path[2]) is int:
                     nested.setdefault(path[2], {})[path[3]] = value
                 else:
-                    name, _, option = key.removeprefix(GROUPS).rpartition(".")
+                    name, option = _split(key, GROUPS)
                     flat.setdefault(name, {})[option] = value
         groups = [group for _, group in sorted(nested.items())]
         for group in groups:
             names = group.get("params")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"dist_asgd: {self.opened.path} has a parameter group without parameter names.")
+            group["params"] = [without_parts(name, CERTAIN_PARTS) for name in names]
         by_options: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
         # All parameters of a group share one list of their names, which is written out once.
         texts: dict[int, str] = {}
@@ -262,20 +262,26 @@ class CheckpointContents:
         # Those whose averaging has begun come first, as they are what a tie makes a difference for.
         for name in sorted(params, key=lambda name: not self.has_begun_averaging(name)):
             if (self.model[name].shape, self.model[name].dtype) in kinds:
-                by_digest.setdefault(self._digest(name), name)
-        found = ((name, by_digest.get(self._digest(name))) for name in others if by_digest)
+                by_digest.setdefault(self._hash_of(self.model[name]), name)
+        found = ((name, by_digest.get(self._hash_of(self.model[name]))) for name in others if by_digest)
         return {name: param for name, param in found if param is not None}
 
-    def _digest(self, name: str) -> tuple[Any, ...]:
-        """What entries of the model with the same bits have in common. Reads the tensor."""
-        entry = self.model[name]
-        return entry.shape, entry.dtype, xxhash.xxh3_128_digest(cast(Any, _as_bytes(self.tensor(entry.key)).numpy()))
+    def _hash_of(self, entry: TensorEntry) -> tuple[object, ...]:
+        """Return shape and dtype of a tensor and a hash of its bits, which is that of no other tensor."""
+        content: Any = _as_bytes(self.tensor(entry.key)).numpy()
+        return entry.shape, entry.dtype, hashlib.blake2b(content).digest()
 
     def read(self, keys: Iterable[str], progress: Progress = no_progress) -> Iterator[tuple[str, Tensor]]:
         """Read the tensors of ``keys``, one after the other; yields each with its key."""
         for key in keys:
             yield key, self.tensor(key)
             progress(self.tensors[key].bytes)
+
+
+def _split(key: str, prefix: str) -> tuple[str, str]:
+    """The parameter's name, without what wrappers add, and the last word of a key below ``prefix``."""
+    name, _, last = key.removeprefix(prefix).rpartition(".")
+    return without_parts(name, CERTAIN_PARTS), last
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
