@@ -27,6 +27,7 @@ from ..state_dict.sharded import AVERAGE
 from . import own_entries
 from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
+from .format.paths import local_path
 from .format.reader import CheckedReader
 from .keys import CheckpointKeys, KeyMismatch
 from .save import Saver, adopt_params, take_in
@@ -124,7 +125,7 @@ def restore(
         fingerprint, problem = NO_FINGERPRINT, None
         try:
             saver.wait_pending()
-            loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
+            loaded = _read_state(local_path(path), model, optimizer, strict, verify, saver)
             entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
             fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
         except Exception as error:

@@ -15,6 +15,7 @@ from ..comm.agreement import CollectiveCall, Fingerprint
 from .format import directory
 from .format.directory import NewDirectory, leftovers, remove_leftovers, step_name, steps_in
 from .format.nearby import refuse_as_folder
+from .format.paths import local_path
 from .load import restore
 from .save import PendingSave, Saver, WhenBusy
 
@@ -53,7 +54,7 @@ class CheckpointManager:
             raise ValueError(f"dist_asgd: keep must be a number from 1 on, or None to keep all, got {keep!r}.")
         if when_busy not in ("wait", "refuse"):
             raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.abspath(local_path(folder)))
         self._keep = keep
         self._when_busy: WhenBusy = when_busy
         # Not the saver, which would keep the memory of a deleted optimizer.
