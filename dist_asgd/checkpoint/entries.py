@@ -281,10 +281,14 @@ def local_chunks(state: State, world_size: int) -> LocalChunks:
 
 def _flat(state: State) -> Iterator[tuple[str, KeyPath, Any]]:
     """Yield keys, paths and values; dicts, lists and tuples are taken apart as DCP does."""
+    # Containers that stay whole, such as the list of names that all parameters of a group share, are walked once.
+    whole: set[int] = set()
     for section, entries in state.items():
         for key, value in entries.items():
-            if isinstance(value, dict | list | tuple):
+            if isinstance(value, dict | list | tuple) and id(value) not in whole:
                 flat, paths = flatten_state_dict({section: {key: value}})
+                if flat.get(f"{section}.{key}") is value:
+                    whole.add(id(value))
                 yield from ((name, paths[name], inner) for name, inner in flat.items())
             else:
                 yield f"{section}.{key}", (section, key), value
