@@ -27,6 +27,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
+from .checkpoint.format.paths import local_path
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
 from .checkpoint.offline.contents import CheckpointContents, Progress
@@ -58,7 +59,7 @@ class Dtype(StrEnum):
 
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A checkpoint: a directory that contains .metadata.", show_default=False)
+    str, typer.Argument(metavar="DIR", help="A checkpoint: a directory that contains .metadata.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
@@ -206,7 +207,7 @@ def inspect(directory: Directory, verify: Verify = True, as_json: AsJson = False
     Averaging has begun if mu is not 1.
     """
     with _reported():
-        summary = summarize(CheckpointContents(directory, verify=verify))
+        summary = summarize(CheckpointContents(local_path(directory), verify=verify))
     with _printing():
         if as_json:
             _print_json(summary.as_dict())
@@ -253,8 +254,10 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
     no file is missing, and that the metadata fits the data. It reports every problem, not only the first. Files that
     the manifest does not list are ignored, by this command and by all others.
     """
-    with _reported(), _progress("verifying", total_bytes(directory)) as progress:
-        verdict = verify_bytes(directory, progress)
+    with _reported():
+        path = local_path(directory)
+        with _progress("verifying", total_bytes(path)) as progress:
+            verdict = verify_bytes(path, progress)
     with _printing():
         if as_json:
             _print_json(
@@ -269,7 +272,7 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
             )
         elif not verdict.problems:
             size = f"{verdict.num_files} files, {verdict.num_chunks} chunks, {decimal(verdict.bytes)}"
-            typer.echo(f"{_encodable(_plain(str(directory)))}: good ({size})")
+            typer.echo(f"{_encodable(_plain(directory))}: good ({size})")
     if verdict.ignored and not as_json:
         names = ", ".join(verdict.ignored[:20]) + (", ..." if len(verdict.ignored) > 20 else "")
         typer.echo(f"note: not in the manifest, and ignored: {_encodable(_plain(names))}", err=True)
@@ -282,7 +285,7 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
 @app.command()
 def consolidate(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="FILE.pt or FILE.safetensors.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="FILE.pt or FILE.safetensors.", show_default=False)],
     verify: Verify = True,
     force: Force = False,
     as_json: AsJson = False,
@@ -298,9 +301,9 @@ def consolidate(
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
     """
     with _reported():
-        contents = CheckpointContents(directory, verify=verify)
+        contents = CheckpointContents(local_path(directory), verify=verify)
         with _progress("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
-            paths = convert.consolidate(contents, out, overwrite=force, progress=progress)
+            paths = convert.consolidate(contents, local_path(out), overwrite=force, progress=progress)
     with _printing():
         _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
@@ -308,7 +311,7 @@ def consolidate(
 @app.command()
 def export(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="Export the last iterate instead of the average.")] = False,
     dtype: Annotated[
         Dtype | None,
@@ -334,14 +337,15 @@ def export(
     Large models become `OUT-00001-of-0000N.safetensors` with `OUT.safetensors.index.json`, as transformers loads them.
     """
     with _reported():
-        contents = CheckpointContents(directory, verify=verify)
+        contents = CheckpointContents(local_path(directory), verify=verify)
         plan = convert.plan_export(
             contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
         )
         total = sum(weight.spec.bytes for weight in plan.values())
         with _progress("exporting", total) as progress:
             max_bytes = int(max_shard_gb * _GIGABYTE)
-            paths = convert.export(contents, out, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
+            to = local_path(out)
+            paths = convert.export(contents, to, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
     if not last or dtype is not None:
         _note_ties(contents, ties_by_value)
     averaged = sum(weight.averaged for weight in plan.values())
@@ -377,8 +381,8 @@ def _print_written(paths: list[Path], as_json: bool, counts: dict[str, int]) -> 
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint.", show_default=False)],
+    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint.", show_default=False)],
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
@@ -388,7 +392,7 @@ def diff(
     the two checkpoints.
     """
     with _reported(2):
-        a, b = CheckpointContents(first, verify=verify), CheckpointContents(second, verify=verify)
+        a, b = (CheckpointContents(local_path(path), verify=verify) for path in (first, second))
         with _progress("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
             differences = list(compare(a, b, progress))
     with _printing(2):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -23,6 +22,7 @@ from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
 from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
+from .format.paths import local_path
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
 from .names import names_of
 from .save import Saver, adopt_params
@@ -75,7 +75,7 @@ def export_averaged(
     ``model.safetensors.index.json``.
 
     Args:
-        path: the file that rank 0 writes. It appears whole or not at all.
+        path: the file that rank 0 writes, on a file system. It appears whole or not at all.
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
@@ -96,10 +96,11 @@ def export_averaged(
     fingerprint, problem = NO_FINGERPRINT, None
     try:
         weights = _plan(model, optimizer, dtype)
-        fingerprint = _fingerprint(path, weights, max_bytes, overwrite)
+        out = local_path(path)
+        fingerprint = _fingerprint(out, weights, max_bytes, overwrite)
         if saver.rank == WRITER:
             specs = {weight.name: weight.spec for weight in weights}
-            files = TensorFiles(Path(path), specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
+            files = TensorFiles(out, specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
             files.open()
     except Exception as error:
         problem = _translated(error, path)

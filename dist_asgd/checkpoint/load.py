@@ -28,6 +28,7 @@ from . import own_entries
 from .apply import apply
 from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, param_fragments
 from .format.manifest import CheckpointError
+from .format.paths import local_path
 from .format.reader import CheckedReader
 from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex
 from .names import Names, names_of
@@ -126,7 +127,7 @@ def restore(
         fingerprint, problem = NO_FINGERPRINT, None
         try:
             saver.wait_pending()
-            loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
+            loaded = _read_state(local_path(path), model, optimizer, strict, verify, saver)
             entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
             fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
         except Exception as error:

@@ -27,6 +27,7 @@ from ..state_dict.sharded import ShardTensorCache
 from .entries import LocalChunks, State, local_chunks, state_to_save, without_copies
 from .format import directory
 from .format.directory import NewDirectory
+from .format.paths import local_path
 from .format.writer import Frames, RankFile, WrittenFile
 from .staging import StagingArea
 
@@ -197,7 +198,7 @@ class Saver:
         fingerprint, problem = NO_FINGERPRINT, None
         target, state = Path(), State()
         try:
-            target = Path(os.path.abspath(path))
+            target = Path(os.path.abspath(local_path(path)))
             _check(step, when_busy)
             # Whether it still runs may differ between ranks, so this too is for them to agree on.
             if when_busy == "refuse" and self._pending is not None and not self._pending.done():
@@ -369,7 +370,8 @@ def save_checkpoint(
     ``path``, and model and optimizer are untouched.
 
     Args:
-        path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share.
+        path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share. ``~`` and
+            ``file://`` work; addresses of object stores (``s3://``) are a ValueError on every rank.
         model: the module whose parameters the optimizer was given, wrapped by DDP or torch.compile or not.
         optimizer: a ``ShardedASGD`` of any stage, or ``torch.optim.ASGD`` (on FSDP2 parameters too).
         step: the number of steps taken, for the manifest.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -287,9 +287,36 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def steps_in(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Return step and path of every whole checkpoint in ``folder``, oldest first."""
+def steps_in(folder: Path, *, with_damaged: bool = False) -> Iterator[tuple[int, Path]]:
+    """Return step and path of every whole checkpoint in ``folder``, oldest first.
+
+    ``with_damaged`` also returns directories of a step that hold data or metadata, and have lost their manifest.
+    """
     entries = [(_STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
     steps = [(int(match[1]), entry) for match, entry in entries if match]
     # The manifest is written last, so a directory with a manifest is whole.
-    return iter(sorted(pair for pair in steps if (pair[1] / MANIFEST_NAME).is_file()))
+    return iter(sorted(pair for pair in steps if _has_manifest(pair[1]) or (with_damaged and _has_data(pair[1]))))
+
+
+def _has_manifest(path: Path) -> bool:
+    return (path / MANIFEST_NAME).is_file()
+
+
+def _has_data(path: Path) -> bool:
+    return path.is_dir() and any(e.name == METADATA_NAME or e.suffix == DEFAULT_SUFFIX for e in path.iterdir())
+
+
+def set_aside(folder: Path, damaged: Sequence[Path]) -> None:
+    """Rename checkpoints that cannot be read to ``damaged-step-...``, and let ``latest`` lead to the newest other."""
+    for path in damaged:
+        if os.path.lexists(path):
+            aside = path.with_name(f"damaged-{path.name}")
+            number = 1
+            while os.path.lexists(aside):
+                number += 1
+                aside = path.with_name(f"damaged-{path.name}-{number}")
+            path.rename(aside)
+    newest = max(steps_in(folder), default=(0, None))[1]
+    if newest is not None:
+        point_latest(folder, newest.name)
+    sync_directory(folder)

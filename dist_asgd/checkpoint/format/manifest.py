@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import xxhash
 
+from ...comm.agreement import SharedError
 from ...version import __version__
 from .links import cached_file
 from .nearby import hint_at
@@ -35,8 +36,11 @@ _KEYS = {"format", "dist_asgd", "step", "world_size", "files", "chunks", _HASH_K
 _NAME = re.compile(r"[A-Za-z0-9._\-]{1,255}")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged or incomplete, or it holds something that no checkpoint of this kind holds."""
+class CheckpointError(SharedError):
+    """A checkpoint is damaged or incomplete, or it holds something that no checkpoint of this kind holds.
+
+    It is a RuntimeError. If one rank has it in a collective call, all ranks raise it.
+    """
 
 
 def check_name(name: object) -> str:

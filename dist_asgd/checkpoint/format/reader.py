@@ -44,6 +44,7 @@ from .manifest import (
 )
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
 from .nearby import hint_at
+from .paths import local_path
 
 
 class OpenCheckpoint:
@@ -55,7 +56,7 @@ class OpenCheckpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.manifest: Manifest | None = None
         # Raises if there is no such directory.
         names_in(self.path)
@@ -237,7 +238,7 @@ class CheckedReader(FileSystemReader):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        super().__init__(path)
+        super().__init__(local_path(path))
         self._verify = verify
         self._opened: OpenCheckpoint | None = None
 
@@ -250,8 +251,10 @@ class CheckedReader(FileSystemReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Called by DCP before a load; forgets the open checkpoint if ``checkpoint_id`` is another path."""
-        if checkpoint_id is not None and Path(checkpoint_id) != Path(self.path):
-            self._opened = None
+        if checkpoint_id is not None:
+            checkpoint_id = local_path(checkpoint_id)
+            if checkpoint_id != Path(self.path):
+                self._opened = None
         super().reset(checkpoint_id)
 
     # Not named kwargs: DCP takes that name as an offer to read one rank's own metadata, and then hides errors of this

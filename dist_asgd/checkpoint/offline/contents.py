@@ -8,6 +8,7 @@ with own entries of other kinds (see ``checkpoint/own_entries.py``), and plain v
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
