@@ -49,17 +49,7 @@ def apply(
     """
     backup = _Backup.agreed(loaded, saver, call, model, optimizer)
     try:
-        with torch.no_grad():
-            _agree_on(lambda: _load_optimizer(optimizer, loaded.optimizer), "the optimizer", path, saver, call)
-            for live, fragment in loaded.fragments:
-                live.copy_(fragment)
-            if isinstance(optimizer, ShardedASGD):
-                # Before the model's own loading, which hands each live parameter to itself.
-                for bucket in optimizer.shards.buckets:
-                    optimizer.gatherer.launch(bucket)
-                optimizer.gatherer.wait()
-            strict = not loaded.mismatch
-            _agree_on(lambda: model.load_state_dict(loaded.model, strict=strict), "the model", path, saver, call)
+        _write(loaded, path, saver, call, model, optimizer)
     except (CallsDiffer, PeerError):
         # The other ranks do not put anything back, so that this one cannot gather parameters.
         raise
@@ -70,6 +60,28 @@ def apply(
         raise
     if isinstance(optimizer, ShardedASGD):
         optimizer.shards.torn_by = None
+
+
+@torch.no_grad()
+def _write(
+    loaded: CheckpointState,
+    path: str | os.PathLike[str],
+    saver: Saver,
+    call: CollectiveCall,
+    model: nn.Module,
+    optimizer: Optimizer,
+) -> None:
+    """Do the writing of ``apply``. Collective; raises on all ranks if code of the user does on any."""
+    _agree_on(lambda: _load_optimizer(optimizer, loaded.optimizer), "the optimizer", path, saver, call)
+    for live, fragment in loaded.fragments:
+        live.copy_(fragment)
+    if isinstance(optimizer, ShardedASGD):
+        # Before the model's own loading, which hands each live parameter to itself.
+        for bucket in optimizer.shards.buckets:
+            optimizer.gatherer.launch(bucket)
+        optimizer.gatherer.wait()
+    strict = not loaded.mismatch
+    _agree_on(lambda: model.load_state_dict(loaded.model, strict=strict), "the model", path, saver, call)
 
 
 def _load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -136,6 +148,7 @@ class _Backup:
         self._model = ModelBackup(model, held, loaded.model)
 
     @classmethod
+    @torch.no_grad()
     def agreed(
         cls, loaded: CheckpointState, saver: Saver, call: CollectiveCall, model: nn.Module, optimizer: Optimizer
     ) -> _Backup:
@@ -146,8 +159,7 @@ class _Backup:
         backup: _Backup | None = None
         problem: Exception | None = None
         try:
-            with torch.no_grad():
-                backup = cls(loaded, model, optimizer, whole)
+            backup = cls(loaded, model, optimizer, whole)
         except Exception as error:
             problem = error
         saver.agree(call, NO_FINGERPRINT, problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -231,6 +232,13 @@ class Held:
         writer.HashedFile.sync = self._original  # type: ignore[method-assign]
 
 
+def is_being_written(folder: str) -> bool:
+    """Whether a save holds its lock and has data; a folder may get its final name while this looks."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(list(writer.parent.glob("*.distcp")) for writer in Path(folder).rglob(".writer"))
+    return False
+
+
 def two_jobs(_rank: int, _world_size: int, folder: str, managed: bool) -> str:
     """Job: a second optimizer saves where the first is still writing."""
     first, second = build("stage1").train(2), build("stage2", seed=7).train(1)
@@ -244,7 +252,7 @@ def two_jobs(_rank: int, _world_size: int, folder: str, managed: bool) -> str:
             pending = CheckpointManager(f"{folder}/c").async_save(first.model, first.optimizer, step=2)
         else:
             pending = async_save_checkpoint(f"{folder}/c", first.model, first.optimizer, step=2)
-        while not list(Path(folder).rglob("*.distcp")) or not list(Path(folder).rglob(".writer")):
+        while not is_being_written(folder):
             assert not pending.done()
         if dist.is_initialized():
             dist.barrier()
