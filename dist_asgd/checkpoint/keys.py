@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ..placements.shard_tensor import shard_tensor_of
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
+from .format.writer import KeyPath
 
 _MAX_LISTED = 20
 
@@ -119,6 +120,27 @@ class CheckpointKeys:
     def values(self, keys: Sequence[str]) -> dict[str, Any]:
         """Read objects and 0-dim tensors; returns them by key."""
         return self._reader.opened.values(keys)
+
+    def is_tensor(self, key: str) -> bool:
+        """Whether ``key`` is a tensor, of any shape, and no object."""
+        return isinstance(self.keys[key], TensorStorageMetadata)
+
+    def is_single(self, key: str) -> bool:
+        """Whether ``key`` is a tensor of one element in one chunk, which ``values`` reads."""
+        entry = self.keys[key]
+        return isinstance(entry, TensorStorageMetadata) and entry.size.numel() == 1 == len(entry.chunks)
+
+    def path_of(self, key: str) -> KeyPath:
+        """Return the keys and indices by which DCP's planner reached ``key``; its words if the checkpoint has none."""
+        return tuple((self._reader.opened.metadata.planner_data or {}).get(key, key.split(".")))
+
+    def saved_order(self) -> Iterable[str]:
+        """Return keys in the order in which they were saved, as far as the checkpoint says."""
+        return self._reader.opened.metadata.planner_data or {}
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one whole tensor at once, on the host."""
+        return self._reader.opened.whole_tensor(key)
 
     def read_tensors(self) -> None:
         """Fill every tensor that ``target_for`` has returned."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,13 +26,16 @@ from ..state import LOAD_CHECKPOINT, MASTER_KEY
 from ..state import own_entries as own_of
 from ..state_dict.sharded import AVERAGE
 from . import own_entries
-from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
+from .containers import Containers
+from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
 from .keys import CheckpointKeys, KeyMismatch
+from .options import group_options, option_keys_of, option_values
 from .save import Saver, adopt_params, take_in
 
-NOT_LOADED = (*NOT_SAVED, "param_names")
+# The end of the keys under which torch keeps what get_extra_state() returns.
+_EXTRA_STATE_KEY_SUFFIX = "_extra_state"
 _LOG = logging.getLogger("dist_asgd")
 
 
@@ -204,11 +208,15 @@ def _model_state(
     """
     state: dict[str, Any] = {}
     fragments: list[tuple[ShardTensor, ShardTensor]] = []
+    objects: dict[str, str] = {}
     known = {f"{MODEL}.{name}" for name in names.of_model.values()}
-    mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     for key, value in model.state_dict(keep_vars=True).items():
         name = f"{MODEL}.{names.of_model[key]}"
-        if name not in checkpoint.keys:
+        # What a module keeps beside its tensors may have any shape and kind: the module takes what was saved.
+        if not isinstance(value, Tensor) or key.endswith(_EXTRA_STATE_KEY_SUFFIX):
+            objects[name] = key
+            state[key] = value
+        elif name not in checkpoint.keys:
             mismatch.missing.append(name)
         elif names.of_model[key] in with_master:
             state[key] = value
@@ -216,11 +224,41 @@ def _model_state(
             state[key] = value
             live = live_fragments[id(value)]
             fragments.append((live, cast(ShardTensor, checkpoint.target_for(name, live, widen=False))))
-        elif isinstance(value, Tensor):
-            state[key] = checkpoint.target_for(name, value.detach(), widen=False)
         else:
-            state[key] = checkpoint.values([name])[name]
+            state[key] = checkpoint.target_for(name, value.detach(), widen=False)
+    known |= _read_objects(checkpoint, objects, state, mismatch)
+    mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     return state, fragments
+
+
+def _read_objects(
+    checkpoint: CheckpointKeys, objects: Mapping[str, str], state: dict[str, Any], mismatch: KeyMismatch
+) -> set[str]:
+    """Replace the live values that ``objects`` names, by key of the checkpoint, in ``state`` by the saved ones.
+
+    Returns the keys of the checkpoint that are inside them.
+    """
+    whole = [key for key in objects if key in checkpoint.keys]
+    for key in whole:
+        if checkpoint.is_tensor(key):
+            live = state[objects[key]]
+            state[objects[key]] = checkpoint.target_as_saved(key, live.detach() if isinstance(live, Tensor) else None)
+    values = checkpoint.values([key for key in whole if not checkpoint.is_tensor(key)])
+    containers = Containers(checkpoint)
+    apart = {key: state[name] for key, name in objects.items() if key not in checkpoint.keys and key in containers}
+    for key, value in (values | containers.read(apart, checkpoint.target_as_saved)).items():
+        state[objects[key]] = value
+    # DCP writes nothing of an empty container.
+    absent = [key for key in objects if key not in checkpoint.keys and key not in apart]
+    lost = [key for key in absent if not _is_empty(state[objects[key]])]
+    mismatch.missing += lost
+    for key in lost:
+        del state[objects[key]]
+    return {leaf for key in objects for leaf in containers.leaves(key)}
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_empty, value.values()))
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------
@@ -231,7 +269,7 @@ def _optimizer_state(
 ) -> dict[str, Any]:
     """Return ``optimizer`` of ``CheckpointState``; ``live`` is the state dict of now."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    options_of = _option_keys(checkpoint)
+    options_of = option_keys_of(checkpoint)
     state_prefix = f"{OPTIM}.{STATE}."
     used: set[str] = set()
     used_name: dict[int, str] = {}
@@ -265,8 +303,8 @@ def _optimizer_state(
             entry = {**(entry or {}), **own.get(index, {})} or None
         if entry is not None:
             state[index] = entry
-    options = checkpoint.values([key for below in option_keys.values() for key in below.values()])
-    groups = [_group_options(group, option_keys, options) for group in live["param_groups"]]
+    options = option_values(checkpoint, option_keys, live["param_groups"])
+    groups = [group_options(group, option_keys, options) for group in live["param_groups"]]
     for group in groups:
         for index in group["params"]:
             # As in torch: a parameter that has never stepped has no state.
@@ -311,57 +349,6 @@ def _param_state(
 def _never_stepped(entry: dict[str, Any], lr: Any) -> bool:
     eta = entry["eta"]
     return bool(entry["step"] == 0 and eta == torch.as_tensor(lr, dtype=eta.dtype, device=eta.device).reshape(()))
-
-
-def _option_keys(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
-    """Return, by parameter name, the keys of its group's hyperparameters, by hyperparameter.
-
-    In a flattened state dict they stand under the parameter's name; else under the group's number, beside the list of
-    the group's parameter names.
-    """
-    prefix = f"{OPTIM}.{GROUPS}."
-    below_of = {parent: below for parent, below in checkpoint.parents.items() if parent.startswith(prefix)}
-    numbered = [below for below in below_of.values() if "params" in below]
-    lists = checkpoint.values([below["params"] for below in numbered])
-    options = {
-        name: below
-        for below in numbered
-        if isinstance(lists[below["params"]], list)
-        for name in lists[below["params"]]
-        if isinstance(name, str)
-    }
-    options.update((parent.removeprefix(prefix), below) for parent, below in below_of.items())
-    loaded = {
-        name: {last: key for last, key in below.items() if last not in NOT_LOADED} for name, below in options.items()
-    }
-    return {name: keys for name, keys in loaded.items() if keys}
-
-
-def _group_options(
-    live: dict[str, Any], option_keys: dict[int, dict[str, str]], options: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the group with the hyperparameters of the checkpoint, which must be equal for all its parameters."""
-    first: dict[str, Any] | None = None
-    for index in live["params"]:
-        if not option_keys.get(index):
-            continue
-        values = {last: options[key] for last, key in option_keys[index].items()}
-        if first is None:
-            first = values
-        for key in first.keys() | values.keys():
-            if not _same(first.get(key), values.get(key)):
-                raise ValueError(
-                    f"dist_asgd: the parameters of one group were saved with different {key}: {first.get(key)} and "
-                    f"{values.get(key)} ({option_keys[index].get(key)}). Build the optimizer with the groups that were "
-                    f"saved."
-                )
-    return {**live, **(first or {})}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
 
 
 def _extra(checkpoint: CheckpointKeys, rank: int) -> Any:

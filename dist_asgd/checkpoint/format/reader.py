@@ -156,6 +156,25 @@ class OpenCheckpoint:
         """Return the object in the bytes of a chunk."""
         return load_object(data, self._what(index))
 
+    def whole_tensor(self, key: str) -> Tensor:
+        """Read one whole tensor, on the CPU, and assemble it from its chunks."""
+        entry = self._entry(key)
+        sizes = {MetadataIndex(key, chunk.offsets): chunk.sizes for chunk in entry.chunks}
+        whole: Tensor | None = None
+        for index, data in self.chunks(list(sizes)):
+            chunk = self.tensor(index, data)
+            # The serialized bytes are freed before memory for the whole tensor is allocated.
+            del data
+            if chunk.shape == entry.size:
+                return chunk
+            if whole is None:
+                whole = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+            target = whole
+            for dim, (offset, size) in enumerate(zip(index.offset or (), sizes[index], strict=True)):
+                target = target.narrow(dim, offset, size)
+            target.copy_(chunk)
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if whole is None else whole
+
     def _what(self, index: MetadataIndex) -> str:
         return f"{index.fqn} in {self.path / self.storage_info(index).relative_path}"
 

@@ -126,7 +126,9 @@ def _save(whole: dict[str, Any], file: BinaryIO) -> None:
 
 def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
     """The content of a ``.pt`` file."""
-    model = {key.removeprefix(MODEL): tensor for key, tensor in contents.read(_keys(contents, MODEL), progress)}
+    keys = [entry.key for entry in contents.model.values()]
+    model: dict[str, Any] = {key.removeprefix(MODEL): tensor for key, tensor in contents.read(keys, progress)}
+    model |= contents.model_objects()
     names = [name for group in contents.groups for name in group["params"]]
     unlisted = contents.state.keys() - set(names)
     if unlisted:
@@ -162,14 +164,23 @@ def _to_safetensors(contents: CheckpointContents, out: Path, overwrite: bool, pr
     # One file at any size: the consolidated state is read back by key, and no loader of shards expects it.
     keys = _keys(contents, MODEL, STATE)
     specs = {key: TensorSpec(contents.tensors[key].dtype, contents.tensors[key].shape) for key in keys}
-    groups = [
-        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
-        for group in contents.groups
-    ]
-    files = TensorFiles(out, specs, metadata={GROUPS_KEY: json.dumps(groups)}, max_bytes=1 << 62, overwrite=overwrite)
+    try:
+        groups = json.dumps(contents.groups, default=_as_json)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"dist_asgd: the options of {contents.opened.path} cannot be written as JSON ({error}), which is what a "
+            f"{SUFFIX} file has. Consolidate to a .pt file."
+        ) from error
+    files = TensorFiles(out, specs, metadata={GROUPS_KEY: groups}, max_bytes=1 << 62, overwrite=overwrite)
     with files:
         for key, spec in specs.items():
             # The tensor gets no name, because it would live on while the next one is read.
             files.write(key, contents.tensor(key))
             progress(spec.bytes)
     return files.paths
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON")
