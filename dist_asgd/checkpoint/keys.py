@@ -32,12 +32,12 @@ class KeyMismatch:
 
     def __str__(self) -> str:
         lists = [("missing in the checkpoint", self.missing), ("in the checkpoint only", self.unexpected)]
-        return "; ".join(f"{what}: {_listed(names)}" for what, names in lists if names)
+        return "; ".join(f"{what}: {listed(names)}" for what, names in lists if names)
 
     def check(self, path: Path, strict: bool) -> None:
         """Raise ValueError if shapes differ, or, with ``strict``, names."""
         if self.shapes:
-            raise ValueError(f"dist_asgd: {path} does not fit the model: {_listed(self.shapes)}.")
+            raise ValueError(f"dist_asgd: {path} does not fit the model: {listed(self.shapes)}.")
         if strict and self:
             raise ValueError(
                 f"dist_asgd: {path} is of another model or optimizer: {self}. Pass strict=False to load what matches, "
@@ -45,7 +45,8 @@ class KeyMismatch:
             )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return ", ".join(names[:_MAX_LISTED]) + more
 
@@ -124,6 +125,11 @@ class CheckpointKeys:
     def is_tensor(self, key: str) -> bool:
         """Whether ``key`` is a tensor, of any shape, and no object."""
         return isinstance(self.keys[key], TensorStorageMetadata)
+
+    def dtype_of(self, key: str) -> torch.dtype | None:
+        """Return the dtype of a tensor; None for an object."""
+        entry = self.keys[key]
+        return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
 
     def is_single(self, key: str) -> bool:
         """Whether ``key`` is a tensor of one element in one chunk, which ``values`` reads."""

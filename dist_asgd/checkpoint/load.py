@@ -30,7 +30,7 @@ from .containers import Containers
 from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
-from .keys import CheckpointKeys, KeyMismatch
+from .keys import CheckpointKeys, KeyMismatch, listed
 from .options import group_options, option_keys_of, option_values
 from .save import Saver, adopt_params, take_in
 
@@ -52,6 +52,7 @@ class CheckpointState:
         save_id: DCP's identifier of the save, None if the checkpoint has none.
         step: the number of steps of the manifest, None without a manifest.
         mismatch: the names that were not loaded.
+        without_master: the parameters whose float32 masters are dropped, because the optimizer has none.
     """
 
     model: dict[str, Any]
@@ -61,6 +62,7 @@ class CheckpointState:
     save_id: str | None
     step: int | None
     mismatch: KeyMismatch
+    without_master: list[str]
 
     @property
     def with_average(self) -> list[int]:
@@ -137,6 +139,14 @@ def restore(
     _apply(loaded, model, optimizer)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
+    if loaded.without_master and saver.rank == 0:
+        _LOG.warning(
+            "loaded %s without the float32 masters of %d parameters (%s), which go on from their 16-bit values: the "
+            "optimizer has no masters. Build it with master_weights=True to keep them",
+            path,
+            len(loaded.without_master),
+            listed(loaded.without_master),
+        )
     return loaded
 
 
@@ -173,7 +183,8 @@ def _read_state(
         n for i, entry in optimizer_state["state"].items() if MASTER_KEY in entry for n in names.of_params[i]
     }
     live_fragments = param_fragments(optimizer, live, {})
-    model_state, fragments = _model_state(checkpoint, names, model, with_master, live_fragments, mismatch)
+    masters = _masters_of(checkpoint, names)
+    model_state, fragments = _model_state(checkpoint, names, model, with_master, masters, live_fragments, mismatch)
     optimizer_state["state"] |= own_entries.of_optimizer(checkpoint, {} if strict else live["state"])
     # The keys are compared before the tensors are read, so that a wrong checkpoint is refused at once.
     mismatch.check(path, strict)
@@ -187,7 +198,15 @@ def _read_state(
         None if meta is None else meta.save_id,
         None if manifest is None else manifest.step,
         mismatch,
+        _without_master(names, masters, with_master, optimizer),
     )
+
+
+def _without_master(names: Names, masters: Mapping[str, str], with_master: set[str], optimizer: Optimizer) -> list[str]:
+    """Return the names of the parameters whose masters are not loaded, and that are too narrow to hold them."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    named = zip((aliases[0] for aliases in names.of_params), params, strict=True)
+    return [n for n, p in named if n in masters and n not in with_master and p.dtype.itemsize < torch.float32.itemsize]
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -198,13 +217,15 @@ def _model_state(
     names: Names,
     model: nn.Module,
     with_master: set[str],
+    masters: Mapping[str, str],
     live_fragments: dict[int, ShardTensor],
     mismatch: KeyMismatch,
 ) -> tuple[dict[str, Any], list[tuple[ShardTensor, ShardTensor]]]:
     """Return ``model`` and ``fragments`` of ``CheckpointState``.
 
     The parameters named in ``with_master`` are not read: loading the optimizer sets them from their masters. Of those
-    in ``live_fragments`` (by ``id()``) only this rank's fragment is read.
+    in ``live_fragments`` (by ``id()``) only this rank's fragment is read. ``masters`` are the keys of masters in the
+    checkpoint: a parameter that has another dtype here than there comes from its master, which is not rounded.
     """
     state: dict[str, Any] = {}
     fragments: list[tuple[ShardTensor, ShardTensor]] = []
@@ -220,15 +241,29 @@ def _model_state(
             mismatch.missing.append(name)
         elif names.of_model[key] in with_master:
             state[key] = value
-        elif id(value) in live_fragments:
-            state[key] = value
-            live = live_fragments[id(value)]
-            fragments.append((live, cast(ShardTensor, checkpoint.target_for(name, live, widen=False))))
         else:
-            state[key] = checkpoint.target_for(name, value.detach(), widen=False)
+            master = masters.get(names.of_model[key])
+            source = name if master is None or checkpoint.dtype_of(name) == value.dtype else master
+            if id(value) in live_fragments:
+                state[key] = value
+                live = live_fragments[id(value)]
+                fragments.append((live, cast(ShardTensor, checkpoint.target_for(source, live, widen=False))))
+            else:
+                state[key] = checkpoint.target_for(source, value.detach(), widen=False)
     known |= _read_objects(checkpoint, objects, state, mismatch)
     mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     return state, fragments
+
+
+def _masters_of(checkpoint: CheckpointKeys, names: Names) -> dict[str, str]:
+    """Return the keys of the masters in the checkpoint, by every name of their parameter."""
+    masters: dict[str, str] = {}
+    for aliases in names.of_params:
+        keys = (f"{OPTIM}.{STATE}.{name}.{MASTER_KEY}" for name in aliases)
+        key = next((key for key in keys if key in checkpoint.keys), None)
+        if key is not None:
+            masters |= dict.fromkeys(aliases, key)
+    return masters
 
 
 def _read_objects(

@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ...state import MASTER_KEY
 from ..format.directory import sync_directory
 from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
-from .contents import MODEL, STATE, CheckpointContents, Progress, no_progress
+from .contents import MODEL, STATE, CheckpointContents, Progress, TensorEntry, no_progress
 
 GROUPS_KEY = "param_groups"
 
@@ -56,9 +57,16 @@ def plan_export(contents: CheckpointContents, last: bool, dtype: torch.dtype | N
             if entry.dtype.is_complex:
                 raise ValueError(f"dist_asgd: parameter {name} is {entry.dtype} and cannot be exported as {dtype}.")
             wanted = dtype
-        key = contents.state[source]["ax"].key if averaged else entry.key
+        key = contents.state[source]["ax"].key if averaged else _exact_key(contents, source, entry, wanted)
         plan[name] = Weight(key, TensorSpec(wanted, entry.shape), averaged)
     return plan
+
+
+def _exact_key(contents: CheckpointContents, name: str, entry: TensorEntry, wanted: torch.dtype) -> str:
+    """Return the key of the last iterate of ``entry``: of its float32 master, if it is converted and has one."""
+    master = contents.state.get(name, {}).get(MASTER_KEY)
+    exact = master is not None and wanted != entry.dtype and master.shape == entry.shape
+    return master.key if exact and master is not None else entry.key
 
 
 def export(
