@@ -7,22 +7,25 @@ Results go to standard output, progress and errors to standard error. The exit s
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
-from rich.text import Text
 
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
@@ -43,7 +46,6 @@ app = typer.Typer(
 )
 
 _GIGABYTE = 1_000_000_000
-_PLAIN_WIDTH = 160
 
 
 class Dtype(StrEnum):
@@ -101,8 +103,60 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def _cell(text: str) -> Text:
-    return Text(_plain(text), overflow="fold")
+def _encodable(text: str) -> str:
+    """``text`` with ASCII in place of what standard output cannot encode (``PYTHONIOENCODING=ascii``)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace("×", "x").encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+@contextmanager
+def _printing(status: int = 1) -> Iterator[None]:
+    """Report a standard output that cannot be written (a full disk, a closed pipe), with exit status ``status``."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        _abandon_output()
+        _fail(_no_output(error), status)
+
+
+def _no_output(error: OSError) -> str:
+    return f"cannot write to standard output: {error.strerror or error}. The output is not complete."
+
+
+def _abandon_output() -> None:
+    """Lead standard output nowhere: the interpreter writes what is left of it at its end, and would fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
+    """Print rows in columns, those in ``right`` aligned to the right; names are never cut or folded.
+
+    In a terminal that is too narrow each row becomes a block: the first column on a line, and below it the others.
+    """
+    cells = [[_encodable(_plain(cell)) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
+    console = Console()
+    if console.is_terminal and sum(widths) + 2 * (len(widths) - 1) > console.width:
+        for first, *others in cells:
+            named = [f"{header} {cell}" for header, cell in zip(headers[1:], others, strict=True) if cell]
+            typer.echo(first)
+            for line in wrap(", ".join(named), max(console.width - 4, 20), break_on_hyphens=False):
+                typer.echo(f"    {line}")
+        return
+    for row in (headers, *cells):
+        padded = []
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - cell_len(cell))
+            padded.append(space + cell if index in right else cell + space)
+        typer.echo("  ".join(padded).rstrip())
 
 
 @contextmanager
@@ -113,12 +167,6 @@ def _progress(label: str, total_bytes: int) -> Iterator[Progress]:
     with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total_bytes)
         yield lambda num_bytes: bar.advance(task, num_bytes)
-
-
-def _console() -> Console:
-    """A console for standard output; in a pipe or a file its lines are wide enough for tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
 
 
 def _print_json(document: Any) -> None:
@@ -159,42 +207,37 @@ def inspect(directory: Directory, verify: Verify = True, as_json: AsJson = False
     """
     with _reported():
         summary = summarize(CheckpointContents(directory, verify=verify))
-    if as_json:
-        _print_json(summary.as_dict())
-    else:
-        _print_summary(summary)
+    with _printing():
+        if as_json:
+            _print_json(summary.as_dict())
+        else:
+            _print_summary(summary)
 
 
 def _print_summary(summary: Summary) -> None:
-    console = _console()
-    console.print(Text(_plain(summary.path), style="bold"), soft_wrap=True)
+    typer.secho(_encodable(_plain(summary.path)), bold=True)
     step = "step unknown (no manifest)" if summary.step is None else f"step {summary.step}"
     writer = "" if summary.written_by is None else f" with dist_asgd {summary.written_by}"
-    console.print(
+    typer.echo(
         f"{step}, written by {summary.num_ranks} rank{'' if summary.num_ranks == 1 else 's'}{_plain(writer)}; "
         f"{summary.num_files} files, {decimal(summary.file_bytes)}, "
-        + ("sizes and metadata match the manifest" if summary.verified else "not verified"),
-        soft_wrap=True,
+        + ("sizes and metadata match the manifest" if summary.verified else "not verified")
     )
-    table = Table("parameter", "shape", "dtype", "size", "ax", "step", "eta", "mu", "averaging", box=None)
-    for column in (3, 5, 6, 7):
-        table.columns[column].justify = "right"
+    rows = []
     for p in summary.parameters:
         scalars = [f"{p.step:g}", f"{p.eta:.6g}", f"{p.mu:.6g}"] if p.step is not None else ["", "", ""]
         averaging = "no state" if p.step is None else "begun" if p.averaging else "not begun"
-        table.add_row(
-            _cell(p.name), _shape(p.shape), p.dtype or "-", decimal(p.bytes), p.ax_dtype or "-", *scalars, averaging
-        )
-    console.print(table)
+        rows.append([p.name, _shape(p.shape), p.dtype or "-", decimal(p.bytes), p.ax_dtype or "-", *scalars, averaging])
+    headers = ("parameter", "shape", "dtype", "size", "ax", "step", "eta", "mu", "averaging")
+    _print_table(headers, rows, right=(3, 5, 6, 7))
     for title, entries in (("also in the model", summary.others), ("extra", summary.extra)):
         if entries:
             shown = ", ".join(f"{e.name} {_shape(e.shape)} {e.dtype}" if e.dtype else e.name for e in entries[:20])
             more = f", and {len(entries) - 20} more" if len(entries) > 20 else ""
-            console.print(_cell(f"{title}: {shown}{more}"), soft_wrap=True)
-    console.print(
+            typer.echo(_encodable(_plain(f"{title}: {shown}{more}")))
+    typer.echo(
         f"{len(summary.parameters)} parameters, {summary.num_elements:,} elements; "
-        f"model {decimal(summary.model_bytes)}, optimizer state {decimal(summary.state_bytes)}",
-        soft_wrap=True,
+        f"model {decimal(summary.model_bytes)}, optimizer state {decimal(summary.state_bytes)}"
     )
 
 
@@ -212,20 +255,20 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
     """
     with _reported(), _progress("verifying", total_bytes(directory)) as progress:
         verdict = verify_bytes(directory, progress)
-    if as_json:
-        _print_json(
-            {
-                "ok": not verdict.problems,
-                "files": verdict.num_files,
-                "chunks": verdict.num_chunks,
-                "bytes": verdict.bytes,
-                "problems": verdict.problems,
-            }
-        )
-    elif not verdict.problems:
-        typer.echo(
-            f"{directory}: good ({verdict.num_files} files, {verdict.num_chunks} chunks, {decimal(verdict.bytes)})"
-        )
+    with _printing():
+        if as_json:
+            _print_json(
+                {
+                    "ok": not verdict.problems,
+                    "files": verdict.num_files,
+                    "chunks": verdict.num_chunks,
+                    "bytes": verdict.bytes,
+                    "problems": verdict.problems,
+                }
+            )
+        elif not verdict.problems:
+            size = f"{verdict.num_files} files, {verdict.num_chunks} chunks, {decimal(verdict.bytes)}"
+            typer.echo(f"{_encodable(_plain(str(directory)))}: good ({size})")
     for problem in verdict.problems if not as_json else ():
         typer.echo(f"error: {_plain(problem)}", err=True)
     if verdict.problems:
@@ -254,7 +297,8 @@ def consolidate(
         contents = CheckpointContents(directory, verify=verify)
         with _progress("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
             paths = convert.consolidate(contents, out, overwrite=force, progress=progress)
-    _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
+    with _printing():
+        _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
 
 @app.command()
@@ -289,7 +333,8 @@ def export(
             max_bytes = int(max_shard_gb * _GIGABYTE)
             paths = convert.export(contents, out, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
     averaged = sum(weight.averaged for weight in plan.values())
-    _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
+    with _printing():
+        _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
         typer.echo("note: averaging has not begun for any parameter: these are the last iterates.", err=True)
 
@@ -302,7 +347,7 @@ def _print_written(paths: list[Path], as_json: bool, counts: dict[str, int]) -> 
         return
     counted = ", ".join(f"{number} {name}" for name, number in counts.items())
     for path in paths:
-        typer.echo(f"wrote {path}")
+        typer.echo(_encodable(_plain(f"wrote {path}")))
     typer.echo(f"{decimal(total)}: {counted}")
 
 
@@ -322,23 +367,36 @@ def diff(
         a, b = CheckpointContents(first, verify=verify), CheckpointContents(second, verify=verify)
         with _progress("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
             differences = list(compare(a, b, progress))
-    if as_json:
-        entries = [
-            {"key": d.key, "what": d.description, "num_different": d.num_different, "max_abs": finite(d.max_abs)}
-            for d in differences
-        ]
-        _print_json({"same": not differences, "differences": entries})
-    else:
-        table = Table("key", "difference", "largest", box=None)
-        for d in differences:
-            table.add_row(_cell(d.key), _cell(d.description), "" if d.max_abs is None else f"{d.max_abs:.3g}")
-        if differences:
-            _console().print(table)
-        typer.echo(f"{len(differences)} of {len({*a.tensors, *a.objects, *b.tensors, *b.objects})} keys differ")
+    with _printing(2):
+        if as_json:
+            entries = [
+                {"key": d.key, "what": d.description, "num_different": d.num_different, "max_abs": finite(d.max_abs)}
+                for d in differences
+            ]
+            _print_json({"same": not differences, "differences": entries})
+        else:
+            rows = [[d.key, d.description, "" if d.max_abs is None else f"{d.max_abs:.3g}"] for d in differences]
+            if differences:
+                _print_table(("key", "difference", "largest"), rows)
+            typer.echo(f"{len(differences)} of {len({*a.tensors, *a.objects, *b.tensors, *b.objects})} keys differ")
     if differences:
         raise typer.Exit(1)
 
 
 def run() -> None:
     """Run the command line: the console script ``dist-asgd`` and ``python -m dist_asgd`` call this."""
-    app(prog_name="dist-asgd" if sys.argv[0].endswith("dist-asgd") else "python -m dist_asgd")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names in messages, and the progress bar, may have what the stream cannot encode.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app(prog_name="dist-asgd" if sys.argv[0].endswith("dist-asgd") else "python -m dist_asgd")
+        finally:
+            # Here, as an error at the interpreter's end would have no exit status of its own.
+            sys.stdout.flush()
+    except OSError as error:
+        # Help, which is not printed by a command.
+        _abandon_output()
+        typer.echo(f"error: {_no_output(error)}", err=True)
+        raise SystemExit(1) from None

@@ -415,7 +415,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         """Load what ``state_dict()`` gave this rank, a consolidated dict, or one of ``torch.optim.ASGD``. Collective.
 
         Whole dicts load at any world size and on any layout; every rank passes the same. Nothing is cast to a
-        narrower dtype, and ``state_dict`` is not changed. If any rank raises, all do and nothing changes.
+        narrower dtype, and ``state_dict`` is not changed. If any rank raises, all do, and nothing changes.
         Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
         self._refuse_inside_averages("load_state_dict()")
@@ -427,8 +427,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             loaded, fingerprint, unreadable = self._state_dicts.parse(loaded.source, run_hooks=False)
             self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, unreadable)
         if loaded is not None:
-            with self.shards.loading():
-                self._state_dicts.apply(loaded)
+            agree = partial(self.gradients.agree, CollectiveCall.LOAD_STATE_DICT, NO_FINGERPRINT)
+            self._state_dicts.load(loaded, agree)
 
     def memory_report(self) -> memory.MemoryReport:
         """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""

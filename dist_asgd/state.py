@@ -77,6 +77,8 @@ class ParamShards:
         self._logged = False
         # The call that writes parameters and state now, or that was interrupted while it did.
         self.torn_by: str | None = None
+        # Whether ranks have agreed on the load that ``load_checkpoint()`` has asked for.
+        self.load_has_begun = False
         # The call that builds shards, or was interrupted while it did; None if they are complete.
         self.built_by: str | None = None
         self.clear()

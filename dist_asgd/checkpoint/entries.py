@@ -271,13 +271,18 @@ def flat_state(state: State, rank: int, replica: int = 0) -> FlatState:
     paths: dict[str, KeyPath] = {}
     objects = _Objects()
     skeletons: dict[str, Any] = {}
+    # Containers that stay whole, such as the list of names that all parameters of a group share, are walked once.
+    whole: set[int] = set()
     for section, entries in state.items():
         for key, value in entries.items():
-            if isinstance(value, Tensor | Serialized) or type(value) in CONSTANTS:
+            if isinstance(value, Tensor | Serialized) or type(value) in CONSTANTS or id(value) in whole:
                 leaves: dict[str, Any] = {f"{section}.{key}": value}
                 leaf_paths: dict[str, KeyPath] = {f"{section}.{key}": (section, key)}
             else:
-                leaves, leaf_paths, skeleton = take_apart(section, key, objects.plain(value))
+                kept = objects.plain(value)
+                leaves, leaf_paths, skeleton = take_apart(section, key, kept)
+                if kept is value and leaves.get(f"{section}.{key}") is value:
+                    whole.add(id(value))
                 if skeleton is not None and not rank:
                     skeletons[f"{section}.{key}"] = objects.skeleton(value, skeleton, f"{section}.{key}")
                 if rank:

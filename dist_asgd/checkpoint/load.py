@@ -22,10 +22,11 @@ from torch.optim import Optimizer
 from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public_call
 from ..optimizer import ShardedASGD
 from ..placements.shard_tensor import ShardTensor
-from ..state import LOAD_CHECKPOINT, MASTER_KEY
+from ..state import MASTER_KEY
 from ..state import own_entries as own_of
 from ..state_dict.sharded import AVERAGE
 from . import own_entries
+from .apply import apply
 from .containers import Containers
 from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
 from .format.manifest import CheckpointError
@@ -136,7 +137,7 @@ def restore(
         except Exception as error:
             problem = error
         saver.agree(call, fingerprint, problem)
-    _apply(loaded, model, optimizer)
+    apply(loaded, path, saver, call, model, optimizer)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
     if loaded.without_master and saver.rank == 0:
@@ -148,24 +149,6 @@ def restore(
             listed(loaded.without_master),
         )
     return loaded
-
-
-@torch.no_grad()
-def _apply(loaded: CheckpointState, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write everything that was read into ``model`` and ``optimizer``. Collective."""
-    if isinstance(optimizer, ShardedASGD):
-        optimizer.shards.torn_by = LOAD_CHECKPOINT
-    optimizer.load_state_dict(loaded.optimizer)
-    for live, fragment in loaded.fragments:
-        live.copy_(fragment)
-    if isinstance(optimizer, ShardedASGD):
-        # Before the model's own loading, which hands each live parameter to itself.
-        for bucket in optimizer.shards.buckets:
-            optimizer.gatherer.launch(bucket)
-        optimizer.gatherer.wait()
-    model.load_state_dict(loaded.model, strict=not loaded.mismatch)
-    if isinstance(optimizer, ShardedASGD):
-        optimizer.shards.torn_by = None
 
 
 def _read_state(

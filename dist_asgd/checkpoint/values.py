@@ -152,8 +152,9 @@ def same_values(a: Any, b: Any) -> bool:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of the same shape and dtype are equal to the bit: NaN equals itself, -0.0 is not 0.0."""
-    return torch.equal(_as_bytes(a), _as_bytes(b))
+    return torch.equal(bytes_of(a), bytes_of(b))
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, row by row, as a flat uint8 tensor."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

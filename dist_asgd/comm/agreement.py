@@ -43,6 +43,13 @@ MASK_BITS = 62
 _MASK = (1 << MASK_BITS) - 1
 # The types in which a problem of one rank is raised on the others; every other type becomes RuntimeError.
 RAISED = (ValueError, TypeError, KeyError, RuntimeError)
+# The attribute of errors that every rank has raised.
+_ON_ALL_RANKS = "dist_asgd_on_all_ranks"
+
+
+def is_on_all_ranks(error: BaseException | None) -> bool:
+    """Whether ``error`` is the one that an agreement has raised on every rank, with the ranks that it comes from."""
+    return hasattr(error, _ON_ALL_RANKS)
 
 
 def public_call(method: Callable[P, R]) -> Callable[P, R]:
@@ -387,8 +394,9 @@ class Agreement:
             for text, ranks in positions_by_value([None if entry is None else entry[1] for entry in problems]).items()
             if text is not None
         ]
-        error_type = next(c for c in RAISED if c.__name__ == names[0])
-        raise error_type("\n".join(lines)) from problem
+        raised = next(c for c in RAISED if c.__name__ == names[0])("\n".join(lines))
+        setattr(raised, _ON_ALL_RANKS, True)
+        raise raised from problem
 
     def _compare(self, fingerprint: Fingerprint, reports: RankReports) -> NoReturn:
         """Raise on every rank, and name the first entry that is not equal on all active ranks."""

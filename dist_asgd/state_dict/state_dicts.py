@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
 
-from ..comm import Communicators
-from ..comm.agreement import NO_FINGERPRINT, Fingerprint
+from ..comm import Communicators, PeerError
+from ..comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
 from ..gather import Gatherer
-from ..state import ParamShards
+from ..state import LOAD_CHECKPOINT, ParamShards
 from ..storage.frozen import FrozenParam
 from ..storage.snapshots import mark_written
 from ..validation import check_hyperparameters, named_params, params_of
 from . import full, load, own_entries, sharded, unsharded
+from .backup import OptimizerBackup, find_unequal
+from .load import ParsedStateDict
 from .whole_tensors import whole_dtensors
 
 
@@ -131,7 +135,7 @@ class StateDicts:
 
     def parse(
         self, state_dict: dict[str, Any], run_hooks: bool = True
-    ) -> tuple[load.ParsedStateDict | None, Fingerprint, Exception | None]:
+    ) -> tuple[ParsedStateDict | None, Fingerprint, Exception | None]:
         """Parse and check ``state_dict``. No communication, and nothing changes but what pre-hooks do.
 
         Returns the parsed state and its fingerprint, which all ranks compare before any of them applies the state. If
@@ -157,12 +161,56 @@ class StateDicts:
         named = [pair for index in range(len(groups)) for pair in named_params(groups, index)]
         return [load.ParamTarget.of_whole(name, param) for name, param in named]
 
-    @torch.no_grad()
-    def apply(self, loaded: load.ParsedStateDict) -> None:
-        """Replace the optimizer's state by the one that ``parse`` returned. Collective.
+    def load(self, loaded: ParsedStateDict, agree: Callable[[Exception | None], object]) -> None:
+        """Replace the optimizer's state by the one that ``parse`` returned, and run the hooks after it. Collective.
 
-        All ranks have agreed on it before: from here on only a lost peer stops them.
+        All ranks have agreed on it before: from here on only a lost peer or a hook stops them. If a hook raises on any
+        rank, everything is put back, and ``agree`` raises its error on all. Inside ``load_checkpoint()``, which puts
+        more back, the error is left to that.
         """
+        shards, backup = self._shards, None
+        outermost = shards is None or shards.torn_by != LOAD_CHECKPOINT
+        if shards is not None:
+            shards.load_has_begun = True
+        if outermost and self._have_load_hooks():
+            # Only masters change parameters.
+            buckets = [] if shards is None else shards.buckets
+            has_masters = any(bucket.master is not None for bucket in buckets)
+            whole = find_unequal(buckets, self._communicators) if has_masters else ()
+            problem: Exception | None = None
+            try:
+                backup = OptimizerBackup(self._optimizer, shards, self._gatherer, whole)
+            except Exception as error:
+                problem = error
+            agree(problem)
+        with nullcontext() if shards is None else shards.loading():
+            self._apply(loaded)
+            if backup is None:
+                _after_load(self._optimizer)
+                return
+            problem = None
+            try:
+                _after_load(self._optimizer)
+            except Exception as error:
+                problem = error
+            try:
+                agree(problem)
+            except (CallsDiffer, PeerError):
+                # Other ranks do not put anything back.
+                raise
+            except Exception:
+                backup.put_back(self._optimizer)
+                raise
+
+    def _have_load_hooks(self) -> bool:
+        """Whether a hook will run after the load on any rank: ranks may have registered other ones. Collective."""
+        has_hooks = bool(self._optimizer._optimizer_load_state_dict_post_hooks)
+        if self._communicators.world_size == 1:
+            return has_hooks
+        return bool(self._communicators.host.exchange(torch.tensor([int(has_hooks)], device="cpu"))().any())
+
+    @torch.no_grad()
+    def _apply(self, loaded: ParsedStateDict) -> None:
         groups = self._optimizer.param_groups
         self.consolidated = None
         # Averages may move to wider storage, so the cached tensors may show memory that is no longer used.
@@ -184,7 +232,6 @@ class StateDicts:
             self._gatherer.wait()
             self._shards.rename(groups)
             self._shards.replace_cohorts(load.make_cohorts(loaded, self._shards.members, groups))
-        _after_load(self._optimizer)
 
 
 # --- the user's hooks ------------------------------------------------------------------------------------

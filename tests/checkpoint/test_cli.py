@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from rich.console import Console as RichConsole
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -143,16 +145,16 @@ def test_inspect_says_what_is_there(source: str, num_ranks: int, request: pytest
 
 def test_inspect_reads_no_tensor_data(one: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """``inspect`` reads only scalars and plain values, so that it is quick for a checkpoint of any size."""
-    from dist_asgd.checkpoint.offline import contents
+    from dist_asgd.checkpoint.format.reader import OpenCheckpoint
 
     asked = []
-    tensor = contents.CheckpointContents.tensor
+    tensor = OpenCheckpoint.tensor
 
-    def watched(self: contents.CheckpointContents, key: str) -> Tensor:
-        asked.append(key)
-        return tensor(self, key)
+    def watched(self: OpenCheckpoint, index: Any, data: bytes) -> Tensor:
+        asked.append(index.fqn)
+        return tensor(self, index, data)
 
-    monkeypatch.setattr(contents.CheckpointContents, "tensor", watched)
+    monkeypatch.setattr(OpenCheckpoint, "tensor", watched)
     cli("inspect", one[0])
     assert asked
     assert not [key for key in asked if not key.endswith((".step", ".eta", ".mu"))]
@@ -602,3 +604,37 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
     done = python("-c", MEASURE, *files, MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
     assert max(json.loads(done.stdout.splitlines()[-1])) < 2.5 * 4 * 1024 * 1024
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff"])
+def test_an_output_that_cannot_be_written_is_said(one: Saved, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an exit status, and without a traceback."""
+    from dist_asgd import cli as module
+
+    def full(*_: object, **options: object) -> None:
+        if not options.get("err"):
+            raise OSError(28, "No space left on device")
+        echo(*_, **options)
+
+    echo = module.typer.echo
+    monkeypatch.setattr(module, "_abandon_output", lambda: None)
+    monkeypatch.setattr(module.typer, "echo", full)
+    result = cli(command, one[0], *([one[0]] if command == "diff" else []), status=2 if command == "diff" else 1)
+    assert "cannot write to standard output: No space left on device" in result.stderr
+
+
+def test_a_narrow_terminal_has_blocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names stay whole, and every value has its header; a wide one has columns."""
+    from dist_asgd import cli as module
+
+    name = "encoder.layers.11.self_attention.output_projection.weight"
+    row = [name, "3\u00d74", "float32", "48 bytes", "float32", "12", "0.0123456", "0.25", "begun"]
+    headers = ["parameter", "shape", "dtype", "size", "ax", "step", "eta", "mu", "averaging"]
+    for width, lines in ((80, 3), (200, 2)):
+        monkeypatch.setattr(module, "Console", partial(RichConsole, width=width, force_terminal=True))
+        module._print_table(headers, [row])
+        out = capsys.readouterr().out
+        assert len(out.splitlines()) == lines
+        assert name in out
+        assert "0.0123456" in out
+        assert all(len(line) <= width for line in out.splitlines())

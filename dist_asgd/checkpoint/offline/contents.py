@@ -8,6 +8,7 @@ with own entries of other kinds (see ``checkpoint/own_entries.py``), and plain v
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from ..format.reader import CheckedReader
 from ..keys import CheckpointKeys, KeyMismatch
 from ..options import is_numbered, option_values, options_by_owner
 from ..own_entries import OBJECTS_KEY, RESERVED, shared_and_by_name
-from ..values import same_bits
+from ..values import bytes_of
 
 MODEL = "model."
 STATE = "optim.state."
@@ -134,12 +135,25 @@ class CheckpointContents:
         ((index, data),) = self.opened.chunks([MetadataIndex(key)])
         return self.opened.value(index, data)
 
+    def values(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Read plain values together, by key: those that share a chunk are read once, and are one object."""
+        return self.opened.values(list(keys))
+
     @cached_property
     def scalars(self) -> dict[str, dict[str, Tensor]]:
         """``step``, ``eta`` and ``mu`` of every parameter with state, by name; each has one element."""
         scalars: dict[str, dict[str, Tensor]] = {}
+        single = [
+            entries[key].key
+            for entries in self.state.values()
+            for key in SCALARS
+            if entries[key].num_chunks == 1 and math.prod(entries[key].shape) == 1
+        ]
+        # Read together, because parameters share the chunks of equal scalars.
+        read = self.opened.values(single)
         for name, entries in self.state.items():
-            scalars[name] = {key: self.tensor(entries[key].key) for key in SCALARS}
+            keys = {key: entries[key].key for key in SCALARS}
+            scalars[name] = {key: read[full] if full in read else self.tensor(full) for key, full in keys.items()}
             for key, value in scalars[name].items():
                 if value.numel() != 1 or value.is_complex():
                     raise CheckpointError(
@@ -194,9 +208,15 @@ class CheckpointContents:
             names = group.get("params")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"dist_asgd: {self.opened.path} has a parameter group without parameter names.")
-        by_options: dict[str, dict[str, Any]] = {}
+        by_options: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+        # All parameters of a group share one list of their names, which is written out once.
+        texts: dict[int, str] = {}
         for name, options in flat.items():
-            group = by_options.setdefault(repr(sorted(options.items())), {**options, "params": []})
+            for value in options.values():
+                if id(value) not in texts:
+                    texts[id(value)] = repr(value)
+            shown = tuple(sorted((option, texts[id(value)]) for option, value in options.items()))
+            group = by_options.setdefault(shown, {**options, "params": []})
             group["params"].append(name)
         return groups + list(by_options.values())
 
@@ -218,20 +238,21 @@ class CheckpointContents:
         recognised by its values: its tensor has no state, and it equals, to the bit, a parameter whose averaging has
         begun.
         """
-        tied = {}
-        for name, entry in self.model.items():
-            if name in self.optimized or not entry.bytes:
-                continue
-            for other in self.state:
-                twin = self.model.get(other)
-                if twin is None or (twin.shape, twin.dtype) != (entry.shape, entry.dtype):
-                    continue
-                if not self.has_begun_averaging(other):
-                    continue
-                if same_bits(self.tensor(entry.key), self.tensor(twin.key)):
-                    tied[name] = other
-                    break
-        return tied
+        further = {name: e for name, e in self.model.items() if name not in self.optimized and e.bytes}
+        wanted = {(entry.shape, entry.dtype) for entry in further.values()}
+        # Each tensor is read once, and recognised by its hash.
+        by_hash: dict[object, str] = {}
+        for other in self.state:
+            twin = self.model.get(other)
+            if twin is not None and (twin.shape, twin.dtype) in wanted and self.has_begun_averaging(other):
+                by_hash.setdefault(self._hash_of(twin), other)
+        hashes = {name: self._hash_of(entry) for name, entry in further.items()} if by_hash else {}
+        return {name: by_hash[hashed] for name, hashed in hashes.items() if hashed in by_hash}
+
+    def _hash_of(self, entry: TensorEntry) -> tuple[object, ...]:
+        """Return shape and dtype of a tensor and a hash of its bits, which is that of no other tensor."""
+        content: Any = bytes_of(self.tensor(entry.key)).numpy()
+        return entry.shape, entry.dtype, hashlib.blake2b(content).digest()
 
     def read(self, keys: Iterable[str], progress: Progress = no_progress) -> Iterator[tuple[str, Tensor]]:
         """Read the tensors of ``keys``, one after the other; yields each with its key."""

@@ -29,15 +29,25 @@ def compare(a: CheckpointContents, b: CheckpointContents, progress: Progress = n
     """Yield a Difference for every key that differs, tensors to the bit; ``progress`` counts the bytes of ``a``."""
     keys = [*a.tensors, *a.objects]
     known = set(keys)
+    others = set(b.objects)
+    plain = [key for key in a.objects if key in others]
+    first, second = a.values(plain), b.values(plain)
+    # Values that keys share are compared once, by identity.
+    same: dict[tuple[int, int], bool] = {}
     for key in keys:
-        if key not in b.tensors and key not in b.objects:
+        if key not in b.tensors and key not in others:
             yield Difference(key, "only in the first")
         elif key in a.tensors and key in b.tensors:
             yield from _compare_tensors(a, b, a.tensors[key], b.tensors[key])
         elif key in a.tensors or key in b.tensors:
             yield Difference(key, "a tensor in one, a plain value in the other")
-        elif not same_values(one := a.value(key), other := b.value(key)):
-            yield Difference(key, f"{repr_(one)} and {repr_(other)}")
+        else:
+            one, other = first[key], second[key]
+            pair = id(one), id(other)
+            if pair not in same:
+                same[pair] = same_values(one, other)
+            if not same[pair]:
+                yield Difference(key, f"{repr_(one)} and {repr_(other)}")
         progress(a.tensors[key].bytes if key in a.tensors else 0)
     for key in (*b.tensors, *b.objects):
         if key not in known:

@@ -1,0 +1,84 @@
+"""The work on a checkpoint grows with the number of parameters and not with its square."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from dist_asgd import ShardedASGD, save_checkpoint
+from dist_asgd.checkpoint.format import reader
+from dist_asgd.checkpoint.offline import contents, convert
+from dist_asgd.checkpoint.offline.contents import CheckpointContents
+from dist_asgd.checkpoint.offline.diff import compare
+from dist_asgd.checkpoint.offline.inspect import summarize
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of named parameters, with as many buffers of the same shape."""
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.full((4,), float(i))) for i in range(COUNT)})
+    for i in range(COUNT):
+        model.register_buffer(f"b{i}", torch.full((4,), -1.0 - i))
+    optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
+    for step in range(3):
+        for param in model.values():
+            param.grad = torch.full_like(param, 1.0 + step)
+        optimizer.step()
+    path = tmp_path_factory.mktemp("many") / "saved"
+    save_checkpoint(path, model, optimizer, step=3)
+    return path
+
+
+def exported(path: Path) -> Any:
+    """Plan an export, with a search for ties among the buffers."""
+    return convert.plan_export(CheckpointContents(path), False, None)
+
+
+WORK: dict[str, Callable[[Path], Any]] = {
+    "inspect": lambda path: summarize(CheckpointContents(path)),
+    "diff": lambda path: list(compare(CheckpointContents(path), CheckpointContents(path))),
+    "export": exported,
+    "groups": lambda path: CheckpointContents(path).groups,
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_shared_values_are_read_once(saved: Path, name: str) -> None:
+    """All parameters of a group have one list of all their names, and share hyperparameters."""
+    load, read = reader.load_object, contents.CheckpointContents.tensor
+    counts = {"objects": 0, "tensors": 0}
+
+    def counted_load(*args: Any) -> Any:
+        counts["objects"] += 1
+        return load(*args)
+
+    def counted_read(*args: Any) -> Any:
+        counts["tensors"] += 1
+        return read(*args)
+
+    with (
+        patch.object(reader, "load_object", counted_load),
+        patch.object(contents.CheckpointContents, "tensor", counted_read),
+    ):
+        WORK[name](saved)
+    assert counts["objects"] <= 2 * 12
+    assert counts["tensors"] <= 2 * 6 * COUNT
+
+
+def test_a_list_that_parameters_share_is_walked_once(tmp_path: Path) -> None:
+    """By a save, which takes containers apart as DCP does."""
+    from dist_asgd.checkpoint import containers
+
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(4)) for i in range(COUNT)})
+    optimizer = ShardedASGD(model.named_parameters(), lr=0.1)
+    with patch.object(containers, "flatten_state_dict", wraps=containers.flatten_state_dict) as flatten:
+        save_checkpoint(tmp_path / "saved", model, optimizer, step=0)
+    assert flatten.call_count <= 2
