@@ -21,18 +21,23 @@ _MAX_LISTED = 20
 
 @dataclass
 class KeyMismatch:
-    """Names that the checkpoint lacks, names that only the checkpoint has, and shapes that differ."""
+    """Names that the checkpoint lacks, names that only the checkpoint has, and shapes that differ.
+
+    ``num_matches`` counts the names that both have. ``hint`` says what else to do about names that are missing.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    num_matches: int = 0
+    hint: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected)
 
     def __str__(self) -> str:
         lists = [("missing in the checkpoint", self.missing), ("in the checkpoint only", self.unexpected)]
-        return "; ".join(f"{what}: {listed(names)}" for what, names in lists if names)
+        return "; ".join(f"{what}: {listed(names)}" for what, names in lists if names) + f". {self.hint}".rstrip(". ")
 
     def check(self, path: Path, strict: bool) -> None:
         """Raise ValueError if shapes differ, or, with ``strict``, names."""
@@ -42,6 +47,10 @@ class KeyMismatch:
             raise ValueError(
                 f"dist_asgd: {path} is of another model or optimizer: {self}. Pass strict=False to load what matches, "
                 f"or build the model that was saved."
+            )
+        if self.missing and not self.num_matches:
+            raise ValueError(
+                f"dist_asgd: nothing in {path} matches the model or the optimizer, so there is nothing to load: {self}."
             )
 
 

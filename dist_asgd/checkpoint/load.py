@@ -29,6 +29,7 @@ from . import own_entries
 from .apply import apply
 from .containers import Containers
 from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
+from .format.layouts import Prefix, hint
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
 from .keys import CheckpointKeys, KeyMismatch, listed
@@ -79,6 +80,7 @@ def load_checkpoint(
     *,
     strict: bool = True,
     verify: bool = True,
+    prefix: Prefix = "",
 ) -> Any:
     """Load what any topology saved into ``model`` and ``optimizer``, on all ranks. Collective. Returns ``extra``.
 
@@ -93,6 +95,9 @@ def load_checkpoint(
             True: parameters that were added, removed or renamed are an error that lists them.
         verify: check every byte that is read against the manifest. False is for checkpoints that something else wrote
             (FSDP2 with ``dcp.save``) and that have none.
+        prefix: where something else has put model and optimizer: a string that stands before ``model`` and ``optim``
+            in the checkpoint's keys (``"app"``), or a dict that says what stands in their place
+            (``{"model": "", "optim": "optimizer"}``). The error about missing names says which one fits.
 
     Returns:
         What this rank gave as ``extra``, if as many ranks saved the checkpoint as load it; on another number of ranks
@@ -100,10 +105,11 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, hostile or has no manifest.
-        ValueError: it is of another model, or ranks disagree.
+        ValueError: it is of another model, nothing in it matches (also with ``strict=False``), or ranks disagree.
         PeerError: a rank died.
     """
-    return restore(Saver.of(optimizer), CollectiveCall.LOAD_CHECKPOINT, path, model, optimizer, strict, verify).extra
+    call = CollectiveCall.LOAD_CHECKPOINT
+    return restore(Saver.of(optimizer), call, path, model, optimizer, strict, verify, prefix).extra
 
 
 def read_extra(path: str | os.PathLike[str], *, rank: int = 0, verify: bool = True) -> Any:
@@ -123,6 +129,7 @@ def restore(
     optimizer: Optimizer,
     strict: bool,
     verify: bool,
+    prefix: Prefix = "",
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
     adopt_params(optimizer)
@@ -131,8 +138,10 @@ def restore(
         fingerprint, problem = NO_FINGERPRINT, None
         try:
             saver.wait_pending()
-            loaded = _read_state(Path(path), model, optimizer, strict, verify, saver)
+            reader = CheckedReader(path, verify=verify, prefix=prefix)
+            loaded = _read_state(Path(path), reader, model, optimizer, strict, saver)
             entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
+            entries.append(("prefix", repr(prefix)))
             fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
         except Exception as error:
             problem = error
@@ -152,10 +161,9 @@ def restore(
 
 
 def _read_state(
-    path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, verify: bool, saver: Saver
+    path: Path, reader: CheckedReader, model: nn.Module, optimizer: Optimizer, strict: bool, saver: Saver
 ) -> CheckpointState:
     """Read all that this rank needs; changes nothing."""
-    reader = CheckedReader(path, verify=verify)
     mismatch = KeyMismatch()
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
@@ -170,6 +178,8 @@ def _read_state(
     model_state, fragments = _model_state(checkpoint, names, model, with_master, masters, live_fragments, mismatch)
     optimizer_state["state"] |= own_entries.of_optimizer(checkpoint, {} if strict else live["state"])
     # The keys are compared before the tensors are read, so that a wrong checkpoint is refused at once.
+    if mismatch.missing:
+        mismatch.hint = hint(checkpoint.keys, names.of_model.values())
     mismatch.check(path, strict)
     checkpoint.read_tensors()
     manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta
@@ -233,6 +243,7 @@ def _model_state(
                 fragments.append((live, cast(ShardTensor, checkpoint.target_for(source, live, widen=False))))
             else:
                 state[key] = checkpoint.target_for(source, value.detach(), widen=False)
+    mismatch.num_matches += sum(name in checkpoint.keys for name in known)
     known |= _read_objects(checkpoint, objects, state, mismatch)
     mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     return state, fragments
@@ -308,6 +319,7 @@ def _optimizer_state(
         for parent, below in checkpoint.parents.items()
         if parent.startswith(state_prefix) and AVERAGE in below and parent not in used
     ]
+    mismatch.num_matches += len(used_name)
     scalar_keys = [key for below in state_keys.values() for last, key in below.items() if last in SCALARS]
     scalars = checkpoint.values(scalar_keys)
     own = own_entries.of_params(checkpoint, state_keys, used_name, params, live["state"])

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from .archives import FrameCache, dump_object, load_object, load_tensor
+from .layouts import Prefix, check_prefix, renamed
 from .manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -53,7 +54,8 @@ class OpenCheckpoint:
     checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
+        check_prefix(prefix)
         self.path = Path(path)
         self.manifest: Manifest | None = None
         if verify:
@@ -64,6 +66,7 @@ class OpenCheckpoint:
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
+        self.metadata = renamed(self.metadata, prefix, where)
         self._frames = FrameCache()
         # Values of chunks that were read before, as long as nobody can change them.
         self._constants: dict[object, Any] = {}
@@ -240,19 +243,21 @@ class CheckedReader(FileSystemReader):
     ``verify=True`` needs ``manifest.json`` and checks every byte that it reads against it; ``verify=False`` reads
     checkpoints that have none. ``.metadata`` is not unpickled, tensors and objects are loaded with ``weights_only``,
     and no file outside the directory is opened. RuntimeError (CheckpointError) says which file is wrong and how.
+    With ``prefix`` the keys are those of ``load_checkpoint``, whatever layout the file has; see there.
     ``dcp.load`` wraps that error: call ``read_metadata()`` first to get it unwrapped.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
         super().__init__(path)
         self._verify = verify
+        self._prefix = prefix
         self._opened: OpenCheckpoint | None = None
 
     @property
     def opened(self) -> OpenCheckpoint:
         """The checkpoint, read and checked on first use."""
         if self._opened is None:
-            self._opened = OpenCheckpoint(self.path, verify=self._verify)
+            self._opened = OpenCheckpoint(self.path, verify=self._verify, prefix=self._prefix)
         return self._opened
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

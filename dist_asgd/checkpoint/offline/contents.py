@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..containers import Containers
+from ..format.layouts import Prefix, described
 from ..format.manifest import CheckpointError
 from ..format.reader import CheckedReader
 from ..keys import CheckpointKeys, KeyMismatch
@@ -63,8 +64,8 @@ class CheckpointContents:
     way. Nothing here is collective.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        reader = CheckedReader(path, verify=verify)
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
+        reader = CheckedReader(path, verify=verify, prefix=prefix)
         self.opened = reader.opened
         self._keys = CheckpointKeys(reader, KeyMismatch())
         entries = self.opened.metadata.state_dict_metadata
@@ -99,6 +100,17 @@ class CheckpointContents:
         found = {key: self.value(key) for key in self.objects if key.startswith(MODEL) and key not in inside}
         found |= self._containers.read(dict.fromkeys(apart), lambda key, _like: self.tensor(key))
         return {key.removeprefix(MODEL): value for key, value in found.items()}
+
+    @cached_property
+    def is_asgd(self) -> bool:
+        """Whether the optimizer's state, if there is any, is that of ASGD: others have no averages."""
+        states = [key for key in self.tensors if key.startswith(STATE)]
+        return not states or any(key.endswith(".ax") for key in states)
+
+    def other_keys(self) -> str:
+        """Return a sentence about the keys that are no model, no ASGD state and nothing else of this package, or ""."""
+        known = ("model", "optim", "extra", "containers") if self.is_asgd else ("model", "extra", "containers")
+        return described(self.opened.metadata.state_dict_metadata, known)
 
     @cached_property
     def state(self) -> dict[str, dict[str, TensorEntry]]:

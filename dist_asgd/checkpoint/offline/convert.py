@@ -45,7 +45,9 @@ def plan_export(contents: CheckpointContents, last: bool, dtype: torch.dtype | N
     a tensor cannot be converted to ``dtype``.
     """
     if not contents.model:
-        raise CheckpointError(f"dist_asgd: {contents.opened.path} has no model (no keys '{MODEL}...').")
+        raise CheckpointError(
+            f"dist_asgd: {contents.opened.path} has no model (no keys '{MODEL}...'). {_advice(contents)}"
+        )
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
     plan = {}
@@ -60,6 +62,10 @@ def plan_export(contents: CheckpointContents, last: bool, dtype: torch.dtype | N
         key = contents.state[source]["ax"].key if averaged else _exact_key(contents, source, entry, wanted)
         plan[name] = Weight(key, TensorSpec(wanted, entry.shape), averaged)
     return plan
+
+
+def _advice(contents: CheckpointContents) -> str:
+    return f"{contents.other_keys()} Say with --prefix where else they are, if they are.".strip()
 
 
 def _exact_key(contents: CheckpointContents, name: str, entry: TensorEntry, wanted: torch.dtype) -> str:
@@ -102,7 +108,9 @@ def consolidate(
     if the checkpoint has no optimizer state, and ValueError for another suffix.
     """
     if not contents.state and not contents.groups:
-        raise CheckpointError(f"dist_asgd: {contents.opened.path} has no optimizer state (no keys '{STATE}...').")
+        raise CheckpointError(
+            f"dist_asgd: {contents.opened.path} has no optimizer state (no keys '{STATE}...'). {_advice(contents)}"
+        )
     if out.suffix == SUFFIX:
         return _to_safetensors(contents, out, overwrite, progress)
     if out.suffix != ".pt":
