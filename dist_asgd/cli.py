@@ -28,6 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from .checkpoint.format.layouts import prefix_of_text
+from .checkpoint.format.paths import local_path
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
 from .checkpoint.offline.contents import CheckpointContents, Progress
@@ -59,7 +60,7 @@ class Dtype(StrEnum):
 
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A checkpoint: a directory that contains .metadata.", show_default=False)
+    str, typer.Argument(metavar="DIR", help="A checkpoint: a directory that contains .metadata.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
@@ -216,7 +217,8 @@ def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as
     Averaging has begun if mu is not 1.
     """
     with _reported():
-        summary = summarize(CheckpointContents(directory, verify=verify, prefix=prefix_of_text(prefix)))
+        path = local_path(directory)
+        summary = summarize(CheckpointContents(path, verify=verify, prefix=prefix_of_text(prefix)))
     with _printing():
         if as_json:
             _print_json(summary.as_dict())
@@ -262,11 +264,13 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
     """Check that DIR is whole and undamaged. Exit status 0 if it is, 1 if not.
 
     The command reads every byte of every file once and compares it with the hashes in `manifest.json`. It checks that
-    no file is missing or superfluous, and that the metadata fits the data. It reports every problem, not only the
-    first.
+    no file is missing, and that the metadata fits the data. It reports every problem, not only the first. Files that
+    the manifest does not list are ignored, by this command and by all others.
     """
-    with _reported(), _progress("verifying", total_bytes(directory)) as progress:
-        verdict = verify_bytes(directory, progress)
+    with _reported():
+        path = local_path(directory)
+        with _progress("verifying", total_bytes(path)) as progress:
+            verdict = verify_bytes(path, progress)
     with _printing():
         if as_json:
             _print_json(
@@ -276,11 +280,15 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
                     "chunks": verdict.num_chunks,
                     "bytes": verdict.bytes,
                     "problems": verdict.problems,
+                    "ignored": verdict.ignored,
                 }
             )
         elif not verdict.problems:
             size = f"{verdict.num_files} files, {verdict.num_chunks} chunks, {decimal(verdict.bytes)}"
-            typer.echo(f"{_encodable(_plain(str(directory)))}: good ({size})")
+            typer.echo(f"{_encodable(_plain(directory))}: good ({size})")
+    if verdict.ignored and not as_json:
+        names = ", ".join(verdict.ignored[:20]) + (", ..." if len(verdict.ignored) > 20 else "")
+        typer.echo(f"note: not in the manifest, and ignored: {_encodable(_plain(names))}", err=True)
     for problem in verdict.problems if not as_json else ():
         typer.echo(f"error: {_plain(problem)}", err=True)
     if verdict.problems:
@@ -290,7 +298,7 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
 @app.command()
 def consolidate(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="FILE.pt or FILE.safetensors.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="FILE.pt or FILE.safetensors.", show_default=False)],
     verify: Verify = True,
     prefix: Prefix = "",
     force: Force = False,
@@ -307,9 +315,9 @@ def consolidate(
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
     """
     with _reported():
-        contents = CheckpointContents(directory, verify=verify, prefix=prefix_of_text(prefix))
+        contents = CheckpointContents(local_path(directory), verify=verify, prefix=prefix_of_text(prefix))
         with _progress("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
-            paths = convert.consolidate(contents, out, overwrite=force, progress=progress)
+            paths = convert.consolidate(contents, local_path(out), overwrite=force, progress=progress)
     with _printing():
         _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
@@ -317,7 +325,7 @@ def consolidate(
 @app.command()
 def export(
     directory: Directory,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="Export the last iterate instead of the average.")] = False,
     dtype: Annotated[
         Dtype | None,
@@ -326,6 +334,10 @@ def export(
     max_shard_gb: Annotated[
         float, typer.Option(help="Write several files and an index above this many gigabytes.", min=1e-6)
     ] = DEFAULT_MAX_BYTES / _GIGABYTE,
+    ties_by_value: Annotated[
+        bool,
+        typer.Option(help="If DIR does not record ties, export what has a parameter's values as that parameter."),
+    ] = True,
     verify: Verify = True,
     prefix: Prefix = "",
     force: Force = False,
@@ -340,17 +352,34 @@ def export(
     Large models become `OUT-00001-of-0000N.safetensors` with `OUT.safetensors.index.json`, as transformers loads them.
     """
     with _reported():
-        contents = CheckpointContents(directory, verify=verify, prefix=prefix_of_text(prefix))
-        plan = convert.plan_export(contents, last, None if dtype is None else getattr(torch, dtype.value))
+        contents = CheckpointContents(local_path(directory), verify=verify, prefix=prefix_of_text(prefix))
+        plan = convert.plan_export(
+            contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
+        )
         total = sum(weight.spec.bytes for weight in plan.values())
         with _progress("exporting", total) as progress:
             max_bytes = int(max_shard_gb * _GIGABYTE)
-            paths = convert.export(contents, out, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
+            to = local_path(out)
+            paths = convert.export(contents, to, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
+    if not last or dtype is not None:
+        _note_ties(contents, ties_by_value)
     averaged = sum(weight.averaged for weight in plan.values())
     with _printing():
         _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
         typer.echo("note: averaging has not begun for any parameter: these are the last iterates.", err=True)
+
+
+def _note_ties(contents: CheckpointContents, taken: bool) -> None:
+    """Say on standard error which entries have a parameter's values in a checkpoint that does not record ties."""
+    tied = sorted(contents.tied_by_value.items())
+    if not tied:
+        return
+    shown = ", ".join(f"{name} ({param})" for name, param in tied[:5]) + f" and {len(tied) - 5} more" * (len(tied) > 5)
+    what = "were exported as that parameter" if taken else "were exported as they are"
+    other = "--no-ties-by-value" if taken else "--ties-by-value"
+    note = f"note: {contents.opened.path} does not record ties. Entries with the values of a parameter {what}: {shown}."
+    typer.echo(_plain(f"{note} Pass {other} if they {'only look alike' if taken else 'are tied'}."), err=True)
 
 
 def _print_written(paths: list[Path], as_json: bool, counts: dict[str, int]) -> None:
@@ -367,8 +396,8 @@ def _print_written(paths: list[Path], as_json: bool, counts: dict[str, int]) -> 
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint.", show_default=False)],
+    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint.", show_default=False)],
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
@@ -378,7 +407,7 @@ def diff(
     the two checkpoints.
     """
     with _reported(2):
-        a, b = CheckpointContents(first, verify=verify), CheckpointContents(second, verify=verify)
+        a, b = (CheckpointContents(local_path(path), verify=verify) for path in (first, second))
         with _progress("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
             differences = list(compare(a, b, progress))
     with _printing(2):

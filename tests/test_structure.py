@@ -44,6 +44,7 @@ COLLECTIVES = {
 # What this package reads of torch's internals, because torch has no public name for it.
 PRIVATE_TO_TORCH = {
     *("_C", "_base", "_foreach_copy_", "_foreach_mul_", "_foreach_zero_", "_make_wrapper_subclass", "_to_copy"),
+    *("_cdata", "_schema"),  # storages and operators
     "_disabled_torch_function_impl",
     *("_current_graph_task_id", "_execution_engine"),  # autograd
     *("_device_types", "_get_backend", "_timeout", "_world"),  # process groups

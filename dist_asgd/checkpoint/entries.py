@@ -5,12 +5,12 @@ The keys are those of ``get_state_dict`` of ``torch.distributed.checkpoint`` (DC
 ``model.<name>``                      parameters and buffers, under their true shape
 ``optim.state.<name>.<key>``          step, eta, mu, ax, a master and own entries of the user of each parameter
 ``optim.own``                         own entries that have no such key, see ``own_entries``
+``optim.sources``                     parameters that entries of the model come from, see ``source_record``
 ``optim.param_groups.<name>.<key>``   the hyperparameters of its group, for each parameter
 ``extra.<rank>``                      the values that the caller adds on each rank
 ``containers.<key>``                  how a dict or list is built of its leaves, see ``containers``
 
-A *name* is the one that ``named_parameters()`` gives, without the prefixes that wrappers (DDP, torch.compile,
-activation checkpointing) add. Saving calls ``state_to_save``, ``flat_state``, ``local_chunks`` and ``without_copies``
+Names are those of ``names.py``. Saving calls ``state_to_save``, ``flat_state``, ``local_chunks`` and ``without_copies``
 in this order; loading uses the names and the fragments.
 
 Unlike DCP, ranks exchange no save plan: each rank knows which fragments only it has, and on one mesh the first rank
@@ -19,30 +19,29 @@ with a copy writes it. Only copies on unrelated meshes (tensor parallelism insid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..comm import Communicator
 from ..comm.agreement import gather_objects
 from ..optimizer import ShardedASGD
-from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor, is_first_copy
-from ..placements.presharded import FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state import MASTER_KEY
 from ..state_dict.own_entries import check_whole
 from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
-from ..storage.frozen import FrozenParam
+from ..validation import params_of
 from . import own_entries
 from .containers import CONTAINERS, take_apart
 from .format.writer import ChunkToWrite, KeyPath, Serialized
+from .names import names_of
+from .source_record import SOURCES, record_of
+from .sources import traced
 from .values import CONSTANTS, plain, savable_object, savable_tensor
 
 if TYPE_CHECKING:
@@ -53,86 +52,11 @@ STATE, GROUPS = "state", "param_groups"
 SCALARS = ("step", "eta", "mu")
 # Keys of groups that say how a process runs, or which parameters there are.
 NOT_SAVED = ("params", "fused")
-_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 # No such tensor is a DTensor or a ShardTensor; most tensors are of these types, and asking further is left out.
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 State = dict[str, dict[str, Any]]
 """The sections ``model``, ``optim`` and ``extra`` of a checkpoint; the keys of each follow its name and a dot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Names of a model's entries and of an optimizer's parameters.
-
-    Attributes:
-        of_model: the name of each key of ``model.state_dict()``.
-        of_params: all names of each parameter of the optimizer, in its order. A parameter that modules share has
-            several; checkpoints are written with the first one.
-    """
-
-    of_model: dict[str, str]
-    of_params: list[tuple[str, ...]]
-
-
-class _PlainNames:
-    """Removes the prefixes of wrappers from names. Each module is looked up once, however many names begin with it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._prefixes: dict[str, tuple[str, Any]] = {"": ("", model)}
-
-    def of(self, name: str) -> str:
-        """Return the plain name of a parameter, a buffer, or an entry of ``state_dict()``."""
-        prefix, _, last = name.rpartition(".")
-        plain, module = self._prefix(prefix)
-        return plain if _is_wrapper(module, last) else plain + last
-
-    def _prefix(self, name: str) -> tuple[str, Any]:
-        """Return the plain prefix of the names inside the module called ``name``, and the module."""
-        if name not in self._prefixes:
-            above, _, last = name.rpartition(".")
-            plain, module = self._prefix(above)
-            own = plain if _is_wrapper(module, last) else f"{plain}{last}."
-            self._prefixes[name] = own, getattr(module, last, None)
-        return self._prefixes[name]
-
-
-def _is_wrapper(module: Any, attribute: str) -> bool:
-    return (
-        (attribute == "module" and isinstance(module, DistributedDataParallel))
-        or (attribute == "_orig_mod" and type(module).__name__ == "OptimizedModule")
-        or attribute == _CHECKPOINT_WRAPPER
-    )
-
-
-def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] | None = None) -> Names:
-    """Match the optimizer's parameters with the model's by identity; raises ValueError if the model lacks one.
-
-    ``state_keys`` are the keys of ``model.state_dict()``; callers that have made it pass them.
-    """
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    remedy = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
-    members = optimizer.shards.members if isinstance(optimizer, ShardedASGD) else None
-    if members is None or any(isinstance(member, (FSDP1Param, FrozenParam)) for member in members):
-        fsdp1.refuse("a checkpoint of this package", params, remedy)
-    plain = _PlainNames(model)
-    by_param: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        by_param.setdefault(id(param), []).append(plain.of(name))
-    of_params = []
-    for index, group in enumerate(optimizer.param_groups):
-        for position, param in enumerate(group["params"]):
-            if id(param) not in by_param:
-                raise ValueError(
-                    f"dist_asgd: param_groups[{index}]['params'][{position}] of the optimizer, of shape "
-                    f"{tuple(param.shape)}, is no parameter of the model. Pass the model whose parameters the "
-                    f"optimizer was given (wrapped or not)."
-                )
-            of_params.append(tuple(by_param[id(param)]))
-    of_model = {key: plain.of(key) for key in (model.state_dict() if state_keys is None else state_keys)}
-    if len(set(of_model.values())) != len(of_model):
-        raise ValueError("dist_asgd: two entries of the model's state_dict() have the same name without wrappers.")
-    return Names(of_model, of_params)
 
 
 # inference_mode(False): in inference mode a DTensor could not be detached.
@@ -154,7 +78,11 @@ def state_to_save(
         replica: which copy of the shards this rank holds, in hybrid sharding; only the first copy is saved.
         cache: fragments of parameters from the last call, by the parameter's index, which are used again.
     """
-    live = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if is_lazy(buffer):
+            savable_tensor(buffer, f"{MODEL}.{name}")
+    params = params_of(optimizer.param_groups)
+    live, source_of = traced(model, params, keep_vars=True)
     names = names_of(model, optimizer, live)
     # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).
     if isinstance(optimizer, ShardedASGD):
@@ -167,7 +95,7 @@ def state_to_save(
         fragment = fragments.get(id(value))
         if fragment is not None:
             value = fragment
-        elif isinstance(value, Tensor) and not is_lazy(value):
+        elif isinstance(value, Tensor):
             value = value.detach()
         if not rank or _is_own(value, replica):
             model_state[names.of_model[key]] = value
@@ -178,6 +106,10 @@ def state_to_save(
     own = own_entries.to_save(saved["state"], first_names)
     if own.objects is not None and not rank:
         optim[own_entries.OBJECTS] = own.objects
+    if not rank:
+        record = record_of(live, names, params, [*model.parameters(), *model.buffers()], source_of)
+        if record is not None:
+            optim[SOURCES] = record.serialize()
     for index, name in enumerate(first_names):
         entry = saved["state"].get(index, {})
         kept = {key: entry[key] for key in (*SCALARS, AVERAGE, MASTER_KEY) if key in entry}

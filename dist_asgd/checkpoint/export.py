@@ -1,15 +1,15 @@
 """``export_averaged()``: the averaged weights of a running job, written to safetensors files for inference.
 
 Ranks send their fragments of one parameter at a time to rank 0, which writes the whole tensor before the next comes.
+Entries that state_dict hooks compute from parameters are computed once more, with the averages in place.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,11 @@ from ..state import MASTER_KEY
 from ..state_dict.sharded import AVERAGE
 from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
-from .entries import names_of
+from .format.paths import local_path
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
+from .names import names_of
 from .save import Saver, adopt_params
+from .sources import Region, traced
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -40,12 +42,18 @@ class _Weight:
     """One entry of the model's state dict: ``value``, or instead the state ``state_key`` of ``member`` if it has one.
 
     That is the average, or the float32 master of a parameter that is converted before its averaging has begun.
+    ``region`` is the part of it that the entry has; None if it has all of it. If ``is_computed``, hooks compute the
+    entry from averages, and ``key`` is its key in the state dict; ``value`` is of the last iterate until they have done
+    so.
     """
 
     name: str
     value: Tensor
     spec: TensorSpec
     member: ShardedParam | None
+    region: Region | None = None
+    is_computed: bool = False
+    key: str = ""
     state_key: str = AVERAGE
 
 
@@ -61,15 +69,17 @@ def export_averaged(
 ) -> None:
     """Write the averaged weights of ``model`` to ``path`` (``….safetensors``), for inference. Collective.
 
-    The file has the names of ``model.state_dict()``, without the prefixes of wrappers. It has ``ax`` of every parameter
-    whose averaging has begun, and the value itself of other parameters and of buffers. Statistics of BatchNorm belong
-    to the last iterate. Rank 0 writes, and needs memory for one parameter; the other ranks need that of one fragment
+    The file has the names of ``model.state_dict()``, without the parts that wrappers add. It has ``ax`` of every
+    parameter whose averaging has begun, and the value itself of other parameters and of buffers. If state_dict hooks
+    compute entries from parameters, they compute them from the averages, as inside ``averaged_parameters()``; a hook
+    that leaves out a parameter whose averaging has begun is an error. Statistics of BatchNorm belong to the last
+    iterate. Rank 0 writes, and needs memory for one parameter; the other ranks need that of one fragment
     at most. The model and the optimizer do not change. If the weights have more than ``max_bytes``, there are several
     files and an index, which transformers loads: ``model-00001-of-00002.safetensors``, ...,
     ``model.safetensors.index.json``.
 
     Args:
-        path: the file that rank 0 writes. It appears whole or not at all.
+        path: the file that rank 0 writes, on a file system. It appears whole or not at all.
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
@@ -78,7 +88,8 @@ def export_averaged(
         overwrite: replace the files that an earlier export wrote to ``path``.
 
     Raises:
-        ValueError: an argument is not supported, ``path`` is taken, or ranks disagree; on every rank.
+        ValueError: an argument is not supported, ``path`` is taken, an average would be left out, or ranks disagree;
+            on every rank.
         RuntimeError: the disk is full or not writable (on every rank), or inside ``averaged_parameters()``.
         TypeError: the optimizer is not a ShardedASGD.
         PeerError: a rank died.
@@ -90,15 +101,19 @@ def export_averaged(
     fingerprint, problem = NO_FINGERPRINT, None
     try:
         weights = _plan(model, optimizer, dtype)
-        fingerprint = _fingerprint(path, weights, max_bytes, overwrite)
+        out = local_path(path)
+        fingerprint = _fingerprint(out, weights, max_bytes, overwrite)
         if saver.rank == WRITER:
             specs = {weight.name: weight.spec for weight in weights}
-            files = TensorFiles(Path(path), specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
+            files = TensorFiles(out, specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
             files.open()
     except Exception as error:
         problem = _translated(error, path)
     try:
         saver.agree(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
+        if any(weight.is_computed for weight in weights):
+            weights, problem = _computed(weights, model, cast(ShardedASGD, optimizer))
+            saver.agree(CollectiveCall.EXPORT_AVERAGED, problem=problem)
         problem = _write_all(weights, saver.communicators, files)
         problem = problem and _translated(problem, path)
         saver.agree(CollectiveCall.END_OF_EXPORT_AVERAGED, problem=problem)
@@ -135,28 +150,92 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
     shards.check_unchanged(optimizer.state)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
-    names = names_of(model, optimizer).of_model
-    members = {id(member.param): member for member in shards.members}
-    weights = []
-    for key, value in model.state_dict(keep_vars=True).items():
-        name, member = names[key], members.get(id(value))
+    state, source_of = traced(model, params)
+    names = names_of(model, optimizer, state)
+    weights, exported = [], set[int]()
+    for key, value in state.items():
+        name = names.of_model[key]
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"dist_asgd: {name} in model.state_dict() is a {type(value).__name__}; safetensors files hold tensors. "
                 f"Save a checkpoint, which holds everything."
             )
+        source = source_of(value)
+        exported |= source.roots
+        begun = [m for m in (shards.members[root] for root in source.roots) if shards.cohort_of[m.index].begun]
         wanted = value.dtype
-        if member is not None and dtype is not None:
+        if source.roots and dtype is not None:
             if value.is_complex():
                 raise ValueError(f"dist_asgd: parameter {name} is {value.dtype} and cannot be exported as {dtype}.")
             # Frozen ones may be of any dtype: quantised weights stay as they are.
             wanted = dtype if value.is_floating_point() else value.dtype
-        begun = member is not None and shards.cohort_of[member.index].begun
-        state_key = AVERAGE if begun else MASTER_KEY
-        has_master = member is not None and member.bucket.master is not None
-        source = member if begun or (has_master and wanted != value.dtype) else None
-        weights.append(_Weight(name, value.detach(), TensorSpec(wanted, tuple(value.shape)), source, state_key))
+        is_computed = bool(begun) and source.is_computed
+        if is_computed and wanted.itemsize > value.dtype.itemsize and any(map(_is_wider, begun)):
+            raise ValueError(
+                f"dist_asgd: cannot export {name} as {wanted}: a state_dict hook of the model computes it in "
+                f"{value.dtype}, and the averages it computes from are wider. Leave dtype out, or remove the hook for "
+                f"the export."
+            )
+        member = begun[0] if begun and not is_computed else None
+        state_key = AVERAGE
+        if not begun and not source.is_computed and wanted != value.dtype:
+            member = next(
+                (m for m in map(shards.members.__getitem__, source.roots) if m.bucket.master is not None), None
+            )
+            state_key = MASTER_KEY
+        spec = TensorSpec(wanted, tuple(value.shape))
+        weights.append(_Weight(name, value.detach(), spec, member, source.region, is_computed, key, state_key))
+    left_out = [
+        names.of_params[index][0]
+        for index, member in enumerate(shards.members)
+        if index not in exported and shards.cohort_of[member.index].begun
+    ]
+    if left_out:
+        raise ValueError(
+            f"dist_asgd: the averaging of {len(left_out)} parameters has begun ({', '.join(left_out[:3])}"
+            f"{', ...' * (len(left_out) > 3)}), and model.state_dict() has no entry that torch computed from them: a "
+            f"state_dict hook drops them, replaces them by values that it keeps, or computes outside of torch. Remove "
+            f"the hook for the export, or save model.state_dict() yourself inside optimizer.averaged_parameters()."
+        )
     return weights
+
+
+def _is_wider(member: ShardedParam) -> bool:
+    """Whether the average has more bits than the parameter, so that the parameter cannot be the average exactly."""
+    return member.bucket.average.dtype != member.bucket.dtype
+
+
+def _computed(
+    weights: Sequence[_Weight], model: nn.Module, optimizer: ShardedASGD
+) -> tuple[list[_Weight], Exception | None]:
+    """Let the model's hooks compute the weights that they compute, from the averages. Collective.
+
+    Returns all weights, and this rank's problem, if any, for all ranks to raise.
+    """
+    computed: list[_Weight] = []
+    problem: Exception | None = None
+    with optimizer.averaged_parameters(), torch.no_grad():
+        try:
+            state = model.state_dict()
+            for weight in weights:
+                if not weight.is_computed:
+                    computed.append(weight)
+                    continue
+                value = state.get(weight.key)
+                if not isinstance(value, Tensor) or (value.shape, value.dtype) != (
+                    weight.value.shape,
+                    weight.value.dtype,
+                ):
+                    raise ValueError(
+                        f"dist_asgd: a state_dict hook of the model gives another {weight.name} at its second call: "
+                        f"{tuple(getattr(value, 'shape', ()))} {getattr(value, 'dtype', type(value).__name__)}, at the "
+                        f"first one {tuple(weight.value.shape)} {weight.value.dtype}. Remove the hook for the export."
+                    )
+                # Copied, as it may be a view of a parameter, which is the average inside this block only.
+                computed.append(replace(weight, value=value.detach().clone()))
+        except Exception as error:
+            problem = error
+    return computed, problem
 
 
 def _fingerprint(
@@ -165,7 +244,10 @@ def _fingerprint(
     """Return the arguments as they must be on all ranks."""
     entries: list[tuple[str, object]] = [("path", str(path)), ("max_bytes", max_bytes), ("overwrite", overwrite)]
     entries += [
-        (f"tensor {position}", (w.name, str(w.spec.dtype), w.spec.shape, w.member is not None, w.state_key))
+        (
+            f"tensor {position}",
+            (w.name, str(w.spec.dtype), w.spec.shape, w.member is not None, w.is_computed, w.state_key),
+        )
         for position, w in enumerate(weights)
     ]
     return Fingerprint("arguments of export_averaged()", entries, "Pass the same on every rank.")
@@ -215,6 +297,6 @@ def _whole_values(weights: Sequence[_Weight], communicators: Communicators) -> I
         masters = wanted == MASTER_KEY
         for member, key, whole in whole_state(members, communicators, WRITER, masters=masters, one_by_one=True):
             for weight in by_member[member.index] if key == wanted else ():
-                yield weight, whole
+                yield weight, whole if weight.region is None else weight.region.of(whole)
     for position, whole in whole_dtensors([value for _, value in live], communicators, WRITER):
         yield live[position][0], whole

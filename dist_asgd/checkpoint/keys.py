@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..placements.shard_tensor import shard_tensor_of
+from ..state_dict.wrapper_names import without_parts
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
 from .format.writer import KeyPath
@@ -60,6 +61,28 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_LISTED]) + more
 
 
+class PlainNameIndex:
+    """Finds names in a checkpoint, also if parts of wrappers are in them.
+
+    torch's own recipe, and version 0.1, leave such parts if one wrapper is right inside another.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._by_plain_name: dict[str, list[str]] | None = None
+
+    def find(self, name: str) -> str | None:
+        """Return ``name`` if it is there, or the only name that is ``name`` but for parts of wrappers, or None."""
+        if name in self._names:
+            return name
+        if self._by_plain_name is None:
+            self._by_plain_name = {}
+            for known in self._names:
+                self._by_plain_name.setdefault(without_parts(known), []).append(known)
+        found = self._by_plain_name.get(without_parts(name), [])
+        return found[0] if len(found) == 1 else None
+
+
 class CheckpointKeys:
     """The keys of an open checkpoint. Values are read at once; tensors later and together, by ``read_tensors``.
 
@@ -78,6 +101,11 @@ class CheckpointKeys:
         for key in self.keys:
             parent, _, last = key.rpartition(".")
             self.parents.setdefault(parent, {})[last] = key
+        self._index = PlainNameIndex(self.keys)
+
+    def find(self, key: str) -> str | None:
+        """Return ``key`` if the checkpoint has it, or the only key that differs in parts of wrappers only, or None."""
+        return self._index.find(key)
 
     def target_for(self, key: str, like: Tensor, *, widen: bool) -> Tensor:
         """Return new memory, shaped, sharded and placed as ``like``, that ``read_tensors`` fills with ``key``.

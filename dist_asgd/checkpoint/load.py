@@ -28,11 +28,13 @@ from ..state_dict.sharded import AVERAGE
 from . import own_entries
 from .apply import apply
 from .containers import Containers
-from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, Names, names_of, param_fragments
+from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, param_fragments
 from .format.layouts import Prefix, hint
 from .format.manifest import CheckpointError
+from .format.paths import local_path
 from .format.reader import CheckedReader
-from .keys import CheckpointKeys, KeyMismatch, listed
+from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex, listed
+from .names import Names, names_of
 from .options import group_options, option_keys_of, option_values
 from .save import Saver, adopt_params, take_in
 
@@ -139,7 +141,7 @@ def restore(
         try:
             saver.wait_pending()
             reader = CheckedReader(path, verify=verify, prefix=prefix)
-            loaded = _read_state(Path(path), reader, model, optimizer, strict, saver)
+            loaded = _read_state(local_path(path), reader, model, optimizer, strict, saver)
             entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
             entries.append(("prefix", repr(prefix)))
             fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
@@ -223,15 +225,16 @@ def _model_state(
     state: dict[str, Any] = {}
     fragments: list[tuple[ShardTensor, ShardTensor]] = []
     objects: dict[str, str] = {}
-    known = {f"{MODEL}.{name}" for name in names.of_model.values()}
+    found = {name: checkpoint.find(f"{MODEL}.{name}") for name in names.of_model.values()}
+    known = {key for key in found.values() if key is not None}
     for key, value in model.state_dict(keep_vars=True).items():
-        name = f"{MODEL}.{names.of_model[key]}"
+        name = found[names.of_model[key]]
         # What a module keeps beside its tensors may have any shape and kind: the module takes what was saved.
         if not isinstance(value, Tensor) or key.endswith(_EXTRA_STATE_KEY_SUFFIX):
-            objects[name] = key
+            objects[name or f"{MODEL}.{names.of_model[key]}"] = key
             state[key] = value
-        elif name not in checkpoint.keys:
-            mismatch.missing.append(name)
+        elif name is None:
+            mismatch.missing.append(f"{MODEL}.{names.of_model[key]}")
         elif names.of_model[key] in with_master:
             state[key] = value
         else:
@@ -243,7 +246,7 @@ def _model_state(
                 fragments.append((live, cast(ShardTensor, checkpoint.target_for(source, live, widen=False))))
             else:
                 state[key] = checkpoint.target_for(source, value.detach(), widen=False)
-    mismatch.num_matches += sum(name in checkpoint.keys for name in known)
+    mismatch.num_matches += len(known)
     known |= _read_objects(checkpoint, objects, state, mismatch)
     mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     return state, fragments
@@ -253,8 +256,8 @@ def _masters_of(checkpoint: CheckpointKeys, names: Names) -> dict[str, str]:
     """Return the keys of the masters in the checkpoint, by every name of their parameter."""
     masters: dict[str, str] = {}
     for aliases in names.of_params:
-        keys = (f"{OPTIM}.{STATE}.{name}.{MASTER_KEY}" for name in aliases)
-        key = next((key for key in keys if key in checkpoint.keys), None)
+        keys = (checkpoint.find(f"{OPTIM}.{STATE}.{name}.{MASTER_KEY}") for name in aliases)
+        key = next((key for key in keys if key is not None), None)
         if key is not None:
             masters |= dict.fromkeys(aliases, key)
     return masters
@@ -300,13 +303,17 @@ def _optimizer_state(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     options_of = option_keys_of(checkpoint)
     state_prefix = f"{OPTIM}.{STATE}."
+    known = options_of.keys() | {
+        parent.removeprefix(state_prefix) for parent in checkpoint.parents if parent.startswith(state_prefix)
+    }
+    by_plain_name = PlainNameIndex(known)
     used: set[str] = set()
     used_name: dict[int, str] = {}
     state_keys: dict[int, dict[str, str]] = {}
     option_keys: dict[int, dict[str, str]] = {}
     for index, aliases in enumerate(names.of_params):
         # Of a shared parameter any name will do: another wrapping may have put another one first.
-        name = next((n for n in aliases if n in options_of or state_prefix + n in checkpoint.parents), None)
+        name = next((found for n in aliases if (found := by_plain_name.find(n)) is not None), None)
         if name is None:
             mismatch.missing.append(state_prefix + aliases[0])
             continue
@@ -327,8 +334,8 @@ def _optimizer_state(
     for index, param in enumerate(params):
         entry = live["state"].get(index)
         if index in state_keys:
-            model_keys = (f"{MODEL}.{name}" for name in names.of_params[index])
-            model_key = next((key for key in model_keys if key in checkpoint.keys), None)
+            model_keys = (checkpoint.find(f"{MODEL}.{name}") for name in names.of_params[index])
+            model_key = next((key for key in model_keys if key is not None), None)
             entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
             entry = {**(entry or {}), **own.get(index, {})} or None
         if entry is not None:

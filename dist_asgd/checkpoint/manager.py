@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +14,15 @@ from torch.optim import Optimizer
 
 from ..comm.agreement import CollectiveCall, Fingerprint
 from .format import directory
-from .format.directory import leftover_of, leftovers, step_name, steps_in
+from .format.directory import NewDirectory, leftovers, remove_leftovers, step_name, steps_in
+from .format.manifest import CheckpointError
+from .format.nearby import refuse_as_folder
+from .format.paths import local_path
 from .load import restore
+from .offline.verify import newest_whole
 from .save import PendingSave, Saver, WhenBusy
+
+_LOG = logging.getLogger("dist_asgd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +33,13 @@ class Restored:
         step: the number of steps after which the checkpoint was saved.
         path: the checkpoint's directory.
         extra: what this rank gave as ``extra`` when it was saved; see ``load_checkpoint``.
+        skipped: with ``fallback=True``, newer checkpoints that could not be read, newest first, each with its error.
     """
 
     step: int
     path: Path
     extra: Any
+    skipped: tuple[tuple[Path, str], ...] = ()
 
 
 class CheckpointManager:
@@ -53,11 +61,13 @@ class CheckpointManager:
             raise ValueError(f"dist_asgd: keep must be a number from 1 on, or None to keep all, got {keep!r}.")
         if when_busy not in ("wait", "refuse"):
             raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.abspath(local_path(folder)))
         self._keep = keep
         self._when_busy: WhenBusy = when_busy
         # Not the saver, which would keep the memory of a deleted optimizer.
         self._last_save: PendingSave | None = None
+        # What the last restore() has passed over, which the next save moves out of the way.
+        self._damaged: list[Path] = []
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> Path:
@@ -97,27 +107,50 @@ class CheckpointManager:
         step: int | None = None,
         strict: bool = True,
         verify: bool = True,
+        fallback: bool = False,
     ) -> Restored | None:
         """Load the checkpoint of ``step``, or the latest, as ``load_checkpoint`` does. Collective.
+
+        With ``fallback=True`` a checkpoint that is damaged or not whole is passed over, and the newest one before it
+        that loads is taken, the same on all ranks. Every rank logs which were passed over and why, and has them in
+        ``skipped`` of the result. The next save moves them aside, to ``folder/damaged-step-...``. Without it such a
+        checkpoint is an error, which names the newest one that is whole. A checkpoint of another model is an error in
+        both cases.
 
         Returns None on every rank, and changes nothing, if there is no checkpoint.
         """
         saver = Saver.of(optimizer)
         saver.agree(
             CollectiveCall.RESTORE_CHECKPOINT,
-            Fingerprint("checkpoints to restore", [("step", step)], "Pass the same step."),
+            Fingerprint(
+                "checkpoints to restore", [("step", step), ("fallback", fallback)], "Pass the same step and fallback."
+            ),
         )
         saver.wait_pending()
         # Rank 0 decides which is the latest: on a shared file system other ranks may not see the newest one yet.
-        path = saver.on_first(
-            CollectiveCall.RESTORE_CHECKPOINT, self.latest if step is None else lambda: self.path_of(step)
-        )
-        if path is None:
-            return None
-        loaded = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
-        # Without a manifest (verify=False) only the directory's name tells the step.
-        loaded_step = int(path.name.removeprefix("step-")) if loaded.step is None else loaded.step
-        return Restored(loaded_step, path, loaded.extra)
+        candidates = saver.on_first(CollectiveCall.RESTORE_CHECKPOINT, lambda: self._candidates(step))
+        skipped: list[tuple[Path, str]] = []
+        for path in candidates:
+            try:
+                loaded = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
+            except CheckpointError as error:
+                # All ranks raise it, whichever of them has met the damage, so all of them go on to the same one.
+                skipped.append((path, str(error)))
+                if not fallback:
+                    raise CheckpointError(f"{error}{self._advice(saver, candidates[1:])}") from error
+                continue
+            # Without a manifest (verify=False) only the directory's name tells the step.
+            loaded_step = int(path.name.removeprefix("step-")) if loaded.step is None else loaded.step
+            self._damaged = [damaged for damaged, _ in skipped]
+            for damaged, text in skipped:
+                _LOG.warning("fell back to %s, because %s could not be read: %s", path, damaged.name, text)
+            return Restored(loaded_step, path, loaded.extra, tuple(skipped))
+        if skipped:
+            texts = "\n".join(text for _, text in skipped)
+            raise CheckpointError(
+                f"dist_asgd: no checkpoint in {self.folder} can be read, so none is restored:\n{texts}"
+            )
+        return None
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -137,28 +170,52 @@ class CheckpointManager:
         self._last_save = saver.save(call, path, model, optimizer, step, extra, self._when_busy, begin, commit)
         return self._last_save
 
-    def _begin(self, path: Path) -> Path:
+    def _candidates(self, step: int | None) -> list[Path]:
+        """Return the checkpoint to restore, and all before it, newest first; called on rank 0."""
+        refuse_as_folder(self.folder)
+        found = list(reversed([entry for _, entry in steps_in(self.folder, with_damaged=True)]))
+        if step is None:
+            return found
+        wanted = self.path_of(step)
+        return [wanted, *(entry for entry in found if entry.name < wanted.name)]
+
+    def _advice(self, saver: Saver, earlier: list[Path]) -> str:
+        """Return what to do about a checkpoint that cannot be read, given those before it. Collective."""
+        path, read = saver.on_first(CollectiveCall.RESTORE_CHECKPOINT, lambda: newest_whole(earlier))
+        if path is None:
+            return f" No earlier checkpoint in {self.folder} is whole." if earlier else ""
+        how = "" if read else " by its files' sizes (it was not read whole)"
+        return (
+            f" The newest checkpoint before it that is whole{how} is {path.name}: pass fallback=True to restore() to "
+            f"load it, or step={int(path.name.removeprefix('step-'))}."
+        )
+
+    def _begin(self, path: Path) -> NewDirectory:
         """Clear the folder of leftovers and make the directory to write in; called on rank 0."""
         if not self.folder.is_dir():
             raise ValueError(f"dist_asgd: the folder of checkpoints {self.folder} has vanished. Make it again.")
+        refuse_as_folder(self.folder)
+        # First the check that nobody else writes here, and then all that it could disturb.
+        remove_leftovers(self.folder, lambda name: name.startswith("step-"))
         for leftover in leftovers(self.folder):
-            name = leftover_of(leftover) or ""
             if leftover.is_symlink():
                 leftover.unlink()
-            elif name.startswith("step-"):
-                shutil.rmtree(leftover)
+        if self._damaged:
+            directory.set_aside(self.folder, self._damaged)
+            self._damaged = []
         newest = self.latest()
         if newest is not None and newest.name >= path.name:
             raise ValueError(
                 f"dist_asgd: {self.folder} has a checkpoint of a later or the same step, {newest.name}, so {path.name} "
-                f"would not become the latest. Remove those of the run that you leave, or use another folder."
+                f"would not become the latest. Remove those of the run that you leave, or use another folder. Jobs and "
+                f"stages of a pipeline need folders of their own."
             )
         return directory.begin(path)
 
-    def _commit(self, temporary: Path, path: Path) -> None:
+    def _commit(self, new: NewDirectory, path: Path) -> None:
         """Put the checkpoint in place, and remove superseded ones; called on rank 0 when all files are on disk."""
         # In this order: whenever a crash comes, `latest` leads to a whole checkpoint.
-        directory.put_in_place(temporary, path)
+        directory.put_in_place(new, path)
         directory.point_latest(self.folder, path.name)
         whole = [entry for _, entry in steps_in(self.folder)]
         for superseded in whole[: -self._keep] if self._keep is not None else ():

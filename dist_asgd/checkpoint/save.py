@@ -26,6 +26,8 @@ from ..optimizer import ShardedASGD
 from ..state_dict.sharded import ShardTensorCache
 from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
 from .format import directory
+from .format.directory import NewDirectory
+from .format.paths import local_path
 from .format.writer import Frames, RankFile, WrittenFile
 from .staging import StagingArea
 
@@ -185,8 +187,8 @@ class Saver:
         step: int,
         extra: Any,
         when_busy: WhenBusy,
-        begin: Callable[[Path], Path],
-        commit: Callable[[Path, Path], None],
+        begin: Callable[[Path], NewDirectory],
+        commit: Callable[[NewDirectory, Path], None],
     ) -> PendingSave | None:
         """Save from all ranks; returns the pending save of an asynchronous ``call``, else None. Collective.
 
@@ -196,7 +198,7 @@ class Saver:
         fingerprint, problem = NO_FINGERPRINT, None
         target, state = Path(), FlatState({}, {})
         try:
-            target = Path(os.path.abspath(path))
+            target = Path(os.path.abspath(local_path(path)))
             _check(step, when_busy)
             # Whether it still runs may differ between ranks, so this too is for them to agree on.
             if when_busy == "refuse" and self._pending is not None and not self._pending.done():
@@ -230,21 +232,36 @@ class Saver:
         path: Path,
         state: FlatState,
         step: int,
-        begin: Callable[[Path], Path],
-        commit: Callable[[Path, Path], None],
+        begin: Callable[[Path], NewDirectory],
+        commit: Callable[[NewDirectory, Path], None],
     ) -> None:
         """Write the checkpoint of ``state`` to ``path``. Collective in the background group; raises on all ranks."""
+        new: NewDirectory | None = None
+
+        def begin_here() -> Path:
+            nonlocal new
+            new = begin(path)
+            return new.path
+
+        def put_in_place() -> None:
+            assert new is not None
+            commit(new, path)
+
+        def discard() -> None:
+            assert new is not None
+            directory.discard(new)
+
         try:
-            temporary = self.on_first(call, lambda: begin(path))
+            temporary = self.on_first(call, begin_here)
             try:
-                self._write_files(call, temporary, path, state, step, commit)
+                self._write_files(call, temporary, path, state, step, put_in_place)
             except PeerError:
                 # The files stay as a leftover: to remove them all ranks would have to agree, and one is gone.
                 raise
             except Exception:
                 # Raised on every rank alike, so nobody writes any more. An interruption is this rank's own: it leaves
                 # the files too, as the others still write.
-                self._run_on_first(call, lambda: directory.discard(temporary))
+                self._run_on_first(call, discard)
                 raise
         except PeerError as error:
             raise PeerError(
@@ -252,6 +269,10 @@ class Saver:
                 f"cut off, or did not arrive within the process group's timeout. Earlier checkpoints are whole: "
                 f"restart from the last one. The backend said: {error.__cause__}"
             ) from error
+        finally:
+            # Whatever was left is now a leftover, which the next save may remove.
+            if new is not None:
+                new.close()
 
     def _write_files(
         self,
@@ -260,7 +281,7 @@ class Saver:
         path: Path,
         state: FlatState,
         step: int,
-        commit: Callable[[Path, Path], None],
+        commit: Callable[[], None],
     ) -> None:
         """Write all files into ``temporary``, and let rank 0 commit it. Collective in the background group."""
         assert self._background is not None
@@ -291,7 +312,7 @@ class Saver:
         def complete() -> None:
             try:
                 directory.finish(temporary, step, files or (), metadata, self.communicators.names.describe([0]))
-                commit(temporary, path)
+                commit()
             except Exception as error:
                 raise _save_error(path, error) from error
 
@@ -350,7 +371,8 @@ def save_checkpoint(
     ``path``, and model and optimizer are untouched.
 
     Args:
-        path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share.
+        path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share. ``~`` and
+            ``file://`` work; addresses of object stores (``s3://``) are a ValueError on every rank.
         model: the module whose parameters the optimizer was given, wrapped by DDP or torch.compile or not.
         optimizer: a ``ShardedASGD`` of any stage, or ``torch.optim.ASGD`` (on FSDP2 parameters too).
         step: the number of steps taken, for the manifest.

@@ -41,7 +41,8 @@ UNKNOWN_DISCARDS = -(1 << 40)
 # Bits per word of a mask: words are int64, and must stay positive.
 MASK_BITS = 62
 _MASK = (1 << MASK_BITS) - 1
-# The types in which a problem of one rank is raised on the others; every other type becomes RuntimeError.
+# The types in which a problem of one rank is raised on the others, beside SharedError and all below it; every other
+# type becomes RuntimeError.
 RAISED = (ValueError, TypeError, KeyError, RuntimeError)
 # The attribute of errors that every rank has raised.
 _ON_ALL_RANKS = "dist_asgd_on_all_ranks"
@@ -73,6 +74,10 @@ def public_call(method: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return call
+
+
+class SharedError(RuntimeError):
+    """A problem that every rank raises in its own type, so that all can react to it alike; made of its text alone."""
 
 
 class CallsDiffer(RuntimeError):
@@ -384,17 +389,18 @@ class Agreement:
             raise problem
         own = None
         if problem is not None:
-            name = next((c.__name__ for c in RAISED if isinstance(problem, c)), "RuntimeError")
+            kinds = (type(problem),) if isinstance(problem, SharedError) else RAISED
+            kind = next((c for c in kinds if isinstance(problem, c)), RuntimeError)
             text = problem.args[0] if isinstance(problem, KeyError) and problem.args else problem
-            own = (name, str(text))
+            own = (kind, str(text))
         problems = self._comm.exchange_objects(own)
-        names = [entry[0] for entry in problems if entry is not None]
+        kind_of_first = next(entry[0] for entry in problems if entry is not None)
         lines = [
             f"{text} [on {self.names.describe(ranks)} of {self.names.total}]"
             for text, ranks in positions_by_value([None if entry is None else entry[1] for entry in problems]).items()
             if text is not None
         ]
-        raised = next(c for c in RAISED if c.__name__ == names[0])("\n".join(lines))
+        raised = kind_of_first("\n".join(lines))
         setattr(raised, _ON_ALL_RANKS, True)
         raise raised from problem
 

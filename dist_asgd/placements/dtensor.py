@@ -10,6 +10,7 @@ copy           a rank holds a copy if another rank of the mesh has the same loca
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard, cast
 
@@ -219,10 +220,27 @@ def redistribute_gradient(param: DTensor) -> None:
     param.grad = gradient.redistribute(param.device_mesh, param.placements)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Make the parameters of ``model`` the DTensors again that FSDP2 made of them.
+
+    After a forward without a backward, as in an evaluation, a module may still have its gathered parameters, which
+    nobody else knows. The next forward or backward gathers them again.
+    """
+    # Whoever has FSDP2 modules has loaded it; others need not.
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def reshard_modules() -> None:
     """Make every FSDP2 module of this process gather its parameters again before it uses them.
 
-    Called after parameters were written outside of a step. A module that keeps its gathered parameters after forward,
+    Called after parameters were written outside of a step, and before a state dict, for those who match its parameters
+    with the model's. A module that keeps its gathered parameters after forward,
     as the root does by default, would otherwise go on with the values from before.
     """
     from torch.distributed._composable_state import _module_state_mapping

@@ -27,9 +27,9 @@ from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..validation import hyperparameters
 from . import own_entries
+from .wrapper_names import check_order
 
 STATE_KEYS = KEYS
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,13 +322,6 @@ def _scalar(value: Tensor | float) -> Tensor:
     return torch.tensor(float(value), dtype=scalar_dtype(), device="cpu")
 
 
-def _plain_name(name: str) -> str:
-    """Return the name without the prefixes that DDP and ``torch.compile`` add."""
-    while name.startswith(WRAPPER_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
-
-
 def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return the new values of a group; ValueError if the dict names its parameters differently."""
     names, own_names = saved.get("param_names"), own.get("param_names")
@@ -338,12 +331,7 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
             f"param_names. Delete the names, or give one for each parameter."
         )
     if names is not None and own_names is not None:
-        for position, (got, wanted) in enumerate(zip(names, own_names, strict=True)):
-            if _plain_name(got) != _plain_name(wanted):
-                raise ValueError(
-                    f"dist_asgd: param_groups[{index}] of the state dict has {got!r} where the optimizer has "
-                    f"{wanted!r} (entry {position}). Pass the parameters in the order in which they were saved."
-                )
+        check_order(index, names, own_names)
     loaded = {key: copy.deepcopy(value) for key, value in saved.items() if key != "params"}
     for key, value in defaults.items():
         # A release of torch that did not have an option behaved as its default does.

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..comm import Communicators, PeerError
 from ..comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
 from ..gather import Gatherer
+from ..placements.dtensor import reshard_modules
 from ..state import LOAD_CHECKPOINT, ParamShards
 from ..storage.frozen import FrozenParam
 from ..storage.snapshots import mark_written
@@ -70,6 +71,9 @@ class StateDicts:
         _before_state_dict(optimizer)
         if self._shards is not None:
             self._shards.follow_state()
+            if self._shards.presharded:
+                # Helpers of torch look for the optimizer's parameters in the model next.
+                reshard_modules()
         groups, state = optimizer.param_groups, optimizer.state
         params = params_of(groups)
         if self._shards is None:

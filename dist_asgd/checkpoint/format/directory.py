@@ -1,26 +1,30 @@
 """Checkpoint directories as a whole: a crash at any moment leaves every earlier checkpoint whole, and no partial one.
 
-A save calls ``begin``, then every rank writes its file, then ``finish`` and ``put_in_place`` (or ``discard``). The
-directory has a temporary name beside its own until all of it is on disk, and is then renamed; a checkpoint that is to
-go is renamed before its files are removed. A *leftover* is a directory with such a temporary name after a crash: no
-reader takes it for a checkpoint, and the next save removes it. All functions are local, and only rank 0 calls those
-that change something.
+A save calls ``begin``, then every rank writes its file, then ``finish`` and ``put_in_place`` (or ``discard``), and at
+last ``close``. The directory has a temporary name beside its own until all of it is on disk, and is then renamed; a
+checkpoint that is to go is renamed before its files are removed. A *leftover* is a directory with such a temporary name
+after a crash: no reader takes it for a checkpoint, and the next save removes it. A directory that another process is
+still writing has such a name too, and is told apart by its lock (see ``locks``). All functions are local, and only
+rank 0 calls those that change something.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -31,13 +35,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .locks import OWNER_NAME, OwnerLock, writer_of
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, write_manifest
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME
 from .writer import HashedFile, WrittenFile
 
 LATEST_NAME = "latest"
 _STEP_NAME = re.compile(r"step-(\d{8,18})")
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(tmp|old)-[0-9a-f]{12}")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(tmp|old|new)-[0-9a-f]{12}")
+_LOG = logging.getLogger("dist_asgd")
+_TRIES = 5
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -56,29 +63,98 @@ def sync_directory(folder: Path) -> None:
 # --- one checkpoint --------------------------------------------------------------------------------------
 
 
-def begin(path: Path) -> Path:
+class NewDirectory:
+    """The directory of a checkpoint that is being written, and its lock; rank 0 has it until the save ends.
+
+    ``path`` is the directory's temporary path.
+    """
+
+    def __init__(self, target: Path) -> None:
+        # The lock is held before the directory has a name by which another save could take it for a leftover.
+        for attempt in range(_TRIES):
+            fresh = _beside(target, "new")
+            fresh.mkdir()
+            try:
+                lock = OwnerLock.acquire(fresh)
+            except FileNotFoundError:
+                # Another save to the same path has taken it for a leftover.
+                if attempt == _TRIES - 1:
+                    raise
+                continue
+            try:
+                self.path = _beside(target, "tmp")
+                fresh.rename(self.path)
+            except BaseException:
+                lock.release()
+                raise
+            break
+        self._lock: OwnerLock | None = lock
+
+    def close(self) -> list[str]:
+        """Give the lock up, and return the other writers that it has kept away. Every save ends with this call."""
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return []
+        refused = lock.refused()
+        lock.release()
+        return refused
+
+
+def begin(path: Path) -> NewDirectory:
     """Make and return an empty directory beside ``path`` to write in; removes leftovers of earlier saves to ``path``.
 
-    Raises ValueError if ``path`` is taken or has no parent directory.
+    Raises ValueError if ``path`` is taken or has no parent directory, or if another save is writing to it.
     """
     if not path.parent.is_dir():
         raise ValueError(
             f"dist_asgd: cannot save a checkpoint at {path}: {path.parent} is not a folder. Make it first; it must be "
             f"one that all ranks share."
         )
+    check_untaken(path)
+    # Of this path only: another job may be writing beside it.
+    remove_leftovers(path.parent, lambda name: name == path.name)
+    new = NewDirectory(path)
+    try:
+        # Another save may have begun since: whoever sees the other gives way.
+        check_alone(path.parent, lambda name: name == path.name, new.path)
+    except ValueError:
+        discard(new)
+        raise
+    return new
+
+
+def check_untaken(path: Path) -> None:
+    """Raise ValueError if something is at ``path``."""
     if path.is_symlink() or path.exists():
         what = "already exists" if path.is_dir() else "is a file"
         raise ValueError(
             f"dist_asgd: cannot save a checkpoint at {path}: it {what}. A checkpoint is a directory of its own, and "
-            f"none is overwritten: choose another name, or remove it first."
+            f"none is overwritten: choose another name, or remove it first. Jobs and stages of a pipeline that save at "
+            f"the same time need paths of their own."
         )
-    # Of this path only: another job may be writing beside it.
-    for leftover in leftovers(path.parent):
-        if leftover_of(leftover) == path.name:
-            shutil.rmtree(leftover)
-    temporary = _beside(path, "tmp")
-    temporary.mkdir()
-    return temporary
+
+
+def check_alone(folder: Path, is_wanted: Callable[[str], bool], own: Path | None = None) -> None:
+    """Raise ValueError if a process writes a checkpoint of a wanted name in ``folder``; ``own`` is not looked at."""
+    for leftover in leftovers(folder):
+        name = leftover_of(leftover) or ""
+        writer = writer_of(leftover) if is_wanted(name) and leftover != own else None
+        if writer is not None:
+            raise ValueError(
+                f"dist_asgd: another save is writing {folder / name} at this moment ({writer}). Two jobs cannot save "
+                f"to one path, nor to one manager's folder: give each its own, and each stage of a pipeline too. If "
+                f"the other is to go on, nothing of it was changed."
+            )
+
+
+def remove_leftovers(folder: Path, is_wanted: Callable[[str], bool]) -> None:
+    """Remove what crashed saves of a wanted name have left; raises ValueError if one of these saves still runs."""
+    check_alone(folder, is_wanted)
+    for leftover in leftovers(folder):
+        if is_wanted(leftover_of(leftover) or ""):
+            # Another save may be removing it too.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(leftover)
 
 
 def metadata_of(path: Path, files: Sequence[WrittenFile]) -> bytes:
@@ -149,17 +225,29 @@ def _check_visible(directory: Path, files: dict[str, FileEntry], here: str) -> N
             )
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a directory whose files are on disk to ``path``."""
+def put_in_place(new: NewDirectory, path: Path) -> None:
+    """Rename a directory whose files are on disk to ``path``; raises ValueError if something is there by now."""
     # The names of the files must be on disk before the rename is, and the rename before anyone relies on it.
-    sync_directory(temporary)
-    temporary.rename(path)
+    sync_directory(new.path)
+    check_untaken(path)
+    try:
+        new.path.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            check_untaken(path)
+        raise
+    # Closed before it is removed: NFS would keep an open file under another name. A crash leaves it: no harm is done.
+    refused = new.close()
+    (path / OWNER_NAME).unlink(missing_ok=True)
     sync_directory(path.parent)
+    if refused:
+        _LOG.warning("another writer wanted to save to %s at the same time, and was refused: %s", path, refused[0])
 
 
-def discard(temporary: Path) -> None:
+def discard(new: NewDirectory) -> None:
     """Remove what a failed save wrote, as far as the system lets it be removed."""
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(new.path, ignore_errors=True)
+    new.close()
 
 
 def remove(path: Path) -> None:
@@ -205,9 +293,36 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def steps_in(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Return step and path of every whole checkpoint in ``folder``, oldest first."""
+def steps_in(folder: Path, *, with_damaged: bool = False) -> Iterator[tuple[int, Path]]:
+    """Return step and path of every whole checkpoint in ``folder``, oldest first.
+
+    ``with_damaged`` also returns directories of a step that hold data or metadata, and have lost their manifest.
+    """
     entries = [(_STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
     steps = [(int(match[1]), entry) for match, entry in entries if match]
     # The manifest is written last, so a directory with a manifest is whole.
-    return iter(sorted(pair for pair in steps if (pair[1] / MANIFEST_NAME).is_file()))
+    return iter(sorted(pair for pair in steps if _has_manifest(pair[1]) or (with_damaged and _has_data(pair[1]))))
+
+
+def _has_manifest(path: Path) -> bool:
+    return (path / MANIFEST_NAME).is_file()
+
+
+def _has_data(path: Path) -> bool:
+    return path.is_dir() and any(e.name == METADATA_NAME or e.suffix == DEFAULT_SUFFIX for e in path.iterdir())
+
+
+def set_aside(folder: Path, damaged: Sequence[Path]) -> None:
+    """Rename checkpoints that cannot be read to ``damaged-step-...``, and let ``latest`` lead to the newest other."""
+    for path in damaged:
+        if os.path.lexists(path):
+            aside = path.with_name(f"damaged-{path.name}")
+            number = 1
+            while os.path.lexists(aside):
+                number += 1
+                aside = path.with_name(f"damaged-{path.name}-{number}")
+            path.rename(aside)
+    newest = max(steps_in(folder), default=(0, None))[1]
+    if newest is not None:
+        point_latest(folder, newest.name)
+    sync_directory(folder)

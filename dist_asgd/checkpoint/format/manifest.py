@@ -22,7 +22,10 @@ from typing import Any, BinaryIO, NoReturn
 
 import xxhash
 
+from ...comm.agreement import SharedError
 from ...version import __version__
+from .links import cached_file
+from .nearby import hint_at
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -33,8 +36,11 @@ _KEYS = {"format", "dist_asgd", "step", "world_size", "files", "chunks", _HASH_K
 _NAME = re.compile(r"[A-Za-z0-9._\-]{1,255}")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged or incomplete, or it holds something that no checkpoint of this kind holds."""
+class CheckpointError(SharedError):
+    """A checkpoint is damaged or incomplete, or it holds something that no checkpoint of this kind holds.
+
+    It is a RuntimeError. If one rank has it in a collective call, all ranks raise it.
+    """
 
 
 def check_name(name: object) -> str:
@@ -54,19 +60,28 @@ def check_name(name: object) -> str:
 def open_confined(directory: Path, name: str) -> tuple[BinaryIO, int]:
     """Open ``directory/name`` for reading and return it with its size in bytes; raises CheckpointError if it cannot.
 
-    ``name`` has passed ``check_name``. Links, devices and pipes are refused, whatever they lead to.
+    ``name`` has passed ``check_name``. Devices and pipes are refused, and links, except those of ``links``.
     """
     path = directory / name
+    target = path
+    if path.is_symlink():
+        cached = cached_file(directory, name)
+        if cached is None:
+            gone = "" if path.exists() else f" to {os.readlink(path)}, which is not there"
+            raise CheckpointError(
+                f"dist_asgd: {path} is a symbolic link{gone}. A checkpoint holds its own files: links are followed "
+                f"only into a cache beside it (blobs of Hugging Face, .dvc/cache, .git/annex). Copy the checkpoint "
+                f"with cp -rL, which copies what links lead to."
+            )
+        target = cached
     # O_NONBLOCK: opening a pipe that nobody writes to must not hang; fstat() refuses it afterwards.
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise CheckpointError(f"dist_asgd: {path} is missing: the checkpoint is not whole.") from None
+        raise CheckpointError(
+            f"dist_asgd: {path} is missing: the checkpoint is not whole.{hint_at(directory)}"
+        ) from None
     except OSError as error:
-        if path.is_symlink():
-            raise CheckpointError(
-                f"dist_asgd: {path} is a symbolic link. A checkpoint holds its own files: copy them into a directory."
-            ) from None
         raise CheckpointError(f"dist_asgd: cannot open {path}: {error.strerror}.") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -103,9 +118,11 @@ def names_in(directory: Path) -> list[str]:
     try:
         return sorted(os.listdir(directory))
     except FileNotFoundError:
-        raise CheckpointError(f"dist_asgd: there is no checkpoint at {directory}.") from None
+        raise CheckpointError(f"dist_asgd: there is no checkpoint at {directory}.{hint_at(directory)}") from None
     except NotADirectoryError:
-        raise CheckpointError(f"dist_asgd: {directory} is not a directory; a checkpoint is one.") from None
+        raise CheckpointError(
+            f"dist_asgd: {directory} is not a directory; a checkpoint is one.{hint_at(directory)}"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"dist_asgd: cannot read {directory}: {error.strerror}.") from error
 
@@ -186,7 +203,11 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def check_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Return a line for each file that is missing, has another size or is not in the manifest; no file is read."""
+    """Return a line for each file of the manifest that is missing or has another size; no file is read.
+
+    Other files are none of the checkpoint's: systems and tools leave theirs (``.DS_Store``, ``.nfs...``, a model's
+    ``config.json``). They are never opened, and so do no harm.
+    """
     problems = []
     for name, entry in sorted(manifest.files.items()):
         path = directory / name
@@ -199,10 +220,12 @@ def check_files(directory: Path, manifest: Manifest) -> list[str]:
         if size != entry.bytes:
             how = "it is truncated" if size < entry.bytes else "it is too long"
             problems.append(f"{path} has {size} bytes, the manifest says {entry.bytes}: {how}.")
-    for name in names_in(directory):
-        if name != MANIFEST_NAME and name not in manifest.files:
-            problems.append(f"{directory / name} is not in the manifest: it does not belong to this checkpoint.")
     return problems
+
+
+def superfluous(directory: Path, manifest: Manifest) -> list[str]:
+    """List the names in the directory that the manifest does not have; no reader opens such a file."""
+    return [name for name in names_in(directory) if name != MANIFEST_NAME and name not in manifest.files]
 
 
 def encode(manifest: Manifest) -> bytes:

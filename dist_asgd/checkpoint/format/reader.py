@@ -44,20 +44,24 @@ from .manifest import (
     read_whole,
 )
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
+from .nearby import hint_at
+from .paths import local_path
 
 
 class OpenCheckpoint:
     """One checkpoint directory: its metadata and manifest are read and checked here, every chunk as it is read.
 
     With ``verify`` every byte that is read must have the hash that the manifest gives it, and the directory must hold
-    the manifest's files and no others. Without it the manifest may be missing and no hash is compared; all other
-    checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
+    the manifest's files. Others are never opened. Without it the manifest may be missing and no hash is compared; all
+    other checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
         check_prefix(prefix)
-        self.path = Path(path)
+        self.path = local_path(path)
         self.manifest: Manifest | None = None
+        # Raises if there is no such directory.
+        names_in(self.path)
         if verify:
             self.manifest = self._checked_manifest()
         raw = self.read_file(METADATA_NAME, MAX_METADATA_BYTES)
@@ -96,6 +100,15 @@ class OpenCheckpoint:
             # By opening: a link or a device must be refused before its size is believed.
             file, sizes[name] = open_confined(self.path, name)
             file.close()
+        return sizes
+
+    def file_sizes(self) -> dict[str, int]:
+        """Return the bytes of every file of the checkpoint by name, the metadata and the manifest included."""
+        sizes = dict(self.sizes)
+        for name in (METADATA_NAME, *(() if self.manifest is None else (MANIFEST_NAME, *self.manifest.files))):
+            if name not in sizes:
+                file, sizes[name] = open_confined(self.path, name)
+                file.close()
         return sizes
 
     def _chunk_hashes(self) -> dict[tuple[str, int, int], str] | None:
@@ -218,7 +231,7 @@ def needs_manifest(path: Path) -> CheckpointError:
     """Return the error for a directory without a manifest: another program's checkpoint, or none at all."""
     if METADATA_NAME not in names_in(path):
         return CheckpointError(
-            f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}."
+            f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}.{hint_at(path)}"
         )
     return CheckpointError(
         f"dist_asgd: {path} has no {MANIFEST_NAME}, so there are no hashes to verify. If something else than dist_asgd "
@@ -248,7 +261,7 @@ class CheckedReader(FileSystemReader):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
-        super().__init__(path)
+        super().__init__(local_path(path))
         self._verify = verify
         self._prefix = prefix
         self._opened: OpenCheckpoint | None = None
@@ -262,8 +275,10 @@ class CheckedReader(FileSystemReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Called by DCP before a load; forgets the open checkpoint if ``checkpoint_id`` is another path."""
-        if checkpoint_id is not None and Path(checkpoint_id) != Path(self.path):
-            self._opened = None
+        if checkpoint_id is not None:
+            checkpoint_id = local_path(checkpoint_id)
+            if checkpoint_id != Path(self.path):
+                self._opened = None
         super().reset(checkpoint_id)
 
     # Not named kwargs: DCP takes that name as an offer to read one rank's own metadata, and then hides errors of this

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .directory import sync_directory
+from .locks import open_alone
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -128,6 +129,7 @@ class TensorFiles:
                     f"dtype for the export, or consolidate to a .pt file."
                 )
         self._out = out
+        self._overwrite = overwrite
         self._specs = specs
         self._metadata = {"format": "pt", **metadata}
         self._locations: dict[str, _Location] = {}
@@ -170,7 +172,7 @@ class TensorFiles:
         """Create the files under temporary names, and write their headers."""
         try:
             for number, (names, path) in enumerate(zip(self._names, self.paths, strict=True)):
-                self._files.append(_partial(path).open("wb"))
+                self._files.append(open_alone(_partial(path)))
                 self._begin(number, names)
         except BaseException:
             self.discard()
@@ -230,14 +232,17 @@ class TensorFiles:
         for file, path, names in zip(self._files, paths, self._names, strict=True):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
             with safetensors.safe_open(_partial(path), "pt") as written:
                 if set(written.keys()) != set(names):
                     raise RuntimeError(f"dist_asgd: {path} did not come out as it should.")
+        # Another export may have come first since this one has begun.
+        check_out(self._out, self._overwrite)
         stale = set(outputs_at(self._out)) - set(paths)
         index = self._out.with_name(self._out.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
-        for path in paths:
+        for file, path in zip(self._files, paths, strict=True):
+            # Closed afterwards: until it has its own name, its lock keeps other writers away.
             _partial(path).replace(path)
+            file.close()
         # Loaders prefer a single file to an index, so a file of an earlier export would hide the new ones.
         for path in stale:
             path.unlink()

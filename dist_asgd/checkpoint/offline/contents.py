@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
 from ..containers import Containers
 from ..format.layouts import Prefix, described
 from ..format.manifest import CheckpointError
@@ -27,6 +28,7 @@ from ..format.reader import CheckedReader
 from ..keys import CheckpointKeys, KeyMismatch
 from ..options import is_numbered, option_values, options_by_owner
 from ..own_entries import OBJECTS_KEY, RESERVED, shared_and_by_name
+from ..source_record import SOURCES_KEY, SourceRecord
 from ..values import bytes_of
 
 MODEL = "model."
@@ -84,10 +86,21 @@ class CheckpointContents:
 
     @cached_property
     def model(self) -> dict[str, TensorEntry]:
-        """The model's tensors by name: parameters and buffers, and extra states of modules that are one tensor."""
+        """The model's tensors by name: parameters and buffers, and extra states of modules that are one tensor.
+
+        Parts that wrappers added to names are left out.
+        """
         inside = {leaf for key in self._containers.extra_states() for leaf in self._containers.leaves(key)}
         tensors = ((key, entry) for key, entry in self.tensors.items() if key.startswith(MODEL))
-        return {key.removeprefix(MODEL): entry for key, entry in tensors if key not in inside}
+        entries = {key.removeprefix(MODEL): entry for key, entry in tensors if key not in inside}
+        params = {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
+        model: dict[str, TensorEntry] = {}
+        for name, entry in entries.items():
+            plain, param = without_parts(name, CERTAIN_PARTS), without_parts(name)
+            # "module" is a part of a wrapper only if that is how the optimizer knows the parameter.
+            plain = param if plain not in params and param in params else plain
+            model[name if name in params or plain in entries or plain in model else plain] = entry
+        return model
 
     @cached_property
     def _containers(self) -> Containers:
@@ -113,12 +126,19 @@ class CheckpointContents:
         return described(self.opened.metadata.state_dict_metadata, known)
 
     @cached_property
+    def sources(self) -> SourceRecord | None:
+        """The parameters that entries of the model come from, as recorded; None if nothing is."""
+        if SOURCES_KEY not in self.objects:
+            return None
+        return SourceRecord.parse(self.value(SOURCES_KEY), self.opened.path)
+
+    @cached_property
     def state(self) -> dict[str, dict[str, TensorEntry]]:
         """The optimizer's tensors by parameter name, in the order of the model, and then by state key."""
         state: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
             if key.startswith(STATE):
-                name, _, state_key = key.removeprefix(STATE).rpartition(".")
+                name, state_key = _split(key, STATE)
                 state.setdefault(name, {})[state_key] = entry
         wanted = {"step", "eta", "mu", "ax"}
         if any(entries.keys() >= wanted for entries in state.values()):
@@ -132,7 +152,7 @@ class CheckpointContents:
                     f"not the state of an ASGD optimizer."
                 )
             ax, param = entries["ax"], self.model.get(name)
-            if param is not None and param.shape != ax.shape:
+            if param is not None and param.shape != ax.shape and name not in (self.sources or ()):
                 raise CheckpointError(
                     f"dist_asgd: {self.opened.path}: parameter {name} is {list(param.shape)}, its ax {list(ax.shape)}."
                 )
@@ -179,7 +199,7 @@ class CheckpointContents:
         """Tensors that users keep in the optimizer's state, by parameter name, and then by key."""
         own: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
-            name, _, state_key = key.removeprefix(STATE).rpartition(".")
+            name, state_key = _split(key, STATE)
             if key.startswith(STATE) and state_key not in RESERVED:
                 own.setdefault(name, {})[state_key] = entry
         return own
@@ -190,7 +210,7 @@ class CheckpointContents:
         shared, by_name = shared_and_by_name(self.value(OBJECTS_KEY) if OBJECTS_KEY in self.objects else None)
         for key in self.objects:
             if key.startswith(STATE):
-                name, _, state_key = key.removeprefix(STATE).rpartition(".")
+                name, state_key = _split(key, STATE)
                 by_name.setdefault(name, {})[state_key] = self.value(key)
         return shared, by_name
 
@@ -214,12 +234,13 @@ class CheckpointContents:
             if is_numbered(self._keys, below):
                 nested[int(owner)] = options
             else:
-                flat[owner] = options
+                flat[without_parts(owner, CERTAIN_PARTS)] = options
         groups = [group for _, group in sorted(nested.items())]
         for group in groups:
             names = group.get("params")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"dist_asgd: {self.opened.path} has a parameter group without parameter names.")
+            group["params"] = [without_parts(name, CERTAIN_PARTS) for name in names]
         by_options: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
         # All parameters of a group share one list of their names, which is written out once.
         texts: dict[int, str] = {}
@@ -243,23 +264,24 @@ class CheckpointContents:
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
     @cached_property
-    def tied(self) -> dict[str, str]:
-        """Further names of tied parameters in the model, each with the name by which the optimizer knows it.
+    def tied_by_value(self) -> dict[str, str]:
+        """Entries of the model that have the values of a parameter, to the bit, each with the parameter's name.
 
-        DCP stores a tied parameter under each of its names, but its state under one of them. A further name is
-        recognised by its values: its tensor has no state, and it equals, to the bit, a parameter whose averaging has
-        begun.
+        Version 0.1, and torch's own recipe, save a tied parameter under each of its names and do not record that it is
+        tied. It has no state under the further names. Empty if there is a record.
         """
-        further = {name: e for name, e in self.model.items() if name not in self.optimized and e.bytes}
-        wanted = {(entry.shape, entry.dtype) for entry in further.values()}
-        # Each tensor is read once, and recognised by its hash.
-        by_hash: dict[object, str] = {}
-        for other in self.state:
-            twin = self.model.get(other)
-            if twin is not None and (twin.shape, twin.dtype) in wanted and self.has_begun_averaging(other):
-                by_hash.setdefault(self._hash_of(twin), other)
-        hashes = {name: self._hash_of(entry) for name, entry in further.items()} if by_hash else {}
-        return {name: by_hash[hashed] for name, hashed in hashes.items() if hashed in by_hash}
+        if self.sources is not None:
+            return {}
+        params = [name for name in self._by_model(self.optimized) if name in self.model]
+        others = [name for name, entry in self.model.items() if name not in self.optimized and entry.bytes]
+        kinds = {(self.model[name].shape, self.model[name].dtype) for name in others}
+        by_digest: dict[tuple[Any, ...], str] = {}
+        # Those whose averaging has begun come first, as they are what a tie makes a difference for.
+        for name in sorted(params, key=lambda name: not self.has_begun_averaging(name)):
+            if (self.model[name].shape, self.model[name].dtype) in kinds:
+                by_digest.setdefault(self._hash_of(self.model[name]), name)
+        found = ((name, by_digest.get(self._hash_of(self.model[name]))) for name in others if by_digest)
+        return {name: param for name, param in found if param is not None}
 
     def _hash_of(self, entry: TensorEntry) -> tuple[object, ...]:
         """Return shape and dtype of a tensor and a hash of its bits, which is that of no other tensor."""
@@ -271,3 +293,9 @@ class CheckpointContents:
         for key in keys:
             yield key, self.tensor(key)
             progress(self.tensors[key].bytes)
+
+
+def _split(key: str, prefix: str) -> tuple[str, str]:
+    """The parameter's name, without what wrappers add, and the last word of a key below ``prefix``."""
+    name, _, last = key.removeprefix(prefix).rpartition(".")
+    return without_parts(name, CERTAIN_PARTS), last

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ...state import MASTER_KEY
 from ..format.directory import sync_directory
+from ..format.locks import open_alone
 from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
+from ..sources import Region
 from .contents import MODEL, STATE, CheckpointContents, Progress, TensorEntry, no_progress
 
 GROUPS_KEY = "param_groups"
@@ -28,21 +30,25 @@ GROUPS_KEY = "param_groups"
 class Weight:
     """One tensor of an export.
 
-    ``key`` is the checkpoint's key that it is read from, ``spec`` has the dtype and shape that it is written with, and
-    ``averaged`` says whether it is a parameter's average.
+    ``key`` is the checkpoint's key that it is read from, and ``region`` the part of it, None for all; ``spec`` has the
+    dtype and shape that it is written with, and ``averaged`` says whether it is a parameter's average.
     """
 
     key: str
     spec: TensorSpec
     averaged: bool
+    region: Region | None = None
 
 
-def plan_export(contents: CheckpointContents, last: bool, dtype: torch.dtype | None) -> dict[str, Weight]:
+def plan_export(
+    contents: CheckpointContents, last: bool, dtype: torch.dtype | None, *, ties_by_value: bool = True
+) -> dict[str, Weight]:
     """Choose the tensors of an export, by name: each parameter's average if its averaging has begun and not ``last``.
 
     Parameters of the optimizer are converted to ``dtype``, unless it is None. Buffers, and parameters that the
     optimizer does not have, keep their dtype. Raises CheckpointError if the checkpoint has no model, and ValueError if
-    a tensor cannot be converted to ``dtype``.
+    a tensor cannot be converted to ``dtype``, or if not every average would be in the export. Of a checkpoint without a
+    record of ties, ``ties_by_value`` says whether an entry with the values of a parameter is that parameter.
     """
     if not contents.model:
         raise CheckpointError(
@@ -50,29 +56,83 @@ def plan_export(contents: CheckpointContents, last: bool, dtype: torch.dtype | N
         )
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
-    plan = {}
+    plan: dict[str, Weight] = {}
+    exported: set[str] = set()
     for name, entry in contents.model.items():
-        source = contents.tied.get(name, name)
-        averaged = not last and contents.has_begun_averaging(source)
+        params, region = _source(contents, name, ties_by_value)
+        begun = [] if last else [param for param in params if contents.has_begun_averaging(param)]
+        record = contents.sources
+        is_computed = record is not None and name in record.computed
+        if begun and is_computed:
+            raise ValueError(
+                f"dist_asgd: cannot export {name}: a state_dict hook of the model computed it from the last iterate of "
+                f"{_listed(params)}, whose averaging had begun, and only the model knows how. {_REMEDY}"
+            )
         wanted = entry.dtype
-        if dtype is not None and source in contents.optimized:
+        if dtype is not None and contents.optimized.intersection(params):
             if entry.dtype.is_complex:
                 raise ValueError(f"dist_asgd: parameter {name} is {entry.dtype} and cannot be exported as {dtype}.")
-            wanted = dtype
-        key = contents.state[source]["ax"].key if averaged else _exact_key(contents, source, entry, wanted)
-        plan[name] = Weight(key, TensorSpec(wanted, entry.shape), averaged)
+            # Hooks may quantise weights.
+            wanted = dtype if entry.dtype.is_floating_point else wanted
+        exported.update(begun)
+        spec = TensorSpec(wanted, entry.shape)
+        if begun:
+            average = contents.state[begun[0]]["ax"]
+            fits = average.shape == entry.shape if region is None else region.fits(entry.shape, average.shape)
+            if not fits:
+                raise CheckpointError(
+                    f"dist_asgd: {contents.opened.path}: {name} is {list(entry.shape)}, and is recorded to come from "
+                    f"parameter {begun[0]}, whose ax is {list(average.shape)}: the record is damaged."
+                )
+            plan[name] = Weight(average.key, spec, True, region)
+        else:
+            plan[name] = _last_iterate(contents, () if is_computed else params, entry, spec, region)
+    left_out = [] if last else [n for n in contents.state if contents.has_begun_averaging(n) and n not in exported]
+    if left_out:
+        raise ValueError(
+            f"dist_asgd: the averaging of {_listed(left_out)} had begun, and the model in the checkpoint has no such "
+            f"parameters: a state_dict hook of the model renamed, fused or dropped them. {_REMEDY}"
+        )
     return plan
+
+
+_REMEDY = (
+    "Load the checkpoint into the model and its optimizer (load_checkpoint()) and call export_averaged(), or export "
+    "the last iterate (--last)."
+)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"parameter{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+
+
+def _source(contents: CheckpointContents, name: str, ties_by_value: bool) -> tuple[Sequence[str], Region | None]:
+    """The parameters that an entry of the model comes from, and the region that it has of a single one."""
+    record = contents.sources
+    if record is not None and name in record.whole:
+        return [record.whole[name]], None
+    if record is not None and name in record.regions:
+        param, region = record.regions[name]
+        return [param], region
+    if record is not None and name in record.computed:
+        return record.computed[name], None
+    return [contents.tied_by_value.get(name, name) if ties_by_value else name], None
+
+
+def _last_iterate(
+    contents: CheckpointContents, params: Sequence[str], entry: TensorEntry, spec: TensorSpec, region: Region | None
+) -> Weight:
+    """The last iterate of ``entry``: of the float32 master of its parameter, if it is converted and has one."""
+    master = contents.state.get(params[0], {}).get(MASTER_KEY) if len(params) == 1 else None
+    if master is None or spec.dtype == entry.dtype:
+        return Weight(entry.key, spec, False)
+    fits = master.shape == entry.shape if region is None else region.fits(entry.shape, master.shape)
+    return Weight(master.key, spec, False, region) if fits else Weight(entry.key, spec, False)
 
 
 def _advice(contents: CheckpointContents) -> str:
     return f"{contents.other_keys()} Say with --prefix where else they are, if they are.".strip()
-
-
-def _exact_key(contents: CheckpointContents, name: str, entry: TensorEntry, wanted: torch.dtype) -> str:
-    """Return the key of the last iterate of ``entry``: of its float32 master, if it is converted and has one."""
-    master = contents.state.get(name, {}).get(MASTER_KEY)
-    exact = master is not None and wanted != entry.dtype and master.shape == entry.shape
-    return master.key if exact and master is not None else entry.key
 
 
 def export(
@@ -92,7 +152,12 @@ def export(
     files = TensorFiles(out, specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
     with files:
         for name, weight in plan.items():
-            files.write(name, contents.tensor(weight.key).to(weight.spec.dtype))
+            whole = contents.tensor(weight.key)
+            if weight.region is not None:
+                whole = weight.region.of(whole.contiguous())
+            files.write(name, whole.to(weight.spec.dtype))
+            # Let go of before the next one is read.
+            del whole
             progress(weight.spec.bytes)
     return files.paths
 
@@ -118,15 +183,18 @@ def consolidate(
     check_free(out, [out] if out.exists() else [], overwrite)
     whole = _whole(contents, progress)
     partial = out.with_name(f".{out.name}.partial")
-    try:
-        with partial.open("wb") as file:
+    with open_alone(partial) as file:
+        try:
             _save(whole, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(out)
-        sync_directory(out.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+            # Another writer may have come first since this one has begun.
+            check_free(out, [out] if out.exists() else [], overwrite)
+            partial.replace(out)
+            sync_directory(out.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     return [out]
 
 

@@ -7,7 +7,6 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..format.manifest import names_in
 from .contents import CheckpointContents, TensorEntry
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
@@ -86,7 +85,7 @@ def finite(value: float | None) -> float | None:
 def summarize(contents: CheckpointContents) -> Summary:
     """Collect everything that ``inspect`` prints. Not collective."""
     opened = contents.opened
-    sizes = {name: (opened.path / name).stat().st_size for name in names_in(opened.path)}
+    sizes = opened.file_sizes()
     optimized: set[str] = set()
     parameters: list[ParameterEntry] = []
     # The state of another optimizer is listed by its keys.

@@ -1,30 +1,38 @@
 """Checks that a checkpoint is whole. Every byte is read once, and hashed both for its file and for its chunk.
 
-The command ``verify`` calls it.
+The command ``verify`` calls it, and ``CheckpointManager``, to find a checkpoint to load instead of a damaged one.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
-from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest
+from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest, superfluous
 from ..format.reader import OpenCheckpoint, needs_manifest
 from .contents import Progress, no_progress
 
 _BLOCK_BYTES = 1 << 22
+# How long newest_whole() may read, while other ranks wait for it.
+_MAX_READING_S = 30.0
 
 
 @dataclass(slots=True)
 class Verdict:
-    """The result of ``verify``: what was read, and one line for each problem. A whole checkpoint has no problems."""
+    """The result of ``verify``: what was read, and one line for each problem. A whole checkpoint has no problems.
+
+    ``ignored`` are the names in the directory that the manifest does not have; nothing reads them.
+    """
 
     num_files: int = 0
     num_chunks: int = 0
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
 
 def total_bytes(path: Path) -> int:
@@ -47,6 +55,7 @@ def verify(path: Path, progress: Progress = no_progress) -> Verdict:
         verdict.problems.append(_line(error))
         return verdict
     verdict.problems += check_files(path, manifest)
+    verdict.ignored += superfluous(path, manifest)
     complete = not verdict.problems
     for name in manifest.files:
         try:
@@ -99,3 +108,31 @@ def _read_file(path: Path, name: str, manifest: Manifest, verdict: Verdict, prog
         verdict.bytes += size
         if file_digest.hexdigest() != entry.xxh3_128:
             verdict.problems.append(f"{path / name} is damaged: it does not have the hash that the manifest gives.")
+
+
+class _OutOfTimeError(Exception):
+    """Reading has taken too long."""
+
+
+def newest_whole(paths: Sequence[Path]) -> tuple[Path | None, bool]:
+    """Return the first of ``paths`` that is whole, None if none is, and whether every byte of it was read.
+
+    After half a minute only names, sizes and metadata are checked. Not collective.
+    """
+    deadline = time.monotonic() + _MAX_READING_S
+
+    def check_time(_num_bytes: int) -> None:
+        if time.monotonic() > deadline:
+            raise _OutOfTimeError
+
+    for path in paths:
+        try:
+            if not verify(path, check_time).problems:
+                return path, True
+        except _OutOfTimeError:
+            try:
+                OpenCheckpoint(path)
+            except CheckpointError:
+                continue
+            return path, False
+    return None, True
