@@ -27,6 +27,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
+from .checkpoint.format.layouts import prefix_of_text
 from .checkpoint.format.paths import local_path
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
@@ -69,6 +70,15 @@ Verify = Annotated[
         "--verify/--no-verify",
         help="Check every byte that is read against manifest.json. --no-verify reads checkpoints without a manifest, "
         "such as those of FSDP2 and dcp.save; it does not notice damaged data.",
+    ),
+]
+Prefix = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="What the keys begin with if another program wrote DIR: 'app' for app.model and app.optim, or "
+        "'model=,optim=optimizer' for a model without a prefix and its optimizer.",
+        show_default=False,
     ),
 ]
 
@@ -199,7 +209,7 @@ def main(
 
 
 @app.command()
-def inspect(directory: Directory, verify: Verify = True, as_json: AsJson = False) -> None:
+def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as_json: AsJson = False) -> None:
     """List the parameters in DIR with their shapes, dtypes and sizes, and with the progress of their averages.
 
     The command reads `.metadata`, and of the data only scalars, so it is quick at any size. *step* counts a
@@ -207,7 +217,8 @@ def inspect(directory: Directory, verify: Verify = True, as_json: AsJson = False
     Averaging has begun if mu is not 1.
     """
     with _reported():
-        summary = summarize(CheckpointContents(local_path(directory), verify=verify))
+        path = local_path(directory)
+        summary = summarize(CheckpointContents(path, verify=verify, prefix=prefix_of_text(prefix)))
     with _printing():
         if as_json:
             _print_json(summary.as_dict())
@@ -236,6 +247,8 @@ def _print_summary(summary: Summary) -> None:
             shown = ", ".join(f"{e.name} {_shape(e.shape)} {e.dtype}" if e.dtype else e.name for e in entries[:20])
             more = f", and {len(entries) - 20} more" if len(entries) > 20 else ""
             typer.echo(_encodable(_plain(f"{title}: {shown}{more}")))
+    if summary.other_keys:
+        typer.echo(_encodable(_plain(f"other keys: {summary.other_keys}")))
     typer.echo(
         f"{len(summary.parameters)} parameters, {summary.num_elements:,} elements; "
         f"model {decimal(summary.model_bytes)}, optimizer state {decimal(summary.state_bytes)}"
@@ -287,6 +300,7 @@ def consolidate(
     directory: Directory,
     out: Annotated[str, typer.Argument(metavar="OUT", help="FILE.pt or FILE.safetensors.", show_default=False)],
     verify: Verify = True,
+    prefix: Prefix = "",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -301,7 +315,7 @@ def consolidate(
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
     """
     with _reported():
-        contents = CheckpointContents(local_path(directory), verify=verify)
+        contents = CheckpointContents(local_path(directory), verify=verify, prefix=prefix_of_text(prefix))
         with _progress("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
             paths = convert.consolidate(contents, local_path(out), overwrite=force, progress=progress)
     with _printing():
@@ -325,6 +339,7 @@ def export(
         typer.Option(help="If DIR does not record ties, export what has a parameter's values as that parameter."),
     ] = True,
     verify: Verify = True,
+    prefix: Prefix = "",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -337,7 +352,7 @@ def export(
     Large models become `OUT-00001-of-0000N.safetensors` with `OUT.safetensors.index.json`, as transformers loads them.
     """
     with _reported():
-        contents = CheckpointContents(local_path(directory), verify=verify)
+        contents = CheckpointContents(local_path(directory), verify=verify, prefix=prefix_of_text(prefix))
         plan = convert.plan_export(
             contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
         )

@@ -8,9 +8,10 @@ The keys are those of ``get_state_dict`` of ``torch.distributed.checkpoint`` (DC
 ``optim.sources``                     parameters that entries of the model come from, see ``source_record``
 ``optim.param_groups.<name>.<key>``   the hyperparameters of its group, for each parameter
 ``extra.<rank>``                      the values that the caller adds on each rank
+``containers.<key>``                  how a dict or list is built of its leaves, see ``containers``
 
-Names are those of ``names.py``. Saving calls ``state_to_save``, ``local_chunks`` and ``without_copies`` in this order;
-loading uses the names and the fragments.
+Names are those of ``names.py``. Saving calls ``state_to_save``, ``flat_state``, ``local_chunks`` and ``without_copies``
+in this order; loading uses the names and the fragments.
 
 Unlike DCP, ranks exchange no save plan: each rank knows which fragments only it has, and on one mesh the first rank
 with a copy writes it. Only copies on unrelated meshes (tensor parallelism inside DDP) are found by asking.
@@ -18,12 +19,12 @@ with a copy writes it. Only copies on unrelated meshes (tensor parallelism insid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..comm import Communicator
@@ -36,11 +37,12 @@ from ..state_dict.own_entries import check_whole
 from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
 from ..validation import params_of
 from . import own_entries
-from .format.archives import serialized
+from .containers import CONTAINERS, take_apart
 from .format.writer import ChunkToWrite, KeyPath, Serialized
 from .names import names_of
 from .source_record import SOURCES, record_of
 from .sources import traced
+from .values import CONSTANTS, plain, savable_object, savable_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -76,6 +78,9 @@ def state_to_save(
         replica: which copy of the shards this rank holds, in hybrid sharding; only the first copy is saved.
         cache: fragments of parameters from the last call, by the parameter's index, which are used again.
     """
+    for name, buffer in model.named_buffers():
+        if is_lazy(buffer):
+            savable_tensor(buffer, f"{MODEL}.{name}")
     params = params_of(optimizer.param_groups)
     live, source_of = traced(model, params, keep_vars=True)
     names = names_of(model, optimizer, live)
@@ -118,13 +123,20 @@ def state_to_save(
             for key, value in group.items()
             if key not in NOT_SAVED
         }
+        for key in options:
+            if not isinstance(key, str) or not key or "." in key:
+                raise ValueError(
+                    f"dist_asgd: param_groups has an option {key!r:.80}, and a checkpoint could not tell it from the "
+                    f"names of parameters: use a name without dots."
+                )
         for index in group["params"]:
             prefix = f"{GROUPS}.{names.of_params[index][0]}."
             for key, value in options.items():
                 optim[prefix + key] = value
     state: State = {MODEL: model_state, OPTIM: optim}
     if extra is not None:
-        state[EXTRA] = {str(rank): serialize(extra)}
+        # In a tuple, because DCP takes dicts and lists apart.
+        state[EXTRA] = {str(rank): savable_object(plain(extra), "extra", in_tuple=True)}
     return state
 
 
@@ -156,21 +168,119 @@ def param_fragments(
 
 
 def _is_own(value: Any, replica: int) -> bool:
-    """Whether a rank other than 0 may have to write ``value``: it is sharded, and of the first replica."""
+    """Whether a rank other than 0 may have to write ``value``: it is sharded, and of the first replica.
+
+    A container is if it holds something that is.
+    """
+    if isinstance(value, Mapping | list):
+        return any(_is_own(item, replica) for item in (value.values() if isinstance(value, Mapping) else value))
     return not replica if isinstance(value, ShardTensor) else is_dtensor(value)
 
 
-def serialize(extra: Any) -> Serialized:
-    """Serialize the caller's own values; raises ValueError if reading them would have to run code."""
+# --- the flat state --------------------------------------------------------------------------------------
+
+
+class FlatState(NamedTuple):
+    """What this rank saves, with a key for each tensor and each object; whatever is in it loads.
+
+    Attributes:
+        sections: as in ``State``, but without containers: DCP takes them apart. Objects that could change before they
+            are written are serialized.
+        paths: DCP's path of every key, the section's name included, in the order of ``sections``.
+    """
+
+    sections: State
+    paths: dict[str, KeyPath]
+
+
+def flat_state(state: State, rank: int, replica: int = 0) -> FlatState:
+    """Take the containers in ``state`` apart, and check that a load could read everything. Not collective.
+
+    Raises:
+        ValueError: a load would refuse a value, or its key; the error names it.
+    """
+    sections: State = {section: {} for section in state}
+    paths: dict[str, KeyPath] = {}
+    objects = _Objects()
+    skeletons: dict[str, Any] = {}
+    # Containers that stay whole, such as the list of names that all parameters of a group share, are walked once.
+    whole: set[int] = set()
+    for section, entries in state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor | Serialized) or type(value) in CONSTANTS or id(value) in whole:
+                leaves: dict[str, Any] = {f"{section}.{key}": value}
+                leaf_paths: dict[str, KeyPath] = {f"{section}.{key}": (section, key)}
+            else:
+                kept = objects.plain(value)
+                leaves, leaf_paths, skeleton = take_apart(section, key, kept)
+                if kept is value and leaves.get(f"{section}.{key}") is value:
+                    whole.add(id(value))
+                if skeleton is not None and not rank:
+                    skeletons[f"{section}.{key}"] = objects.skeleton(value, skeleton, f"{section}.{key}")
+                if rank:
+                    leaves = {name: leaf for name, leaf in leaves.items() if _is_own(leaf, replica)}
+            for name, leaf in leaves.items():
+                if name in paths:
+                    raise ValueError(f"dist_asgd: two entries of the state have the key {name} in a checkpoint.")
+                paths[name] = leaf_paths[name]
+                if isinstance(leaf, Tensor):
+                    leaf = savable_tensor(leaf, name)
+                sections[section][name[len(section) + 1 :]] = leaf if isinstance(leaf, Tensor) else objects(leaf, name)
+    if skeletons:
+        sections[CONTAINERS] = skeletons
+        paths |= {f"{CONTAINERS}.{key}": (CONTAINERS, key) for key in skeletons}
+    for key in paths:
+        if not key.isascii():
+            _check_text(key)
+    return FlatState(sections, paths)
+
+
+def _check_text(key: str) -> None:
     try:
-        # In a tuple, because DCP takes dicts and lists apart.
-        return Serialized(serialized((extra,), "extra"))
-    except Exception as error:
-        raise ValueError(
-            f"dist_asgd: extra cannot be saved so that it loads safely: use tensors, numbers, strings, None, and "
-            f"dicts, lists and tuples of them (state_dict() of what is more). torch said: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"dist_asgd: the key {key!r} cannot be saved: it is no text ({error.reason}).") from error
+
+
+class _Objects:
+    """Checks and serializes objects, those that many parameters share once. It keeps them alive, by their id."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, tuple[Any, Any]] = {}
+        self._serialized: dict[tuple[str, Any], tuple[Any, Any]] = {}
+
+    def plain(self, value: Any) -> Any:
+        """Return ``plain(value)``, the same object for the same ``value``."""
+        if id(value) not in self._plain:
+            self._plain[id(value)] = value, plain(value)
+        return self._plain[id(value)][1]
+
+    def __call__(self, value: Any, what: str) -> Any:
+        """Return the object as it is to be written: a constant, or serialized."""
+        kind = type(value)
+        if kind in (bool, float, type(None), Serialized):
+            return value
+        constant = kind in CONSTANTS
+        known = (kind.__name__, value) if constant else ("", id(value))
+        if known not in self._serialized:
+            self._serialized[known] = value, value if constant and _is_short(value) else savable_object(value, what)
+        return value if constant else self._serialized[known][1]
+
+    def skeleton(self, container: Any, skeleton: tuple[Any, Any], what: str) -> Serialized:
+        """Return the skeleton of a container, serialized; once for all keys of a container without tensors."""
+        known = ("skeleton", what if skeleton[1] else id(container))
+        if known not in self._serialized:
+            try:
+                self._serialized[known] = container, savable_object(skeleton, what)
+            except ValueError:
+                # The same error, with the keys inside the container.
+                savable_object(container, what)
+                raise
+        return cast(Serialized, self._serialized[known][1])
+
+
+def _is_short(value: Any) -> bool:
+    return value.isascii() if isinstance(value, str) else abs(value) < 1 << 62
 
 
 # --- chunks ----------------------------------------------------------------------------------------------
@@ -183,12 +293,12 @@ class LocalChunks(NamedTuple):
     paths: dict[str, KeyPath]
 
 
-def local_chunks(state: State, world_size: int) -> LocalChunks:
+def local_chunks(state: FlatState, world_size: int) -> LocalChunks:
     """Cut this rank's ``state`` into chunks, in its order. Of copies on one mesh only the first rank writes any."""
     chunks: list[ChunkToWrite] = []
-    paths: dict[str, KeyPath] = {}
-    for key, path, value in _flat(state):
-        paths[key] = path
+    values = (value for entries in state.sections.values() for value in entries.values())
+    # The same strings as in ``paths``: pickle writes each once.
+    for key, value in zip(state.paths, values, strict=True):
         if not isinstance(value, Tensor):
             chunks.append(ChunkToWrite(key, value))
             continue
@@ -205,22 +315,7 @@ def local_chunks(state: State, world_size: int) -> LocalChunks:
             chunks.append(ChunkToWrite(key, value, tuple(value.shape), (0,) * value.dim()))
         elif is_first_copy(cast("DTensor", value)):
             chunks += _dtensor_chunks(key, value, may_be_copied)
-    return LocalChunks(chunks, paths)
-
-
-def _flat(state: State) -> Iterator[tuple[str, KeyPath, Any]]:
-    """Yield keys, paths and values; dicts, lists and tuples are taken apart as DCP does."""
-    # Containers that stay whole, such as the list of names that all parameters of a group share, are walked once.
-    whole: set[int] = set()
-    for section, entries in state.items():
-        for key, value in entries.items():
-            if isinstance(value, dict | list | tuple) and id(value) not in whole:
-                flat, paths = flatten_state_dict({section: {key: value}})
-                if flat.get(f"{section}.{key}") is value:
-                    whole.add(id(value))
-                yield from ((name, paths[name], inner) for name, inner in flat.items())
-            else:
-                yield f"{section}.{key}", (section, key), value
+    return LocalChunks(chunks, state.paths)
 
 
 def _dtensor_chunks(key: str, value: Any, may_be_copied: bool) -> list[ChunkToWrite]:

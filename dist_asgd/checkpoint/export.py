@@ -20,6 +20,8 @@ from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public
 from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
+from ..state import MASTER_KEY
+from ..state_dict.sharded import AVERAGE
 from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
 from .format.paths import local_path
@@ -37,11 +39,12 @@ WRITER = 0
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """One entry of the model's state dict: ``value``, or the average of ``member`` instead if that is not None.
+    """One entry of the model's state dict: ``value``, or instead the state ``state_key`` of ``member`` if it has one.
 
-    ``region`` is the part of the average that the entry has; None if it has all of it. If ``is_computed``, hooks
-    compute the entry from averages, and ``key`` is its key in the state dict; ``value`` is of the last iterate until
-    they have done so.
+    That is the average, or the float32 master of a parameter that is converted before its averaging has begun.
+    ``region`` is the part of it that the entry has; None if it has all of it. If ``is_computed``, hooks compute the
+    entry from averages, and ``key`` is its key in the state dict; ``value`` is of the last iterate until they have done
+    so.
     """
 
     name: str
@@ -51,6 +54,7 @@ class _Weight:
     region: Region | None = None
     is_computed: bool = False
     key: str = ""
+    state_key: str = AVERAGE
 
 
 @public_call
@@ -79,6 +83,7 @@ def export_averaged(
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
+            What is converted comes from the float32 averages and masters, if there are any.
         max_bytes: the size above which there are several files, each of at most so many bytes, or of one tensor.
         overwrite: replace the files that an earlier export wrote to ``path``.
 
@@ -172,8 +177,14 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
                 f"the export."
             )
         member = begun[0] if begun and not is_computed else None
+        state_key = AVERAGE
+        if not begun and not source.is_computed and wanted != value.dtype:
+            member = next(
+                (m for m in map(shards.members.__getitem__, source.roots) if m.bucket.master is not None), None
+            )
+            state_key = MASTER_KEY
         spec = TensorSpec(wanted, tuple(value.shape))
-        weights.append(_Weight(name, value.detach(), spec, member, source.region, is_computed, key))
+        weights.append(_Weight(name, value.detach(), spec, member, source.region, is_computed, key, state_key))
     left_out = [
         names.of_params[index][0]
         for index, member in enumerate(shards.members)
@@ -233,7 +244,10 @@ def _fingerprint(
     """Return the arguments as they must be on all ranks."""
     entries: list[tuple[str, object]] = [("path", str(path)), ("max_bytes", max_bytes), ("overwrite", overwrite)]
     entries += [
-        (f"tensor {position}", (w.name, str(w.spec.dtype), w.spec.shape, w.member is not None, w.is_computed))
+        (
+            f"tensor {position}",
+            (w.name, str(w.spec.dtype), w.spec.shape, w.member is not None, w.is_computed, w.state_key),
+        )
         for position, w in enumerate(weights)
     ]
     return Fingerprint("arguments of export_averaged()", entries, "Pass the same on every rank.")
@@ -268,18 +282,21 @@ def _whole_values(weights: Sequence[_Weight], communicators: Communicators) -> I
 
     A value is valid until the next one is asked for.
     """
-    averaged: dict[int, list[_Weight]] = {}  # tied parameters have several names
+    # By the member's index: tied parameters have several names.
+    of_state: dict[str, dict[int, list[_Weight]]] = {AVERAGE: {}, MASTER_KEY: {}}
     live: list[tuple[_Weight, DTensor]] = []
     for weight in weights:
         if weight.member is not None:
-            averaged.setdefault(weight.member.index, []).append(weight)
+            of_state[weight.state_key].setdefault(weight.member.index, []).append(weight)
         elif is_dtensor(weight.value):
             live.append((weight, weight.value))
         else:
             yield weight, weight.value
-    members = [tied[0].member for tied in averaged.values() if tied[0].member is not None]
-    for member, _, whole in whole_state(members, communicators, WRITER, masters=False, one_by_one=True):
-        for weight in averaged[member.index]:
-            yield weight, whole if weight.region is None else weight.region.of(whole)
+    for wanted, by_member in of_state.items():
+        members = [tied[0].member for tied in by_member.values() if tied[0].member is not None]
+        masters = wanted == MASTER_KEY
+        for member, key, whole in whole_state(members, communicators, WRITER, masters=masters, one_by_one=True):
+            for weight in by_member[member.index] if key == wanted else ():
+                yield weight, whole if weight.region is None else weight.region.of(whole)
     for position, whole in whole_dtensors([value for _, value in live], communicators, WRITER):
         yield live[position][0], whole

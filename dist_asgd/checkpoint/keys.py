@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,37 +15,48 @@ from ..placements.shard_tensor import shard_tensor_of
 from ..state_dict.wrapper_names import without_parts
 from .format.manifest import CheckpointError
 from .format.reader import CheckedReader
+from .format.writer import KeyPath
 
 _MAX_LISTED = 20
 
 
 @dataclass
 class KeyMismatch:
-    """Names that the checkpoint lacks, names that only the checkpoint has, and shapes that differ."""
+    """Names that the checkpoint lacks, names that only the checkpoint has, and shapes that differ.
+
+    ``num_matches`` counts the names that both have. ``hint`` says what else to do about names that are missing.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    num_matches: int = 0
+    hint: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected)
 
     def __str__(self) -> str:
         lists = [("missing in the checkpoint", self.missing), ("in the checkpoint only", self.unexpected)]
-        return "; ".join(f"{what}: {_listed(names)}" for what, names in lists if names)
+        return "; ".join(f"{what}: {listed(names)}" for what, names in lists if names) + f". {self.hint}".rstrip(". ")
 
     def check(self, path: Path, strict: bool) -> None:
         """Raise ValueError if shapes differ, or, with ``strict``, names."""
         if self.shapes:
-            raise ValueError(f"dist_asgd: {path} does not fit the model: {_listed(self.shapes)}.")
+            raise ValueError(f"dist_asgd: {path} does not fit the model: {listed(self.shapes)}.")
         if strict and self:
             raise ValueError(
                 f"dist_asgd: {path} is of another model or optimizer: {self}. Pass strict=False to load what matches, "
                 f"or build the model that was saved."
             )
+        if self.missing and not self.num_matches:
+            raise ValueError(
+                f"dist_asgd: nothing in {path} matches the model or the optimizer, so there is nothing to load: {self}."
+            )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return ", ".join(names[:_MAX_LISTED]) + more
 
@@ -147,6 +158,32 @@ class CheckpointKeys:
     def values(self, keys: Sequence[str]) -> dict[str, Any]:
         """Read objects and 0-dim tensors; returns them by key."""
         return self._reader.opened.values(keys)
+
+    def is_tensor(self, key: str) -> bool:
+        """Whether ``key`` is a tensor, of any shape, and no object."""
+        return isinstance(self.keys[key], TensorStorageMetadata)
+
+    def dtype_of(self, key: str) -> torch.dtype | None:
+        """Return the dtype of a tensor; None for an object."""
+        entry = self.keys[key]
+        return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
+
+    def is_single(self, key: str) -> bool:
+        """Whether ``key`` is a tensor of one element in one chunk, which ``values`` reads."""
+        entry = self.keys[key]
+        return isinstance(entry, TensorStorageMetadata) and entry.size.numel() == 1 == len(entry.chunks)
+
+    def path_of(self, key: str) -> KeyPath:
+        """Return the keys and indices by which DCP's planner reached ``key``; its words if the checkpoint has none."""
+        return tuple((self._reader.opened.metadata.planner_data or {}).get(key, key.split(".")))
+
+    def saved_order(self) -> Iterable[str]:
+        """Return keys in the order in which they were saved, as far as the checkpoint says."""
+        return self._reader.opened.metadata.planner_data or {}
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one whole tensor at once, on the host."""
+        return self._reader.opened.whole_tensor(key)
 
     def read_tensors(self) -> None:
         """Fill every tensor that ``target_for`` has returned."""

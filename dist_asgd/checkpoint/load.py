@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,15 +27,19 @@ from ..state import own_entries as own_of
 from ..state_dict.sharded import AVERAGE
 from . import own_entries
 from .apply import apply
-from .entries import EXTRA, GROUPS, MODEL, NOT_SAVED, OPTIM, SCALARS, STATE, param_fragments
+from .containers import Containers
+from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, param_fragments
+from .format.layouts import Prefix, hint
 from .format.manifest import CheckpointError
 from .format.paths import local_path
 from .format.reader import CheckedReader
-from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex
+from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex, listed
 from .names import Names, names_of
+from .options import group_options, option_keys_of, option_values
 from .save import Saver, adopt_params, take_in
 
-NOT_LOADED = (*NOT_SAVED, "param_names")
+# The end of the keys under which torch keeps what get_extra_state() returns.
+_EXTRA_STATE_KEY_SUFFIX = "_extra_state"
 _LOG = logging.getLogger("dist_asgd")
 
 
@@ -51,6 +56,7 @@ class CheckpointState:
         save_id: DCP's identifier of the save, None if the checkpoint has none.
         step: the number of steps of the manifest, None without a manifest.
         mismatch: the names that were not loaded.
+        without_master: the parameters whose float32 masters are dropped, because the optimizer has none.
     """
 
     model: dict[str, Any]
@@ -60,6 +66,7 @@ class CheckpointState:
     save_id: str | None
     step: int | None
     mismatch: KeyMismatch
+    without_master: list[str]
 
     @property
     def with_average(self) -> list[int]:
@@ -75,6 +82,7 @@ def load_checkpoint(
     *,
     strict: bool = True,
     verify: bool = True,
+    prefix: Prefix = "",
 ) -> Any:
     """Load what any topology saved into ``model`` and ``optimizer``, on all ranks. Collective. Returns ``extra``.
 
@@ -89,6 +97,9 @@ def load_checkpoint(
             True: parameters that were added, removed or renamed are an error that lists them.
         verify: check every byte that is read against the manifest. False is for checkpoints that something else wrote
             (FSDP2 with ``dcp.save``) and that have none.
+        prefix: where something else has put model and optimizer: a string that stands before ``model`` and ``optim``
+            in the checkpoint's keys (``"app"``), or a dict that says what stands in their place
+            (``{"model": "", "optim": "optimizer"}``). The error about missing names says which one fits.
 
     Returns:
         What this rank gave as ``extra``, if as many ranks saved the checkpoint as load it; on another number of ranks
@@ -96,10 +107,11 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, hostile or has no manifest.
-        ValueError: it is of another model, or ranks disagree.
+        ValueError: it is of another model, nothing in it matches (also with ``strict=False``), or ranks disagree.
         PeerError: a rank died.
     """
-    return restore(Saver.of(optimizer), CollectiveCall.LOAD_CHECKPOINT, path, model, optimizer, strict, verify).extra
+    call = CollectiveCall.LOAD_CHECKPOINT
+    return restore(Saver.of(optimizer), call, path, model, optimizer, strict, verify, prefix).extra
 
 
 def read_extra(path: str | os.PathLike[str], *, rank: int = 0, verify: bool = True) -> Any:
@@ -119,6 +131,7 @@ def restore(
     optimizer: Optimizer,
     strict: bool,
     verify: bool,
+    prefix: Prefix = "",
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
     adopt_params(optimizer)
@@ -127,8 +140,10 @@ def restore(
         fingerprint, problem = NO_FINGERPRINT, None
         try:
             saver.wait_pending()
-            loaded = _read_state(local_path(path), model, optimizer, strict, verify, saver)
+            reader = CheckedReader(path, verify=verify, prefix=prefix)
+            loaded = _read_state(local_path(path), reader, model, optimizer, strict, saver)
             entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
+            entries.append(("prefix", repr(prefix)))
             fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
         except Exception as error:
             problem = error
@@ -136,14 +151,21 @@ def restore(
     apply(loaded, path, saver, call, model, optimizer)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
+    if loaded.without_master and saver.rank == 0:
+        _LOG.warning(
+            "loaded %s without the float32 masters of %d parameters (%s), which go on from their 16-bit values: the "
+            "optimizer has no masters. Build it with master_weights=True to keep them",
+            path,
+            len(loaded.without_master),
+            listed(loaded.without_master),
+        )
     return loaded
 
 
 def _read_state(
-    path: Path, model: nn.Module, optimizer: Optimizer, strict: bool, verify: bool, saver: Saver
+    path: Path, reader: CheckedReader, model: nn.Module, optimizer: Optimizer, strict: bool, saver: Saver
 ) -> CheckpointState:
     """Read all that this rank needs; changes nothing."""
-    reader = CheckedReader(path, verify=verify)
     mismatch = KeyMismatch()
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
@@ -154,9 +176,12 @@ def _read_state(
         n for i, entry in optimizer_state["state"].items() if MASTER_KEY in entry for n in names.of_params[i]
     }
     live_fragments = param_fragments(optimizer, live, {})
-    model_state, fragments = _model_state(checkpoint, names, model, with_master, live_fragments, mismatch)
+    masters = _masters_of(checkpoint, names)
+    model_state, fragments = _model_state(checkpoint, names, model, with_master, masters, live_fragments, mismatch)
     optimizer_state["state"] |= own_entries.of_optimizer(checkpoint, {} if strict else live["state"])
     # The keys are compared before the tensors are read, so that a wrong checkpoint is refused at once.
+    if mismatch.missing:
+        mismatch.hint = hint(checkpoint.keys, names.of_model.values())
     mismatch.check(path, strict)
     checkpoint.read_tensors()
     manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta
@@ -168,7 +193,15 @@ def _read_state(
         None if meta is None else meta.save_id,
         None if manifest is None else manifest.step,
         mismatch,
+        _without_master(names, masters, with_master, optimizer),
     )
+
+
+def _without_master(names: Names, masters: Mapping[str, str], with_master: set[str], optimizer: Optimizer) -> list[str]:
+    """Return the names of the parameters whose masters are not loaded, and that are too narrow to hold them."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    named = zip((aliases[0] for aliases in names.of_params), params, strict=True)
+    return [n for n, p in named if n in masters and n not in with_master and p.dtype.itemsize < torch.float32.itemsize]
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -179,34 +212,85 @@ def _model_state(
     names: Names,
     model: nn.Module,
     with_master: set[str],
+    masters: Mapping[str, str],
     live_fragments: dict[int, ShardTensor],
     mismatch: KeyMismatch,
 ) -> tuple[dict[str, Any], list[tuple[ShardTensor, ShardTensor]]]:
     """Return ``model`` and ``fragments`` of ``CheckpointState``.
 
     The parameters named in ``with_master`` are not read: loading the optimizer sets them from their masters. Of those
-    in ``live_fragments`` (by ``id()``) only this rank's fragment is read.
+    in ``live_fragments`` (by ``id()``) only this rank's fragment is read. ``masters`` are the keys of masters in the
+    checkpoint: a parameter that has another dtype here than there comes from its master, which is not rounded.
     """
     state: dict[str, Any] = {}
     fragments: list[tuple[ShardTensor, ShardTensor]] = []
+    objects: dict[str, str] = {}
     found = {name: checkpoint.find(f"{MODEL}.{name}") for name in names.of_model.values()}
-    known = set(found.values())
-    mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
+    known = {key for key in found.values() if key is not None}
     for key, value in model.state_dict(keep_vars=True).items():
         name = found[names.of_model[key]]
-        if name is None:
+        # What a module keeps beside its tensors may have any shape and kind: the module takes what was saved.
+        if not isinstance(value, Tensor) or key.endswith(_EXTRA_STATE_KEY_SUFFIX):
+            objects[name or f"{MODEL}.{names.of_model[key]}"] = key
+            state[key] = value
+        elif name is None:
             mismatch.missing.append(f"{MODEL}.{names.of_model[key]}")
         elif names.of_model[key] in with_master:
             state[key] = value
-        elif id(value) in live_fragments:
-            state[key] = value
-            live = live_fragments[id(value)]
-            fragments.append((live, cast(ShardTensor, checkpoint.target_for(name, live, widen=False))))
-        elif isinstance(value, Tensor):
-            state[key] = checkpoint.target_for(name, value.detach(), widen=False)
         else:
-            state[key] = checkpoint.values([name])[name]
+            master = masters.get(names.of_model[key])
+            source = name if master is None or checkpoint.dtype_of(name) == value.dtype else master
+            if id(value) in live_fragments:
+                state[key] = value
+                live = live_fragments[id(value)]
+                fragments.append((live, cast(ShardTensor, checkpoint.target_for(source, live, widen=False))))
+            else:
+                state[key] = checkpoint.target_for(source, value.detach(), widen=False)
+    mismatch.num_matches += len(known)
+    known |= _read_objects(checkpoint, objects, state, mismatch)
+    mismatch.unexpected += [key for key in checkpoint.keys if key.startswith(f"{MODEL}.") and key not in known]
     return state, fragments
+
+
+def _masters_of(checkpoint: CheckpointKeys, names: Names) -> dict[str, str]:
+    """Return the keys of the masters in the checkpoint, by every name of their parameter."""
+    masters: dict[str, str] = {}
+    for aliases in names.of_params:
+        keys = (checkpoint.find(f"{OPTIM}.{STATE}.{name}.{MASTER_KEY}") for name in aliases)
+        key = next((key for key in keys if key is not None), None)
+        if key is not None:
+            masters |= dict.fromkeys(aliases, key)
+    return masters
+
+
+def _read_objects(
+    checkpoint: CheckpointKeys, objects: Mapping[str, str], state: dict[str, Any], mismatch: KeyMismatch
+) -> set[str]:
+    """Replace the live values that ``objects`` names, by key of the checkpoint, in ``state`` by the saved ones.
+
+    Returns the keys of the checkpoint that are inside them.
+    """
+    whole = [key for key in objects if key in checkpoint.keys]
+    for key in whole:
+        if checkpoint.is_tensor(key):
+            live = state[objects[key]]
+            state[objects[key]] = checkpoint.target_as_saved(key, live.detach() if isinstance(live, Tensor) else None)
+    values = checkpoint.values([key for key in whole if not checkpoint.is_tensor(key)])
+    containers = Containers(checkpoint)
+    apart = {key: state[name] for key, name in objects.items() if key not in checkpoint.keys and key in containers}
+    for key, value in (values | containers.read(apart, checkpoint.target_as_saved)).items():
+        state[objects[key]] = value
+    # DCP writes nothing of an empty container.
+    absent = [key for key in objects if key not in checkpoint.keys and key not in apart]
+    lost = [key for key in absent if not _is_empty(state[objects[key]])]
+    mismatch.missing += lost
+    for key in lost:
+        del state[objects[key]]
+    return {leaf for key in objects for leaf in containers.leaves(key)}
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_empty, value.values()))
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------
@@ -217,7 +301,7 @@ def _optimizer_state(
 ) -> dict[str, Any]:
     """Return ``optimizer`` of ``CheckpointState``; ``live`` is the state dict of now."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    options_of = _option_keys(checkpoint)
+    options_of = option_keys_of(checkpoint)
     state_prefix = f"{OPTIM}.{STATE}."
     known = options_of.keys() | {
         parent.removeprefix(state_prefix) for parent in checkpoint.parents if parent.startswith(state_prefix)
@@ -242,6 +326,7 @@ def _optimizer_state(
         for parent, below in checkpoint.parents.items()
         if parent.startswith(state_prefix) and AVERAGE in below and parent not in used
     ]
+    mismatch.num_matches += len(used_name)
     scalar_keys = [key for below in state_keys.values() for last, key in below.items() if last in SCALARS]
     scalars = checkpoint.values(scalar_keys)
     own = own_entries.of_params(checkpoint, state_keys, used_name, params, live["state"])
@@ -255,8 +340,8 @@ def _optimizer_state(
             entry = {**(entry or {}), **own.get(index, {})} or None
         if entry is not None:
             state[index] = entry
-    options = checkpoint.values([key for below in option_keys.values() for key in below.values()])
-    groups = [_group_options(group, option_keys, options) for group in live["param_groups"]]
+    options = option_values(checkpoint, option_keys, live["param_groups"])
+    groups = [group_options(group, option_keys, options) for group in live["param_groups"]]
     for group in groups:
         for index in group["params"]:
             # As in torch: a parameter that has never stepped has no state.
@@ -301,57 +386,6 @@ def _param_state(
 def _never_stepped(entry: dict[str, Any], lr: Any) -> bool:
     eta = entry["eta"]
     return bool(entry["step"] == 0 and eta == torch.as_tensor(lr, dtype=eta.dtype, device=eta.device).reshape(()))
-
-
-def _option_keys(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
-    """Return, by parameter name, the keys of its group's hyperparameters, by hyperparameter.
-
-    In a flattened state dict they stand under the parameter's name; else under the group's number, beside the list of
-    the group's parameter names.
-    """
-    prefix = f"{OPTIM}.{GROUPS}."
-    below_of = {parent: below for parent, below in checkpoint.parents.items() if parent.startswith(prefix)}
-    numbered = [below for below in below_of.values() if "params" in below]
-    lists = checkpoint.values([below["params"] for below in numbered])
-    options = {
-        name: below
-        for below in numbered
-        if isinstance(lists[below["params"]], list)
-        for name in lists[below["params"]]
-        if isinstance(name, str)
-    }
-    options.update((parent.removeprefix(prefix), below) for parent, below in below_of.items())
-    loaded = {
-        name: {last: key for last, key in below.items() if last not in NOT_LOADED} for name, below in options.items()
-    }
-    return {name: keys for name, keys in loaded.items() if keys}
-
-
-def _group_options(
-    live: dict[str, Any], option_keys: dict[int, dict[str, str]], options: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the group with the hyperparameters of the checkpoint, which must be equal for all its parameters."""
-    first: dict[str, Any] | None = None
-    for index in live["params"]:
-        if not option_keys.get(index):
-            continue
-        values = {last: options[key] for last, key in option_keys[index].items()}
-        if first is None:
-            first = values
-        for key in first.keys() | values.keys():
-            if not _same(first.get(key), values.get(key)):
-                raise ValueError(
-                    f"dist_asgd: the parameters of one group were saved with different {key}: {first.get(key)} and "
-                    f"{values.get(key)} ({option_keys[index].get(key)}). Build the optimizer with the groups that were "
-                    f"saved."
-                )
-    return {**live, **(first or {})}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
 
 
 def _extra(checkpoint: CheckpointKeys, rank: int) -> Any:

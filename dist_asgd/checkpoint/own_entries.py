@@ -9,21 +9,18 @@ and those of parameters by name. Rank 0 saves whatever is no DTensor. Saving cal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Number
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..placements.dtensor import is_dtensor
-from ..placements.shard_tensor import shard_tensor_of
 from ..state import KEYS, MASTER_KEY
 from ..state import own_entries as own_of
 from ..state_dict.own_entries import on_host
 from .format.archives import serialized
 from .format.writer import Serialized
+from .values import CONSTANTS, plain, savable_tensor
 
 if TYPE_CHECKING:
     from .keys import CheckpointKeys
@@ -32,7 +29,6 @@ OBJECTS = "own"
 OBJECTS_KEY = f"optim.{OBJECTS}"
 # The last words of keys that are no own entries.
 RESERVED = (*KEYS, MASTER_KEY)
-_PLAIN = (int, float, bool, str, type(None))
 
 
 class OwnEntries(NamedTuple):
@@ -53,10 +49,12 @@ def to_save(state: Mapping[Any, Any], names: Sequence[str]) -> OwnEntries:
     for index, name in enumerate(names):
         for key, value in own_of(state.get(index, {})).items():
             what = f"state[p][{key!r}] of parameter {name}"
-            value = _plain(value)
+            value = plain(value)
             has_place = isinstance(key, str) and key and "." not in key
-            if has_place and (isinstance(value, Tensor) or type(value) in _PLAIN):
-                direct.setdefault(index, {})[key] = _savable(value, what) if isinstance(value, Tensor) else value
+            if has_place and (isinstance(value, Tensor) or type(value) in CONSTANTS):
+                direct.setdefault(index, {})[key] = (
+                    savable_tensor(value, what).detach() if isinstance(value, Tensor) else value
+                )
             else:
                 of_params.setdefault(name, {})[key] = _checked(key, value, what)
     shared = {}
@@ -68,27 +66,11 @@ def to_save(state: Mapping[Any, Any], names: Sequence[str]) -> OwnEntries:
                 f"dist_asgd: the state dict has the state of a parameter under {key!r}, and a checkpoint needs it "
                 f"under the parameter's number: a state-dict hook has renamed it. Remove that hook to save."
             )
-        shared[key] = _checked(key, _plain(value), f"optimizer.state[{key!r}]")
+        shared[key] = _checked(key, plain(value), f"optimizer.state[{key!r}]")
     objects = None
     if shared or of_params:
         objects = Serialized(serialized((shared, of_params), "own entries"))
     return OwnEntries(direct, objects)
-
-
-def _plain(value: Any) -> Any:
-    """Return a scalar of numpy as a number of Python: files have no others."""
-    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
-
-
-def _savable(value: Tensor, what: str) -> Tensor:
-    known = is_dtensor(value) or shard_tensor_of(value) is not None
-    if value.layout != torch.strided or value.is_quantized or (not known and is_traceable_wrapper_subclass(value)):
-        kind = value.layout if value.layout != torch.strided else type(value).__qualname__
-        raise ValueError(
-            f"dist_asgd: {what} is a tensor that a checkpoint cannot hold ({kind}): only dense tensors can be saved. "
-            f"Keep it elsewhere, or remove it while you save."
-        )
-    return value.detach()
 
 
 def _checked(key: Any, value: Any, what: str) -> Any:

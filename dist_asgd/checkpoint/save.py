@@ -24,7 +24,7 @@ from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
 from ..state_dict.sharded import ShardTensorCache
-from .entries import LocalChunks, State, local_chunks, state_to_save, without_copies
+from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
 from .format import directory
 from .format.directory import NewDirectory
 from .format.paths import local_path
@@ -196,7 +196,7 @@ class Saver:
         """
         adopt_params(optimizer)
         fingerprint, problem = NO_FINGERPRINT, None
-        target, state = Path(), State()
+        target, state = Path(), FlatState({}, {})
         try:
             target = Path(os.path.abspath(local_path(path)))
             _check(step, when_busy)
@@ -207,9 +207,10 @@ class Saver:
                 )
             # The staging memory, and the background group, serve one save at a time.
             self.wait_pending()
-            state = state_to_save(model, optimizer, extra, self.rank, self.communicators.replica, self._fragments)
+            rank, replica = self.rank, self.communicators.replica
+            state = flat_state(state_to_save(model, optimizer, extra, rank, replica, self._fragments), rank, replica)
             if call is CollectiveCall.ASYNC_SAVE_CHECKPOINT:
-                state = self._staging.copy(state)
+                state = state._replace(sections=self._staging.copy(state.sections))
             entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]
             fingerprint = Fingerprint("checkpoints to save", entries, "Pass the same path and step on every rank.")
         except Exception as error:
@@ -229,7 +230,7 @@ class Saver:
         self,
         call: CollectiveCall,
         path: Path,
-        state: State,
+        state: FlatState,
         step: int,
         begin: Callable[[Path], NewDirectory],
         commit: Callable[[NewDirectory, Path], None],
@@ -278,7 +279,7 @@ class Saver:
         call: CollectiveCall,
         temporary: Path,
         path: Path,
-        state: State,
+        state: FlatState,
         step: int,
         commit: Callable[[], None],
     ) -> None:

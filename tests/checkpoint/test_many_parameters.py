@@ -75,10 +75,10 @@ def test_shared_values_are_read_once(saved: Path, name: str) -> None:
 
 def test_a_list_that_parameters_share_is_walked_once(tmp_path: Path) -> None:
     """By a save, which takes containers apart as DCP does."""
-    from dist_asgd.checkpoint import entries
+    from dist_asgd.checkpoint import containers
 
     model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(4)) for i in range(COUNT)})
     optimizer = ShardedASGD(model.named_parameters(), lr=0.1)
-    with patch.object(entries, "flatten_state_dict", wraps=entries.flatten_state_dict) as flatten:
+    with patch.object(containers, "flatten_state_dict", wraps=containers.flatten_state_dict) as flatten:
         save_checkpoint(tmp_path / "saved", model, optimizer, step=0)
     assert flatten.call_count <= 2

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from dist_asgd import ShardedASGD, export_averaged, load_checkpoint, save_checkpoint
+from dist_asgd.checkpoint.offline import convert
+from dist_asgd.checkpoint.offline.contents import CheckpointContents
 from tests.harness.bits import assert_same_bits, same_tree
 from tests.harness.ranks import run
 
@@ -101,3 +104,68 @@ def test_masters_are_the_float32_parameters_of_a_checkpoint(
     for found in run(backend, world_size, loads_float32, dtype, path):
         for master, p in zip(found, model.parameters(), strict=True):
             assert_same_bits(master, p.detach(), "master")
+
+
+WIDER = [torch.float32, torch.float64]
+
+
+def trained_with_masters(dtype: torch.dtype, stage: int, t0: int = 10) -> tuple[Net, ShardedASGD]:
+    """Return a model of a 16-bit dtype whose masters are not its values. Collective."""
+    model = Net(dtype)
+    optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=t0, stage=stage, master_weights=True)
+    train(model, optimizer, 0, 3)
+    return model, optimizer
+
+
+def masters_elsewhere(
+    _rank: int, _world_size: int, dtype: torch.dtype, stage: int, folder: str
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Job: the masters, and the parameters of other dtypes that load them; exports of the masters, from the job."""
+    model, optimizer = trained_with_masters(dtype, stage)
+    save_checkpoint(f"{folder}/c", model, optimizer, step=3)
+    export_averaged(f"{folder}/job.safetensors", model, optimizer, torch.float32)
+    export_averaged(f"{folder}/same.safetensors", model, optimizer)
+    state = optimizer.consolidated_state_dict(to=None)["state"]
+    found = {}
+    for wider in (*WIDER, *DTYPES):
+        other = Net(wider)
+        load_checkpoint(f"{folder}/c", other, ShardedASGD(other.named_parameters(), stage=stage))
+        found[str(wider)] = [p.detach().clone() for p in other.parameters()]
+    other = Net(torch.float32)
+    load_checkpoint(f"{folder}/c", other, torch.optim.ASGD(other.parameters()))
+    found["torch.optim.ASGD"] = [p.detach().clone() for p in other.parameters()]
+    return [state[index]["master"] for index in range(5)], found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "world_size", "stage"), [("none", 1, 1), ("gloo", 2, 1), ("gloo", 2, 2)])
+def test_masters_are_what_other_dtypes_load_and_export(
+    backend: str, world_size: int, stage: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Parameters of another dtype are the master, rounded at most once; so are exports before the averaging begins."""
+    for masters, found in run(backend, world_size, masters_elsewhere, dtype, stage, str(tmp_path)):
+        assert not all(torch.equal(master, master.to(dtype).float()) for master in masters)
+        for wider in (*WIDER, *DTYPES):
+            assert same_tree(found[str(wider)], [master.to(wider) for master in masters])
+        assert same_tree(found["torch.optim.ASGD"], masters)
+    contents = CheckpointContents(tmp_path / "c")
+    for last in (False, True):
+        convert.export(contents, tmp_path / f"{last}.safetensors", convert.plan_export(contents, last, torch.float32))
+    for name in ("job", "False", "True"):
+        exported = load_file(tmp_path / f"{name}.safetensors")
+        assert same_tree([exported[key] for key in "abcde"], masters)
+    same = load_file(tmp_path / "same.safetensors")
+    assert same_tree([same[key] for key in "abcde"], [master.to(dtype) for master in masters])
+
+
+def test_masters_that_are_dropped_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """16-bit parameters go on from their own values, and one line says so; wider ones lose nothing."""
+    model, optimizer = trained_with_masters(torch.bfloat16, 1)
+    save_checkpoint(tmp_path / "c", model, optimizer, step=3)
+    for dtype, lines in ((torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 0)):
+        caplog.clear()
+        other = Net(dtype)
+        load_checkpoint(tmp_path / "c", other, ShardedASGD(other.named_parameters()))
+        said = [r.getMessage() for r in caplog.records if "master_weights=True" in r.getMessage()]
+        assert len(said) == lines
+        assert all("of 5 parameters (a, b, c, d, e)" in line for line in said)

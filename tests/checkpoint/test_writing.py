@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -110,6 +110,11 @@ def test_the_metadata_is_that_of_dcp(kind: str, world_size: int, tmp_path: Path)
     """The files have DCP's keys, in its order, with its regions, each written by one rank, and nothing else."""
     names = run("none" if world_size == 1 else "gloo", world_size, saved_both_ways, kind, str(tmp_path))
     ours, theirs = (OpenCheckpoint(tmp_path / name, verify=name == "ours").metadata for name in ("ours", "theirs"))
+    # DCP does not keep which keys of a dict were no strings, and what was empty.
+    skeleton = "containers.model.memory._extra_state"
+    assert ours.planner_data.pop(skeleton)
+    assert ours.storage_data.pop(MetadataIndex(skeleton))
+    assert isinstance(ours.state_dict_metadata.pop(skeleton), BytesStorageMetadata)
     assert outline(ours) == outline(theirs)
     assert ours.planner_data == theirs.planner_data
     # Readers take the order of keys from there; it is the order of rank 0, whose state has all keys.
@@ -120,7 +125,7 @@ def test_the_metadata_is_that_of_dcp(kind: str, world_size: int, tmp_path: Path)
     manifest = read_manifest(tmp_path / "ours")
     assert manifest is not None
     written = {(name, chunk.offset) for name, chunks in manifest.chunks.items() for chunk in chunks}
-    assert written == {(info.relative_path, info.offset) for info in ours.storage_data.values()}
+    assert written >= {(info.relative_path, info.offset) for info in ours.storage_data.values()}
 
 
 # --- archives ---------------------------------------------------------------------------------------------------

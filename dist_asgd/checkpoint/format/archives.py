@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 
 from .manifest import CheckpointError
 
+# Modules may keep bytes in one (get_extra_state), and reading it runs no code of the file.
+torch.serialization.add_safe_globals([io.BytesIO])
 # Deeper values are refused, because pickle, copy and repr recurse and would overflow the stack.
 MAX_DEPTH = 64
 

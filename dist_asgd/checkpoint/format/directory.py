@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from .locks import OWNER_NAME, OwnerLock, writer_of
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, write_manifest
-from .metadata import METADATA_NAME
+from .metadata import MAX_METADATA_BYTES, METADATA_NAME
 from .writer import HashedFile, WrittenFile
 
 LATEST_NAME = "latest"
@@ -161,7 +161,13 @@ def metadata_of(path: Path, files: Sequence[WrittenFile]) -> bytes:
     """Return the bytes of ``.metadata`` for the checkpoint that will be at ``path``; ``files`` are in rank order."""
     metadata = _metadata_of(files)
     metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
-    return pickle.dumps(metadata)
+    data = pickle.dumps(metadata)
+    if len(data) > MAX_METADATA_BYTES:
+        raise ValueError(
+            f"dist_asgd: {path} cannot be saved: its {METADATA_NAME} would have {len(data)} bytes, more than the "
+            f"{MAX_METADATA_BYTES} that can be loaded. Use fewer parameters, or fewer ranks."
+        )
+    return data
 
 
 def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:

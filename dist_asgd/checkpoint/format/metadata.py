@@ -271,11 +271,12 @@ class Machine:
 
 # --- what DCP writes --------------------------------------------------------------------------------------
 
-_DTYPES = {
+DTYPES = {
     name: getattr(torch, name)
     for name in (
         *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32"),
         *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        "float4_e2m1fn_x2",
         *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
     )
 }
@@ -388,7 +389,7 @@ def _metadata(state: Any) -> Metadata:
 
 
 _DCP = "torch.distributed.checkpoint."
-_CONSTANTS: Mapping[Name, Any] = {("torch", name): dtype for name, dtype in _DTYPES.items()}
+_CONSTANTS: Mapping[Name, Any] = {("torch", name): dtype for name, dtype in DTYPES.items()}
 _CALLS: Mapping[Name, Maker] = {
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _layout,

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from .archives import FrameCache, dump_object, load_object, load_tensor
+from .layouts import Prefix, check_prefix, renamed
 from .manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -55,7 +56,8 @@ class OpenCheckpoint:
     other checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
+        check_prefix(prefix)
         self.path = local_path(path)
         self.manifest: Manifest | None = None
         # Raises if there is no such directory.
@@ -68,6 +70,7 @@ class OpenCheckpoint:
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
+        self.metadata = renamed(self.metadata, prefix, where)
         self._frames = FrameCache()
         # Values of chunks that were read before, as long as nobody can change them.
         self._constants: dict[object, Any] = {}
@@ -169,6 +172,25 @@ class OpenCheckpoint:
         """Return the object in the bytes of a chunk."""
         return load_object(data, self._what(index))
 
+    def whole_tensor(self, key: str) -> Tensor:
+        """Read one whole tensor, on the CPU, and assemble it from its chunks."""
+        entry = self._entry(key)
+        sizes = {MetadataIndex(key, chunk.offsets): chunk.sizes for chunk in entry.chunks}
+        whole: Tensor | None = None
+        for index, data in self.chunks(list(sizes)):
+            chunk = self.tensor(index, data)
+            # The serialized bytes are freed before memory for the whole tensor is allocated.
+            del data
+            if chunk.shape == entry.size:
+                return chunk
+            if whole is None:
+                whole = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+            target = whole
+            for dim, (offset, size) in enumerate(zip(index.offset or (), sizes[index], strict=True)):
+                target = target.narrow(dim, offset, size)
+            target.copy_(chunk)
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if whole is None else whole
+
     def _what(self, index: MetadataIndex) -> str:
         return f"{index.fqn} in {self.path / self.storage_info(index).relative_path}"
 
@@ -234,19 +256,21 @@ class CheckedReader(FileSystemReader):
     ``verify=True`` needs ``manifest.json`` and checks every byte that it reads against it; ``verify=False`` reads
     checkpoints that have none. ``.metadata`` is not unpickled, tensors and objects are loaded with ``weights_only``,
     and no file outside the directory is opened. RuntimeError (CheckpointError) says which file is wrong and how.
+    With ``prefix`` the keys are those of ``load_checkpoint``, whatever layout the file has; see there.
     ``dcp.load`` wraps that error: call ``read_metadata()`` first to get it unwrapped.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
         super().__init__(local_path(path))
         self._verify = verify
+        self._prefix = prefix
         self._opened: OpenCheckpoint | None = None
 
     @property
     def opened(self) -> OpenCheckpoint:
         """The checkpoint, read and checked on first use."""
         if self._opened is None:
-            self._opened = OpenCheckpoint(self.path, verify=self._verify)
+            self._opened = OpenCheckpoint(self.path, verify=self._verify, prefix=self._prefix)
         return self._opened
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

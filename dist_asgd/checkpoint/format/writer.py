@@ -232,7 +232,7 @@ class ChunkWriter:
         self._file = file
         self._archives = ArchiveWriter(file, frames)
         self._small: dict[Any, int] = {}
-        # Plain values are recognised before they are serialized; lists by identity, as the state keeps them alive.
+        # Plain values are recognised before they are serialized; others by identity, as the state keeps them alive.
         self._objects: dict[tuple[type, object], int] = {}
         self.chunks: list[Chunk] = []
 
@@ -260,8 +260,8 @@ class ChunkWriter:
 
     def _add_object(self, value: Any) -> int:
         key: tuple[type, object] | None = None
-        if isinstance(value, list):
-            key = (list, id(value))
+        if isinstance(value, list | Serialized):
+            key = (type(value), id(value))
         elif isinstance(value, bool | int | float | str | None):
             key = (type(value), repr(value))
         if key is None or key not in self._objects:

@@ -21,10 +21,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
+from ..containers import Containers
+from ..format.layouts import Prefix, described
 from ..format.manifest import CheckpointError
-from ..format.reader import OpenCheckpoint
+from ..format.reader import CheckedReader
+from ..keys import CheckpointKeys, KeyMismatch
+from ..options import is_numbered, option_values, options_by_owner
 from ..own_entries import OBJECTS_KEY, RESERVED, shared_and_by_name
 from ..source_record import SOURCES_KEY, SourceRecord
+from ..values import bytes_of
 
 MODEL = "model."
 STATE = "optim.state."
@@ -61,8 +66,10 @@ class CheckpointContents:
     way. Nothing here is collective.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        self.opened = OpenCheckpoint(path, verify=verify)
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
+        reader = CheckedReader(path, verify=verify, prefix=prefix)
+        self.opened = reader.opened
+        self._keys = CheckpointKeys(reader, KeyMismatch())
         entries = self.opened.metadata.state_dict_metadata
         self.tensors: dict[str, TensorEntry] = {
             key: TensorEntry(key, entry.properties.dtype, tuple(entry.size), len(entry.chunks))
@@ -79,8 +86,13 @@ class CheckpointContents:
 
     @cached_property
     def model(self) -> dict[str, TensorEntry]:
-        """The model's tensors by name: parameters and buffers. Parts that wrappers added to names are left out."""
-        entries = {key.removeprefix(MODEL): entry for key, entry in self.tensors.items() if key.startswith(MODEL)}
+        """The model's tensors by name: parameters and buffers, and extra states of modules that are one tensor.
+
+        Parts that wrappers added to names are left out.
+        """
+        inside = {leaf for key in self._containers.extra_states() for leaf in self._containers.leaves(key)}
+        tensors = ((key, entry) for key, entry in self.tensors.items() if key.startswith(MODEL))
+        entries = {key.removeprefix(MODEL): entry for key, entry in tensors if key not in inside}
         params = {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
         model: dict[str, TensorEntry] = {}
         for name, entry in entries.items():
@@ -89,6 +101,29 @@ class CheckpointContents:
             plain = param if plain not in params and param in params else plain
             model[name if name in params or plain in entries or plain in model else plain] = entry
         return model
+
+    @cached_property
+    def _containers(self) -> Containers:
+        return Containers(self._keys)
+
+    def model_objects(self) -> dict[str, Any]:
+        """Read what the model's state dict has beside tensors, by name; containers with their tensors."""
+        apart = self._containers.extra_states()
+        inside = {leaf for key in apart for leaf in self._containers.leaves(key)}
+        found = {key: self.value(key) for key in self.objects if key.startswith(MODEL) and key not in inside}
+        found |= self._containers.read(dict.fromkeys(apart), lambda key, _like: self.tensor(key))
+        return {key.removeprefix(MODEL): value for key, value in found.items()}
+
+    @cached_property
+    def is_asgd(self) -> bool:
+        """Whether the optimizer's state, if there is any, is that of ASGD: others have no averages."""
+        states = [key for key in self.tensors if key.startswith(STATE)]
+        return not states or any(key.endswith(".ax") for key in states)
+
+    def other_keys(self) -> str:
+        """Return a sentence about the keys that are no model, no ASGD state and nothing else of this package, or ""."""
+        known = ("model", "optim", "extra", "containers") if self.is_asgd else ("model", "extra", "containers")
+        return described(self.opened.metadata.state_dict_metadata, known)
 
     @cached_property
     def sources(self) -> SourceRecord | None:
@@ -124,23 +159,8 @@ class CheckpointContents:
         return {name: state[name] for name in self._by_model(state)}
 
     def tensor(self, key: str) -> Tensor:
-        """Read one whole tensor, on the CPU, and assemble it from its chunks."""
-        entry = self.tensors[key]
-        sizes = {MetadataIndex(key, chunk.offsets): chunk.sizes for chunk in self.opened.regions(key)}
-        whole: Tensor | None = None
-        for index, data in self.opened.chunks(list(sizes)):
-            chunk = self.opened.tensor(index, data)
-            # The serialized bytes are freed before memory for the whole tensor is allocated.
-            del data
-            if tuple(chunk.shape) == entry.shape:
-                return chunk
-            if whole is None:
-                whole = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-            target = whole
-            for dim, (offset, size) in enumerate(zip(index.offset or (), sizes[index], strict=True)):
-                target = target.narrow(dim, offset, size)
-            target.copy_(chunk)
-        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu") if whole is None else whole
+        """Read one whole tensor, on the CPU."""
+        return self.opened.whole_tensor(key)
 
     def value(self, key: str) -> Any:
         """Read one plain value."""
@@ -205,20 +225,16 @@ class CheckpointContents:
         A checkpoint that keeps hyperparameters by parameter (``flatten_optimizer_state_dict=True``) does not record
         the groups. In this case parameters with equal hyperparameters make one group, in the order of the optimizer.
         """
-        planned = self.opened.metadata.planner_data or {}
         nested: dict[int, dict[str, Any]] = {}
         flat: dict[str, dict[str, Any]] = {}
-        objects = self.values(key for key in self.objects if key.startswith(GROUPS))
-        for key in (*self.objects, *self.tensors):
-            if key.startswith(GROUPS):
-                value = self.tensor(key) if key in self.tensors else objects[key]
-                path = planned.get(key, ())
-                # A nested key is ("optim", "param_groups", index, option).
-                if len(path) == 4 and type(path[2]) is int:
-                    nested.setdefault(path[2], {})[path[3]] = value
-                else:
-                    name, option = _split(key, GROUPS)
-                    flat.setdefault(name, {})[option] = value
+        below_of = options_by_owner(self._keys)
+        values = option_values(self._keys, below_of)
+        for owner, below in below_of.items():
+            options = {option: values[key] for option, key in below.items()}
+            if is_numbered(self._keys, below):
+                nested[int(owner)] = options
+            else:
+                flat[without_parts(owner, CERTAIN_PARTS)] = options
         groups = [group for _, group in sorted(nested.items())]
         for group in groups:
             names = group.get("params")
@@ -269,7 +285,7 @@ class CheckpointContents:
 
     def _hash_of(self, entry: TensorEntry) -> tuple[object, ...]:
         """Return shape and dtype of a tensor and a hash of its bits, which is that of no other tensor."""
-        content: Any = _as_bytes(self.tensor(entry.key)).numpy()
+        content: Any = bytes_of(self.tensor(entry.key)).numpy()
         return entry.shape, entry.dtype, hashlib.blake2b(content).digest()
 
     def read(self, keys: Iterable[str], progress: Progress = no_progress) -> Iterator[tuple[str, Tensor]]:
@@ -283,12 +299,3 @@ def _split(key: str, prefix: str) -> tuple[str, str]:
     """The parameter's name, without what wrappers add, and the last word of a key below ``prefix``."""
     name, _, last = key.removeprefix(prefix).rpartition(".")
     return without_parts(name, CERTAIN_PARTS), last
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of the same shape and dtype are equal to the bit: NaN equals itself, -0.0 is not 0.0."""
-    return torch.equal(_as_bytes(a), _as_bytes(b))
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

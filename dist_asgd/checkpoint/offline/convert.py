@@ -15,12 +15,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ...state import MASTER_KEY
 from ..format.directory import sync_directory
 from ..format.locks import open_alone
 from ..format.manifest import CheckpointError
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
 from ..sources import Region
-from .contents import MODEL, STATE, CheckpointContents, Progress, no_progress
+from .contents import MODEL, STATE, CheckpointContents, Progress, TensorEntry, no_progress
 
 GROUPS_KEY = "param_groups"
 
@@ -50,7 +51,9 @@ def plan_export(
     record of ties, ``ties_by_value`` says whether an entry with the values of a parameter is that parameter.
     """
     if not contents.model:
-        raise CheckpointError(f"dist_asgd: {contents.opened.path} has no model (no keys '{MODEL}...').")
+        raise CheckpointError(
+            f"dist_asgd: {contents.opened.path} has no model (no keys '{MODEL}...'). {_advice(contents)}"
+        )
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
     plan: dict[str, Weight] = {}
@@ -59,7 +62,8 @@ def plan_export(
         params, region = _source(contents, name, ties_by_value)
         begun = [] if last else [param for param in params if contents.has_begun_averaging(param)]
         record = contents.sources
-        if begun and record is not None and name in record.computed:
+        is_computed = record is not None and name in record.computed
+        if begun and is_computed:
             raise ValueError(
                 f"dist_asgd: cannot export {name}: a state_dict hook of the model computed it from the last iterate of "
                 f"{_listed(params)}, whose averaging had begun, and only the model knows how. {_REMEDY}"
@@ -82,7 +86,7 @@ def plan_export(
                 )
             plan[name] = Weight(average.key, spec, True, region)
         else:
-            plan[name] = Weight(entry.key, spec, False)
+            plan[name] = _last_iterate(contents, () if is_computed else params, entry, spec, region)
     left_out = [] if last else [n for n in contents.state if contents.has_begun_averaging(n) and n not in exported]
     if left_out:
         raise ValueError(
@@ -114,6 +118,21 @@ def _source(contents: CheckpointContents, name: str, ties_by_value: bool) -> tup
     if record is not None and name in record.computed:
         return record.computed[name], None
     return [contents.tied_by_value.get(name, name) if ties_by_value else name], None
+
+
+def _last_iterate(
+    contents: CheckpointContents, params: Sequence[str], entry: TensorEntry, spec: TensorSpec, region: Region | None
+) -> Weight:
+    """The last iterate of ``entry``: of the float32 master of its parameter, if it is converted and has one."""
+    master = contents.state.get(params[0], {}).get(MASTER_KEY) if len(params) == 1 else None
+    if master is None or spec.dtype == entry.dtype:
+        return Weight(entry.key, spec, False)
+    fits = master.shape == entry.shape if region is None else region.fits(entry.shape, master.shape)
+    return Weight(master.key, spec, False, region) if fits else Weight(entry.key, spec, False)
+
+
+def _advice(contents: CheckpointContents) -> str:
+    return f"{contents.other_keys()} Say with --prefix where else they are, if they are.".strip()
 
 
 def export(
@@ -154,7 +173,9 @@ def consolidate(
     if the checkpoint has no optimizer state, and ValueError for another suffix.
     """
     if not contents.state and not contents.groups:
-        raise CheckpointError(f"dist_asgd: {contents.opened.path} has no optimizer state (no keys '{STATE}...').")
+        raise CheckpointError(
+            f"dist_asgd: {contents.opened.path} has no optimizer state (no keys '{STATE}...'). {_advice(contents)}"
+        )
     if out.suffix == SUFFIX:
         return _to_safetensors(contents, out, overwrite, progress)
     if out.suffix != ".pt":
@@ -189,7 +210,9 @@ def _save(whole: dict[str, Any], file: BinaryIO) -> None:
 
 def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
     """The content of a ``.pt`` file."""
-    model = {key.removeprefix(MODEL): tensor for key, tensor in contents.read(_keys(contents, MODEL), progress)}
+    keys = [entry.key for entry in contents.model.values()]
+    model: dict[str, Any] = {key.removeprefix(MODEL): tensor for key, tensor in contents.read(keys, progress)}
+    model |= contents.model_objects()
     names = [name for group in contents.groups for name in group["params"]]
     unlisted = contents.state.keys() - set(names)
     if unlisted:
@@ -225,14 +248,23 @@ def _to_safetensors(contents: CheckpointContents, out: Path, overwrite: bool, pr
     # One file at any size: the consolidated state is read back by key, and no loader of shards expects it.
     keys = _keys(contents, MODEL, STATE)
     specs = {key: TensorSpec(contents.tensors[key].dtype, contents.tensors[key].shape) for key in keys}
-    groups = [
-        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
-        for group in contents.groups
-    ]
-    files = TensorFiles(out, specs, metadata={GROUPS_KEY: json.dumps(groups)}, max_bytes=1 << 62, overwrite=overwrite)
+    try:
+        groups = json.dumps(contents.groups, default=_as_json)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"dist_asgd: the options of {contents.opened.path} cannot be written as JSON ({error}), which is what a "
+            f"{SUFFIX} file has. Consolidate to a .pt file."
+        ) from error
+    files = TensorFiles(out, specs, metadata={GROUPS_KEY: groups}, max_bytes=1 << 62, overwrite=overwrite)
     with files:
         for key, spec in specs.items():
             # The tensor gets no name, because it would live on while the next one is read.
             files.write(key, contents.tensor(key))
             progress(spec.bytes)
     return files.paths
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from reprlib import repr as repr_
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from .contents import CheckpointContents, Progress, TensorEntry, no_progress, same_bits
+from ..values import same_bits, same_values
+from .contents import CheckpointContents, Progress, TensorEntry, no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +76,3 @@ def _compare_tensors(
 
 def _dtype(entry: TensorEntry) -> str:
     return str(entry.dtype).removeprefix("torch.")
-
-
-def same_values(a: Any, b: Any) -> bool:
-    """Whether two plain values are equal, with all that they contain; tensors are compared to the bit."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        comparable = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
-        return comparable and same_bits(a, b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_values(value, b[key]) for key, value in a.items())
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same_values, a, b))
-    return bool(a == b or (a != a and b != b))

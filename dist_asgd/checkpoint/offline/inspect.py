@@ -50,7 +50,7 @@ class Summary:
 
     ``step`` and ``written_by``, the version of dist_asgd, come from the manifest and are None without one. ``others``
     are the model's buffers and the parameters that the optimizer does not have. ``extra`` are the values that the user
-    saved.
+    saved. ``other_keys`` is a sentence about keys of other layouts and other optimizers, or "".
     """
 
     path: str
@@ -66,6 +66,7 @@ class Summary:
     parameters: list[ParameterEntry]
     others: list[OtherEntry]
     extra: list[OtherEntry]
+    other_keys: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as plain values for JSON, in which numbers that are not finite become None."""
@@ -85,8 +86,13 @@ def summarize(contents: CheckpointContents) -> Summary:
     """Collect everything that ``inspect`` prints. Not collective."""
     opened = contents.opened
     sizes = opened.file_sizes()
-    parameters = [_parameter(contents, name) for name in contents.model if name in contents.optimized]
-    parameters += [_parameter(contents, name) for name in contents.state if name not in contents.model]
+    optimized: set[str] = set()
+    parameters: list[ParameterEntry] = []
+    # The state of another optimizer is listed by its keys.
+    if contents.is_asgd:
+        optimized = contents.optimized
+        parameters = [_parameter(contents, name) for name in contents.model if name in optimized]
+        parameters += [_parameter(contents, name) for name in contents.state if name not in contents.model]
     tensors = contents.tensors.values()
     manifest = opened.manifest
     ranks = {match[1] for name in sizes if (match := _RANK.fullmatch(name))}
@@ -105,8 +111,9 @@ def summarize(contents: CheckpointContents) -> Summary:
         model_bytes=sum(entry.bytes for entry in contents.model.values()),
         state_bytes=sum(p.state_bytes for p in parameters),
         parameters=parameters,
-        others=[_other(name, entry) for name, entry in contents.model.items() if name not in contents.optimized],
+        others=[_other(name, entry) for name, entry in contents.model.items() if name not in optimized],
         extra=sorted((*extra_tensors, *extra_objects), key=lambda entry: (len(entry.name), entry.name)),
+        other_keys=contents.other_keys(),
     )
 
 
