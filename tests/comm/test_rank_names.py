@@ -1,6 +1,7 @@
 """Errors of an optimizer on some ranks of the job name them by their numbers in the job."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,10 @@ def dies(rank: int, _world_size: int) -> None:
         return
     param = nn.Parameter(torch.ones(64))
     optimizer = ShardedASGD([param], process_group=group)
+    dist.barrier(group)
     if rank == 2:
+        # Its part of the barrier has left by then: this is about the name, and the other rank is in the step.
+        time.sleep(0.5)
         os._exit(9)
     param.grad = torch.ones(64)
     optimizer.step()
