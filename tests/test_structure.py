@@ -45,7 +45,7 @@ COLLECTIVES = {
 PRIVATE_TO_TORCH = {
     *("_C", "_base", "_foreach_copy_", "_foreach_mul_", "_foreach_zero_", "_make_wrapper_subclass", "_to_copy"),
     *("_cdata", "_schema"),  # storages and operators
-    "_disabled_torch_function_impl",
+    *("_disabled_torch_function_impl", "_version"),
     *("_current_graph_task_id", "_execution_engine"),  # autograd
     *("_device_types", "_get_backend", "_timeout", "_world"),  # process groups
     *("_local_tensor", "_spec"),  # DTensor

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _SMALL_BYTES = 1 << 16
 
 
+@torch.no_grad()
 def apply(
     loaded: CheckpointState,
     path: str | os.PathLike[str],
@@ -49,7 +50,16 @@ def apply(
     """
     backup = _Backup.agreed(loaded, saver, call, model, optimizer)
     try:
-        _write(loaded, path, saver, call, model, optimizer)
+        _agree_on(lambda: _load_optimizer(optimizer, loaded.optimizer), "the optimizer", path, saver, call)
+        for live, fragment in loaded.fragments:
+            live.copy_(fragment)
+        if isinstance(optimizer, ShardedASGD):
+            # Before the model's own loading, which hands each live parameter to itself.
+            for bucket in optimizer.shards.buckets:
+                optimizer.gatherer.launch(bucket)
+            optimizer.gatherer.wait()
+        strict = not loaded.mismatch
+        _agree_on(lambda: model.load_state_dict(loaded.model, strict=strict), "the model", path, saver, call)
     except (CallsDiffer, PeerError):
         # The other ranks do not put anything back, so that this one cannot gather parameters.
         raise
@@ -60,28 +70,6 @@ def apply(
         raise
     if isinstance(optimizer, ShardedASGD):
         optimizer.shards.torn_by = None
-
-
-@torch.no_grad()
-def _write(
-    loaded: CheckpointState,
-    path: str | os.PathLike[str],
-    saver: Saver,
-    call: CollectiveCall,
-    model: nn.Module,
-    optimizer: Optimizer,
-) -> None:
-    """Do the writing of ``apply``. Collective; raises on all ranks if code of the user does on any."""
-    _agree_on(lambda: _load_optimizer(optimizer, loaded.optimizer), "the optimizer", path, saver, call)
-    for live, fragment in loaded.fragments:
-        live.copy_(fragment)
-    if isinstance(optimizer, ShardedASGD):
-        # Before the model's own loading, which hands each live parameter to itself.
-        for bucket in optimizer.shards.buckets:
-            optimizer.gatherer.launch(bucket)
-        optimizer.gatherer.wait()
-    strict = not loaded.mismatch
-    _agree_on(lambda: model.load_state_dict(loaded.model, strict=strict), "the model", path, saver, call)
 
 
 def _load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -148,7 +136,6 @@ class _Backup:
         self._model = ModelBackup(model, held, loaded.model)
 
     @classmethod
-    @torch.no_grad()
     def agreed(
         cls, loaded: CheckpointState, saver: Saver, call: CollectiveCall, model: nn.Module, optimizer: Optimizer
     ) -> _Backup:

@@ -45,8 +45,8 @@ class GradientReader(Protocol):
     def fragment_of(self, index: int, whole: Tensor) -> Tensor:
         """This rank's fragment of ``whole``, a real tensor of the parameter's shape. Not collective."""
 
-    def norms(self, norm_type: float) -> dict[int, Tensor]:
-        """The norm of every mean gradient, 0-dim float64, by index; all ranks get the same."""
+    def norm(self, index: int, norm_type: float) -> Tensor:
+        """The norm of a mean gradient, 0-dim float64; all ranks get the same."""
 
     def any_rank(self, flag: Tensor) -> Tensor:
         """The largest ``flag`` of all ranks, of any shape with 1 element, as ``(1,)``."""
@@ -193,7 +193,7 @@ def _norm(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     keep = options.get("keepdim", args[3] if len(args) > 3 else False)
     if dims is not None and len({dim % max(own.dim(), 1) for dim in dims}) != own.dim():
         _refuse("the norm along some dimensions")
-    norm = own.held_by().norms(float(order))[own.param_index].to(own.device, options.get("dtype") or _real(own.dtype))
+    norm = own.held_by().norm(own.param_index, float(order)).to(own.device, options.get("dtype") or _real(own.dtype))
     return norm.reshape((1,) * own.dim()) if keep else norm
 
 

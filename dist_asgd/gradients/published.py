@@ -44,8 +44,8 @@ class PublishedGradients:
         # The parameters that are published, and those that the end of a backward will publish.
         self.now: set[int] = set()
         self._unpublished: set[int] = set()
-        # Norms of the gradients as they are now, by order and index.
-        self._norms: dict[float, dict[int, Tensor]] = {}
+        # Norms by order and index, each with the version that its bucket's gradient had: what writes to it bumps that.
+        self._norms: dict[float, dict[int, tuple[int, Tensor]]] = {}
         self.cleared = 0
 
     @property
@@ -78,12 +78,14 @@ class PublishedGradients:
         """Put the ``GradientTensor`` of ``member`` into ``p.grad``; unless ``sent`` it keeps what was there."""
         tensor, gradient = self._tensors[member.index], member.param.grad
         if gradient is not tensor:
+            # First, so that an interruption between the two lines loses no gradient.
+            tensor.unsent = gradient.unsent if isinstance(gradient, GradientTensor) else gradient
             try:
                 member.param.grad = tensor
             except (RuntimeError, TypeError):
                 # The parameter was converted since, and the next call takes it and its gradient as they are.
+                tensor.unsent = None
                 return
-            tensor.unsent = gradient.unsent if isinstance(gradient, GradientTensor) else gradient
         if sent:
             tensor.unsent = None
         self.now.add(member.index)
@@ -99,19 +101,19 @@ class PublishedGradients:
 
         Returns whether a user has taken the published one away, which says that what was reduced is to be forgotten.
         """
-        if index not in self.now:
-            return False
-        self.now.discard(index)
-        self._unpublished.add(index)
         param = self._members[index].param
         gradient = param.grad
-        if not isinstance(gradient, GradientTensor):
-            return True
-        unsent = gradient.unsent
-        gradient.unsent = None
-        # module.to() may have converted the parameter meanwhile.
-        param.grad = None if unsent is None else unsent.to(param.device, param.dtype)
-        return not gradient.belongs_to(index, self)
+        taken_away = index in self.now
+        # Whatever ``now`` says, after an interruption perhaps: backward must not add to a published gradient.
+        if isinstance(gradient, GradientTensor):
+            unsent = gradient.unsent
+            # module.to() may have converted the parameter meanwhile.
+            param.grad = None if unsent is None else unsent.to(param.device, param.dtype)
+            gradient.unsent = None
+            taken_away &= not gradient.belongs_to(index, self)
+        self.now.discard(index)
+        self._unpublished.add(index)
+        return taken_away
 
     def withdraw_all(self) -> None:
         """Put all unsent gradients back into ``p.grad``."""
@@ -120,7 +122,6 @@ class PublishedGradients:
 
     def discard_all(self, set_to_none: bool) -> None:
         """Discard unsent gradients that are published; take the published ones out of ``p.grad``, or leave zeros."""
-        self._norms.clear()
         self.cleared = 0
         for index in self.now:
             tensor, param = self._tensors[index], self._members[index].param
@@ -181,7 +182,7 @@ class PublishedGradients:
             )
 
     def forget_norms(self) -> None:
-        """Forget the norms; called when gradients change."""
+        """Forget the norms; called when messages are about to write gradients, which bumps no version."""
         self._norms.clear()
 
     # --- GradientReader -------------------------------------------------------------------------------------
@@ -191,7 +192,6 @@ class PublishedGradients:
     def fragments(self, indices: Sequence[int]) -> list[Tensor]:
         """See ``GradientReader``. Collective if a backward ran since ranks last agreed."""
         self._reducer.settle()
-        self.forget_norms()
         return [self._fragment(self._members[index]) for index in indices]
 
     def _fragment(self, member: BucketParam) -> Tensor:
@@ -204,23 +204,37 @@ class PublishedGradients:
 
     @public_call
     @torch.no_grad()
-    def norms(self, norm_type: float) -> dict[int, Tensor]:
-        """See ``GradientReader``. Not collective if norms of this type are known and gradients have not changed."""
+    def norm(self, index: int, norm_type: float) -> Tensor:
+        """See ``GradientReader``. Not collective if norms of this type are known and the gradient has not changed."""
+        shard = self._members[index].bucket.gradient_shard()
+        version, norm = self._norms.get(norm_type, {}).get(index, (-1, shard))
+        # Pending factors are a change that has yet to be written.
         reducer = self._reducer
-        if norm_type not in self._norms or reducer.backward_since_agree:
-            present = reducer.settle(always=True)
-            members = sorted((m for m in reducer.members if m.index in present), key=lambda m: m.index)
-            norms = dict.fromkeys(self._members, torch.zeros((), dtype=torch.float64, device="cpu"))
-            if members:
-                found = clip.param_norms(reducer, members, norm_type).unbind()
-                norms.update(zip((m.index for m in members), found, strict=True))
-            self._norms[norm_type] = norms
+        if version != shard._version or reducer.backward_since_agree or any(f is not None for f in reducer.scaling):
+            norm = self._compute_norms(norm_type)[index][1]
+        return norm
+
+    def _compute_norms(self, norm_type: float) -> dict[int, tuple[int, Tensor]]:
+        reducer = self._reducer
+        present = reducer.settle(always=True)
+        members = sorted((m for m in reducer.members if m.index in present), key=lambda m: m.index)
+        found: dict[int, Tensor] = {}
+        if members:
+            norms = clip.param_norms(reducer, members, norm_type).unbind()
+            found = dict(zip((m.index for m in members), norms, strict=True))
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._norms[norm_type] = {
+            index: (member.bucket.gradient_shard()._version, found.get(index, zero))
+            for index, member in self._members.items()
+        }
         return self._norms[norm_type]
 
     @public_call
     @torch.no_grad()
     def any_rank(self, flag: Tensor) -> Tensor:
         """See ``GradientReader``."""
+        # Announced, so that a rank in another call is an error and not a wait.
+        self._reducer.settle(always=True)
         communicators = self._reducer.communicators
         communicator = communicators.host if flag.device.type == "cpu" else communicators.on(flag.device)
         return communicator.gather_rows(flag.reshape(1)).amax(0)

@@ -60,8 +60,7 @@ class Reducer(Gradients):
         self._presharded_mask = 0
         self._member_of: dict[int, BucketParam] = {}
         self._hooks = BackwardHooks(self)
-        # A frozen parameter has no hook: if it has a gradient all the same, it is reduced as if set by hand.
-        self._hooked: set[int] = set()
+        self._hooked: set[int] = set()  # gradients of the others are reduced as if set by hand
         self.published = PublishedGradients(self)
         self._send_buffers = SendBuffers((), {})
         # Oldest first: reduce-scatters end in the order in which they were launched.
@@ -85,12 +84,15 @@ class Reducer(Gradients):
         self._presharded_mask = bit_mask(member.index for member in self.presharded)
         self._member_of = {member.index: member for member in self.members}
         self._round.extend(self.buckets)
-        hooked = [member for member in self.members if member.param.requires_grad]
-        self._hooked = {member.index for member in hooked}
-        self._hooks.register(hooked)
+        self._register_hooks()
         self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
         self._send_buffers = SendBuffers(self.buckets, self._collectives)
         self.published.extend(self.members, self._hooked)
+
+    def _register_hooks(self) -> None:
+        hooked = [member for member in self.members if member.param.requires_grad]
+        self._hooked = {member.index for member in hooked}
+        self._hooks.register(hooked)
 
     def __del__(self) -> None:
         """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
@@ -311,6 +313,9 @@ class Reducer(Gradients):
                     f"backward's gradient was already reduced. With stage=2 do not wrap the model in DDP, and set "
                     f"gradients by hand only instead of a backward (after zero_grad())."
                 )
+        if any(member.index not in self._hooked and member.param.requires_grad for member, _ in unsent):
+            # It was frozen when hooks were registered. Without one, backward would add to a published gradient.
+            self._register_hooks()
         return pending
 
     def _forget_gradient(self, index: int) -> None:
@@ -387,8 +392,6 @@ class Reducer(Gradients):
 
     def scale(self) -> None:
         """Multiply all shards by the pending factors, because another gradient is added or another norm is taken."""
-        if any(factor is not None for factor in self.scaling):
-            self.published.forget_norms()
         for factor in self.scaling:
             for bucket in self.buckets:
                 if bucket.gradient is not None:

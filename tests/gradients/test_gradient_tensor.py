@@ -297,3 +297,61 @@ def test_two_optimizers_are_clipped_together() -> None:
         assert q.grad is not None
         torch.testing.assert_close(p.grad.norm(), 2 * q.grad.norm(), rtol=1e-6, atol=0)
     assert_same_bits(kept[0].clip_grad_norm_(1e9), kept[0].clip_grad_norm_(1e9), "a norm")
+
+
+def test_a_norm_follows_what_is_written_to_a_fragment() -> None:
+    """It is computed anew, and not remembered."""
+    param = nn.Parameter(torch.ones(4))
+    kept = ShardedASGD([param], stage=2)
+    param.sum().backward()
+    assert isinstance(param.grad, GradientTensor)
+    fragment = param.grad.to_local()
+    assert param.grad.norm() == 2
+    fragment.mul_(3)
+    assert param.grad.norm() == 6
+    kept.clip_grad_norm_(3.0)
+    torch.testing.assert_close(param.grad.norm(), torch.tensor(3.0))
+
+
+def unfreezes_late(_rank: int, _world_size: int) -> None:
+    """Job: a parameter is frozen after it has stepped, shards are built anew, and it is unfrozen; nothing is zeroed."""
+    weights = [nn.Parameter(torch.full((3,), 1.0 + i)) for i in range(3)]
+    copies = [nn.Parameter(w.detach().clone()) for w in weights]
+    subject, oracle = ShardedASGD(weights, stage=2, **OPTIONS), torch.optim.ASGD(copies, **OPTIONS)
+    for step in range(7):
+        for params, optimizer in ((weights, subject), (copies, oracle)):
+            params[0].requires_grad_(step not in (2, 3))
+            if step == 2:
+                params[0].grad = None
+                optimizer.param_groups[0]["params"].reverse()
+            if optimizer is oracle:
+                optimizer.zero_grad()
+            for number in range(2):
+                used = [p * (1.0 + step + number + i) for i, p in enumerate(params) if p.requires_grad]
+                torch.stack([u.sum() for u in used]).sum().backward()
+            optimizer.step()
+        assert all(map(torch.equal, weights, copies)), step
+
+
+@worlds
+def test_a_parameter_that_was_frozen_when_shards_were_built(backend: str, world_size: int) -> None:
+    """Backward never adds to the gradient that a step has published."""
+    run(backend, world_size, unfreezes_late)
+
+
+def unscales_alone(rank: int, _world_size: int) -> None:
+    """Job: after a norm, rank 0 unscales and the other rank steps."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = ShardedASGD([param], stage=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(param.sum()).backward()
+    torch.nn.utils.clip_grad_norm_([param], 1.0)
+    if rank == 0:
+        scaler.unscale_(optimizer)
+    optimizer.step()
+
+
+def test_unscaling_on_one_rank_is_an_error_on_all() -> None:
+    """It is announced before anything else is sent."""
+    for error in run_errors("gloo", 2, unscales_alone):
+        assert "an operator on p.grad" in error.message
