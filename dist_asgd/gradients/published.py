@@ -44,7 +44,7 @@ class PublishedGradients:
         # The parameters that are published, and those that the end of a backward will publish.
         self.now: set[int] = set()
         self._unpublished: set[int] = set()
-        # Norms by order and index, each with the version that its bucket's gradient had: what writes to it bumps that.
+        # Norms by order and index, each with the version that its bucket's gradient had: a user's write bumps that.
         self._norms: dict[float, dict[int, tuple[int, Tensor]]] = {}
         self.cleared = 0
 
@@ -182,7 +182,7 @@ class PublishedGradients:
             )
 
     def forget_norms(self) -> None:
-        """Forget the norms; called when messages are about to write gradients, which bumps no version."""
+        """Forget the norms; called when gradients are about to be written in a way that bumps no version."""
         self._norms.clear()
 
     # --- GradientReader -------------------------------------------------------------------------------------
@@ -192,6 +192,8 @@ class PublishedGradients:
     def fragments(self, indices: Sequence[int]) -> list[Tensor]:
         """See ``GradientReader``. Collective if a backward ran since ranks last agreed."""
         self._reducer.settle()
+        # Operators on a GradientTensor run below autograd's bookkeeping, and bump no version.
+        self.forget_norms()
         return [self._fragment(self._members[index]) for index in indices]
 
     def _fragment(self, member: BucketParam) -> Tensor:
