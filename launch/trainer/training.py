@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -99,7 +99,7 @@ class Training:
         options = self._options
         if options.overwrite:
             for step in self._checkpoints.steps():
-                shutil.rmtree(self._checkpoints.path_of(step))
+                shutil.rmtree(cast(Path, self._checkpoints.path_of(step)))
         if not options.resume:
             return options.resume_from
         latest = self._checkpoints.latest()
@@ -108,7 +108,7 @@ class Training:
                 f"no checkpoint to resume from: wanted {options.checkpoint_folder}/step-...; leave out --resume to "
                 "start anew"
             )
-        return latest
+        return cast(Path, latest)
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder has later checkpoints, which would hide those of this run. Rank 0 calls it."""
