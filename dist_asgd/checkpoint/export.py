@@ -78,7 +78,8 @@ def export_averaged(
     ``model.safetensors.index.json``.
 
     Args:
-        path: the file that rank 0 writes, on a file system. It appears whole or not at all.
+        path: the file that rank 0 writes, on a file system, where it appears whole or not at all, or in an object
+            store, to which it is uploaded from a temporary folder of rank 0.
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.

@@ -89,7 +89,7 @@ def load_checkpoint(
     executed. Hyperparameters come from the checkpoint, as in torch.
 
     Args:
-        path: a checkpoint's directory.
+        path: a checkpoint's directory, or its address in an object store.
         model, optimizer: as for ``save_checkpoint``; wrappers, stage and world size may differ from those at the save.
         strict: False: load the entries that match by name and shape, keep the rest as it is, and log what was kept.
             True: parameters that were added, removed or renamed are an error that lists them.

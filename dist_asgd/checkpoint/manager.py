@@ -49,7 +49,8 @@ class CheckpointManager:
     raises its error.
 
     Args:
-        folder: the folder, on a file system that all ranks share; it is made if it does not exist.
+        folder: the folder, on a file system that all ranks share, where it is made if it does not exist, or in an
+            object store, where it has no link ``latest``.
         keep: how many checkpoints to keep; None keeps all.
         when_busy: what ``async_save`` does while the last save runs: ``"wait"``, or ``"refuse"`` with a RuntimeError.
     """

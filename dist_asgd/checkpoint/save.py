@@ -345,7 +345,9 @@ def adopt_params(optimizer: Optimizer) -> None:
 def os_problem(error: OSError) -> Exception:
     """Return the error that users get for one of the operating system: with the file, and what has become of it."""
     what = f" {error.filename}" if error.filename else ""
-    hint = " The folder has vanished, or not all ranks share it." if isinstance(error, FileNotFoundError) else ""
+    is_file = "://" not in str(error.filename)
+    vanished = is_file and isinstance(error, FileNotFoundError)
+    hint = " The folder has vanished, or not all ranks share it." if vanished else ""
     return RuntimeError(
         f"dist_asgd: cannot write the checkpoint:{what}: {error.strerror or error}.{hint} Nothing of it is kept; "
         f"checkpoints that were there before are whole."
@@ -372,12 +374,12 @@ def save_checkpoint(
     """Save ``model`` and ``optimizer`` from all ranks into a new directory ``path``. Collective.
 
     The checkpoint loads in any topology: one process, stage 1 and 2, FSDP2 with ``torch.optim.ASGD``, at any world
-    size. On return it is whole, on disk, and hashed. After an error, which every rank raises, there is nothing at
-    ``path``, and model and optimizer are untouched.
+    size. On return it is whole, on disk or in the store, and hashed. After an error, which every rank raises, there is
+    nothing at ``path``, and model and optimizer are untouched.
 
     Args:
         path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share. ``~`` and
-            ``file://`` work; addresses of object stores (``s3://``) are a ValueError on every rank.
+            ``file://`` work, and so do addresses of object stores (``s3://bucket/run``), as text or as a ``UPath``.
         model: the module whose parameters the optimizer was given, wrapped by DDP or torch.compile or not.
         optimizer: a ``ShardedASGD`` of any stage, or ``torch.optim.ASGD`` (on FSDP2 parameters too).
         step: the number of steps taken, for the manifest.
@@ -386,7 +388,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: ``path`` exists, ``extra`` cannot be loaded safely, or ranks disagree.
-        RuntimeError: the file system refused (disk full, read-only, vanished).
+        RuntimeError: the file system or the store refused (disk full, read-only, vanished, no answer).
         PeerError: a rank died.
     """
     saver = Saver.of(optimizer)

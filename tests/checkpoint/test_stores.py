@@ -402,6 +402,30 @@ def test_what_a_save_left_is_told_from_a_save_that_runs(
     assert_same_state(other, whole_state(live))
 
 
+def test_a_save_that_was_taken_for_crashed_at_its_very_end_fails(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are gone when its manifest is there: it fails, and leaves the path to the other save."""
+    live = build("single").train(1)
+    late = store_directory.StoreDirectory.put_in_place
+
+    def put_in_place(self: store_directory.StoreDirectory) -> None:
+        monkeypatch.setattr(store_directory.StoreDirectory, "put_in_place", late)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(socket, "gethostname", lambda: "another-host")
+            others.append(store_directory.begin(self.path))
+        late(self)
+
+    others: list[store_directory.StoreDirectory] = []
+    monkeypatch.setattr(store_directory.StoreDirectory, "put_in_place", put_in_place)
+    with pytest.raises(RuntimeError, match="Another save to this path has removed it"):
+        save_checkpoint("memory://a", live.model, live.optimizer, step=1)
+    assert [name.rpartition("/")[2] for name in memory.find("/a")] == [".writer"]
+    others[0].close()
+    save_checkpoint("memory://a", live.model, live.optimizer, step=1)
+    assert load_checkpoint("memory://a", live.model, live.optimizer) is None
+
+
 def test_an_answer_that_is_lost_is_no_error(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store's library tries again, and is refused because of its own first try."""
     original = stores.put

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
     from upath import UPath
 
-AnyPath: TypeAlias = "Path | UPath"
-"""A path of this machine's file system, or of a store."""
-UserPath: TypeAlias = "str | os.PathLike[str] | UPath"
-"""A path as users give it."""
+    AnyPath: TypeAlias = Path | UPath
+    """A path of this machine's file system, or of a store."""
+    UserPath: TypeAlias = str | os.PathLike[str] | UPath
+    """A path as users give it."""
+else:
+    # universal_pathlib need not be installed, and annotations can be read without it.
+    AnyPath = Path
+    UserPath = str | os.PathLike[str]
 
 # pathlib makes one slash of two. Windows' drives have one letter, and so no scheme has.
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]+):/(?P<slashes>/*)(?P<rest>.*)", re.DOTALL)
@@ -107,7 +111,9 @@ def _in_store(path: UPath) -> AnyPath:
             f"credentials."
         ) from error
     if not path.name:
-        raise ValueError(f"dist_asgd: {path} names a store and nothing in it: wanted a path, such as {path}/run.")
+        raise ValueError(
+            f"dist_asgd: {path} names a store and nothing in it: wanted a path, such as {str(path).rstrip('/')}/run."
+        )
     return path
 
 

@@ -42,6 +42,7 @@ class StoreDirectory:
         self.tag = f"-{uuid.uuid4().hex[:12]}"
         # The objects that every save has under the same name, by name. The tag makes this save's owner file its own.
         self._objects = {OWNER_NAME: owner_record() + self.tag.encode()}
+        self._files: dict[str, FileEntry] = {}
         self._has_ended = False
         self._create(OWNER_NAME, "that has begun at the same moment")
 
@@ -58,23 +59,29 @@ class StoreDirectory:
 
     def finish(self, step: int, written: Sequence[WrittenFile], metadata: bytes, here: str) -> None:
         """Add ``.metadata`` when the files of all ranks are in the store; ``here`` names this rank in errors."""
-        files = {file.name: file.file for file in written if file.file is not None}
+        self._files = {file.name: file.file for file in written if file.file is not None}
+        self._check_visible(here)
+        chunks = {file.name: file.chunks for file in written if file.file is not None}
+        files = {**self._files, METADATA_NAME: FileEntry(len(metadata), hash_of(metadata))}
+        self._objects[MANIFEST_NAME] = checked_bytes(self.path, Manifest(step, len(written), files, chunks))
+        self._objects[METADATA_NAME] = metadata
+        self._create(METADATA_NAME, "that is about to finish")
+
+    def _check_visible(self, here: str) -> None:
+        """Raise RuntimeError unless this rank sees every file as its rank wrote it."""
         sizes = stores.sizes_in(self.path)
-        for name, entry in files.items():
+        for name, entry in self._files.items():
             if sizes.get(name) != entry.bytes:
                 raise RuntimeError(
                     f"dist_asgd: {here} does not see {self.path / name} as it was written. Another save to this path "
                     f"has removed it, or not all ranks write to the same store."
                 )
-        chunks = {file.name: file.chunks for file in written if file.file is not None}
-        files[METADATA_NAME] = FileEntry(len(metadata), hash_of(metadata))
-        self._objects[MANIFEST_NAME] = checked_bytes(self.path, Manifest(step, len(written), files, chunks))
-        self._objects[METADATA_NAME] = metadata
-        self._create(METADATA_NAME, "that is about to finish")
 
     def put_in_place(self) -> None:
         """Write the manifest, with which the checkpoint is whole; raises ValueError if there is one by now."""
         self._create(MANIFEST_NAME, "that has finished first")
+        # A save on another host may have taken this one for crashed just before the manifest was there.
+        self._check_visible("the rank that writes the manifest")
         self._has_ended = True
         # If this fails, readers ignore the owner file, as they do every file that no manifest names.
         with contextlib.suppress(OSError):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from upath import UPath
 
-# Small chunks that follow each other are read with one request.
-_READ_AHEAD_BYTES = 1 << 20
+# Small chunks that follow each other, and blocks of a whole object, are read with few requests.
+_READ_AHEAD_BYTES = 1 << 23
 _NUMBERS = ((FileNotFoundError, errno.ENOENT), (FileExistsError, errno.EEXIST), (PermissionError, errno.EACCES))
 
 
