@@ -1,8 +1,8 @@
 """Calls that wait for other ranks: the log says for whom after 10 s, and the error names them when the wait fails.
 
 A collective call that only some ranks make, as with ``if rank == 0:`` around it, waits for the others until the process
-group's timeout. ``Agreement`` waits through a ``Waiting``, which looks at the reports that have arrived. It does so in a
-thread of its own, because the waiting one is inside the backend.
+group's timeout. ``Agreement`` waits through a ``Waiting``, which looks at the reports that have arrived. It does so in
+a thread of its own, because the waiting one is inside the backend.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class Waiting:
             missing = pending.missing()
             if not missing:
                 raise
-            raise PeerError(self._describe(call, missing, error)) from error
+            raise PeerError(self._describe(call, missing, error)) from error.__cause__
         finally:
             self._current = None
 
     def _describe(self, call: str, missing: Sequence[int], error: PeerError) -> str:
         others, here = self._names.describe(missing), self._names.place(self._rank)
         return (
-            f"dist_asgd: {call} failed on {here}: {others} did not call it. Every rank must make the same collective "
-            f"calls: if a condition such as 'if rank == 0:' stands around it, call it on all ranks. Otherwise {others} "
-            f"died, lost the connection, or came later than the process group's timeout (with fewer batches: pass the "
-            f"optimizer to torch's Join). Parameters and state may differ between ranks now: restart the job from its "
-            f"last checkpoint. The backend said: {error.__cause__}"
+            f"dist_asgd: {call} failed on {here}, and was not called on {others}: a peer has died, was cut off, did "
+            f"not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to torch's "
+            f"Join), or never makes this call. Every rank must make it: no condition such as 'if rank == 0:' may stand around "
+            f"it. Parameters and state may differ between ranks now: restart the job from its last checkpoint. The "
+            f"backend said: {error.__cause__}"
         )
 
     def look(self) -> None:
