@@ -60,7 +60,7 @@ class Dtype(StrEnum):
 
 
 Directory = Annotated[
-    str, typer.Argument(metavar="DIR", help="A checkpoint: a directory that contains .metadata.", show_default=False)
+    str, typer.Argument(metavar="DIR", help="A checkpoint: the directory that a save has written.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]

@@ -29,6 +29,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from .archives import FrameCache, dump_object, load_object, load_tensor
+from .compression import MAX_FRAME_BYTES, MAX_OBJECT_BYTES, check_extensions, decompressed
+from .descriptions import description_names, read_description
+from .extents import check_extents
 from .layouts import Prefix, check_prefix, renamed
 from .manifest import (
     MANIFEST_NAME,
@@ -43,9 +46,10 @@ from .manifest import (
     read_range,
     read_whole,
 )
-from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
+from .metadata import METADATA_NAME
 from .nearby import hint_at
 from .paths import local_path
+from .raw_tensors import RawRange, raw_tensor
 
 
 class OpenCheckpoint:
@@ -61,12 +65,12 @@ class OpenCheckpoint:
         self.path = local_path(path)
         self.manifest: Manifest | None = None
         # Raises if there is no such directory.
-        names_in(self.path)
+        names = names_in(self.path)
         if verify:
             self.manifest = self._checked_manifest()
-        raw = self.read_file(METADATA_NAME, MAX_METADATA_BYTES)
-        where = str(self.path / METADATA_NAME)
-        self.metadata: Metadata = parse(raw, where)
+        self._descriptions = [METADATA_NAME] if verify else description_names(names)
+        self.metadata, where = read_description(self.path, self._descriptions, self.read_file, has_manifest=verify)
+        check_extensions(self.metadata, where)
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
@@ -105,7 +109,7 @@ class OpenCheckpoint:
     def file_sizes(self) -> dict[str, int]:
         """Return the bytes of every file of the checkpoint by name, the metadata and the manifest included."""
         sizes = dict(self.sizes)
-        for name in (METADATA_NAME, *(() if self.manifest is None else (MANIFEST_NAME, *self.manifest.files))):
+        for name in (*self._descriptions, *(() if self.manifest is None else (MANIFEST_NAME, *self.manifest.files))):
             if name not in sizes:
                 file, sizes[name] = open_confined(self.path, name)
                 file.close()
@@ -156,7 +160,12 @@ class OpenCheckpoint:
     def tensor(self, index: MetadataIndex, data: bytes) -> Tensor:
         """Return the region of a tensor in the bytes of a chunk, on the CPU, of the region's shape."""
         shape = next(region.sizes for region in self.regions(index.fqn) if region.offsets == index.offset)
-        return load_tensor(data, shape, self._entry(index.fqn).properties, self._what(index), self._frames)
+        properties, info, what = self._entry(index.fqn).properties, self.storage_info(index), self._what(index)
+        if isinstance(info, RawRange):
+            return raw_tensor(data, shape, properties.dtype)
+        most = math.prod(shape) * properties.dtype.itemsize + MAX_FRAME_BYTES
+        plain = decompressed(data, info.transform_descriptors, most, what)
+        return load_tensor(plain, shape, properties, what, self._frames)
 
     def regions(self, key: str) -> list[ChunkStorageMetadata]:
         """Return the regions of a tensor, which are its chunks: offsets and sizes of each."""
@@ -170,7 +179,9 @@ class OpenCheckpoint:
 
     def value(self, index: MetadataIndex, data: bytes) -> Any:
         """Return the object in the bytes of a chunk."""
-        return load_object(data, self._what(index))
+        what = self._what(index)
+        plain = decompressed(data, self.storage_info(index).transform_descriptors, MAX_OBJECT_BYTES, what)
+        return load_object(plain, what)
 
     def whole_tensor(self, key: str) -> Tensor:
         """Read one whole tensor, on the CPU, and assemble it from its chunks."""
@@ -229,7 +240,7 @@ class OpenCheckpoint:
 
 def needs_manifest(path: Path) -> CheckpointError:
     """Return the error for a directory without a manifest: another program's checkpoint, or none at all."""
-    if METADATA_NAME not in names_in(path):
+    if not description_names(names_in(path)):
         return CheckpointError(
             f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}.{hint_at(path)}"
         )
@@ -335,94 +346,3 @@ def _fill(source: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
     with torch.no_grad():
         target.copy_(source)
     planner.commit_tensor(item, target)
-
-
-# --- extents: chunks in their tensors and files ----------------------------------------------------------
-
-
-def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
-    """Check that chunks lie inside their tensor and file, that none overlap, and that each tensor is covered.
-
-    Equal objects and 0-dim tensors may share one byte range: every parameter has its group's hyperparameters.
-    ``sizes`` are the bytes of each file. Metadata that passes cannot ask for more memory than the files have bytes.
-    Raises CheckpointError, which names the key.
-    """
-    wanted = set()
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata):
-            wanted.add(MetadataIndex(key))
-            continue
-        _check_regions(key, entry, where)
-        for chunk in entry.chunks:
-            index = MetadataIndex(key, chunk.offsets)
-            wanted.add(index)
-            info = metadata.storage_data.get(index)
-            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            if info is not None and info.length < needed:
-                raise CheckpointError(
-                    f"dist_asgd: {where}: a chunk of {key} needs {needed} bytes, but {info.relative_path} has "
-                    f"{info.length} for it."
-                )
-    for index in wanted - metadata.storage_data.keys():
-        raise CheckpointError(f"dist_asgd: {where} does not say where {index.fqn} {index.offset} lies.")
-    for index in metadata.storage_data.keys() - wanted:
-        raise CheckpointError(f"dist_asgd: {where} has data of {index.fqn} {index.offset}, which no key has.")
-    _check_ranges(metadata, sizes, where)
-
-
-def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
-    """Check the byte ranges: sorted by file and offset, each begins where the last one has ended, or later."""
-    last: dict[str, tuple[int, str]] = {}
-    shared: tuple[str, int, int] | None = None
-    ranges = [
-        (info.relative_path, info.offset, info.length, index.fqn) for index, info in metadata.storage_data.items()
-    ]
-    for name, offset, length, fqn in sorted(ranges):
-        if name not in sizes:
-            raise CheckpointError(f"dist_asgd: {name}, which holds {fqn}, is missing: {where} is not whole.")
-        entry = metadata.state_dict_metadata[fqn]
-        single = isinstance(entry, BytesStorageMetadata) or not entry.size
-        if single and shared == (name, offset, length):
-            continue
-        shared = (name, offset, length) if single else None
-        stop, before = last.get(name, (0, ""))
-        if offset < stop:
-            raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
-        if offset + length > sizes[name]:
-            raise CheckpointError(
-                f"dist_asgd: {name} has {sizes[name]} bytes, but by {where} {fqn} lies at {offset} to "
-                f"{offset + length} in it: a file is truncated or damaged, or belongs to another checkpoint."
-            )
-        last[name] = (offset + length, fqn)
-
-
-def _check_regions(key: str, entry: TensorStorageMetadata, where: str) -> None:
-    """Check that the regions of one tensor cover it, each element once."""
-    size, regions = entry.size, []
-    for chunk in entry.chunks:
-        ends = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
-        if len(ends) != len(size) or any(end > n for end, n in zip(ends, size, strict=True)):
-            raise CheckpointError(
-                f"dist_asgd: {where}: a chunk of {key} at {list(chunk.offsets)} of shape {list(chunk.sizes)} is not "
-                f"inside {list(size)}."
-            )
-        if math.prod(chunk.sizes):
-            regions.append((tuple(chunk.offsets), tuple(ends)))
-    covered = sum(math.prod(e - s for s, e in zip(starts, ends, strict=True)) for starts, ends in regions)
-    if covered != math.prod(size):
-        raise CheckpointError(
-            f"dist_asgd: {where}: the chunks of {key} hold {covered} elements, its shape {list(size)} has "
-            f"{math.prod(size)}."
-        )
-    # As many elements as the tensor has and no overlap: every element is covered. Sorted along one dimension, a region
-    # can only overlap with earlier ones that reach beyond its start.
-    axis = max(range(len(size)), key=lambda d: len({starts[d] for starts, _ in regions}), default=0)
-    active: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for region in sorted(regions, key=lambda r: r[0][axis]) if len(regions) > 1 else ():
-        active = [other for other in active if other[1][axis] > region[0][axis]]
-        for other in active:
-            if all(a < d and c < b for a, b, c, d in zip(*region, *other, strict=True)):
-                raise CheckpointError(
-                    f"dist_asgd: {where}: chunks of {key} overlap, at {list(region[0])} and {list(other[0])}."
-                )
-        active.append(region)
