@@ -8,6 +8,7 @@ Results go to standard output, progress and errors to standard error. The exit s
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -432,6 +433,9 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Names in messages, and the progress bar, may have what the stream cannot encode.
             stream.reconfigure(errors="backslashreplace")
+    # A checkpoint makes millions of objects that stay, and a search for cycles looks at all. No cycle holds tensors.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     try:
         try:
             app(prog_name="dist-asgd" if sys.argv[0].endswith("dist-asgd") else "python -m dist_asgd")

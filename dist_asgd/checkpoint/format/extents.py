@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from .compression import MAX_RATIO, is_compressed
@@ -22,27 +23,46 @@ def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
     for compressed chunks, than these can expand to.
     Raises CheckpointError, which names the key.
     """
-    wanted = set()
+    storage, num_found = metadata.storage_data, 0
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
-            wanted.add(MetadataIndex(key))
+            _place_of(storage, MetadataIndex(key), where)
+            num_found += 1
             continue
         _check_regions(key, entry, where)
         for chunk in entry.chunks:
-            index = MetadataIndex(key, chunk.offsets)
-            wanted.add(index)
-            info = metadata.storage_data.get(index)
+            info = _place_of(storage, MetadataIndex(key, chunk.offsets), where)
             needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            if info is not None and info.length * (MAX_RATIO if is_compressed(info) else 1) < needed:
+            if info.length * (MAX_RATIO if is_compressed(info) else 1) < needed:
                 raise CheckpointError(
                     f"dist_asgd: {where}: a chunk of {key} needs {needed} bytes, but {info.relative_path} has "
                     f"{info.length} for it."
                 )
-    for index in wanted - metadata.storage_data.keys():
-        raise CheckpointError(f"dist_asgd: {where} does not say where {index.fqn} {index.offset} lies.")
-    for index in metadata.storage_data.keys() - wanted:
-        raise CheckpointError(f"dist_asgd: {where} has data of {index.fqn} {index.offset}, which no key has.")
+        # Regions do not overlap, but empty ones of several ranks may have one offset.
+        chunks = entry.chunks
+        num_found += len({chunk.offsets for chunk in chunks}) if len(chunks) > 1 else len(chunks)
+    if num_found != len(storage):
+        _refuse_orphans(metadata, where)
     _check_ranges(metadata, sizes, where)
+
+
+def _place_of(storage: Mapping[MetadataIndex, _StorageInfo], index: MetadataIndex, where: str) -> _StorageInfo:
+    info = storage.get(index)
+    if info is None:
+        raise CheckpointError(f"dist_asgd: {where} does not say where {index.fqn} {index.offset} lies.")
+    return info
+
+
+def _refuse_orphans(metadata: Metadata, where: str) -> None:
+    """Raise CheckpointError, which names a chunk that belongs to no key."""
+    for index in metadata.storage_data:
+        entry = metadata.state_dict_metadata.get(index.fqn)
+        known = index.offset is None and isinstance(entry, BytesStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata):
+            known = any(chunk.offsets == index.offset for chunk in entry.chunks)
+        if not known:
+            raise CheckpointError(f"dist_asgd: {where} has data of {index.fqn} {index.offset}, which no key has.")
+    raise CheckpointError(f"dist_asgd: {where} has data that no key has.")
 
 
 def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
@@ -73,7 +93,9 @@ def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
 
 def _check_regions(key: str, entry: TensorStorageMetadata, where: str) -> None:
     """Check that the regions of one tensor cover it, each element once."""
-    size, regions = entry.size, []
+    size, regions = entry.size, list[tuple[tuple[int, ...], tuple[int, ...]]]()
+    if len(entry.chunks) == 1 and entry.chunks[0].sizes == size and entry.chunks[0].offsets == (0,) * len(size):
+        return
     for chunk in entry.chunks:
         ends = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
         if len(ends) != len(size) or any(end > n for end, n in zip(ends, size, strict=True)):

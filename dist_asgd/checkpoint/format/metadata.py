@@ -11,6 +11,7 @@ it is an object; and for every chunk, by its *index*, which bytes of which file 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -51,9 +52,25 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _fields(state: Any, required: set[str], optional: set[str], what: str) -> dict[str, Any]:
-    want(type(state) is dict and required <= state.keys() <= required | optional, f"the state of a {what}")
-    return state  # type: ignore[no-any-return]
+class _Fields:
+    """The fields that the state of a record must have, and may have."""
+
+    def __init__(self, what: str, required: set[str], optional: set[str] | None = None) -> None:
+        self._what, self._required, self._all = what, required, required | (optional or set())
+
+    def of(self, state: Any) -> dict[str, Any]:
+        """Return ``state``; raises ``Refusal`` unless it is a dict with these fields."""
+        if type(state) is not dict or not self._required <= state.keys() <= self._all:
+            raise Refusal(f"the state of a {self._what}")
+        return state
+
+
+_CHUNK = _Fields("ChunkStorageMetadata", {"offsets", "sizes"})
+_TENSOR = _Fields("TensorStorageMetadata", {"properties", "size", "chunks"})
+_INDEX = _Fields("MetadataIndex", {"fqn"}, {"offset", "index"})
+_INFO = _Fields("_StorageInfo", {"relative_path", "offset", "length"}, {"transform_descriptors"})
+_META = _Fields("StorageMeta", set(), {"checkpoint_id", "save_id", "load_id", "modules"})
+_METADATA = _Fields("Metadata", {"state_dict_metadata"}, {"planner_data", "storage_data", "storage_meta", "version"})
 
 
 def _size(args: Any) -> torch.Size:
@@ -89,31 +106,39 @@ def _properties(state: Any) -> TensorProperties:
 
 
 def _chunk(state: Any) -> ChunkStorageMetadata:
-    fields = _fields(state, {"offsets", "sizes"}, set(), "ChunkStorageMetadata")
+    fields = _CHUNK.of(state)
     offsets, sizes = fields["offsets"], fields["sizes"]
     want(type(offsets) is type(sizes) is torch.Size and len(offsets) == len(sizes), "offsets and sizes of a chunk")
     return ChunkStorageMetadata(offsets, sizes)
 
 
+_CHUNK_TYPES = {ChunkStorageMetadata}
+
+
 def _tensor(state: Any) -> TensorStorageMetadata:
-    fields = _fields(state, {"properties", "size", "chunks"}, set(), "TensorStorageMetadata")
+    fields = _TENSOR.of(state)
     properties, size, chunks = fields["properties"], fields["size"], fields["chunks"]
     want(type(properties) is TensorProperties and type(size) is torch.Size, "properties or size of a tensor")
-    want(type(chunks) is list and all(type(c) is ChunkStorageMetadata for c in chunks), "the chunks of a tensor")
+    want(type(chunks) is list and set(map(type, chunks)) <= _CHUNK_TYPES, "the chunks of a tensor")
     # Copied: the pickle still refers to its own list, and later opcodes could append to it unchecked.
     return TensorStorageMetadata(properties, size, list(chunks))
 
 
 def _index(state: Any) -> MetadataIndex:
-    fields = _fields(state, {"fqn"}, {"offset", "index"}, "MetadataIndex")
+    fields = _INDEX.of(state)
     fqn, offset, index = fields["fqn"], fields.get("offset"), fields.get("index")
     want(type(fqn) is str and (offset is None or type(offset) is torch.Size), "the name or offset of an index")
     want(index is None or _is_count(index), "the hint of an index")
-    return MetadataIndex(fqn, offset, index)
+    # As pickle makes it. The constructor, which copies the offset, takes longer than all of the checks.
+    made = object.__new__(MetadataIndex)
+    made.__dict__.update(fqn=fqn, index=index)
+    if offset is not None:
+        made.__dict__["offset"] = offset
+    return made
 
 
 def _info(state: Any) -> _StorageInfo:
-    fields = _fields(state, {"relative_path", "offset", "length"}, {"transform_descriptors"}, "_StorageInfo")
+    fields = _INFO.of(state)
     descriptors = fields.get("transform_descriptors") or None
     if descriptors is not None:
         ok = type(descriptors) in (list, tuple) and len(descriptors) <= _MAX_DESCRIPTORS
@@ -128,28 +153,28 @@ def _info(state: Any) -> _StorageInfo:
 
 
 def _storage_meta(state: Any) -> StorageMeta:
-    fields = dict(_fields(state, set(), {"checkpoint_id", "save_id", "load_id", "modules"}, "StorageMeta"))
+    fields = dict(_META.of(state))
     modules = fields.pop("modules", [])
     want(all(v is None or type(v) is str for v in fields.values()), "the state of a StorageMeta")
     want(type(modules) is list and all(type(m) is str for m in modules), "the modules of a StorageMeta")
     return StorageMeta(**fields, modules=list(modules))
 
 
+def _is_dict_of(value: Any, keys: set[type], values: set[type]) -> bool:
+    return type(value) is dict and set(map(type, value)) <= keys and set(map(type, value.values())) <= values
+
+
 def _metadata(state: Any) -> Metadata:
-    optional = {"planner_data", "storage_data", "storage_meta", "version"}
-    fields = _fields(state, {"state_dict_metadata"}, optional, "Metadata")
+    fields = _METADATA.of(state)
     keys: Any = fields["state_dict_metadata"]
     planner_data: Any = fields.get("planner_data")
     storage_data: Any = fields.get("storage_data")
-    entries = (TensorStorageMetadata, BytesStorageMetadata)
-    want(type(keys) is dict and all(type(k) is str and type(v) in entries for k, v in keys.items()), "the keys")
-    kinds = (MetadataIndex, _StorageInfo)
-    ok = type(storage_data) is dict and all((type(k), type(v)) == kinds for k, v in storage_data.items())
-    want(ok, "where the data lies")
+    want(_is_dict_of(keys, {str}, {TensorStorageMetadata, BytesStorageMetadata}), "the keys")
+    want(_is_dict_of(storage_data, {MetadataIndex}, {_StorageInfo}), "where the data lies")
     if planner_data is not None:
-        ok = type(planner_data) is dict and all(type(k) is str and type(v) is tuple for k, v in planner_data.items())
-        words = [word for path in planner_data.values() for word in path] if ok else []
-        want(ok and all(type(word) in (str, int) for word in words), "the planner's data")
+        ok = _is_dict_of(planner_data, {str}, {tuple})
+        words = chain.from_iterable(planner_data.values()) if ok else ()
+        want(ok and set(map(type, words)) <= {str, int}, "the planner's data")
     meta, version = fields.get("storage_meta"), fields.get("version")
     want(meta is None or type(meta) is StorageMeta, "its StorageMeta")
     want(version is None or type(version) is str, "its version")
@@ -194,7 +219,11 @@ def _with_old_names(table: Mapping[Name, Any]) -> Mapping[Name, Any]:
 
 
 _NAMES = Names(
-    _CONSTANTS, _with_old_names(_CALLS), _with_old_names(_RECORDS), _with_old_names(_STATELESS), (str, MetadataIndex)
+    constants=_CONSTANTS,
+    calls=_with_old_names(_CALLS),
+    records=_with_old_names(_RECORDS),
+    stateless=_with_old_names(_STATELESS),
+    key_types=frozenset((str, MetadataIndex)),
 )
 
 

@@ -8,9 +8,11 @@ metadata gives it.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,21 @@ from .paths import local_path
 from .raw_tensors import RawRange, raw_tensor
 
 
+@contextmanager
+def collections_paused() -> Iterator[None]:
+    """Keep Python from looking for cycles inside the block, which makes many objects that stay, and no cycles.
+
+    It would look at all of them again and again, which takes as long as to make them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class OpenCheckpoint:
     """One checkpoint directory: its metadata and manifest are read and checked here, every chunk as it is read.
 
@@ -64,6 +81,14 @@ class OpenCheckpoint:
         check_prefix(prefix)
         self.path = local_path(path)
         self.manifest: Manifest | None = None
+        with collections_paused():
+            self._open(verify, prefix)
+        self._frames = FrameCache()
+        # Values of chunks that were read before, as long as nobody can change them.
+        self._constants: dict[object, Any] = {}
+        self._sizes_by_key: dict[str, Mapping[torch.Size | None, torch.Size]] = {}
+
+    def _open(self, verify: bool, prefix: Prefix) -> None:
         # Raises if there is no such directory.
         names = names_in(self.path)
         if verify:
@@ -75,9 +100,6 @@ class OpenCheckpoint:
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
         self.metadata = renamed(self.metadata, prefix, where)
-        self._frames = FrameCache()
-        # Values of chunks that were read before, as long as nobody can change them.
-        self._constants: dict[object, Any] = {}
 
     def _checked_manifest(self) -> Manifest:
         # Names and sizes are compared before anything is parsed: a truncated file is reported as such.
@@ -159,13 +181,23 @@ class OpenCheckpoint:
 
     def tensor(self, index: MetadataIndex, data: bytes) -> Tensor:
         """Return the region of a tensor in the bytes of a chunk, on the CPU, of the region's shape."""
-        shape = next(region.sizes for region in self.regions(index.fqn) if region.offsets == index.offset)
+        shape = self._region_sizes(index.fqn)[index.offset]
         properties, info, what = self._entry(index.fqn).properties, self.storage_info(index), self._what(index)
         if isinstance(info, RawRange):
             return raw_tensor(data, shape, properties.dtype)
         most = math.prod(shape) * properties.dtype.itemsize + MAX_FRAME_BYTES
         plain = decompressed(data, info.transform_descriptors, most, what)
         return load_tensor(plain, shape, properties, what, self._frames)
+
+    def _region_sizes(self, key: str) -> Mapping[torch.Size | None, torch.Size]:
+        """Return the sizes of a tensor's regions by offset."""
+        known = self._sizes_by_key.get(key)
+        if known is None:
+            # Of regions with one offset all but one are empty, and the first is the one that is read.
+            known = {region.offsets: region.sizes for region in reversed(self.regions(key))}
+            if len(known) > 1:
+                self._sizes_by_key[key] = known
+        return known
 
     def regions(self, key: str) -> list[ChunkStorageMetadata]:
         """Return the regions of a tensor, which are its chunks: offsets and sizes of each."""
@@ -213,18 +245,20 @@ class OpenCheckpoint:
         found: dict[str, Any] = {}
         keys_of: dict[object, list[str]] = {}
         wanted: dict[MetadataIndex, object] = {}
+        entries, constants = self.metadata.state_dict_metadata, self._constants
         for key in keys:
-            entry = self.metadata.state_dict_metadata[key]
-            index = MetadataIndex(key)
+            entry = entries[key]
+            offsets = None
             if isinstance(entry, TensorStorageMetadata):
                 if len(entry.chunks) != 1 or entry.size.numel() != 1:
                     raise CheckpointError(f"dist_asgd: {key} in {self.path} is no single value.")
-                index = MetadataIndex(key, entry.chunks[0].offsets)
+                offsets = entry.chunks[0].offsets
+            index = MetadataIndex(key, offsets)
             info = self.storage_info(index)
             # With the type, because hostile metadata may give one chunk to an object and to a tensor.
             location = (type(entry), info.relative_path, info.offset, info.length)
-            if location in self._constants:
-                found[key] = self._constants[location]
+            if location in constants:
+                found[key] = constants[location]
                 continue
             if location not in keys_of:
                 wanted[index] = location
