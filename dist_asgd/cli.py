@@ -16,7 +16,6 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
 
@@ -29,7 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from .checkpoint.format.layouts import prefix_of_text
-from .checkpoint.format.paths import local_path
+from .checkpoint.format.paths import AnyPath, as_path
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
 from .checkpoint.offline.contents import CheckpointContents, Progress
@@ -218,7 +217,7 @@ def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as
     Averaging has begun if mu is not 1.
     """
     with _reported():
-        path = local_path(directory)
+        path = as_path(directory)
         summary = summarize(CheckpointContents(path, verify=verify, prefix=prefix_of_text(prefix)))
     with _printing():
         if as_json:
@@ -269,7 +268,7 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
     the manifest does not list are ignored, by this command and by all others.
     """
     with _reported():
-        path = local_path(directory)
+        path = as_path(directory)
         with _progress("verifying", total_bytes(path)) as progress:
             verdict = verify_bytes(path, progress)
     with _printing():
@@ -316,9 +315,9 @@ def consolidate(
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
     """
     with _reported():
-        contents = CheckpointContents(local_path(directory), verify=verify, prefix=prefix_of_text(prefix))
+        contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
         with _progress("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
-            paths = convert.consolidate(contents, local_path(out), overwrite=force, progress=progress)
+            paths = convert.consolidate(contents, as_path(out), overwrite=force, progress=progress)
     with _printing():
         _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
@@ -353,14 +352,14 @@ def export(
     Large models become `OUT-00001-of-0000N.safetensors` with `OUT.safetensors.index.json`, as transformers loads them.
     """
     with _reported():
-        contents = CheckpointContents(local_path(directory), verify=verify, prefix=prefix_of_text(prefix))
+        contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
         plan = convert.plan_export(
             contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
         )
         total = sum(weight.spec.bytes for weight in plan.values())
         with _progress("exporting", total) as progress:
             max_bytes = int(max_shard_gb * _GIGABYTE)
-            to = local_path(out)
+            to = as_path(out)
             paths = convert.export(contents, to, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
     if not last or dtype is not None:
         _note_ties(contents, ties_by_value)
@@ -383,7 +382,7 @@ def _note_ties(contents: CheckpointContents, taken: bool) -> None:
     typer.echo(_plain(f"{note} Pass {other} if they {'only look alike' if taken else 'are tied'}."), err=True)
 
 
-def _print_written(paths: list[Path], as_json: bool, counts: dict[str, int]) -> None:
+def _print_written(paths: list[AnyPath], as_json: bool, counts: dict[str, int]) -> None:
     """Report the files that were written, their size, and ``counts`` by name."""
     total = sum(path.stat().st_size for path in paths)
     if as_json:
@@ -408,7 +407,7 @@ def diff(
     the two checkpoints.
     """
     with _reported(2):
-        a, b = (CheckpointContents(local_path(path), verify=verify) for path in (first, second))
+        a, b = (CheckpointContents(as_path(path), verify=verify) for path in (first, second))
         with _progress("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
             differences = list(compare(a, b, progress))
     with _printing(2):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from ..optimizer import ShardedASGD
 from ..placements.dtensor import is_dtensor, local_tensor
 from ..state import LOAD_CHECKPOINT
 from ..state_dict.backup import OptimizerBackup, find_unequal
+from .format.paths import UserPath
 from .save import Saver
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _SMALL_BYTES = 1 << 16
 @torch.no_grad()
 def apply(
     loaded: CheckpointState,
-    path: str | os.PathLike[str],
+    path: UserPath,
     saver: Saver,
     call: CollectiveCall,
     model: nn.Module,
@@ -88,9 +88,7 @@ def _load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         raise
 
 
-def _agree_on(
-    load: Callable[[], object], what: str, path: str | os.PathLike[str], saver: Saver, call: CollectiveCall
-) -> None:
+def _agree_on(load: Callable[[], object], what: str, path: UserPath, saver: Saver, call: CollectiveCall) -> None:
     """Run ``load``, and raise on all ranks if it raises on any. Collective."""
     problem: Exception | None = None
     try:
@@ -109,12 +107,12 @@ def _agree_on(
         raise
 
 
-def _refusal(error: Exception, what: str, path: str | os.PathLike[str]) -> Exception:
+def _refusal(error: Exception, what: str, path: UserPath) -> Exception:
     """Return ``error`` of the user's code as all ranks raise it."""
     kind = next((kind for kind in RAISED if isinstance(error, kind)), RuntimeError)
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     refusal = kind(
-        f"dist_asgd: {what} refused the checkpoint {os.fspath(path)} while it was applied: {type(error).__name__}: "
+        f"dist_asgd: {what} refused the checkpoint {path} while it was applied: {type(error).__name__}: "
         f"{text}. Model and optimizer are as they were before, on every rank. The error comes from load_state_dict() "
         f"of {what}: from a hook on it, {'set_extra_state(), ' if what == 'the model' else ''}or a method of your own; "
         f"correct that, or load a checkpoint that it takes."

@@ -6,7 +6,6 @@ Entries that state_dict hooks compute from parameters are computed once more, wi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
@@ -24,7 +23,7 @@ from ..state import MASTER_KEY
 from ..state_dict.sharded import AVERAGE
 from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
-from .format.paths import local_path
+from .format.paths import UserPath, as_path
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
 from .names import names_of
 from .save import Saver, adopt_params
@@ -59,7 +58,7 @@ class _Weight:
 
 @public_call
 def export_averaged(
-    path: str | os.PathLike[str],
+    path: UserPath,
     model: nn.Module,
     optimizer: Optimizer,
     dtype: torch.dtype | None = None,
@@ -79,7 +78,8 @@ def export_averaged(
     ``model.safetensors.index.json``.
 
     Args:
-        path: the file that rank 0 writes, on a file system. It appears whole or not at all.
+        path: the file that rank 0 writes, on a file system, where it appears whole or not at all, or in an object
+            store, to which it is uploaded from a temporary folder of rank 0.
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
         optimizer: a ShardedASGD.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
@@ -101,7 +101,7 @@ def export_averaged(
     fingerprint, problem = NO_FINGERPRINT, None
     try:
         weights = _plan(model, optimizer, dtype)
-        out = local_path(path)
+        out = as_path(path)
         fingerprint = _fingerprint(out, weights, max_bytes, overwrite)
         if saver.rank == WRITER:
             specs = {weight.name: weight.spec for weight in weights}
@@ -122,7 +122,7 @@ def export_averaged(
             files.discard()
 
 
-def _translated(error: Exception, path: str | os.PathLike[str]) -> Exception:
+def _translated(error: Exception, path: UserPath) -> Exception:
     """Return the error to raise on all ranks: an OSError has a number, which means nothing on another rank."""
     if not isinstance(error, OSError):
         return error
@@ -146,7 +146,7 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
         raise optimizer.averages.refusal("export_averaged()")
     shards = optimizer.shards
     params = [member.param for member in shards.members]
-    fsdp1.refuse("export_averaged()", params, "Save ax of FSDP.optim_state_dict(model, optimizer)")
+    fsdp1.refuse("export_averaged()", params, fsdp1.SAVE_AVERAGES)
     shards.check_unchanged(optimizer.state)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
@@ -238,9 +238,7 @@ def _computed(
     return computed, problem
 
 
-def _fingerprint(
-    path: str | os.PathLike[str], weights: Sequence[_Weight], max_bytes: int, overwrite: bool
-) -> Fingerprint:
+def _fingerprint(path: UserPath, weights: Sequence[_Weight], max_bytes: int, overwrite: bool) -> Fingerprint:
     """Return the arguments as they must be on all ranks."""
     entries: list[tuple[str, object]] = [("path", str(path)), ("max_bytes", max_bytes), ("overwrite", overwrite)]
     entries += [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ..placements.shard_tensor import shard_tensor_of
 from ..state_dict.wrapper_names import without_parts
 from .format.manifest import CheckpointError
+from .format.paths import AnyPath
 from .format.reader import CheckedReader
 from .format.writer import KeyPath
 
@@ -40,7 +40,7 @@ class KeyMismatch:
         lists = [("missing in the checkpoint", self.missing), ("in the checkpoint only", self.unexpected)]
         return "; ".join(f"{what}: {listed(names)}" for what, names in lists if names) + f". {self.hint}".rstrip(". ")
 
-    def check(self, path: Path, strict: bool) -> None:
+    def check(self, path: AnyPath, strict: bool) -> None:
         """Raise ValueError if shapes differ, or, with ``strict``, names."""
         if self.shapes:
             raise ValueError(f"dist_asgd: {path} does not fit the model: {listed(self.shapes)}.")

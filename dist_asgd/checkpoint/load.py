@@ -8,10 +8,8 @@ optimizer. Names and keys are those of ``entries``.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,7 +29,7 @@ from .containers import Containers
 from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, param_fragments
 from .format.layouts import Prefix, hint
 from .format.manifest import CheckpointError
-from .format.paths import local_path
+from .format.paths import AnyPath, UserPath, as_path
 from .format.reader import CheckedReader
 from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex, listed
 from .names import Names, names_of
@@ -76,7 +74,7 @@ class CheckpointState:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str],
+    path: UserPath,
     model: nn.Module,
     optimizer: Optimizer,
     *,
@@ -91,7 +89,7 @@ def load_checkpoint(
     executed. Hyperparameters come from the checkpoint, as in torch.
 
     Args:
-        path: a checkpoint's directory.
+        path: a checkpoint's directory, or its address in an object store.
         model, optimizer: as for ``save_checkpoint``; wrappers, stage and world size may differ from those at the save.
         strict: False: load the entries that match by name and shape, keep the rest as it is, and log what was kept.
             True: parameters that were added, removed or renamed are an error that lists them.
@@ -114,7 +112,7 @@ def load_checkpoint(
     return restore(Saver.of(optimizer), call, path, model, optimizer, strict, verify, prefix).extra
 
 
-def read_extra(path: str | os.PathLike[str], *, rank: int = 0, verify: bool = True) -> Any:
+def read_extra(path: UserPath, *, rank: int = 0, verify: bool = True) -> Any:
     """Read only what rank ``rank`` gave as ``extra`` when ``path`` was saved; None if it gave nothing.
 
     Not collective. It serves to read what must be known before the model is built, such as its configuration.
@@ -126,7 +124,7 @@ def read_extra(path: str | os.PathLike[str], *, rank: int = 0, verify: bool = Tr
 def restore(
     saver: Saver,
     call: CollectiveCall,
-    path: str | os.PathLike[str],
+    path: UserPath,
     model: nn.Module,
     optimizer: Optimizer,
     strict: bool,
@@ -141,7 +139,7 @@ def restore(
         try:
             saver.wait_pending()
             reader = CheckedReader(path, verify=verify, prefix=prefix)
-            loaded = _read_state(local_path(path), reader, model, optimizer, strict, saver)
+            loaded = _read_state(as_path(path), reader, model, optimizer, strict, saver)
             entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
             entries.append(("prefix", repr(prefix)))
             fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
@@ -163,7 +161,7 @@ def restore(
 
 
 def _read_state(
-    path: Path, reader: CheckedReader, model: nn.Module, optimizer: Optimizer, strict: bool, saver: Saver
+    path: AnyPath, reader: CheckedReader, model: nn.Module, optimizer: Optimizer, strict: bool, saver: Saver
 ) -> CheckpointState:
     """Read all that this rank needs; changes nothing."""
     mismatch = KeyMismatch()

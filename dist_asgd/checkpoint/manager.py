@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,11 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..comm.agreement import CollectiveCall, Fingerprint
-from .format import directory
-from .format.directory import NewDirectory, leftovers, remove_leftovers, step_name, steps_in
+from .format import folder as folders
+from .format.folder import NewCheckpoint, step_name, steps_in
 from .format.manifest import CheckpointError
 from .format.nearby import refuse_as_folder
-from .format.paths import local_path
+from .format.paths import AnyPath, UserPath, absolute, as_path, is_store
 from .load import restore
 from .offline.verify import newest_whole
 from .save import PendingSave, Saver, WhenBusy
@@ -37,9 +35,9 @@ class Restored:
     """
 
     step: int
-    path: Path
+    path: AnyPath
     extra: Any
-    skipped: tuple[tuple[Path, str], ...] = ()
+    skipped: tuple[tuple[AnyPath, str], ...] = ()
 
 
 class CheckpointManager:
@@ -51,26 +49,29 @@ class CheckpointManager:
     raises its error.
 
     Args:
-        folder: the folder, on a file system that all ranks share; it is made if it does not exist.
+        folder: the folder, on a file system that all ranks share, where it is made if it does not exist, or in an
+            object store, where it has no link ``latest``.
         keep: how many checkpoints to keep; None keeps all.
         when_busy: what ``async_save`` does while the last save runs: ``"wait"``, or ``"refuse"`` with a RuntimeError.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3, when_busy: WhenBusy = "wait") -> None:
+    def __init__(self, folder: UserPath, *, keep: int | None = 3, when_busy: WhenBusy = "wait") -> None:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"dist_asgd: keep must be a number from 1 on, or None to keep all, got {keep!r}.")
         if when_busy not in ("wait", "refuse"):
             raise ValueError(f"dist_asgd: when_busy must be 'wait' or 'refuse', got {when_busy!r}.")
-        self.folder = Path(os.path.abspath(local_path(folder)))
+        self.folder = absolute(as_path(folder))
         self._keep = keep
         self._when_busy: WhenBusy = when_busy
         # Not the saver, which would keep the memory of a deleted optimizer.
         self._last_save: PendingSave | None = None
         # What the last restore() has passed over, which the next save moves out of the way.
-        self._damaged: list[Path] = []
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._damaged: list[AnyPath] = []
+        # A store has no folders without objects.
+        if not is_store(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> Path:
+    def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> AnyPath:
         """Save as ``save_checkpoint`` does, and remove superseded checkpoints. Collective. Returns the directory."""
         self._save(CollectiveCall.SAVE_CHECKPOINT, model, optimizer, step, extra)
         return self.path_of(step)
@@ -87,7 +88,7 @@ class CheckpointManager:
         if last is not None:
             last.wait()
 
-    def path_of(self, step: int) -> Path:
+    def path_of(self, step: int) -> AnyPath:
         """Return the path that the checkpoint of ``step`` has, or would have."""
         return self.folder / step_name(step)
 
@@ -95,9 +96,10 @@ class CheckpointManager:
         """Return the steps of all whole checkpoints, oldest first; no communication."""
         return [step for step, _ in steps_in(self.folder)]
 
-    def latest(self) -> Path | None:
+    def latest(self) -> AnyPath | None:
         """Return the newest whole checkpoint, or None; no communication."""
-        return max(steps_in(self.folder), default=(0, None))[1]
+        found = steps_in(self.folder)
+        return found[-1][1] if found else None
 
     def restore(
         self,
@@ -129,7 +131,7 @@ class CheckpointManager:
         saver.wait_pending()
         # Rank 0 decides which is the latest: on a shared file system other ranks may not see the newest one yet.
         candidates = saver.on_first(CollectiveCall.RESTORE_CHECKPOINT, lambda: self._candidates(step))
-        skipped: list[tuple[Path, str]] = []
+        skipped: list[tuple[AnyPath, str]] = []
         for path in candidates:
             try:
                 loaded = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
@@ -170,16 +172,16 @@ class CheckpointManager:
         self._last_save = saver.save(call, path, model, optimizer, step, extra, self._when_busy, begin, commit)
         return self._last_save
 
-    def _candidates(self, step: int | None) -> list[Path]:
+    def _candidates(self, step: int | None) -> list[AnyPath]:
         """Return the checkpoint to restore, and all before it, newest first; called on rank 0."""
         refuse_as_folder(self.folder)
-        found = list(reversed([entry for _, entry in steps_in(self.folder, with_damaged=True)]))
+        found = [entry for _, entry in reversed(steps_in(self.folder, with_damaged=True))]
         if step is None:
             return found
         wanted = self.path_of(step)
         return [wanted, *(entry for entry in found if entry.name < wanted.name)]
 
-    def _advice(self, saver: Saver, earlier: list[Path]) -> str:
+    def _advice(self, saver: Saver, earlier: list[AnyPath]) -> str:
         """Return what to do about a checkpoint that cannot be read, given those before it. Collective."""
         path, read = saver.on_first(CollectiveCall.RESTORE_CHECKPOINT, lambda: newest_whole(earlier))
         if path is None:
@@ -190,18 +192,14 @@ class CheckpointManager:
             f"load it, or step={int(path.name.removeprefix('step-'))}."
         )
 
-    def _begin(self, path: Path) -> NewDirectory:
+    def _begin(self, path: AnyPath) -> NewCheckpoint:
         """Clear the folder of leftovers and make the directory to write in; called on rank 0."""
-        if not self.folder.is_dir():
+        if not is_store(self.folder) and not self.folder.is_dir():
             raise ValueError(f"dist_asgd: the folder of checkpoints {self.folder} has vanished. Make it again.")
         refuse_as_folder(self.folder)
-        # First the check that nobody else writes here, and then all that it could disturb.
-        remove_leftovers(self.folder, lambda name: name.startswith("step-"))
-        for leftover in leftovers(self.folder):
-            if leftover.is_symlink():
-                leftover.unlink()
+        folders.clear(self.folder)
         if self._damaged:
-            directory.set_aside(self.folder, self._damaged)
+            folders.set_aside(self.folder, self._damaged)
             self._damaged = []
         newest = self.latest()
         if newest is not None and newest.name >= path.name:
@@ -210,13 +208,13 @@ class CheckpointManager:
                 f"would not become the latest. Remove those of the run that you leave, or use another folder. Jobs and "
                 f"stages of a pipeline need folders of their own."
             )
-        return directory.begin(path)
+        return folders.begin(path)
 
-    def _commit(self, new: NewDirectory, path: Path) -> None:
+    def _commit(self, new: NewCheckpoint) -> None:
         """Put the checkpoint in place, and remove superseded ones; called on rank 0 when all files are on disk."""
         # In this order: whenever a crash comes, `latest` leads to a whole checkpoint.
-        directory.put_in_place(new, path)
-        directory.point_latest(self.folder, path.name)
+        new.put_in_place()
         whole = [entry for _, entry in steps_in(self.folder)]
+        folders.point_latest(self.folder, whole[-1].name)
         for superseded in whole[: -self._keep] if self._keep is not None else ():
-            directory.remove(superseded)
+            folders.remove(superseded)

@@ -9,9 +9,8 @@ of its own, while training goes on.
 from __future__ import annotations
 
 import atexit
-import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -25,9 +24,10 @@ from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
 from ..state_dict.sharded import ShardTensorCache
 from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
-from .format import directory
-from .format.directory import NewDirectory
-from .format.paths import local_path
+from .format import folder
+from .format.directory import metadata_of
+from .format.folder import NewCheckpoint
+from .format.paths import AnyPath, UserPath, absolute, as_path
 from .format.writer import Frames, RankFile, WrittenFile
 from .staging import StagingArea
 
@@ -40,7 +40,7 @@ _SAVER_ATTRIBUTE = "dist_asgd_saver"
 class PendingSave:
     """A save in the background. ``wait()`` raises the save's error, the same one on every rank."""
 
-    def __init__(self, path: Path, step: int, work: Callable[[], None]) -> None:
+    def __init__(self, path: AnyPath, step: int, work: Callable[[], None]) -> None:
         self.path = path
         self.step = step
         self._work: Callable[[], None] | None = work
@@ -181,14 +181,14 @@ class Saver:
     def save(
         self,
         call: CollectiveCall,
-        path: str | os.PathLike[str],
+        path: UserPath,
         model: nn.Module,
         optimizer: Optimizer,
         step: int,
         extra: Any,
         when_busy: WhenBusy,
-        begin: Callable[[Path], NewDirectory],
-        commit: Callable[[NewDirectory, Path], None],
+        begin: Callable[[AnyPath], NewCheckpoint],
+        commit: Callable[[NewCheckpoint], None],
     ) -> PendingSave | None:
         """Save from all ranks; returns the pending save of an asynchronous ``call``, else None. Collective.
 
@@ -196,9 +196,9 @@ class Saver:
         """
         adopt_params(optimizer)
         fingerprint, problem = NO_FINGERPRINT, None
-        target, state = Path(), FlatState({}, {})
+        target, state = cast(AnyPath, Path()), FlatState({}, {})
         try:
-            target = Path(os.path.abspath(local_path(path)))
+            target = absolute(as_path(path))
             _check(step, when_busy)
             # Whether it still runs may differ between ranks, so this too is for them to agree on.
             if when_busy == "refuse" and self._pending is not None and not self._pending.done():
@@ -229,32 +229,35 @@ class Saver:
     def _write(
         self,
         call: CollectiveCall,
-        path: Path,
+        path: AnyPath,
         state: FlatState,
         step: int,
-        begin: Callable[[Path], NewDirectory],
-        commit: Callable[[NewDirectory, Path], None],
+        begin: Callable[[AnyPath], NewCheckpoint],
+        commit: Callable[[NewCheckpoint], None],
     ) -> None:
         """Write the checkpoint of ``state`` to ``path``. Collective in the background group; raises on all ranks."""
-        new: NewDirectory | None = None
+        new: NewCheckpoint | None = None
 
-        def begin_here() -> Path:
+        def begin_here() -> tuple[str, str]:
             nonlocal new
             new = begin(path)
-            return new.path
+            return new.path.name, new.tag
 
-        def put_in_place() -> None:
+        def finish(written: Sequence[WrittenFile], metadata: bytes) -> None:
             assert new is not None
-            commit(new, path)
+            new.finish(step, written, metadata, self.communicators.names.describe([0]))
+            commit(new)
 
         def discard() -> None:
             assert new is not None
-            directory.discard(new)
+            new.discard()
 
         try:
-            temporary = self.on_first(call, begin_here)
+            name, tag = self.on_first(call, begin_here)
+            # Each rank's own path: that of a store has this rank's way to it.
+            temporary = path.with_name(name) if name != path.name else path
             try:
-                self._write_files(call, temporary, path, state, step, put_in_place)
+                self._write_files(call, temporary, tag, path, state, finish)
             except PeerError:
                 # The files stay as a leftover: to remove them all ranks would have to agree, and one is gone.
                 raise
@@ -277,13 +280,16 @@ class Saver:
     def _write_files(
         self,
         call: CollectiveCall,
-        temporary: Path,
-        path: Path,
+        temporary: AnyPath,
+        tag: str,
+        path: AnyPath,
         state: FlatState,
-        step: int,
-        commit: Callable[[], None],
+        finish: Callable[[Sequence[WrittenFile], bytes], None],
     ) -> None:
-        """Write all files into ``temporary``, and let rank 0 commit it. Collective in the background group."""
+        """Write all files into ``temporary``, and let rank 0 finish it. Collective in the background group.
+
+        ``tag`` is a part of the files' names.
+        """
         assert self._background is not None
         local = LocalChunks([], {})
         written: WrittenFile | None = None
@@ -294,7 +300,7 @@ class Saver:
             problem = _save_error(path, error)
         # A rank with a problem takes part in the collectives up to the next agreement, where all ranks raise it.
         chunks = without_copies(local.chunks, self._background)
-        with RankFile(temporary, self.rank, self._frames) as file:
+        with RankFile(temporary, self.rank, self._frames, tag) as file:
             try:
                 written = None if problem else file.write(chunks, local.paths)
             except Exception as error:
@@ -303,7 +309,7 @@ class Saver:
             files = gather_objects(self._background, written, 0)
             try:
                 # Before sync(), because the disks are still at work on what was written.
-                metadata = directory.metadata_of(path, files) if files else b""
+                metadata = metadata_of(path, files) if files else b""
                 file.sync()
             except Exception as error:
                 problem = _save_error(path, error)
@@ -311,8 +317,7 @@ class Saver:
 
         def complete() -> None:
             try:
-                directory.finish(temporary, step, files or (), metadata, self.communicators.names.describe([0]))
-                commit()
+                finish(files or (), metadata)
             except Exception as error:
                 raise _save_error(path, error) from error
 
@@ -340,14 +345,16 @@ def adopt_params(optimizer: Optimizer) -> None:
 def os_problem(error: OSError) -> Exception:
     """Return the error that users get for one of the operating system: with the file, and what has become of it."""
     what = f" {error.filename}" if error.filename else ""
-    hint = " The folder has vanished, or not all ranks share it." if isinstance(error, FileNotFoundError) else ""
+    is_file = "://" not in str(error.filename)
+    vanished = is_file and isinstance(error, FileNotFoundError)
+    hint = " The folder has vanished, or not all ranks share it." if vanished else ""
     return RuntimeError(
         f"dist_asgd: cannot write the checkpoint:{what}: {error.strerror or error}.{hint} Nothing of it is kept; "
         f"checkpoints that were there before are whole."
     )
 
 
-def _save_error(path: Path, error: Exception) -> Exception:
+def _save_error(path: AnyPath, error: Exception) -> Exception:
     """Return ``error`` as every rank raises it."""
     if isinstance(error, OSError):
         return os_problem(error)
@@ -357,7 +364,7 @@ def _save_error(path: Path, error: Exception) -> Exception:
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str],
+    path: UserPath,
     model: nn.Module,
     optimizer: Optimizer,
     *,
@@ -367,12 +374,12 @@ def save_checkpoint(
     """Save ``model`` and ``optimizer`` from all ranks into a new directory ``path``. Collective.
 
     The checkpoint loads in any topology: one process, stage 1 and 2, FSDP2 with ``torch.optim.ASGD``, at any world
-    size. On return it is whole, on disk, and hashed. After an error, which every rank raises, there is nothing at
-    ``path``, and model and optimizer are untouched.
+    size. On return it is whole, on disk or in the store, and hashed. After an error, which every rank raises, there is
+    nothing at ``path``, and model and optimizer are untouched.
 
     Args:
         path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share. ``~`` and
-            ``file://`` work; addresses of object stores (``s3://``) are a ValueError on every rank.
+            ``file://`` work, and so do addresses of object stores (``s3://bucket/run``), as text or as a ``UPath``.
         model: the module whose parameters the optimizer was given, wrapped by DDP or torch.compile or not.
         optimizer: a ``ShardedASGD`` of any stage, or ``torch.optim.ASGD`` (on FSDP2 parameters too).
         step: the number of steps taken, for the manifest.
@@ -381,16 +388,16 @@ def save_checkpoint(
 
     Raises:
         ValueError: ``path`` exists, ``extra`` cannot be loaded safely, or ranks disagree.
-        RuntimeError: the file system refused (disk full, read-only, vanished).
+        RuntimeError: the file system or the store refused (disk full, read-only, vanished, no answer).
         PeerError: a rank died.
     """
     saver = Saver.of(optimizer)
     call = CollectiveCall.SAVE_CHECKPOINT
-    saver.save(call, path, model, optimizer, step, extra, "wait", directory.begin, directory.put_in_place)
+    saver.save(call, path, model, optimizer, step, extra, "wait", folder.begin, folder.put_in_place)
 
 
 def async_save_checkpoint(
-    path: str | os.PathLike[str],
+    path: UserPath,
     model: nn.Module,
     optimizer: Optimizer,
     *,
@@ -410,6 +417,6 @@ def async_save_checkpoint(
     """
     saver = Saver.of(optimizer)
     call = CollectiveCall.ASYNC_SAVE_CHECKPOINT
-    pending = saver.save(call, path, model, optimizer, step, extra, when_busy, directory.begin, directory.put_in_place)
+    pending = saver.save(call, path, model, optimizer, step, extra, when_busy, folder.begin, folder.put_in_place)
     assert pending is not None
     return pending

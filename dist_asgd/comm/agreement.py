@@ -109,6 +109,7 @@ class CollectiveCall(IntEnum):
     UNFREEZE = 20
     JOINED = 21
     END_OF_JOIN = 22
+    STATE_DICT = 23
 
     @property
     def text(self) -> str:

@@ -113,8 +113,12 @@ class TrainOptions:
 
     out: Annotated[Path, _option("Files", "Metrics, TensorBoard events, picture and summary.")] = Path("runs/train")
     checkpoint: Annotated[
-        Path | None,
-        _option("Files", "Folder of checkpoints, which all nodes share. Default: the folder `checkpoint` in --out."),
+        str | None,
+        _option(
+            "Files",
+            "Folder of checkpoints, which all nodes share, or its address in an object store (s3://...). Default: the "
+            "folder `checkpoint` in --out.",
+        ),
     ] = None
     checkpoint_every: Annotated[int, _option("Files", "Steps between checkpoints; 0: only at the end.", minimum=0)] = 0
     keep: Annotated[int, _option("Files", "Checkpoints to keep, the newest.", minimum=1)] = 3
@@ -122,7 +126,7 @@ class TrainOptions:
         bool, _option("Files", "Go on from the latest checkpoint, on any number of ranks, in any mode.", "--resume")
     ] = False
     resume_from: Annotated[
-        Path | None, _option("Files", "Go on from this checkpoint (a step-... directory) instead of the latest.")
+        str | None, _option("Files", "Go on from this checkpoint (a step-... directory) instead of the latest.")
     ] = None
     overwrite: Annotated[
         bool, _option("Files", "Start anew, and remove the folder's checkpoints of an earlier run.", "--overwrite")
@@ -153,6 +157,8 @@ class TrainOptions:
             raise typer.BadParameter(
                 "--resume is for the latest checkpoint, --resume-from for another: give one of them"
             )
+        if ":/" in str(self.out):
+            raise typer.BadParameter(f"--out {self.out} is no folder of this machine; --checkpoint may be an address")
         for name in ("lr", "lambd", "alpha", "weight_decay", "clip", "bucket_cap_mb"):
             if not math.isfinite(getattr(self, name)):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} is not finite")
@@ -170,9 +176,9 @@ class TrainOptions:
         return round((0.5 if self.t0_share is None else self.t0_share) * self.steps)
 
     @property
-    def checkpoint_folder(self) -> Path:
+    def checkpoint_folder(self) -> str:
         """The folder in which checkpoints are written, and in which --resume looks for one."""
-        return self.out / "checkpoint" if self.checkpoint is None else self.checkpoint
+        return str(self.out / "checkpoint") if self.checkpoint is None else self.checkpoint
 
     def lr_factor(self, step: int) -> float:
         """The factor of the learning rate in the step after `step` steps, for `LambdaLR`."""

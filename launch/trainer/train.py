@@ -58,7 +58,7 @@ def train(options: TrainOptions, processes: Processes, stop: StopRequest) -> Non
     summary = training.run(log, stop)
     if log is not None:
         log.close()
-    processes.on_first(lambda: _report(options, summary))
+    processes.on_first(lambda: _report(options, summary, training.checkpoint))
 
 
 def _check_same_corpus(corpus: Corpus, processes: Processes) -> None:
@@ -71,7 +71,7 @@ def _check_same_corpus(corpus: Corpus, processes: Processes) -> None:
         )
 
 
-def _report(options: TrainOptions, summary: Summary) -> None:
+def _report(options: TrainOptions, summary: Summary, checkpoint: str) -> None:
     """Write the picture and the summary, and print them. Rank 0 calls it."""
     picture = draw_losses(options.out, summary.first_average_step)
     write_summary(options.out, summary)
@@ -79,7 +79,7 @@ def _report(options: TrainOptions, summary: Summary) -> None:
     print_summary(console, summary)
     if summary.stopped_by is not None:
         console.print(f"stopped by {summary.stopped_by} after step {summary.step}; --resume goes on from there")
-    console.print(f"checkpoint: {options.checkpoint_folder.resolve() / 'latest'}", soft_wrap=True)
+    console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
     if picture is not None:
         console.print(f"picture:    {picture.resolve()}", soft_wrap=True)
 

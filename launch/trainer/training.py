@@ -86,6 +86,12 @@ class Training:
         """The optimizer's t0, which a checkpoint restores."""
         return int(self._optimizer.param_groups[0]["t0"])
 
+    @property
+    def checkpoint(self) -> str:
+        """Where the latest checkpoint is, for the user to read. Rank 0 calls it."""
+        folder = self._checkpoints.folder
+        return str(folder / "latest") if isinstance(folder, Path) else str(self._checkpoints.latest())
+
     def start(self) -> int | None:
         """Restore the checkpoint that the options ask for, and return its step; None for a run from the beginning."""
         path = self._processes.gather(self._processes.on_first(self._find_checkpoint))[0]
@@ -94,12 +100,13 @@ class Training:
         self._processes.on_first(self._check_folder)
         return None if path is None else self._step
 
-    def _find_checkpoint(self) -> Path | None:
+    def _find_checkpoint(self) -> str | None:
         """The checkpoint to resume from, or None. Removes checkpoints if --overwrite asks for it. Rank 0 calls it."""
         options = self._options
         if options.overwrite:
             for step in self._checkpoints.steps():
-                shutil.rmtree(self._checkpoints.path_of(step))
+                path = self._checkpoints.path_of(step)
+                shutil.rmtree(path) if isinstance(path, Path) else path.rmdir(recursive=True)
         if not options.resume:
             return options.resume_from
         latest = self._checkpoints.latest()
@@ -108,7 +115,7 @@ class Training:
                 f"no checkpoint to resume from: wanted {options.checkpoint_folder}/step-...; leave out --resume to "
                 "start anew"
             )
-        return latest
+        return str(latest)
 
     def _check_folder(self) -> None:
         """Raise ValueError if the folder has later checkpoints, which would hide those of this run. Rank 0 calls it."""
@@ -120,13 +127,13 @@ class Training:
                 "another folder with --checkpoint"
             )
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: str) -> None:
         content = self._processes.together(lambda: self._checked(read_extra(path)))
         with _for_the_user():
             load_checkpoint(path, self._model, self._optimizer)
         self._scheduler.load_state_dict(content["scheduler"])
         self._step = content["step"]
-        if path.parent == self._checkpoints.folder:
+        if path == str(self._checkpoints.path_of(self._step)):
             self._saved_step = self._step
         if self._console is not None:
             self._console.print(

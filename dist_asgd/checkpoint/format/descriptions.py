@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from .manifest import CheckpointError
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
+from .paths import AnyPath
 from .raw_tensors import located, metadata_of_files, tensor_files
 
 _OF_RANK = re.compile(r"__(0|[1-9]\d{0,6})\.metadata")
@@ -29,7 +29,7 @@ def description_names(names: Sequence[str]) -> list[str]:
 
 
 def read_description(
-    directory: Path, names: Sequence[str], read: Callable[[str, int], bytes], *, has_manifest: bool
+    directory: AnyPath, names: Sequence[str], read: Callable[[str, int], bytes], *, has_manifest: bool
 ) -> tuple[Metadata, str]:
     """Return DCP's metadata, and the path that errors about it name.
 
@@ -54,7 +54,7 @@ def read_description(
     return (metadata if has_manifest else located(metadata, directory)), str(directory / names[0])
 
 
-def merged(parts: Sequence[Metadata], directory: Path) -> Metadata:
+def merged(parts: Sequence[Metadata], directory: AnyPath) -> Metadata:
     """Return the metadata of all ranks in one: all regions, and of equal keys and regions those of the lowest rank.
 
     Raises CheckpointError, which names the key and the ranks, if two ranks have tensors of another dtype or shape.

@@ -1,11 +1,12 @@
 """Checkpoint directories as a whole: a crash at any moment leaves every earlier checkpoint whole, and no partial one.
 
-A save calls ``begin``, then every rank writes its file, then ``finish`` and ``put_in_place`` (or ``discard``), and at
-last ``close``. The directory has a temporary name beside its own until all of it is on disk, and is then renamed; a
-checkpoint that is to go is renamed before its files are removed. A *leftover* is a directory with such a temporary name
-after a crash: no reader takes it for a checkpoint, and the next save removes it. A directory that another process is
-still writing has such a name too, and is told apart by its lock (see ``locks``). All functions are local, and only
-rank 0 calls those that change something.
+A save calls ``begin``, then every rank writes its file, then ``finish`` and ``put_in_place`` of what ``begin`` has
+returned (or ``discard``), and at last ``close``. The directory has a temporary name beside its own until all of it is
+on disk, and is then renamed; a checkpoint that is to go is renamed before its files are removed. A *leftover* is a
+directory with such a temporary name after a crash: no reader takes it for a checkpoint, and the next save removes it. A
+directory that another process is still writing has such a name too, and is told apart by its lock (see ``locks``). All
+functions are local, and only rank 0 calls those that change something. Checkpoints in object stores, where nothing can
+be renamed or locked, are the matter of ``store_directory``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -36,18 +37,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .locks import OWNER_NAME, OwnerLock, writer_of
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, write_manifest
+from .manifest import FileEntry, Manifest, write_manifest
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME
+from .paths import AnyPath
 from .writer import HashedFile, WrittenFile
 
-LATEST_NAME = "latest"
-_STEP_NAME = re.compile(r"step-(\d{8,18})")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(tmp|old|new)-[0-9a-f]{12}")
 _LOG = logging.getLogger("dist_asgd")
 _TRIES = 5
 
 
-def _beside(path: Path, kind: str) -> Path:
+def beside(path: Path, kind: str) -> Path:
+    """Return a temporary path of this ``kind`` beside ``path``, which names it and is no other process's."""
     return path.with_name(f".{path.name}.{kind}-{uuid.uuid4().hex[:12]}")
 
 
@@ -66,13 +67,16 @@ def sync_directory(folder: Path) -> None:
 class NewDirectory:
     """The directory of a checkpoint that is being written, and its lock; rank 0 has it until the save ends.
 
-    ``path`` is the directory's temporary path.
+    ``path`` is the directory's temporary path. Its data files have no ``tag`` in their names.
     """
 
+    tag = ""
+
     def __init__(self, target: Path) -> None:
+        self._target = target
         # The lock is held before the directory has a name by which another save could take it for a leftover.
         for attempt in range(_TRIES):
-            fresh = _beside(target, "new")
+            fresh = beside(target, "new")
             fresh.mkdir()
             try:
                 lock = OwnerLock.acquire(fresh)
@@ -82,7 +86,7 @@ class NewDirectory:
                     raise
                 continue
             try:
-                self.path = _beside(target, "tmp")
+                self.path = beside(target, "tmp")
                 fresh.rename(self.path)
             except BaseException:
                 lock.release()
@@ -98,6 +102,56 @@ class NewDirectory:
         refused = lock.refused()
         lock.release()
         return refused
+
+    def finish(self, step: int, written: Sequence[WrittenFile], metadata: bytes, here: str) -> None:
+        """Add ``.metadata`` and the manifest; called when the files of all ranks are on disk.
+
+        ``here`` names this rank in errors.
+        """
+        files = {file.name: file.file for file in written if file.file is not None}
+        self._check_visible(files, here)
+        chunks = {file.name: file.chunks for file in written if file.file is not None}
+        with HashedFile(self.path / METADATA_NAME) as metadata_file:
+            metadata_file.write(metadata)
+            files[METADATA_NAME] = metadata_file.end()
+            metadata_file.sync()
+        write_manifest(self.path, Manifest(step, len(written), files, chunks))
+
+    def _check_visible(self, files: dict[str, FileEntry], here: str) -> None:
+        """Raise RuntimeError unless this rank sees every file as its rank wrote it."""
+        for name, entry in files.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != entry.bytes:
+                raise RuntimeError(
+                    f"dist_asgd: {here} does not see {path} as it was written. The folder has vanished, or not all "
+                    f"ranks share it: save to one that they share."
+                )
+
+    def put_in_place(self) -> None:
+        """Rename the directory, whose files are on disk; raises ValueError if something has its name by now."""
+        # The names of the files must be on disk before the rename is, and the rename before anyone relies on it.
+        sync_directory(self.path)
+        check_untaken(self._target)
+        try:
+            self.path.rename(self._target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                check_untaken(self._target)
+            raise
+        # Closed before it is removed: NFS would keep an open file under another name. A crash leaves it: no harm is
+        # done.
+        refused = self.close()
+        (self._target / OWNER_NAME).unlink(missing_ok=True)
+        sync_directory(self._target.parent)
+        if refused:
+            _LOG.warning(
+                "another writer wanted to save to %s at the same time, and was refused: %s", self._target, refused[0]
+            )
+
+    def discard(self) -> None:
+        """Remove what a failed save wrote, as far as the system lets it be removed."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
 
 
 def begin(path: Path) -> NewDirectory:
@@ -118,7 +172,7 @@ def begin(path: Path) -> NewDirectory:
         # Another save may have begun since: whoever sees the other gives way.
         check_alone(path.parent, lambda name: name == path.name, new.path)
     except ValueError:
-        discard(new)
+        new.discard()
         raise
     return new
 
@@ -157,7 +211,32 @@ def remove_leftovers(folder: Path, is_wanted: Callable[[str], bool]) -> None:
                 shutil.rmtree(leftover)
 
 
-def metadata_of(path: Path, files: Sequence[WrittenFile]) -> bytes:
+def remove(path: Path) -> None:
+    """Remove a checkpoint: first its name, in one step, then its files."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    old = beside(path, "old")
+    path.rename(old)
+    sync_directory(path.parent)
+    shutil.rmtree(old)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """List what crashed saves and removals left in ``folder``."""
+    return [entry for entry in sorted(folder.iterdir()) if _LEFTOVER.fullmatch(entry.name)]
+
+
+def leftover_of(leftover: Path) -> str | None:
+    """Return the name of the checkpoint that was being written or removed; None if the path is no leftover."""
+    match = _LEFTOVER.fullmatch(leftover.name)
+    return match["name"] if match else None
+
+
+# --- DCP's metadata --------------------------------------------------------------------------------------
+
+
+def metadata_of(path: AnyPath, files: Sequence[WrittenFile]) -> bytes:
     """Return the bytes of ``.metadata`` for the checkpoint that will be at ``path``; ``files`` are in rank order."""
     metadata = _metadata_of(files)
     metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
@@ -197,132 +276,3 @@ def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:
                 entry.chunks.append(ChunkStorageMetadata(size_of(offsets), size_of(sizes)))
                 storage[index] = ranges[chunk]
     return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)
-
-
-def finish(directory: Path, step: int, written: Sequence[WrittenFile], metadata: bytes, here: str) -> None:
-    """Add ``.metadata`` and the manifest; called when the files of all ranks are on disk in ``directory``.
-
-    ``here`` names this rank in errors.
-    """
-    files = {file.name: file.file for file in written if file.file is not None}
-    _check_visible(directory, files, here)
-    chunks = {file.name: file.chunks for file in written if file.file is not None}
-    with HashedFile(directory / METADATA_NAME) as metadata_file:
-        metadata_file.write(metadata)
-        files[METADATA_NAME] = metadata_file.end()
-        metadata_file.sync()
-    write_manifest(directory, Manifest(step, len(written), files, chunks))
-
-
-def _check_visible(directory: Path, files: dict[str, FileEntry], here: str) -> None:
-    """Raise RuntimeError unless this rank sees every file as its rank wrote it."""
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            raise RuntimeError(
-                f"dist_asgd: {here} does not see {path} as it was written. The folder has vanished, or not all "
-                f"ranks share it: save to one that they share."
-            )
-
-
-def put_in_place(new: NewDirectory, path: Path) -> None:
-    """Rename a directory whose files are on disk to ``path``; raises ValueError if something is there by now."""
-    # The names of the files must be on disk before the rename is, and the rename before anyone relies on it.
-    sync_directory(new.path)
-    check_untaken(path)
-    try:
-        new.path.rename(path)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            check_untaken(path)
-        raise
-    # Closed before it is removed: NFS would keep an open file under another name. A crash leaves it: no harm is done.
-    refused = new.close()
-    (path / OWNER_NAME).unlink(missing_ok=True)
-    sync_directory(path.parent)
-    if refused:
-        _LOG.warning("another writer wanted to save to %s at the same time, and was refused: %s", path, refused[0])
-
-
-def discard(new: NewDirectory) -> None:
-    """Remove what a failed save wrote, as far as the system lets it be removed."""
-    shutil.rmtree(new.path, ignore_errors=True)
-    new.close()
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint: first its name, in one step, then its files."""
-    if path.is_symlink():
-        path.unlink()
-        return
-    old = _beside(path, "old")
-    path.rename(old)
-    sync_directory(path.parent)
-    shutil.rmtree(old)
-
-
-# --- folders of checkpoints ------------------------------------------------------------------------------
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """List what crashed saves and removals left in ``folder``."""
-    return [entry for entry in sorted(folder.iterdir()) if _LEFTOVER.fullmatch(entry.name)]
-
-
-def leftover_of(leftover: Path) -> str | None:
-    """Return the name of the checkpoint that was being written or removed; None if the path is no leftover."""
-    match = _LEFTOVER.fullmatch(leftover.name)
-    return match["name"] if match else None
-
-
-def point_latest(folder: Path, name: str) -> None:
-    """Make ``folder/latest`` a link to ``name``; an earlier link is replaced in one step."""
-    # symlink_to() does not replace, and rename() does: the link is made under another name first.
-    beside = _beside(folder / LATEST_NAME, "tmp")
-    beside.symlink_to(name, target_is_directory=True)
-    try:
-        beside.replace(folder / LATEST_NAME)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_directory(folder)
-
-
-def step_name(step: int) -> str:
-    """Return the directory's name of the checkpoint of ``step``: ``step-00000012``."""
-    return f"step-{step:08d}"
-
-
-def steps_in(folder: Path, *, with_damaged: bool = False) -> Iterator[tuple[int, Path]]:
-    """Return step and path of every whole checkpoint in ``folder``, oldest first.
-
-    ``with_damaged`` also returns directories of a step that hold data or metadata, and have lost their manifest.
-    """
-    entries = [(_STEP_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
-    steps = [(int(match[1]), entry) for match, entry in entries if match]
-    # The manifest is written last, so a directory with a manifest is whole.
-    return iter(sorted(pair for pair in steps if _has_manifest(pair[1]) or (with_damaged and _has_data(pair[1]))))
-
-
-def _has_manifest(path: Path) -> bool:
-    return (path / MANIFEST_NAME).is_file()
-
-
-def _has_data(path: Path) -> bool:
-    return path.is_dir() and any(e.name == METADATA_NAME or e.suffix == DEFAULT_SUFFIX for e in path.iterdir())
-
-
-def set_aside(folder: Path, damaged: Sequence[Path]) -> None:
-    """Rename checkpoints that cannot be read to ``damaged-step-...``, and let ``latest`` lead to the newest other."""
-    for path in damaged:
-        if os.path.lexists(path):
-            aside = path.with_name(f"damaged-{path.name}")
-            number = 1
-            while os.path.lexists(aside):
-                number += 1
-                aside = path.with_name(f"damaged-{path.name}-{number}")
-            path.rename(aside)
-    newest = max(steps_in(folder), default=(0, None))[1]
-    if newest is not None:
-        point_latest(folder, newest.name)
-    sync_directory(folder)

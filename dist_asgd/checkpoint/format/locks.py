@@ -43,7 +43,7 @@ class OwnerLock:
         """Make the owner file of a new directory and lock it; raises OSError if the directory is not there any more."""
         descriptor = os.open(directory / OWNER_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
-            os.write(descriptor, _line())
+            os.write(descriptor, owner_record())
             for _ in range(_TRIES):
                 if _lock(descriptor) is not False:
                     break
@@ -62,9 +62,23 @@ class OwnerLock:
         return _writers(os.pread(self.descriptor, _MAX_OWNER_BYTES, 0))[1:]
 
 
-def _line() -> bytes:
-    record = {"writer": this_writer(), "host": socket.gethostname(), "pid": os.getpid()}
+def owner_record(*, has_ended: bool = False) -> bytes:
+    """Return the line of an owner file that says which process this is, or was if it ``has_ended`` to write."""
+    pid = None if has_ended else os.getpid()
+    record = {"writer": this_writer(), "host": socket.gethostname(), "pid": pid, "started": _start_of(os.getpid())}
     return json.dumps(record).encode() + b"\n"
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process of this host has begun, in the system's own unit; None if the system does not tell.
+
+    It tells a process from a later one of the same number: in containers numbers come again at every restart.
+    """
+    try:
+        # The name of the program, in brackets, may hold anything. The start is the 20th word after it.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -106,20 +120,34 @@ def writer_of(directory: Path) -> str | None:
         locked = _lock(descriptor)
         if locked:
             return None
-        records = _records(os.pread(descriptor, _MAX_OWNER_BYTES, 0))
-        owner = records[0] if records else {}
-        here = owner.get("host") == socket.gethostname()
+        data = os.pread(descriptor, _MAX_OWNER_BYTES, 0)
+        here, alive = _owner_state(data)
         # A process that was forked from the writer keeps the lock, also after the writer has died.
-        if (here and not _is_alive(owner.get("pid"))) or (locked is None and not here):
+        if (here and not alive) or (locked is None and not here):
             return None
         with contextlib.suppress(OSError):
-            os.write(descriptor, _line())
-        return str(owner.get("writer", "another process"))[:200]
+            os.write(descriptor, owner_record())
+        return _owner_of(data)
     finally:
         os.close(descriptor)
 
 
-def _is_alive(pid: object) -> bool:
+def living_owner(data: bytes) -> str | None:
+    """Return which process wrote an owner file, if it runs on this host; None if it has ended, or cannot be seen."""
+    return _owner_of(data) if all(_owner_state(data)) else None
+
+
+def _owner_of(data: bytes) -> str:
+    return next(iter(_writers(data)), "another process")
+
+
+def _owner_state(data: bytes) -> tuple[bool, bool]:
+    """Whether the owner is a process of this host, and whether there is such a process now."""
+    owner = next(iter(_records(data)), {})
+    return owner.get("host") == socket.gethostname(), _is_alive(owner.get("pid"), owner.get("started"))
+
+
+def _is_alive(pid: object, started: object) -> bool:
     if not isinstance(pid, int) or pid <= 0:
         return False
     try:
@@ -127,8 +155,8 @@ def _is_alive(pid: object) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        return True
-    return True
+        pass
+    return started is None or started == _start_of(pid)
 
 
 def open_alone(path: Path) -> BinaryIO:

@@ -18,14 +18,19 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import xxhash
 
 from ...comm.agreement import SharedError
 from ...version import __version__
+from . import stores
 from .links import cached_file
 from .nearby import hint_at
+from .paths import AnyPath, is_store
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -57,11 +62,13 @@ def check_name(name: object) -> str:
     return name
 
 
-def open_confined(directory: Path, name: str) -> tuple[BinaryIO, int]:
+def open_confined(directory: AnyPath, name: str) -> tuple[BinaryIO, int]:
     """Open ``directory/name`` for reading and return it with its size in bytes; raises CheckpointError if it cannot.
 
     ``name`` has passed ``check_name``. Devices and pipes are refused, and links, except those of ``links``.
     """
+    if is_store(directory):
+        return _open_in_store(directory, name)
     path = directory / name
     target = path
     if path.is_symlink():
@@ -90,7 +97,18 @@ def open_confined(directory: Path, name: str) -> tuple[BinaryIO, int]:
     return os.fdopen(descriptor, "rb"), status.st_size
 
 
-def read_range(file: BinaryIO, path: Path, offset: int, length: int) -> bytes:
+def _open_in_store(directory: UPath, name: str) -> tuple[BinaryIO, int]:
+    try:
+        return stores.open_object(directory / name)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"dist_asgd: {directory / name} is missing: the checkpoint is not whole.{hint_at(directory)}"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"dist_asgd: cannot open {directory / name}: {error.strerror}.") from error
+
+
+def read_range(file: BinaryIO, path: AnyPath, offset: int, length: int) -> bytes:
     """Read exactly ``length`` bytes from ``offset`` on; the caller has checked that the file is at least that long."""
     try:
         file.seek(offset)
@@ -102,7 +120,7 @@ def read_range(file: BinaryIO, path: Path, offset: int, length: int) -> bytes:
     return data
 
 
-def read_whole(directory: Path, name: str, max_bytes: int) -> bytes:
+def read_whole(directory: AnyPath, name: str, max_bytes: int) -> bytes:
     """Read a whole small file; raises CheckpointError if it has more than ``max_bytes``."""
     file, size = open_confined(directory, name)
     with file:
@@ -113,9 +131,14 @@ def read_whole(directory: Path, name: str, max_bytes: int) -> bytes:
         return read_range(file, directory / name, 0, size)
 
 
-def names_in(directory: Path) -> list[str]:
-    """List everything right inside the directory, sorted; raises CheckpointError if there is no such directory."""
+def names_in(directory: AnyPath) -> list[str]:
+    """List everything right inside the directory, sorted; raises CheckpointError if there is no such directory.
+
+    In a store only objects are listed, and no folders.
+    """
     try:
+        if is_store(directory):
+            return sorted(stores.sizes_in(directory))
         return sorted(os.listdir(directory))
     except FileNotFoundError:
         raise CheckpointError(f"dist_asgd: there is no checkpoint at {directory}.{hint_at(directory)}") from None
@@ -171,7 +194,7 @@ def hash_of(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def hash_file(directory: Path, name: str) -> FileEntry:
+def hash_file(directory: AnyPath, name: str) -> FileEntry:
     """Return size and hash of one file, which is read in blocks."""
     file, _ = open_confined(directory, name)
     digest, size = xxhash.xxh3_128(), 0
@@ -184,9 +207,7 @@ def hash_file(directory: Path, name: str) -> FileEntry:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` under a temporary name, fsync it and rename it. The caller fsyncs the directory."""
-    data = encode(manifest)
-    # A manifest that the reader would refuse must fail the save, and not the restart.
-    decode(data, directory / MANIFEST_NAME)
+    data = checked_bytes(directory, manifest)
     beside = directory / f".{MANIFEST_NAME}.tmp"
     with beside.open("wb") as file:
         file.write(data)
@@ -195,14 +216,22 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     beside.replace(directory / MANIFEST_NAME)
 
 
-def read_manifest(directory: Path) -> Manifest | None:
+def checked_bytes(directory: AnyPath, manifest: Manifest) -> bytes:
+    """Return the bytes of ``manifest.json``; raises CheckpointError if no reader would take them."""
+    data = encode(manifest)
+    # A manifest that the reader would refuse must fail the save, and not the restart.
+    decode(data, directory / MANIFEST_NAME)
+    return data
+
+
+def read_manifest(directory: AnyPath) -> Manifest | None:
     """Read the directory's manifest; None if it has none, CheckpointError if it is damaged or not to be trusted."""
     if MANIFEST_NAME not in names_in(directory):
         return None
     return decode(read_whole(directory, MANIFEST_NAME, MAX_MANIFEST_BYTES), directory / MANIFEST_NAME)
 
 
-def check_files(directory: Path, manifest: Manifest) -> list[str]:
+def check_files(directory: AnyPath, manifest: Manifest) -> list[str]:
     """Return a line for each file of the manifest that is missing or has another size; no file is read.
 
     Other files are none of the checkpoint's: systems and tools leave theirs (``.DS_Store``, ``.nfs...``, a model's
@@ -223,7 +252,7 @@ def check_files(directory: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def superfluous(directory: Path, manifest: Manifest) -> list[str]:
+def superfluous(directory: AnyPath, manifest: Manifest) -> list[str]:
     """List the names in the directory that the manifest does not have; no reader opens such a file."""
     return [name for name in names_in(directory) if name != MANIFEST_NAME and name not in manifest.files]
 
@@ -247,7 +276,7 @@ def _dump(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
-def decode(data: bytes, path: Path) -> Manifest:
+def decode(data: bytes, path: AnyPath) -> Manifest:
     """Parse and check a manifest that anybody may have written; CheckpointError names ``path`` and what is wrong."""
 
     def refuse(what: str) -> NoReturn:

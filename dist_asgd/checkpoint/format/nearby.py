@@ -7,8 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import stores
+from .locks import OWNER_NAME
+from .paths import AnyPath, is_store
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 # A directory with one of these is a checkpoint, or was meant to be one.
 MARKS = ("manifest.json", ".metadata", "__0.metadata")
@@ -17,30 +26,40 @@ _MAX_ENTRIES = 10_000
 _MAX_LISTED = 5
 
 
-def is_marked(path: Path) -> bool:
+def is_marked(path: AnyPath) -> bool:
     """Whether ``path`` is a directory with files that checkpoints have; links to directories count."""
+    if is_store(path):
+        return any(stores.exists(path / mark) for mark in MARKS)
     return any(os.path.isfile(path / mark) for mark in MARKS)
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def checkpoints_in(folder: AnyPath) -> list[AnyPath]:
     """List the checkpoints right inside ``folder``, the newest last: by the numbers in their names.
 
     Links (such as ``latest``) and leftovers of crashed saves are left out.
     """
     try:
-        entries = [Path(entry.path) for entry in islice(os.scandir(folder), _MAX_ENTRIES) if not entry.is_symlink()]
+        entries = _folders_in(folder)
+        found = [entry for entry in entries if not _LEFTOVER.fullmatch(entry.name) and is_marked(entry)]
     except OSError:
         return []
-    found = [entry for entry in entries if not _LEFTOVER.fullmatch(entry.name) and is_marked(entry)]
     return sorted(found, key=lambda entry: [int(word) if word.isdigit() else -1 for word in _words(entry.name)])
+
+
+def _folders_in(folder: AnyPath) -> Sequence[AnyPath]:
+    if is_store(folder):
+        return stores.folders_in(folder)
+    return [Path(entry.path) for entry in islice(os.scandir(folder), _MAX_ENTRIES) if not entry.is_symlink()]
 
 
 def _words(name: str) -> list[str]:
     return re.findall(r"\d+", name)
 
 
-def hint_at(path: Path) -> str:
+def hint_at(path: AnyPath) -> str:
     """Return sentences about what is at ``path`` or near it, with a space before the first; empty if nothing is."""
+    if is_store(path):
+        return _hint_in_store(path)
     if _LEFTOVER.fullmatch(path.name):
         return " It is what a save that crashed, or that still runs, has written so far: load another checkpoint."
     if path.is_symlink() and not path.exists():
@@ -60,12 +79,31 @@ def hint_at(path: Path) -> str:
             f" It is a folder of checkpoints, the newest of which is {found[-1].name}: pass {path / 'latest'}, or call "
             f"CheckpointManager({str(path)!r}).restore()."
         )
+    return _choice(found)
+
+
+def _choice(found: Sequence[AnyPath]) -> str:
     if len(found) == 1:
         return f" The checkpoint is the folder in it: pass {found[0]}."
     return f" It is a folder of checkpoints: pass one of them, such as {found[-1]}."
 
 
-def _others_in(folder: Path) -> str:
+def _hint_in_store(path: UPath) -> str:
+    try:
+        names = stores.sizes_in(path, missing_ok=True)
+    except OSError:
+        return ""
+    if OWNER_NAME in names:
+        return " It is what a save that crashed, or that still runs, has written so far: load another checkpoint."
+    found = checkpoints_in(path)
+    if found:
+        return _choice(found)
+    if not names and path.parent.name:
+        return _others_in(path.parent)
+    return ""
+
+
+def _others_in(folder: AnyPath) -> str:
     found = checkpoints_in(folder)
     if not found:
         return ""
@@ -74,7 +112,7 @@ def _others_in(folder: Path) -> str:
     return f" In {folder} there {'is' if len(found) == 1 else 'are'} {names}{more}."
 
 
-def refuse_as_folder(folder: Path) -> None:
+def refuse_as_folder(folder: AnyPath) -> None:
     """Raise ValueError if ``folder``, which is to hold checkpoints, is itself one."""
     if is_marked(folder):
         raise ValueError(

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .manifest import CheckpointError, check_name, open_confined, read_range
+from .paths import AnyPath
 from .safetensors import DTYPE_NAMES, SUFFIX
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -61,7 +61,7 @@ def tensor_files(names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(SUFFIX)]
 
 
-def metadata_of_files(directory: Path, names: list[str]) -> Metadata:
+def metadata_of_files(directory: AnyPath, names: list[str]) -> Metadata:
     """Return DCP's metadata of the tensors in these safetensors files; CheckpointError names the file that is wrong."""
     entries: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -83,7 +83,7 @@ def metadata_of_files(directory: Path, names: list[str]) -> Metadata:
     return Metadata(cast(Any, entries), None, storage, StorageMeta())
 
 
-def located(metadata: Metadata, directory: Path) -> Metadata:
+def located(metadata: Metadata, directory: AnyPath) -> Metadata:
     """Return ``metadata`` with the right places of tensors that lie in one safetensors file inside a data file."""
     offsets: dict[str, set[int]] = {}
     chunks = [
@@ -114,7 +114,7 @@ def located(metadata: Metadata, directory: Path) -> Metadata:
     return replace(metadata, storage_data=storage)
 
 
-def _is_header(directory: Path, name: str, offset: int) -> bool:
+def _is_header(directory: AnyPath, name: str, offset: int) -> bool:
     file, size = open_confined(directory, name)
     with file:
         if offset + _LENGTH_BYTES + 1 > size:
@@ -131,7 +131,7 @@ def raw_tensor(data: bytes, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _regions(directory: Path, name: str, base: int) -> dict[str, _Region]:
+def _regions(directory: AnyPath, name: str, base: int) -> dict[str, _Region]:
     """Return what the header at ``base`` in a file says, by key."""
     try:
         check_name(name)

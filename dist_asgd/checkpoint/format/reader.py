@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +48,7 @@ from .manifest import (
 )
 from .metadata import METADATA_NAME
 from .nearby import hint_at
-from .paths import local_path
+from .paths import AnyPath, UserPath, as_path
 from .raw_tensors import RawRange, raw_tensor
 
 
@@ -77,9 +75,9 @@ class OpenCheckpoint:
     other checks are the same. CheckpointError, a RuntimeError, names the file and what is wrong with it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
+    def __init__(self, path: UserPath, *, verify: bool = True, prefix: Prefix = "") -> None:
         check_prefix(prefix)
-        self.path = local_path(path)
+        self.path = as_path(path)
         self.manifest: Manifest | None = None
         with collections_paused():
             self._open(verify, prefix)
@@ -272,7 +270,7 @@ class OpenCheckpoint:
         return found
 
 
-def needs_manifest(path: Path) -> CheckpointError:
+def needs_manifest(path: AnyPath) -> CheckpointError:
     """Return the error for a directory without a manifest: another program's checkpoint, or none at all."""
     if not description_names(names_in(path)):
         return CheckpointError(
@@ -288,7 +286,7 @@ def _order(info: _StorageInfo) -> tuple[str, int]:
     return info.relative_path, info.offset
 
 
-def _changed(path: Path, what: str) -> str:
+def _changed(path: AnyPath, what: str) -> str:
     return (
         f"dist_asgd: {path} is damaged: {what} does not have the hash that the manifest gives. The file was changed, "
         f"or belongs to another checkpoint."
@@ -305,8 +303,10 @@ class CheckedReader(FileSystemReader):
     ``dcp.load`` wraps that error: call ``read_metadata()`` first to get it unwrapped.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
-        super().__init__(local_path(path))
+    def __init__(self, path: UserPath, *, verify: bool = True, prefix: Prefix = "") -> None:
+        super().__init__("")
+        # DCP's readers have a path of the file system; nothing but this class reads this one.
+        self.path: Any = as_path(path)
         self._verify = verify
         self._prefix = prefix
         self._opened: OpenCheckpoint | None = None
@@ -318,13 +318,12 @@ class CheckedReader(FileSystemReader):
             self._opened = OpenCheckpoint(self.path, verify=self._verify, prefix=self._prefix)
         return self._opened
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def reset(self, checkpoint_id: UserPath | None = None) -> None:
         """Called by DCP before a load; forgets the open checkpoint if ``checkpoint_id`` is another path."""
-        if checkpoint_id is not None:
-            checkpoint_id = local_path(checkpoint_id)
-            if checkpoint_id != Path(self.path):
-                self._opened = None
-        super().reset(checkpoint_id)
+        super().reset(None)
+        if checkpoint_id is not None and as_path(checkpoint_id) != self.path:
+            self.path = as_path(checkpoint_id)
+            self._opened = None
 
     # Not named kwargs: DCP takes that name as an offer to read one rank's own metadata, and then hides errors of this
     # call.

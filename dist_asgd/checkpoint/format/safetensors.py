@@ -31,6 +31,8 @@ from torch import Tensor
 
 from .directory import sync_directory
 from .locks import open_alone
+from .output import Output, check_free, siblings
+from .paths import AnyPath
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -77,30 +79,18 @@ class _Location:
     offset: int
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: AnyPath, overwrite: bool) -> None:
     """Raise ValueError unless ``out`` names a safetensors file in an existing directory, and may be written there."""
     if out.suffix != SUFFIX:
         raise ValueError(f"dist_asgd: {out} must end in {SUFFIX}.")
     check_free(out, outputs_at(out), overwrite)
 
 
-def check_free(out: Path, taken: Sequence[Path], overwrite: bool) -> None:
-    """Raise ValueError if ``out`` has no directory, is one, or would replace one of the files ``taken``."""
-    if not out.parent.is_dir():
-        raise ValueError(f"dist_asgd: there is no directory {out.parent} to write {out.name} into.")
-    if out.is_dir():
-        raise ValueError(f"dist_asgd: {out} is a directory: name a file.")
-    if taken and not overwrite:
-        raise ValueError(f"dist_asgd: {taken[0]} exists. Choose another name, or overwrite it (--force).")
-
-
-def outputs_at(out: Path) -> list[Path]:
+def outputs_at(out: AnyPath) -> list[AnyPath]:
     """List the files that an earlier export to ``out`` has left: one file, or an index and its files."""
     stem = re.escape(out.name.removesuffix(SUFFIX))
     pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|{stem}\.safetensors\.index\.json")
-    if not out.parent.is_dir():
-        return []
-    return sorted(path for path in out.parent.iterdir() if pattern.fullmatch(path.name))
+    return [path for path in siblings(out) if pattern.fullmatch(path.name)]
 
 
 class TensorFiles:
@@ -108,13 +98,13 @@ class TensorFiles:
 
     Tensors come in any order. They go into one file, or into several with an index if they have more than
     ``max_bytes``. The files have temporary names, and take their own when the block ends; if it ends with an exception
-    they are removed. Raises OSError if the disk is full or not writable, and ValueError for tensors that the format
-    does not hold.
+    they are removed. Those of a store are written to a temporary folder, and uploaded at the end. Raises OSError if the
+    disk is full or not writable, and ValueError for tensors that the format does not hold.
     """
 
     def __init__(
         self,
-        out: Path,
+        out: AnyPath,
         specs: Mapping[str, TensorSpec],
         *,
         metadata: Mapping[str, str],
@@ -128,7 +118,8 @@ class TensorFiles:
                     f"dist_asgd: {name} has dtype {spec.dtype}, which safetensors files do not hold. Choose another "
                     f"dtype for the export, or consolidate to a .pt file."
                 )
-        self._out = out
+        self._target = out
+        self._output = Output(out)
         self._overwrite = overwrite
         self._specs = specs
         self._metadata = {"format": "pt", **metadata}
@@ -151,13 +142,20 @@ class TensorFiles:
         return [sorted(names, key=lambda name: -self._specs[name].dtype.itemsize) for names in groups]
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[AnyPath]:
         """The files with tensors, under their final names."""
-        count = len(self._names)
+        return [self._target.with_name(name) for name in self._file_names]
+
+    @property
+    def _file_names(self) -> list[str]:
+        count, name = len(self._names), self._target.name
         if count == 1:
-            return [self._out]
-        stem = self._out.name.removesuffix(SUFFIX)
-        return [self._out.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}{SUFFIX}") for i in range(count)]
+            return [name]
+        return [f"{name.removesuffix(SUFFIX)}-{i + 1:05d}-of-{count:05d}{SUFFIX}" for i in range(count)]
+
+    @property
+    def _local_paths(self) -> list[Path]:
+        return [self._output.local.with_name(name) for name in self._file_names]
 
     @property
     def total_bytes(self) -> int:
@@ -171,7 +169,8 @@ class TensorFiles:
     def open(self) -> None:
         """Create the files under temporary names, and write their headers."""
         try:
-            for number, (names, path) in enumerate(zip(self._names, self.paths, strict=True)):
+            self._output.open()
+            for number, (names, path) in enumerate(zip(self._names, self._local_paths, strict=True)):
                 self._files.append(open_alone(_partial(path)))
                 self._begin(number, names)
         except BaseException:
@@ -227,8 +226,8 @@ class TensorFiles:
     def commit(self) -> None:
         """Give the files their names; raises ValueError if a tensor is missing. The end of the block calls it, too."""
         if self._waiting:
-            raise ValueError(f"dist_asgd: {sorted(self._waiting)[0]} was not written, so neither is {self._out}.")
-        paths = self.paths
+            raise ValueError(f"dist_asgd: {sorted(self._waiting)[0]} was not written, so neither is {self._target}.")
+        paths = self._local_paths
         for file, path, names in zip(self._files, paths, self._names, strict=True):
             file.flush()
             os.fsync(file.fileno())
@@ -236,36 +235,45 @@ class TensorFiles:
                 if set(written.keys()) != set(names):
                     raise RuntimeError(f"dist_asgd: {path} did not come out as it should.")
         # Another export may have come first since this one has begun.
-        check_out(self._out, self._overwrite)
-        stale = set(outputs_at(self._out)) - set(paths)
-        index = self._out.with_name(self._out.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
+        check_out(self._target, self._overwrite)
+        stale = {path.name for path in outputs_at(self._target)} - set(self._file_names)
         for file, path in zip(self._files, paths, strict=True):
             # Closed afterwards: until it has its own name, its lock keeps other writers away.
             _partial(path).replace(path)
             file.close()
+        local = self._output.local
         # Loaders prefer a single file to an index, so a file of an earlier export would hide the new ones.
-        for path in stale:
-            path.unlink()
-        if len(paths) > 1:
-            weight_map = {name: paths[location.file].name for name, location in self._locations.items()}
-            body = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            with _partial(index).open("w") as file_:
-                file_.write(json.dumps(body, indent=2) + "\n")
-                file_.flush()
-                os.fsync(file_.fileno())
-            _partial(index).replace(index)
-        sync_directory(self._out.parent)
+        for name in stale:
+            local.with_name(name).unlink(missing_ok=True)
+        index = [self._write_index()] if len(paths) > 1 else []
+        sync_directory(local.parent)
+        # The index comes last: with it the export is whole.
+        self._output.publish([*self._file_names, *index], stale - set(index))
         self._files.clear()
+
+    def _write_index(self) -> str:
+        """Write the index of several files, and return its name."""
+        names = self._file_names
+        weight_map = {name: names[location.file] for name, location in self._locations.items()}
+        body = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = self._output.local.with_name(self._target.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
+        with _partial(index).open("w") as file:
+            file.write(json.dumps(body, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _partial(index).replace(index)
+        return index.name
 
     def discard(self) -> None:
         """Remove the files that do not have their names yet; after ``commit`` there are none."""
-        for file, path in zip(self._files, self.paths, strict=False):
+        for file, path in zip(self._files, self._local_paths, strict=False):
             # Closing writes what is buffered, and fails again if writing has failed.
             with contextlib.suppress(OSError):
                 file.close()
             with contextlib.suppress(FileNotFoundError):
                 _partial(path).unlink()
         self._files.clear()
+        self._output.discard()
 
 
 def _partial(path: Path) -> Path:

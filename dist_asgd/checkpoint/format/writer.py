@@ -1,6 +1,6 @@
 """Writing one rank's data file of a checkpoint, in the format of ``torch.distributed.checkpoint`` (DCP), hashed.
 
-``Saver`` opens a ``RankFile`` on every rank; rank 0 then writes from what all ranks return (``directory.finish``) which
+``Saver`` opens a ``RankFile`` on every rank; rank 0 then writes from what all ranks return (``metadata_of``) which
 bytes of which file hold what. Equal small values, such as the hyperparameters that DCP's layout repeats for every
 parameter, are written once.
 
@@ -18,7 +18,6 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
@@ -29,6 +28,8 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.utils.serialization import config
 
 from .manifest import Chunk, FileEntry
+from .paths import AnyPath, is_store
+from .stores import StoreFile
 
 # torch.save writes many times a few bytes, which are gathered, and large tensors at once, which bypass the buffer.
 _BUFFER_BYTES = 1 << 18
@@ -74,12 +75,12 @@ class Serialized(bytes):
 
 
 class HashedFile(io.RawIOBase):
-    """A new file that hashes everything that is written to it, as a whole and chunk by chunk."""
+    """A new file, or a new object in a store, that hashes everything that is written, as a whole and by chunk."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         super().__init__()
         self.failure: OSError | None = None
-        self._file = path.open("xb", buffering=0)
+        self._file = StoreFile(path, "wb") if is_store(path) else path.open("xb", buffering=0)
         self._buffer = bytearray()
         self._file_hash = xxhash.xxh3_128()
         self._chunk_hash = xxhash.xxh3_128()
@@ -90,6 +91,9 @@ class HashedFile(io.RawIOBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and isinstance(self._file, StoreFile):
+            self._file.abort()
+            return
         # After an error closing may fail again, and must not replace the error.
         with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
             self._file.close()
@@ -133,7 +137,7 @@ class HashedFile(io.RawIOBase):
 
     def _start_writeback(self) -> None:
         """Ask the disk to begin with what was written; systems without such a call leave everything to ``sync``."""
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and not isinstance(self._file, StoreFile):
             length = self._offset - self._writeback_offset
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._file.fileno(), self._writeback_offset, length, os.POSIX_FADV_DONTNEED)
@@ -153,8 +157,11 @@ class HashedFile(io.RawIOBase):
         return FileEntry(self._offset, self._file_hash.hexdigest())
 
     def sync(self) -> None:
-        """Wait until everything that was written is on disk."""
-        os.fsync(self._file.fileno())
+        """Wait until everything that was written is on disk, or in the store."""
+        if isinstance(self._file, StoreFile):
+            self._file.close()
+        else:
+            os.fsync(self._file.fileno())
 
 
 # --- one rank's file -------------------------------------------------------------------------------------
@@ -191,13 +198,13 @@ class WrittenFile:
 class RankFile:
     """This rank's data file, a context: first ``write`` is called, then ``sync``. Not collective.
 
-    ``frames`` are kept by the caller from one save to the next.
+    ``frames`` are kept by the caller from one save to the next. ``tag`` is a part of the file's name.
     """
 
-    def __init__(self, directory: Path, rank: int, frames: Frames) -> None:
+    def __init__(self, directory: AnyPath, rank: int, frames: Frames, tag: str = "") -> None:
         self._directory = directory
         self._frames = frames
-        self._name = f"__{rank}_0{DEFAULT_SUFFIX}"
+        self._name = f"__{rank}_0{tag}{DEFAULT_SUFFIX}"
         self._file: HashedFile | None = None
 
     def __enter__(self) -> RankFile:

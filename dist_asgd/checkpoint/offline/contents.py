@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
 from ..containers import Containers
 from ..format.layouts import Prefix, described
 from ..format.manifest import CheckpointError
+from ..format.paths import UserPath
 from ..format.reader import CheckedReader
 from ..keys import CheckpointKeys, KeyMismatch
 from ..options import is_numbered, option_values, options_by_owner
@@ -66,7 +66,7 @@ class CheckpointContents:
     way. Nothing here is collective.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, prefix: Prefix = "") -> None:
+    def __init__(self, path: UserPath, *, verify: bool = True, prefix: Prefix = "") -> None:
         reader = CheckedReader(path, verify=verify, prefix=prefix)
         self.opened = reader.opened
         self._keys = CheckpointKeys(reader, KeyMismatch())

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -19,7 +18,9 @@ from ...state import MASTER_KEY
 from ..format.directory import sync_directory
 from ..format.locks import open_alone
 from ..format.manifest import CheckpointError
-from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec, check_free
+from ..format.output import Output, check_free, siblings
+from ..format.paths import AnyPath
+from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec
 from ..sources import Region
 from .contents import MODEL, STATE, CheckpointContents, Progress, TensorEntry, no_progress
 
@@ -137,13 +138,13 @@ def _advice(contents: CheckpointContents) -> str:
 
 def export(
     contents: CheckpointContents,
-    out: Path,
+    out: AnyPath,
     plan: Mapping[str, Weight],
     *,
     max_bytes: int = DEFAULT_MAX_BYTES,
     overwrite: bool = False,
     progress: Progress = no_progress,
-) -> list[Path]:
+) -> list[AnyPath]:
     """Write the weights of ``plan``, one tensor at a time, and return the files.
 
     There are several files, and an index, if the weights have more than ``max_bytes``.
@@ -163,8 +164,8 @@ def export(
 
 
 def consolidate(
-    contents: CheckpointContents, out: Path, *, overwrite: bool = False, progress: Progress = no_progress
-) -> list[Path]:
+    contents: CheckpointContents, out: AnyPath, *, overwrite: bool = False, progress: Progress = no_progress
+) -> list[AnyPath]:
     """Write the whole model and optimizer state to ``out``, and return the files.
 
     A ``.pt`` file is a dict with ``model``, the state dict of a module, and ``optim``, the state dict of a
@@ -180,22 +181,32 @@ def consolidate(
         return _to_safetensors(contents, out, overwrite, progress)
     if out.suffix != ".pt":
         raise ValueError(f"dist_asgd: {out} must end in .pt or {SUFFIX}.")
-    check_free(out, [out] if out.exists() else [], overwrite)
+    check_free(out, _taken(out), overwrite)
     whole = _whole(contents, progress)
-    partial = out.with_name(f".{out.name}.partial")
-    with open_alone(partial) as file:
-        try:
-            _save(whole, file)
-            file.flush()
-            os.fsync(file.fileno())
-            # Another writer may have come first since this one has begun.
-            check_free(out, [out] if out.exists() else [], overwrite)
-            partial.replace(out)
-            sync_directory(out.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    output = Output(out)
+    try:
+        output.open()
+        partial = output.local.with_name(f".{out.name}.partial")
+        with open_alone(partial) as file:
+            try:
+                _save(whole, file)
+                file.flush()
+                os.fsync(file.fileno())
+                # Another writer may have come first since this one has begun.
+                check_free(out, _taken(out), overwrite)
+                partial.replace(output.local)
+                sync_directory(output.local.parent)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        output.publish([out.name])
+    finally:
+        output.discard()
     return [out]
+
+
+def _taken(out: AnyPath) -> list[AnyPath]:
+    return [path for path in siblings(out) if path.name == out.name]
 
 
 def _save(whole: dict[str, Any], file: BinaryIO) -> None:
@@ -244,7 +255,7 @@ def _keys(contents: CheckpointContents, *prefixes: str) -> list[str]:
     return [key for key in contents.tensors if key.startswith(prefixes)]
 
 
-def _to_safetensors(contents: CheckpointContents, out: Path, overwrite: bool, progress: Progress) -> list[Path]:
+def _to_safetensors(contents: CheckpointContents, out: AnyPath, overwrite: bool, progress: Progress) -> list[AnyPath]:
     # One file at any size: the consolidated state is read back by key, and no loader of shards expects it.
     keys = _keys(contents, MODEL, STATE)
     specs = {key: TensorSpec(contents.tensors[key].dtype, contents.tensors[key].shape) for key in keys}

@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import xxhash
 
 from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest, superfluous
+from ..format.paths import AnyPath
 from ..format.reader import OpenCheckpoint, needs_manifest
 from .contents import Progress, no_progress
 
@@ -35,7 +35,7 @@ class Verdict:
     ignored: list[str] = field(default_factory=list)
 
 
-def total_bytes(path: Path) -> int:
+def total_bytes(path: AnyPath) -> int:
     """The number of bytes that ``verify`` will read; 0 without a manifest that can be read."""
     try:
         manifest = read_manifest(path)
@@ -44,7 +44,7 @@ def total_bytes(path: Path) -> int:
     return 0 if manifest is None else sum(entry.bytes for entry in manifest.files.values())
 
 
-def verify(path: Path, progress: Progress = no_progress) -> Verdict:
+def verify(path: AnyPath, progress: Progress = no_progress) -> Verdict:
     """Read and check everything. Damage is reported in the result and never raised. Not collective."""
     verdict = Verdict()
     try:
@@ -76,7 +76,7 @@ def _line(error: CheckpointError) -> str:
     return str(error).removeprefix("dist_asgd: ")
 
 
-def _read_file(path: Path, name: str, manifest: Manifest, verdict: Verdict, progress: Progress) -> None:
+def _read_file(path: AnyPath, name: str, manifest: Manifest, verdict: Verdict, progress: Progress) -> None:
     """Read one file, and add its counts and problems to ``verdict``."""
     entry = manifest.files[name]
     file, size = open_confined(path, name)
@@ -114,7 +114,7 @@ class _OutOfTimeError(Exception):
     """Reading has taken too long."""
 
 
-def newest_whole(paths: Sequence[Path]) -> tuple[Path | None, bool]:
+def newest_whole(paths: Sequence[AnyPath]) -> tuple[AnyPath | None, bool]:
     """Return the first of ``paths`` that is whole, None if none is, and whether every byte of it was read.
 
     After half a minute only names, sizes and metadata are checked. Not collective.
