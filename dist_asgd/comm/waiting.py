@@ -59,8 +59,8 @@ class Waiting:
             f"dist_asgd: {call} failed on {here}, and was not called on {others}: a peer has died, was cut off, did "
             f"not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to torch's "
             f"Join), or never makes this call. Every rank must make it: no condition such as 'if rank == 0:' may stand "
-            f"around it. Parameters and state may differ between ranks now: restart the job from its last checkpoint. The "
-            f"backend said: {error.__cause__}"
+            f"around it. Parameters and state may differ between ranks now: restart the job from its last checkpoint. "
+            f"The backend said: {error.__cause__}"
         )
 
     def look(self) -> None:
