@@ -24,6 +24,24 @@ Ctrl-C and SIGTERM go to the ranks, which finish their step, write a checkpoint 
 TEXT
 }
 
+python="${PYTHON:-}"
+if [ -z "$python" ]; then
+    python=python
+    [ ! -x "$VENV/bin/python" ] || python="$VENV/bin/python"
+fi
+
+# Prints the trainer's options. If the reader of a pipe (`| head`) has enough, that is no error.
+train_help() {
+    local text
+    if [ -t 1 ]; then
+        "$python" "$REPOSITORY/launch/trainer/train.py" --help # as wide as the terminal
+    else
+        text="$("$python" "$REPOSITORY/launch/trainer/train.py" --help)"
+        trap '' PIPE
+        printf '%s\n' "$text" 2>/dev/null || true
+    fi
+}
+
 nproc="${NPROC:-}"
 nnodes="${NNODES:-1}"
 node_rank="${NODE_RANK:-0}"
@@ -45,23 +63,18 @@ while [ $# -gt 0 ]; do
         --iface) iface="$2"; shift 2 ;;
         --local-addr) local_addr="$2"; shift 2 ;;
         --help) usage; exit 0 ;;
-        --train-help) set -- --help; break ;;
+        --train-help) train_help; exit 0 ;;
         --) shift; break ;;
         *) break ;;
     esac
 done
 
-python="${PYTHON:-}"
-if [ -z "$python" ]; then
-    python=python
-    [ ! -x "$VENV/bin/python" ] || python="$VENV/bin/python"
-fi
 if [ -z "$nproc" ]; then
     nproc=1
     ! nvidia-smi -L >/dev/null 2>&1 || nproc=gpu
 fi
 
-launcher=("$python" -m torch.distributed.run --nproc-per-node "$nproc")
+launcher=("$python" "$REPOSITORY/launch/launcher.py" --nproc-per-node "$nproc")
 if [ "$nnodes" = 1 ]; then
     launcher+=(--standalone)
 else

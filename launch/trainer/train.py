@@ -5,12 +5,14 @@ This is an example of every mode: `options.py` has the command line, `parallel.p
 """
 
 import functools
+import os
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import typer
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from corpus import Corpus, read_corpus
 from metrics import MetricsLog
@@ -21,6 +23,13 @@ from stopping import StopRequest
 from training import Training
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+# What typer raises for every command line that it refuses. It has a public name for this subclass only.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
+
+
+class CommandLineError(Exception):
+    """The command line has an option or a value that the trainer does not take."""
 
 
 @app.command()
@@ -35,7 +44,7 @@ def main(**values: Any) -> None:
     except TrainingError as failure:
         sys.stderr.write(f"error on rank {processes.rank}: {failure}\n")  # one write: ranks share the stream
         processes.close()  # every rank raised it, so every rank comes here
-        raise typer.Exit(1) from failure
+        raise
     processes.close()
 
 
@@ -84,5 +93,26 @@ def _report(options: TrainOptions, summary: Summary, checkpoint: str) -> None:
         console.print(f"picture:    {picture.resolve()}", soft_wrap=True)
 
 
+@record
+def run() -> int:
+    """Run the command line and return its status. `@record` hands what is raised here to the launcher."""
+    try:
+        return app(standalone_mode=False) or 0
+    except _UsageError as failure:
+        raise CommandLineError(failure.format_message()) from None
+
+
+def start() -> None:
+    """Exit with the status of `run`. Failures that have a message for the user end without a traceback."""
+    try:
+        sys.exit(run())
+    except CommandLineError as failure:
+        if os.environ.get("RANK", "0") == "0":  # the ranks have the same command line
+            sys.stderr.write(f"error: {failure}; --help lists the options\n")
+        sys.exit(2)
+    except TrainingError:
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    app()
+    start()
