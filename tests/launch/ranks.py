@@ -1,4 +1,4 @@
-"""Runs of the trainer without torchrun: its ranks are started as torchrun does, but have torch loaded already."""
+"""Runs of scripts without torchrun: their ranks are started as torchrun does, but have torch loaded already."""
 
 import os
 import runpy
@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,10 +18,18 @@ TRAIN = REPOSITORY / "launch" / "trainer" / "train.py"
 TIMEOUT_S = 120.0
 
 
-def run_ranks(world_size: int, arguments: list[str], common: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The trainer's command line on ``world_size`` ranks, to its end: the worst status, and what all ranks wrote.
+def run_ranks(
+    world_size: int,
+    arguments: list[str],
+    common: dict[str, str],
+    script: Path = TRAIN,
+    cwd: Path | None = None,
+    under_torchrun: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """A script's command line on ``world_size`` ranks, to its end: the worst status, and what all ranks wrote.
 
-    ``common``: what the environment of each has besides its rank.
+    ``script``: the trainer unless given. ``common``: what the environment of each has besides its rank. ``cwd``: the
+    folder to run in, if not this one. ``under_torchrun=False``: as ``python SCRIPT``, in one process without a rank.
     """
     context = loaded_context()
     # Ranks meet at the launcher's store, as under torchrun: no port is looked for that another may take meanwhile.
@@ -33,15 +42,17 @@ def run_ranks(world_size: int, arguments: list[str], common: dict[str, str]) -> 
             for rank in range(world_size):
                 places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
                 environment = {**common, **meeting, **{name: str(value) for name, value in places.items()}}
-                process = context.Process(target=_rank, args=(arguments, environment, output.name))
+                command = [str(script), *arguments]
+                started = (command, environment if under_torchrun else common, output.name, cwd)
+                process = context.Process(target=_rank, args=started)
                 process.start()
                 ranks.append(process)
-        _join(ranks)
+        _join(ranks, script.name)
         status = max((process.exitcode or 0 for process in ranks), key=abs)
-        return subprocess.CompletedProcess([str(TRAIN), *arguments], status, output.read())
+        return subprocess.CompletedProcess([str(script), *arguments], status, output.read())
 
 
-def _join(ranks: list[ForkServerProcess]) -> None:
+def _join(ranks: list[ForkServerProcess], name: str) -> None:
     """Wait for all of them; none is left behind."""
     deadline = time.monotonic() + TIMEOUT_S
     for process in ranks:
@@ -51,16 +62,17 @@ def _join(ranks: list[ForkServerProcess]) -> None:
         process.kill()
         process.join()
     if hung:
-        raise TimeoutError(f"ranks {hung} of the trainer were still running after {TIMEOUT_S} s")
+        raise TimeoutError(f"ranks {hung} of {name} were still running after {TIMEOUT_S} s")
 
 
-def _rank(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """``python launch/trainer/train.py`` in this process."""
+def _rank(command: list[str], environment: dict[str, str], output: str, cwd: Path | None) -> None:
+    """``python SCRIPT ARGUMENT...`` in this process."""
     with open(output, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ |= environment
-    sys.argv = [str(TRAIN), *arguments]
+    os.chdir(cwd or ".")
+    sys.argv = command
     # As for a script: it imports what lies beside it.
-    sys.path.insert(0, str(TRAIN.parent))
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
