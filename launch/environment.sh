@@ -35,7 +35,7 @@ prepare_venv() {
         set -- "$@" -r "$file"
         shift
     done
-    echo "Installing pinned packages into $VENV (torch is 200 MB; a minute or more)"
+    echo "Installing pinned packages into $VENV (a minute or more; torch is 200 MB, or several GB with CUDA)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar on "$@"
     if ! is_text_of "$VENV/built" "$package"; then # compiling takes half a minute
         # The build tools are among the pins, so the build takes those instead of fetching others.
