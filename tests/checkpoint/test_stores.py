@@ -458,3 +458,29 @@ def test_a_failed_save_leaves_nothing(memory: MemoryFileSystem) -> None:
                 save_checkpoint("memory://a", live.model, live.optimizer, step=1)
         assert not memory.find("/a"), name
     save_checkpoint("memory://a", live.model, live.optimizer, step=1)
+
+
+def test_damaged_checkpoints_are_moved_aside_in_s3(server: dict[str, Any]) -> None:
+    """With everything below them; what lies under their new names already stays, and the next save goes on."""
+    folder = UPath("s3://bucket/fallback", **server)
+    live = build("single").train(1)
+    manager = CheckpointManager(folder, keep=None)
+    for step in (1, 2, 3):
+        manager.save(live.model, live.optimizer, step=step, extra=step)
+    (folder / "step-00000003/notes/why.txt").write_text("mine")
+    (folder / "damaged-step-00000002/notes.txt").write_text("mine")
+    for step in (2, 3):
+        (folder / f"step-0000000{step}/.metadata").write_bytes(b"damaged")
+    restored = manager.restore(live.model, live.optimizer, fallback=True)
+    assert restored is not None
+    assert restored.extra == 1
+    manager.save(live.model, live.optimizer, step=2)
+    assert manager.steps() == [1, 2]
+    found = objects(folder)
+    assert {name.partition("/")[0] for name in found} == {
+        *(f"step-0000000{step}" for step in (1, 2)),
+        *(f"damaged-step-0000000{name}" for name in ("2", "2-2", "3")),
+    }
+    assert [name for name in found if name.startswith("damaged-step-00000002/")] == ["damaged-step-00000002/notes.txt"]
+    assert "damaged-step-00000003/notes/why.txt" in found
+    assert manager.restore(live.model, live.optimizer) is not None
