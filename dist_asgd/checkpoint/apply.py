@@ -26,6 +26,7 @@ from ..state import LOAD_CHECKPOINT
 from ..state_dict.backup import OptimizerBackup, find_unequal
 from .format.paths import UserPath
 from .save import Saver
+from .values import deep_copy
 
 if TYPE_CHECKING:
     from .load import CheckpointState
@@ -183,7 +184,7 @@ class ModelBackup:
                 copied = spare.get(id(tensor))
                 self._tensors.append((own, own.detach().clone().cpu() if copied is None else copied))
         self._extra = {
-            name: (module, copy.deepcopy(module.get_extra_state()))
+            name: (module, deep_copy(module.get_extra_state()))
             for name, module in modules.items()
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }
