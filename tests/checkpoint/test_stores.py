@@ -205,6 +205,8 @@ def saves_to(rank: int, _world_size: int, paths: list[UPath], call: str) -> None
             save_checkpoint(path, live.model, live.optimizer, step=1)
         elif call == "load":
             load_checkpoint(path, live.model, live.optimizer)
+        elif call == "restore":
+            CheckpointManager(path).restore(live.model, live.optimizer)
         elif call == "async":
             async_save_checkpoint(path, live.model, live.optimizer, step=1).wait()
         else:
@@ -213,14 +215,15 @@ def saves_to(rank: int, _world_size: int, paths: list[UPath], call: str) -> None
         assert_same_state(live, before)
 
 
-@pytest.mark.parametrize("call", ["save", "async", "load", "export"])
+@pytest.mark.parametrize("call", ["save", "async", "load", "restore", "export"])
 def test_a_store_that_does_not_answer_is_an_error_on_all_ranks(call: str, server: dict[str, Any]) -> None:
     """All ranks name the store's own error, and no object is left."""
     path, dead = (UPath("s3://bucket/dead", **server | more) for more in ({}, {"endpoint_url": "http://127.0.0.1:9"}))
-    paths = [dead, path] if call == "export" else [path, dead]
+    paths = [dead, path] if call in ("restore", "export") else [path, dead]
     for error in run_errors("gloo", 2, saves_to, paths, call):
         assert "Could not connect" in error.message or "there is no checkpoint" in error.message
         assert "s3://bucket/dead" in error.message
+        assert ("cannot write" in error.message) == (call in ("save", "async", "export"))
     assert not objects(path)
 
 
