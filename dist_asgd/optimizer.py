@@ -348,8 +348,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         if self.is_differentiable:
             refuse_differentiable()
         self.adopt_params()
-        params = params_of(self.param_groups)
-        fsdp1.refuse("averaged_parameters()", params, "Load ax of FSDP.optim_state_dict() into a model")
+        fsdp1.refuse("averaged_parameters()", params_of(self.param_groups), fsdp1.LOAD_AVERAGES)
         enter, leave = (
             partial(self.gradients.agree, call, NO_FINGERPRINT)
             for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
@@ -372,14 +371,16 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
 
     # --- state ---------------------------------------------------------------------------------------------
 
+    @public_call
     def state_dict(self) -> dict[str, Any]:
         """Hand out this rank's fragments of the state, without communication and without a copy of ``ax``.
 
         On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
         this rank's fragment, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
-        loads it at any world size; it refuses to be taken for a whole tensor. Of a DTensor ``ax`` is a DTensor.
+        loads it at any world size; it refuses to be taken for a whole tensor. Of a DTensor ``ax`` is a DTensor. Beside
+        parameters of FSDP1, whose helpers take all else for whole, it is collective and the other state is whole.
         """
-        if self.shards.torn_by is not None:
+        if not self._state_dicts.for_fsdp1():
             self.shards.check_whole()
         gathered = self._state_dicts.take_consolidated(self.whole_state_dicts_only)
         return self.live_state() if gathered is None else gathered
@@ -388,7 +389,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped."""
         self._refuse_inside_averages("state_dict()")
         self.adopt_params()
-        return self._state_dicts.sharded(fresh)
+        return self._state_dicts.sharded(partial(self.gradients.agree, CollectiveCall.STATE_DICT), fresh)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make the next ``state_dict()`` on rank ``to`` the whole, unless a step or load comes before. Collective."""
@@ -403,8 +404,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         """
         self._refuse_inside_averages("consolidated_state_dict()")
         self.adopt_params()
-        remedy = "Call FSDP.optim_state_dict(model, optimizer)"
-        fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), remedy)
+        fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), fsdp1.CALL_FSDP1)
         if not self.is_differentiable:
             fingerprint, problem = self._state_dicts.before_full(to)
             self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)

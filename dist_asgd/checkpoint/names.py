@@ -94,10 +94,9 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     """
     reshard(model)
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    remedy = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
     members = optimizer.shards.members if isinstance(optimizer, ShardedASGD) else None
     if members is None or any(isinstance(member, (FSDP1Param, FrozenParam)) for member in members):
-        fsdp1.refuse("a checkpoint of this package", params, remedy)
+        fsdp1.refuse("a checkpoint of this package", params, fsdp1.USE_DCP)
     plain = PlainNames(model)
     by_param: dict[int, list[str]] = {}
     by_name: dict[str, tuple[str, int]] = {}

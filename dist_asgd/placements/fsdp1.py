@@ -8,9 +8,22 @@ that need it are refused here with a remedy. Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Iterator
+from types import FrameType
 
 from torch import Tensor
+
+# What to do instead of a call that is refused.
+CALL_FSDP1 = "Call FSDP.optim_state_dict(model, optimizer) on all ranks"
+LOAD_BY_FSDP1 = "Load FSDP.optim_state_dict_to_load(model, optimizer, state_dict) in place of a full state dict"
+USE_DCP = "Save and load get_state_dict(model, optimizer) with torch.distributed.checkpoint"
+_AVERAGES = (
+    "ax of FSDP.optim_state_dict(model, optimizer)['state'] by parameter name, where step is above 0 (elsewhere the "
+    "parameter itself)"
+)
+LOAD_AVERAGES = f"Load {_AVERAGES}, into a model without FSDP"
+SAVE_AVERAGES = f"Save {_AVERAGES}"
 
 
 def is_managed(param: Tensor) -> bool:
@@ -30,3 +43,37 @@ def refuse(call: str, params: Iterable[Tensor], remedy: str) -> None:
     """Raise ``refusal(call, remedy)`` if any of ``params`` is managed by FSDP1; the same on all ranks."""
     if any(map(is_managed, params)):
         raise refusal(call, remedy)
+
+
+# The functions of torch that ask an optimizer for its state dict, or are given it, to make a full or sharded one.
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+_COLLECTORS = {(_FSDP1, f"{kind}optim_state_dict") for kind in ("", "full_", "sharded_")}
+_DCP_COLLECTOR = ("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict")
+_CONVERTER = ("torch.distributed.fsdp._optim_utils", "_optim_state_dict")
+
+
+def _callers() -> Iterator[tuple[tuple[str, str], FrameType]]:
+    """Yield the functions on the call stack, from the innermost on: (module, name), and the frame."""
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        yield (frame.f_globals.get("__name__", ""), frame.f_code.co_name), frame
+        frame = frame.f_back
+
+
+def is_collecting_state() -> bool:
+    """Whether a helper of torch is waiting for a state dict now to treat it as that of a model with FSDP1 modules.
+
+    The optimizer of such a model need not have a parameter that FSDP1 manages (a frozen backbone under FSDP1, and a
+    head that is trained), so only the caller can tell. All ranks are in that call, as it is collective.
+    """
+    for function, frame in _callers():
+        if function in _COLLECTORS:
+            return True
+        if function == _DCP_COLLECTOR:
+            return bool(getattr(frame.f_locals.get("info"), "fsdp_modules", None))
+    return False
+
+
+def is_making_full_state() -> bool:
+    """Whether FSDP1 is making a full state dict now of one that it has got already."""
+    return any(function == _CONVERTER and not frame.f_locals.get("shard_state") for function, frame in _callers())

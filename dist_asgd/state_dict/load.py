@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..comm.agreement import Fingerprint
 from ..placements.dtensor import is_dtensor, local_tensor, same_placement
-from ..placements.fsdp1 import is_managed
+from ..placements.fsdp1 import LOAD_BY_FSDP1, is_managed
 from ..placements.presharded import DTensorParam, FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state import KEYS, MASTER_KEY
@@ -167,9 +167,11 @@ def parse(
     saved_groups = state_dict["param_groups"]
     sizes, wanted = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
     if sizes != wanted:
+        remedy = "Build the optimizer with the same groups as the one that was saved."
+        if any(target.is_fsdp1 for target in targets):
+            remedy = f"{LOAD_BY_FSDP1}. Otherwise: {remedy}"
         raise ValueError(
-            f"dist_asgd: the state dict has parameter groups of sizes {sizes}, the optimizer has {wanted}. Build "
-            f"the optimizer with the same groups as the one that was saved."
+            f"dist_asgd: the state dict has parameter groups of sizes {sizes}, the optimizer has {wanted}. {remedy}"
         )
     ids = [identity for group in saved_groups for identity in group["params"]]
     index_of = {identity: index for index, identity in enumerate(ids)}
@@ -235,10 +237,12 @@ def _tensor(target: ParamTarget, saved: dict[str, Any], key: str) -> tuple[Tenso
     if not isinstance(value, Tensor):
         raise ValueError(f"dist_asgd: {key} of parameter {target.name} must be a tensor, got {type(value).__name__}.")
     if tuple(value.shape) != target.shape:
+        whole = "consolidated_state_dict() gives the whole"
+        if target.is_fsdp1:
+            whole = f"FSDP.optim_state_dict(model, optimizer) gives the whole. {LOAD_BY_FSDP1}"
         raise ValueError(
             f"dist_asgd: {key} of parameter {target.name} has shape {tuple(value.shape)}, wanted {target.shape}. The "
-            f"state dict was saved from another model, or is one rank's part: consolidated_state_dict() gives the "
-            f"whole."
+            f"state dict was saved from another model, or is one rank's part: {whole}."
         )
     if target.is_frozen:
         return value, False

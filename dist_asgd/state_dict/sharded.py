@@ -5,7 +5,8 @@ The other forms of state dict pack groups (``pack_groups``) and scalars (``snaps
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,19 @@ class NotGatherable(metaclass=_RemedyAsName):
     def __repr__(self) -> str:
         return "False"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> bool:
+        """Return False, as pickling does; RuntimeError if FSDP1 copies the group into a full state dict.
+
+        It would hand the fragments on as whole. This happens only to a state dict that was made before FSDP1 was asked,
+        by an optimizer without a parameter of FSDP1.
+        """
+        if fsdp1.is_making_full_state():
+            raise RuntimeError(
+                f"dist_asgd: FSDP1 was given a state dict of fragments, and would make a full one of them as if they "
+                f"were whole. {fsdp1.CALL_FSDP1}, without a state dict of your own."
+            )
+        return False
+
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, (False,)
 
@@ -72,26 +86,34 @@ NOT_SAVED = ("fused",)
 ShardTensorCache = dict[int, ShardTensor]
 
 
-def pack(
-    groups: Sequence[dict[str, Any]],
-    shards: ParamShards,
-    communicators: Communicators,
-    cache: ShardTensorCache,
-    fresh: bool = False,
-    with_own: Collection[int] = (),
-) -> dict[str, Any]:
-    """Return torch's layout with this rank's fragment of each sharded tensor. No communication.
+def members_with_entry(shards: ParamShards, fresh: bool, with_own: Collection[int]) -> list[ShardedParam]:
+    """Return the parameters that have an entry in this rank's sharded state dict, in order.
 
-    Averages share memory with the optimizer's state, scalars and masters are copies. Frozen parameters that never
-    stepped have no entry, as in torch; with ``fresh`` those have one that were taken in, so that a load can fill it,
-    and so have those with own entries (``with_own`` has the indices). FSDP1 parameters of which this rank holds
-    nothing have none either.
+    Frozen parameters that never stepped have none, as in torch; with ``fresh`` those have one that were taken in, so
+    that a load can fill it, and so have those with own entries (``with_own`` has the indices). FSDP1 parameters of
+    which this rank holds nothing have none either.
     """
     cohort_of = shards.cohort_of
     members = [
         m for m in shards.held if fresh or m.param.requires_grad or m.index in with_own or not cohort_of[m.index].fresh
     ]
-    members = [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
+    return [m for m in members if m.param.numel() or not fsdp1.is_managed(m.param)]
+
+
+def pack(
+    groups: Sequence[dict[str, Any]],
+    shards: ParamShards,
+    communicators: Communicators,
+    cache: ShardTensorCache,
+    members: Sequence[ShardedParam],
+    whole: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return torch's layout with this rank's fragment of each sharded tensor. No communication.
+
+    ``members`` have an entry. Averages share memory with the optimizer's state, scalars and masters are copies. The
+    tensors in ``whole``, by parameter index, take the place of fragments.
+    """
+    cohort_of = shards.cohort_of
     state = snapshots_of(members, cohort_of)
     mixed = any(isinstance(member, DTensorParam) for member in shards.held)
     mixed = mixed or any(is_dtensor(member.param) for member in shards.frozen)
@@ -102,7 +124,10 @@ def pack(
             # torch makes the state in the first step, with the lr of then: until then eta follows the lr.
             lr = groups[member.bucket.group_index]["lr"]
             entry["eta"].copy_(torch.as_tensor(lr, dtype=entry["eta"].dtype, device="cpu").detach().reshape(()))
-        entry.update((key, entries.get(member, key, own)) for key, own in member.state_fragments().items())
+        if member.index in whole:
+            entry.update(whole[member.index])
+        else:
+            entry.update((key, entries.get(member, key, own)) for key, own in member.state_fragments().items())
     packed = pack_groups(groups)
     # A master is a ShardTensor exactly if the average is one.
     with_fragments = {m.bucket.group_index for m in members if isinstance(state[m.index][AVERAGE], ShardTensor)}

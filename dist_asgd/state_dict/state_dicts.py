@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 from ..comm import Communicators, PeerError
 from ..comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
 from ..gather import Gatherer
+from ..placements import fsdp1
 from ..placements.dtensor import reshard_modules
 from ..state import LOAD_CHECKPOINT, ParamShards
+from ..storage.buffers import ShardedParam
 from ..storage.frozen import FrozenParam
 from ..storage.snapshots import mark_written
 from ..validation import check_hyperparameters, named_params, params_of
-from . import full, load, own_entries, sharded, unsharded
+from . import beside_fsdp1, full, load, own_entries, sharded, unsharded
 from .backup import OptimizerBackup, find_unequal
 from .load import ParsedStateDict
 from .whole_tensors import whole_dtensors
@@ -55,32 +57,60 @@ class StateDicts:
         RuntimeError if ``whole_only``, and nothing was gathered for several ranks. No communication.
         """
         gathered, self.consolidated = self.consolidated, None
-        if not whole_only or self._communicators.world_size == 1:
+        if self._communicators.world_size == 1:
+            return gathered or None
+        if fsdp1.is_collecting_state():
+            # FSDP1 makes the whole state dict, and on all ranks.
+            return None
+        if not whole_only:
             return gathered or None
         if gathered is None:
+            remedy = "Call consolidate_state_dict(to=0) on every rank before it, or use save_checkpoint()."
+            if any(fsdp1.is_managed(param) for param in params_of(self._optimizer.param_groups)):
+                remedy = f"{fsdp1.CALL_FSDP1}, which has parameters of FSDP1 whole too."
             raise RuntimeError(
                 f"dist_asgd: state_dict() on {self._communicators.names.place(self._communicators.rank)} would "
-                f"be one rank's part, and whole_state_dicts_only is set. Call consolidate_state_dict(to=0) on every "
-                f"rank before it, or use save_checkpoint()."
+                f"be one rank's part, and whole_state_dicts_only is set. {remedy}"
             )
         return gathered
 
-    def sharded(self, fresh: bool = False) -> dict[str, Any]:
-        """Return this rank's fragments, for ``state_dict()``; see ``sharded.pack``. No communication."""
-        optimizer = self._optimizer
-        _before_state_dict(optimizer)
-        if self._shards is not None:
-            self._shards.follow_state()
-            if self._shards.presharded:
-                # Helpers of torch look for the optimizer's parameters in the model next.
-                reshard_modules()
+    def for_fsdp1(self) -> bool:
+        """Whether a state dict of now is for FSDP1's helpers, and all but their own state is whole in it."""
+        return self._shards is not None and beside_fsdp1.needs_whole(self._shards, self._communicators)
+
+    def sharded(self, agree: beside_fsdp1.Agree, fresh: bool = False) -> dict[str, Any]:
+        """Return this rank's fragments, for ``state_dict()``; see ``sharded.pack``.
+
+        No communication, unless ``for_fsdp1()``. Then it is collective: all ranks ``agree`` first, and state that
+        FSDP1 does not hold is whole.
+        """
+        optimizer, shards, for_fsdp1 = self._optimizer, self._shards, self.for_fsdp1()
         groups, state = optimizer.param_groups, optimizer.state
         params = params_of(groups)
-        if self._shards is None:
+        if shards is None:
+            _before_state_dict(optimizer)
             packed = unsharded.pack(groups, state)
-        else:
-            with_own = own_entries.of_params(state, params)
-            packed = sharded.pack(groups, self._shards, self._communicators, self._cache, fresh, with_own.keys())
+            own_entries.add(packed["state"], state, params)
+            return _after_state_dict(optimizer, packed)
+        members: list[ShardedParam] = []
+        problem: Exception | None = None
+        try:
+            if for_fsdp1:
+                shards.check_whole()
+            _before_state_dict(optimizer)
+            shards.follow_state()
+            if shards.presharded:
+                # Helpers of torch look for the optimizer's parameters in the model next.
+                reshard_modules()
+            members = sharded.members_with_entry(shards, fresh, own_entries.of_params(state, params).keys())
+            if for_fsdp1:
+                own_entries.check_whole(state, shards.members, self._communicators)
+        except Exception as error:
+            if not for_fsdp1:
+                raise
+            problem = error
+        whole = beside_fsdp1.gather(members, self._communicators, agree, problem) if for_fsdp1 else {}
+        packed = sharded.pack(groups, shards, self._communicators, self._cache, members, whole)
         own_entries.add(packed["state"], state, params)
         return _after_state_dict(optimizer, packed)
 
@@ -113,7 +143,7 @@ class StateDicts:
         that get it.
         """
         if self._shards is None:
-            return self.sharded()
+            return self.sharded(lambda _fingerprint, _problem: None)
         shards, communicators = self._shards, self._communicators
         groups, live = self._optimizer.param_groups, self._optimizer.state
         whole = full.collect_state(shards, communicators, to)
