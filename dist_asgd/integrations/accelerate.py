@@ -43,27 +43,32 @@ def save_whole_state(accelerator: Accelerator, *optimizers: object) -> None:
 
 
 def prepare_stage2(accelerator: Accelerator, *objects: Any) -> Any:
-    """Do what ``accelerator.prepare(*objects)`` does, without DDP: one of them is a ``ShardedASGD(stage=2)``.
+    """Do what ``accelerator.prepare(*objects)`` does, without DDP: one of them is a ``ShardedASGD(stage=2)``. Collective.
 
-    Collective: the model takes the values that rank 0 has, as DDP does at construction. ``accelerator.accumulate()``
-    and ``clip_grad_norm_()`` work as with DDP.
+    ``accelerator.accumulate()`` and ``clip_grad_norm_()`` work as with DDP.
     """
     optimizers = [obj for obj in objects if isinstance(obj, ShardedASGD)]
     models = [obj for obj in objects if isinstance(obj, nn.Module)]
     if len(models) != 1 or len(optimizers) != 1 or not optimizers[0].reduces_gradients:
         raise ValueError("dist_asgd: prepare_stage2() takes one model and one ShardedASGD(stage=2) at a time.")
+    model = prepare_model_stage2(accelerator, models[0], optimizers[0])
+    return accelerator.prepare(*(model if obj is models[0] else obj for obj in objects))
+
+
+def prepare_model_stage2(accelerator: Accelerator, model: nn.Module, optimizer: ShardedASGD) -> Any:
+    """``accelerator.prepare_model(model)`` without DDP. Collective: the model takes the values of rank 0, as in DDP."""
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(
-            f"dist_asgd: prepare_stage2() is for data parallelism by DDP, and this is {accelerator.distributed_type}. "
-            f"Use accelerator.prepare() and ShardedASGD(stage=1)."
+            f"dist_asgd: stage 2 takes the place of DDP, and this is {accelerator.distributed_type}. Use stage=1, and "
+            f"do not call prepare_stage2()."
         )
-    model: nn.Module = accelerator.prepare_model(models[0], evaluation_mode=True)  # that is: without DDP
+    model = accelerator.prepare_model(model, evaluation_mode=True)
     if accelerator.num_processes > 1:
         with torch.no_grad():
             broadcast([*model.parameters(), *model.buffers()])
     # Accelerate asks the model for it, in accumulate() and no_sync().
-    model.no_sync = _NoSync(optimizers[0])  # type: ignore[assignment]
-    return accelerator.prepare(*(model if obj is models[0] else obj for obj in objects))
+    model.no_sync = _NoSync(optimizer)  # type: ignore[assignment]
+    return model
 
 
 class _NoSync:
