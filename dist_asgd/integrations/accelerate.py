@@ -43,10 +43,7 @@ def save_whole_state(accelerator: Accelerator, *optimizers: object) -> None:
 
 
 def prepare_stage2(accelerator: Accelerator, *objects: Any) -> Any:
-    """Do what ``accelerator.prepare(*objects)`` does, without DDP: one of them is a ``ShardedASGD(stage=2)``. Collective.
-
-    ``accelerator.accumulate()`` and ``clip_grad_norm_()`` work as with DDP.
-    """
+    """Do what ``accelerator.prepare(*objects)`` does, without DDP; one is a ``ShardedASGD(stage=2)``. Collective."""
     optimizers = [obj for obj in objects if isinstance(obj, ShardedASGD)]
     models = [obj for obj in objects if isinstance(obj, nn.Module)]
     if len(models) != 1 or len(optimizers) != 1 or not optimizers[0].reduces_gradients:
