@@ -22,11 +22,12 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 
-from .base import Communicator
+from .base import Communicator, PendingTable
 from .iterations import Iterations
 from .masks import indices_in
 from .rank_names import RankNames, positions_by_value
 from .tracebacks import release_frames
+from .waiting import Waiting
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -242,9 +243,11 @@ class Agreement:
     ``joined`` are the ranks that had joined when ranks last agreed.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, *, watches_waits: bool = True) -> None:
+        """With ``watches_waits`` waits for ranks that do not make a call are logged, and named when they fail."""
         self._comm = communicator
         self.names = RankNames(communicator.ranks)
+        self._waiting = Waiting(self.names, communicator.rank) if watches_waits else None
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
@@ -284,7 +287,10 @@ class Agreement:
         # The masks may be resized before the wait, and the reports keep the size that they were sent with.
         mask_words = self._mask_words
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        return lambda: RankReports.of(wait().tolist(), mask_words)
+        return lambda: RankReports.of(self._wait(call, wait).tolist(), mask_words)
+
+    def _wait(self, call: CollectiveCall, pending: PendingTable) -> torch.Tensor:
+        return pending() if self._waiting is None else self._waiting.wait(call.text, pending)
 
     def exchange(
         self,
@@ -300,7 +306,7 @@ class Agreement:
         if self.iterations is not None:
             self.iterations.before(call)
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        reports = RankReports.of(wait().tolist(), self._mask_words)
+        reports = RankReports.of(self._wait(call, wait).tolist(), self._mask_words)
         if self.discards < 0:
             self.discards = reports.rows[0][DISCARDS]
         if self.iterations is not None and CollectiveCall.ROUND not in reports.calls:
@@ -392,8 +398,7 @@ class Agreement:
         if problem is not None:
             kinds = (type(problem),) if isinstance(problem, SharedError) else RAISED
             kind = next((c for c in kinds if isinstance(problem, c)), RuntimeError)
-            text = problem.args[0] if isinstance(problem, KeyError) and problem.args else problem
-            own = (kind, str(text))
+            own = (kind, text_of(problem))
         problems = self._comm.exchange_objects(own)
         kind_of_first = next(entry[0] for entry in problems if entry is not None)
         lines = [
@@ -414,6 +419,15 @@ class Agreement:
         more = f" {self.names.by_value(counts)} entries." if len(set(counts)) > 1 else ""
         first = self.names.first_difference(by_rank)
         raise ValueError(f"dist_asgd: {fingerprint.what} differ between ranks:{more}{first} {fingerprint.remedy}")
+
+
+def text_of(error: Exception) -> str:
+    """Return the text of ``error``, which may be one of the user's own classes; raises nothing."""
+    try:
+        return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except Exception as failure:
+        # The other ranks wait for this one, whatever its error is.
+        return f"{type(error).__name__}, whose text cannot be made ({type(failure).__name__})"
 
 
 def gather_objects(communicator: Communicator, value: Any, to: int) -> list[Any] | None:
