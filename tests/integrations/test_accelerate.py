@@ -7,7 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -291,6 +291,30 @@ def test_a_part_is_refused() -> None:
     """On every rank, with the remedy."""
     for error in run_errors("gloo", 2, saves_alone):
         assert "Call consolidate_state_dict(to=0) on every rank" in error.message
+
+
+def saves_a_part(rank: int, world_size: int, folder: Path) -> None:
+    """Job: ``save_state`` without ``save_whole_state``. The rank that writes raises."""
+    with error_of(rank), accelerated(rank, world_size, Case()) as accelerator:
+        Run.of(accelerator, ours)
+        accelerator.save_state(str(folder))
+
+
+def error_of(rank: int) -> AbstractContextManager[object]:
+    """What the first rank raises as it saves a part."""
+    return (
+        pytest.raises(RuntimeError, match=r"accelerate.save_whole_state\(accelerator, optimizer\)")
+        if rank == 0
+        else nullcontext()
+    )
+
+
+def test_save_state_of_a_part_is_an_error(tmp_path: Path) -> None:
+    """With the line that makes it whole; one rank has the whole."""
+    run("gloo", 2, saves_a_part, tmp_path)
+    with accelerated(0, 1, Case()) as accelerator:
+        Run.of(accelerator, ours)
+        accelerator.save_state(str(tmp_path / "whole"))
 
 
 def saves_on_each_node(rank: int, world_size: int) -> None:

@@ -314,6 +314,27 @@ def test_load_best_model_at_end(
     run(backend, world_size, picks_best, case, tmp_path, averaged)
 
 
+class Ended(TrainerCallback):
+    """What the launcher does to the other ranks once the one that writes has failed."""
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("ended by the launcher")
+
+
+def saves_a_part(rank: int, world_size: int, folder: Path) -> None:
+    """Job: the callback is missing. The rank that writes raises."""
+    advice = r"transformers.ShardedASGDCallback\(\) to the Trainer's callbacks"
+    with launched(rank, world_size):
+        trainer = trainer_of(Case(), folder, True, [Ended()], **SAVES)
+        with pytest.raises(RuntimeError, match="ended by the launcher" if rank else advice):
+            trainer.train()
+
+
+def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path) -> None:
+    """With the line that makes it whole."""
+    run("gloo", 2, saves_a_part, tmp_path)
+
+
 # --- what cannot work ------------------------------------------------------------------------------------------
 
 
