@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .accelerate import prepare_model_stage2
@@ -16,9 +15,8 @@ from .wrappers import sharded_asgd
 class ShardedASGDCallback(TrainerCallback):
     """Makes ``optimizer.pt`` of the Trainer's checkpoints whole; pass it as the last callback.
 
-    ``evaluate_average``: evaluations during training see the average. ``save_average``: ``checkpoint-N/averaged`` has
-    it for ``from_pretrained()``, and ``load_best_model_at_end`` loads it from there. The checkpoint itself has the last
-    iterate, from which training resumes.
+    ``evaluate_average``: evaluations during training see the average. ``save_average``: it is written to
+    ``checkpoint-N/averaged``, where ``load_best_model_at_end`` finds it; training resumes from the last iterate.
     """
 
     def __init__(self, evaluate_average: bool = False, save_average: bool = False) -> None:
@@ -33,11 +31,10 @@ class ShardedASGDCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Gather the state before a save, and put the averages in place before an evaluation."""
-        optimizer = sharded_asgd(kwargs["optimizer"])
         if self._averages is None and control.should_save and not args.save_only_model and not args.fsdp:
-            optimizer.consolidate_state_dict(to=0)
+            sharded_asgd(kwargs["optimizer"]).consolidate_state_dict(to=0)
         if self._averages is None and control.should_evaluate and self._evaluates:
-            self._averages = optimizer.averaged_parameters()
+            self._averages = sharded_asgd(kwargs["optimizer"]).averaged_parameters()
             self._averages.__enter__()
 
     on_epoch_end = on_step_end
@@ -79,6 +76,5 @@ class Stage2Mixin(Trainer):
             raise ValueError("dist_asgd: Stage2Mixin is for ShardedASGD(stage=2).")
         if self.args.torch_compile:
             raise ValueError("dist_asgd: torch_compile=True does not work in stage 2. Call model.compile() instead.")
-        model: nn.Module = self.model
-        prepare_model_stage2(self.accelerator, model, sharded_asgd(optimizer))
+        prepare_model_stage2(self.accelerator, self.model, sharded_asgd(optimizer))
         return optimizer
