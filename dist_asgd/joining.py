@@ -11,6 +11,7 @@ iteration  stage 1: a forward and backward of DDP, which tells joined ranks of i
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from abc import abstractmethod
 from typing import Any, cast
@@ -50,10 +51,16 @@ class JoinableOptimizer(Joinable):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tells gradient scalers and trainers that ``step()`` unscales, and skips on overflow, by itself.
+        """Tells gradient scalers that ``step()`` unscales, and skips on overflow, by itself; False for all others.
 
         Inside ``Join`` it always does: ranks that have joined wait for a step in each iteration.
         """
+        # Lightning asks, too, and then neither unscales nor clips, not even bfloat16, for which it has no scaler: an
+        # optimizer of torch that unscales in its step would clip scaled gradients. Here they may be unscaled before.
+        frame = inspect.currentframe()
+        asking = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+        if not isinstance(asking, torch.amp.GradScaler):
+            return False
         return not self.is_differentiable and (self.is_in_join or loss_scaling.is_needed(self.gradients))
 
     @property
