@@ -8,6 +8,7 @@ Results go to standard output, progress and errors to standard error. The exit s
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -59,7 +60,7 @@ class Dtype(StrEnum):
 
 
 Directory = Annotated[
-    str, typer.Argument(metavar="DIR", help="A checkpoint: a directory that contains .metadata.", show_default=False)
+    str, typer.Argument(metavar="DIR", help="A checkpoint: the directory that a save has written.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
@@ -431,6 +432,9 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Names in messages, and the progress bar, may have what the stream cannot encode.
             stream.reconfigure(errors="backslashreplace")
+    # A checkpoint makes millions of objects that stay, and a search for cycles looks at all. No cycle holds tensors.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     try:
         try:
             app(prog_name="dist-asgd" if sys.argv[0].endswith("dist-asgd") else "python -m dist_asgd")

@@ -1,6 +1,9 @@
 """Trainers that save what ``state_dict()`` returns on rank 0: ZeroRedundancyOptimizer's protocol, and the guard."""
 
 import io
+import logging
+import pickle
+import types
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +130,57 @@ def test_the_target_is_checked() -> None:
 
 def _bad_target(_rank: int, _world_size: int) -> None:
     trained(1)[1].consolidate_state_dict(7)
+
+
+SAVER = """
+import torch
+
+def save(value, file):
+    torch.save(value, file)
+"""
+
+
+def saved_by(_rank: int, _world_size: int, module: str, whole: bool) -> list[str]:
+    """Job: let a function of ``module`` save the state dict; returns what was logged."""
+    _, optimizer = trained(1)
+    saver = types.ModuleType(module)
+    exec(SAVER, vars(saver))
+    if whole:
+        optimizer.consolidate_state_dict()
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("dist_asgd")
+    logger.addHandler(handler)
+    try:
+        if _rank == 0 or not whole:
+            for _ in range(2 - whole):
+                saver.save(optimizer.state_dict(), io.BytesIO())
+    finally:
+        logger.removeHandler(handler)
+    return [record.getMessage() for record in records]
+
+
+@pytest.mark.parametrize("module", ["transformers.trainer", "accelerate.utils.other", "lightning_fabric.utilities"])
+def test_trainers_that_save_on_one_rank_are_refused(module: str) -> None:
+    """The error names the trainer, and what makes its file whole; then the file is whole."""
+    for error in run_errors("gloo", 2, saved_by, module, False):
+        assert f"{module.partition('.')[0]} would save one rank's part" in error.message
+    assert run("gloo", 2, saved_by, module, True) == [[], []]
+
+
+def test_others_that_save_a_part_are_told_so_once() -> None:
+    """Each rank may save its own part; whoever meant the whole sees it in the log."""
+    for messages in run("gloo", 2, saved_by, "somebodys_script", False):
+        assert len(messages) == 1
+        assert messages[0].startswith("somebodys_script saves this rank's part of state_dict()")
+
+
+def test_a_queue_takes_parts_without_a_word() -> None:
+    """Processes of one rank may hand them on."""
+    assert run("gloo", 2, _pickled) == [[], []]
+
+
+def _pickled(_rank: int, _world_size: int) -> list[str]:
+    pickle.loads(pickle.dumps(trained(1)[1].state_dict()))
+    return []

@@ -175,7 +175,8 @@ class CheckpointKeys:
 
     def path_of(self, key: str) -> KeyPath:
         """Return the keys and indices by which DCP's planner reached ``key``; its words if the checkpoint has none."""
-        return tuple((self._reader.opened.metadata.planner_data or {}).get(key, key.split(".")))
+        path = (self._reader.opened.metadata.planner_data or {}).get(key)
+        return tuple(key.split(".") if path is None else path)
 
     def saved_order(self) -> Iterable[str]:
         """Return keys in the order in which they were saved, as far as the checkpoint says."""

@@ -146,7 +146,8 @@ class Saver:
             Agreement(self.communicators.host).agree(call, fingerprint, problem=problem)
         if self._background is None:
             self._background = self.communicators.background
-            self._agreement = Agreement(self._background)
+            # Not watched: while files are written, ranks wait for each other's disks.
+            self._agreement = Agreement(self._background, watches_waits=False)
 
     def on_first(self, call: CollectiveCall, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0, return its result on every rank, raise its error on every rank. Collective."""

@@ -22,11 +22,12 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 
-from .base import Communicator
+from .base import Communicator, PendingTable
 from .iterations import Iterations
 from .masks import indices_in
 from .rank_names import RankNames, positions_by_value
 from .tracebacks import release_frames
+from .waiting import Waiting
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -242,9 +243,11 @@ class Agreement:
     ``joined`` are the ranks that had joined when ranks last agreed.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, *, watches_waits: bool = True) -> None:
+        """With ``watches_waits`` waits for ranks that do not make a call are logged, and named when they fail."""
         self._comm = communicator
         self.names = RankNames(communicator.ranks)
+        self._waiting = Waiting(self.names, communicator.rank) if watches_waits else None
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
@@ -284,7 +287,10 @@ class Agreement:
         # The masks may be resized before the wait, and the reports keep the size that they were sent with.
         mask_words = self._mask_words
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        return lambda: RankReports.of(wait().tolist(), mask_words)
+        return lambda: RankReports.of(self._wait(call, wait).tolist(), mask_words)
+
+    def _wait(self, call: CollectiveCall, pending: PendingTable) -> torch.Tensor:
+        return pending() if self._waiting is None else self._waiting.wait(call.text, pending)
 
     def exchange(
         self,
@@ -300,7 +306,7 @@ class Agreement:
         if self.iterations is not None:
             self.iterations.before(call)
         wait = self._comm.exchange(torch.tensor(words, dtype=torch.int64, device="cpu"))
-        reports = RankReports.of(wait().tolist(), self._mask_words)
+        reports = RankReports.of(self._wait(call, wait).tolist(), self._mask_words)
         if self.discards < 0:
             self.discards = reports.rows[0][DISCARDS]
         if self.iterations is not None and CollectiveCall.ROUND not in reports.calls:

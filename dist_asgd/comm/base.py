@@ -30,6 +30,26 @@ class PeerError(RuntimeError):
     """A collective failed: a peer died, was cut off, or did not arrive within the group's timeout."""
 
 
+class PendingTable:
+    """A table with one row of words for each rank, which is on its way: calling it waits, and returns the table.
+
+    ``table`` is what has arrived so far, zeros elsewhere; None if that cannot be seen.
+    """
+
+    __slots__ = ("_wait", "table")
+
+    def __init__(self, wait: Callable[[], Tensor], table: Tensor | None = None) -> None:
+        self._wait = wait
+        self.table = table
+
+    def __call__(self) -> Tensor:
+        return self._wait()
+
+    def missing(self) -> list[int]:
+        """Return the ranks whose rows have not arrived, if a first word of 0 means so, by position in the group."""
+        return [] if self.table is None else (self.table[:, 0] == 0).nonzero().flatten().tolist()
+
+
 class ShardCollectives(ABC):
     """Collectives between the ranks that hold different shards, for tensors on one kind of device.
 
@@ -112,7 +132,7 @@ class Communicator(ShardCollectives):
         """
 
     @abstractmethod
-    def exchange(self, words: Tensor) -> Callable[[], Tensor]:
+    def exchange(self, words: Tensor) -> PendingTable:
         """Start an all-gather of ``words`` ``(n,)``, int64 on the host; the returned call gives ``(world_size, n)``."""
 
     @abstractmethod
@@ -152,8 +172,8 @@ class SingleProcess(Communicator):
     def gather_rows(self, row: Tensor) -> Tensor:
         return row.unsqueeze(0)
 
-    def exchange(self, words: Tensor) -> Callable[[], Tensor]:
-        return lambda: words.unsqueeze(0)
+    def exchange(self, words: Tensor) -> PendingTable:
+        return PendingTable(lambda: words.unsqueeze(0))
 
     def exchange_objects(self, value: Any) -> list[Any]:
         return [value]

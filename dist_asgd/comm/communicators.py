@@ -6,6 +6,7 @@ those of the user and of other optimizers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,19 @@ def _with_own_tags(group: dist.ProcessGroup, ranks: Sequence[int]) -> Gloo:
     return Gloo(group, FIRST_TAG + (1 + _TagRanges.used % (TAG_RANGES - 1) << 16), ranks)
 
 
+def _refuse_to_be_alone() -> None:
+    """Raise ValueError if a launcher has started several processes, and none of them has made a process group."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if dist.is_available() and dist.is_initialized():
+        return
+    if started.isdecimal() and int(started) > 1:
+        raise ValueError(
+            f"dist_asgd: WORLD_SIZE is {started}, and there is no process group: each process would train alone. Call "
+            f"torch.distributed.init_process_group() before the optimizer is constructed (Accelerator() and "
+            f"TrainingArguments() do so). If each is to train alone, unset WORLD_SIZE."
+        )
+
+
 class Communicators:
     """The communicators of one optimizer on its process group or mesh; each is made when it is first asked for.
 
@@ -118,6 +132,8 @@ class Communicators:
         except ValueError as error:
             self.problem = error
             axes = Axes.for_reporting(group, mesh)
+        if axes.group is None:
+            _refuse_to_be_alone()
         self._axes = axes
         self._group = axes.group
         self._hybrids: dict[str, Hybrid] = {}

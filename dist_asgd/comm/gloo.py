@@ -10,7 +10,7 @@ A steady-state step enters no other module of this package but ``agreement``.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import GroupCommunicator, SendList, Wait
+from .base import GroupCommunicator, PendingTable, SendList, Wait
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 # How many elements are summed and divided at a time, so that they stay in a core's cache in between.
@@ -227,12 +227,13 @@ class Gloo(GroupCommunicator):
 
     # --- control words -----------------------------------------------------------------------------------
 
-    def exchange(self, words: Tensor) -> Callable[[], Tensor]:
+    def exchange(self, words: Tensor) -> PendingTable:
         return self._start_table(words, EXCHANGE)
 
-    def _start_table(self, row: Tensor, tag: int) -> Callable[[], Tensor]:
+    def _start_table(self, row: Tensor, tag: int) -> PendingTable:
         """Start an all-gather of ``row`` ``(n,)``; the returned call waits and gives ``(world_size, n)``."""
-        table = row.new_empty((self.world_size, row.numel()))
+        # Zeros, so that rows which have arrived can be told from those that have not.
+        table = row.new_zeros((self.world_size, row.numel()))
         table[self.rank] = row
         rows = table.unbind()
         own = rows[self.rank]
@@ -247,7 +248,7 @@ class Gloo(GroupCommunicator):
             self._wait("a control exchange", works)
             return table
 
-        return wait
+        return PendingTable(wait, table)
 
     def exchange_objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import GroupCommunicator, SendList, Wait
+from .base import GroupCommunicator, PendingTable, SendList, Wait
 
 
 class NativeCollectives(GroupCommunicator):
@@ -117,7 +117,7 @@ class NativeCollectives(GroupCommunicator):
         self._call("a gather of norms", dist.all_gather, list(table.unbind(0)), row)
         return table
 
-    def exchange(self, words: Tensor) -> Callable[[], Tensor]:
+    def exchange(self, words: Tensor) -> PendingTable:
         # The table starts with this rank's own words in all rows, so that a group that moves nothing (torch's `fake`
         # backend) agrees with itself.
         table = words.repeat(self.world_size, 1)
@@ -128,7 +128,7 @@ class NativeCollectives(GroupCommunicator):
             self._wait("a control exchange", work)
             return table
 
-        return wait
+        return PendingTable(wait)
 
     def exchange_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [value] * self.world_size

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..storage.memory_order import in_memory_order
+from . import savers
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -261,7 +262,8 @@ class ShardTensor(torch.Tensor):
         return self.like(copy.deepcopy(self._local, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the fragment and its place in the whole tensor."""
+        """Pickle the fragment and its place in the whole tensor; RuntimeError for some trainers (see ``savers``)."""
+        savers.check()
         return rebuild_shard, (self._local, tuple(self.shape), self._strides, self._start, self._within)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import shutil
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +60,7 @@ def _load() -> ctypes.CDLL | str:
     files = [folder / f"_kernel{suffix}" for suffix in EXTENSION_SUFFIXES]
     found = next((file for file in files if file.exists()), None)
     if found is None:
-        return "it was not compiled when dist_asgd was installed (is there a C compiler?)"
+        return _why_not_compiled(folder)
     try:
         library = ctypes.CDLL(str(found))
         library.dist_asgd_abi.restype = ctypes.c_int64
@@ -70,6 +72,20 @@ def _load() -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"{found.name} does not load ({error})"
     return library if abi == ABI else f"{found.name} is of another version of dist_asgd: install it again"
+
+
+def _why_not_compiled(folder: Path) -> str:
+    """Why there is no library in ``folder``, and what to do about it."""
+    installed = [Path(entry, "dist_asgd", "update") for entry in sys.path if entry]
+    other = next((path for path in installed if path != folder and any(path.glob("_kernel*"))), None)
+    if other is not None:
+        return (
+            f"dist_asgd was imported from its source tree ({folder.parent}), which is not compiled and hides the "
+            f"installed package in {other.parent.parent}. Start Python in another folder, or run pip install -e . here"
+        )
+    if shutil.which("cc") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "there was no C compiler when dist_asgd was installed. Install one (gcc), and install dist_asgd again"
+    return "it was not compiled when dist_asgd was installed. There is a C compiler now: install dist_asgd again"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from dist_asgd import ShardedASGD, save_checkpoint
 from dist_asgd.checkpoint.format import reader
+from dist_asgd.checkpoint.format.pickles import Machine
 from dist_asgd.checkpoint.offline import contents, convert
 from dist_asgd.checkpoint.offline.contents import CheckpointContents
 from dist_asgd.checkpoint.offline.diff import compare
@@ -71,6 +73,36 @@ def test_shared_values_are_read_once(saved: Path, name: str) -> None:
         WORK[name](saved)
     assert counts["objects"] <= 2 * 12
     assert counts["tensors"] <= 2 * 6 * COUNT
+
+
+def test_metadata_is_read_record_by_record(saved: Path) -> None:
+    """Opcodes are executed alone where a kind of record occurs first, and nowhere else."""
+    counts = {"short": 0, "long": 0}
+    record = Machine._record
+
+    def counted(machine: Machine, *args: Any) -> int:
+        end = record(machine, *args)
+        counts["short" if end else "long"] += 1
+        return end
+
+    with patch.object(Machine, "_record", counted):
+        CheckpointContents(saved)
+    assert counts["short"] > 20 * COUNT
+    assert counts["long"] < 40
+
+
+def test_a_tensor_of_many_regions_is_looked_up_once(tmp_path: Path) -> None:
+    """The work on a tensor grows with the number of its regions, and not with its square."""
+    rows = torch.arange(200.0).view(100, 2)
+    for rank, row in enumerate(rows):
+        header = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [rank, 0]}})}}
+        text = json.dumps(header | {"w": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}}).encode()
+        data = len(text).to_bytes(8, "little") + text + row.numpy().tobytes()
+        (tmp_path / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors").write_bytes(data)
+    opened = reader.OpenCheckpoint(tmp_path, verify=False)
+    with patch.object(reader.OpenCheckpoint, "regions", side_effect=opened.regions) as regions:
+        assert torch.equal(opened.whole_tensor("w"), rows)
+    assert regions.call_count <= 1
 
 
 def test_a_list_that_parameters_share_is_walked_once(tmp_path: Path) -> None:

@@ -119,15 +119,15 @@ def described(entries: Mapping[str, Any], but: Collection[str] = ()) -> str:
     """Return which keys a checkpoint has, by their first words, those in ``but`` left out; "" if it has no others."""
     groups: dict[str, list[bool]] = {}
     children: dict[str, set[str]] = {}
-    for key in entries:
+    others = [key for key in entries if key.partition(".")[0] not in but]
+    for key in others:
         words = key.split(".", 2)
         children.setdefault(words[0], set()).add(words[1] if len(words) > 2 else "")
-    for key, entry in entries.items():
+    for key in others:
         words = key.split(".", 2)
         below = children[words[0]]
         name = words[0] if len(words) < 3 or not 1 <= len(below) <= _MAX_SHOWN else ".".join(words[:2])
-        if words[0] not in but:
-            groups.setdefault(name, []).append(isinstance(entry, TensorStorageMetadata))
+        groups.setdefault(name, []).append(isinstance(entries[key], TensorStorageMetadata))
     shown = [f"{name} ({_count(kinds)})" for name, kinds in list(groups.items())[:_MAX_SHOWN]]
     more = f" and {len(groups) - _MAX_SHOWN} more" if len(groups) > _MAX_SHOWN else ""
     return f"The checkpoint has {', '.join(shown)}{more}." if shown else ""

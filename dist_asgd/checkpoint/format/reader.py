@@ -8,8 +8,10 @@ metadata gives it.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from .archives import FrameCache, dump_object, load_object, load_tensor
+from .compression import MAX_FRAME_BYTES, MAX_OBJECT_BYTES, check_extensions, decompressed
+from .descriptions import description_names, read_description
+from .extents import check_extents
 from .layouts import Prefix, check_prefix, renamed
 from .manifest import (
     MANIFEST_NAME,
@@ -41,9 +46,25 @@ from .manifest import (
     read_range,
     read_whole,
 )
-from .metadata import MAX_METADATA_BYTES, METADATA_NAME, parse
+from .metadata import METADATA_NAME
 from .nearby import hint_at
 from .paths import AnyPath, UserPath, as_path
+from .raw_tensors import RawRange, raw_tensor
+
+
+@contextmanager
+def collections_paused() -> Iterator[None]:
+    """Keep Python from looking for cycles inside the block, which makes many objects that stay, and no cycles.
+
+    It would look at all of them again and again, which takes as long as to make them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class OpenCheckpoint:
@@ -58,20 +79,25 @@ class OpenCheckpoint:
         check_prefix(prefix)
         self.path = as_path(path)
         self.manifest: Manifest | None = None
+        with collections_paused():
+            self._open(verify, prefix)
+        self._frames = FrameCache()
+        # Values of chunks that were read before, as long as nobody can change them.
+        self._constants: dict[object, Any] = {}
+        self._sizes_by_key: dict[str, Mapping[torch.Size | None, torch.Size]] = {}
+
+    def _open(self, verify: bool, prefix: Prefix) -> None:
         # Raises if there is no such directory.
-        names_in(self.path)
+        names = names_in(self.path)
         if verify:
             self.manifest = self._checked_manifest()
-        raw = self.read_file(METADATA_NAME, MAX_METADATA_BYTES)
-        where = str(self.path / METADATA_NAME)
-        self.metadata: Metadata = parse(raw, where)
+        self._descriptions = [METADATA_NAME] if verify else description_names(names)
+        self.metadata, where = read_description(self.path, self._descriptions, self.read_file, has_manifest=verify)
+        check_extensions(self.metadata, where)
         self.sizes = self._sizes()
         check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
         self.metadata = renamed(self.metadata, prefix, where)
-        self._frames = FrameCache()
-        # Values of chunks that were read before, as long as nobody can change them.
-        self._constants: dict[object, Any] = {}
 
     def _checked_manifest(self) -> Manifest:
         # Names and sizes are compared before anything is parsed: a truncated file is reported as such.
@@ -103,7 +129,7 @@ class OpenCheckpoint:
     def file_sizes(self) -> dict[str, int]:
         """Return the bytes of every file of the checkpoint by name, the metadata and the manifest included."""
         sizes = dict(self.sizes)
-        for name in (METADATA_NAME, *(() if self.manifest is None else (MANIFEST_NAME, *self.manifest.files))):
+        for name in (*self._descriptions, *(() if self.manifest is None else (MANIFEST_NAME, *self.manifest.files))):
             if name not in sizes:
                 file, sizes[name] = open_confined(self.path, name)
                 file.close()
@@ -153,8 +179,23 @@ class OpenCheckpoint:
 
     def tensor(self, index: MetadataIndex, data: bytes) -> Tensor:
         """Return the region of a tensor in the bytes of a chunk, on the CPU, of the region's shape."""
-        shape = next(region.sizes for region in self.regions(index.fqn) if region.offsets == index.offset)
-        return load_tensor(data, shape, self._entry(index.fqn).properties, self._what(index), self._frames)
+        shape = self._region_sizes(index.fqn)[index.offset]
+        properties, info, what = self._entry(index.fqn).properties, self.storage_info(index), self._what(index)
+        if isinstance(info, RawRange):
+            return raw_tensor(data, shape, properties.dtype)
+        most = math.prod(shape) * properties.dtype.itemsize + MAX_FRAME_BYTES
+        plain = decompressed(data, info.transform_descriptors, most, what)
+        return load_tensor(plain, shape, properties, what, self._frames)
+
+    def _region_sizes(self, key: str) -> Mapping[torch.Size | None, torch.Size]:
+        """Return the sizes of a tensor's regions by offset."""
+        known = self._sizes_by_key.get(key)
+        if known is None:
+            # Of regions with one offset all but one are empty, and the first is the one that is read.
+            known = {region.offsets: region.sizes for region in reversed(self.regions(key))}
+            if len(known) > 1:
+                self._sizes_by_key[key] = known
+        return known
 
     def regions(self, key: str) -> list[ChunkStorageMetadata]:
         """Return the regions of a tensor, which are its chunks: offsets and sizes of each."""
@@ -168,7 +209,9 @@ class OpenCheckpoint:
 
     def value(self, index: MetadataIndex, data: bytes) -> Any:
         """Return the object in the bytes of a chunk."""
-        return load_object(data, self._what(index))
+        what = self._what(index)
+        plain = decompressed(data, self.storage_info(index).transform_descriptors, MAX_OBJECT_BYTES, what)
+        return load_object(plain, what)
 
     def whole_tensor(self, key: str) -> Tensor:
         """Read one whole tensor, on the CPU, and assemble it from its chunks."""
@@ -200,18 +243,20 @@ class OpenCheckpoint:
         found: dict[str, Any] = {}
         keys_of: dict[object, list[str]] = {}
         wanted: dict[MetadataIndex, object] = {}
+        entries, constants = self.metadata.state_dict_metadata, self._constants
         for key in keys:
-            entry = self.metadata.state_dict_metadata[key]
-            index = MetadataIndex(key)
+            entry = entries[key]
+            offsets = None
             if isinstance(entry, TensorStorageMetadata):
                 if len(entry.chunks) != 1 or entry.size.numel() != 1:
                     raise CheckpointError(f"dist_asgd: {key} in {self.path} is no single value.")
-                index = MetadataIndex(key, entry.chunks[0].offsets)
+                offsets = entry.chunks[0].offsets
+            index = MetadataIndex(key, offsets)
             info = self.storage_info(index)
             # With the type, because hostile metadata may give one chunk to an object and to a tensor.
             location = (type(entry), info.relative_path, info.offset, info.length)
-            if location in self._constants:
-                found[key] = self._constants[location]
+            if location in constants:
+                found[key] = constants[location]
                 continue
             if location not in keys_of:
                 wanted[index] = location
@@ -227,7 +272,7 @@ class OpenCheckpoint:
 
 def needs_manifest(path: AnyPath) -> CheckpointError:
     """Return the error for a directory without a manifest: another program's checkpoint, or none at all."""
-    if METADATA_NAME not in names_in(path):
+    if not description_names(names_in(path)):
         return CheckpointError(
             f"dist_asgd: {path} is no checkpoint: it has neither {MANIFEST_NAME} nor {METADATA_NAME}.{hint_at(path)}"
         )
@@ -334,94 +379,3 @@ def _fill(source: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
     with torch.no_grad():
         target.copy_(source)
     planner.commit_tensor(item, target)
-
-
-# --- extents: chunks in their tensors and files ----------------------------------------------------------
-
-
-def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
-    """Check that chunks lie inside their tensor and file, that none overlap, and that each tensor is covered.
-
-    Equal objects and 0-dim tensors may share one byte range: every parameter has its group's hyperparameters.
-    ``sizes`` are the bytes of each file. Metadata that passes cannot ask for more memory than the files have bytes.
-    Raises CheckpointError, which names the key.
-    """
-    wanted = set()
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata):
-            wanted.add(MetadataIndex(key))
-            continue
-        _check_regions(key, entry, where)
-        for chunk in entry.chunks:
-            index = MetadataIndex(key, chunk.offsets)
-            wanted.add(index)
-            info = metadata.storage_data.get(index)
-            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            if info is not None and info.length < needed:
-                raise CheckpointError(
-                    f"dist_asgd: {where}: a chunk of {key} needs {needed} bytes, but {info.relative_path} has "
-                    f"{info.length} for it."
-                )
-    for index in wanted - metadata.storage_data.keys():
-        raise CheckpointError(f"dist_asgd: {where} does not say where {index.fqn} {index.offset} lies.")
-    for index in metadata.storage_data.keys() - wanted:
-        raise CheckpointError(f"dist_asgd: {where} has data of {index.fqn} {index.offset}, which no key has.")
-    _check_ranges(metadata, sizes, where)
-
-
-def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
-    """Check the byte ranges: sorted by file and offset, each begins where the last one has ended, or later."""
-    last: dict[str, tuple[int, str]] = {}
-    shared: tuple[str, int, int] | None = None
-    ranges = [
-        (info.relative_path, info.offset, info.length, index.fqn) for index, info in metadata.storage_data.items()
-    ]
-    for name, offset, length, fqn in sorted(ranges):
-        if name not in sizes:
-            raise CheckpointError(f"dist_asgd: {name}, which holds {fqn}, is missing: {where} is not whole.")
-        entry = metadata.state_dict_metadata[fqn]
-        single = isinstance(entry, BytesStorageMetadata) or not entry.size
-        if single and shared == (name, offset, length):
-            continue
-        shared = (name, offset, length) if single else None
-        stop, before = last.get(name, (0, ""))
-        if offset < stop:
-            raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
-        if offset + length > sizes[name]:
-            raise CheckpointError(
-                f"dist_asgd: {name} has {sizes[name]} bytes, but by {where} {fqn} lies at {offset} to "
-                f"{offset + length} in it: a file is truncated or damaged, or belongs to another checkpoint."
-            )
-        last[name] = (offset + length, fqn)
-
-
-def _check_regions(key: str, entry: TensorStorageMetadata, where: str) -> None:
-    """Check that the regions of one tensor cover it, each element once."""
-    size, regions = entry.size, []
-    for chunk in entry.chunks:
-        ends = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
-        if len(ends) != len(size) or any(end > n for end, n in zip(ends, size, strict=True)):
-            raise CheckpointError(
-                f"dist_asgd: {where}: a chunk of {key} at {list(chunk.offsets)} of shape {list(chunk.sizes)} is not "
-                f"inside {list(size)}."
-            )
-        if math.prod(chunk.sizes):
-            regions.append((tuple(chunk.offsets), tuple(ends)))
-    covered = sum(math.prod(e - s for s, e in zip(starts, ends, strict=True)) for starts, ends in regions)
-    if covered != math.prod(size):
-        raise CheckpointError(
-            f"dist_asgd: {where}: the chunks of {key} hold {covered} elements, its shape {list(size)} has "
-            f"{math.prod(size)}."
-        )
-    # As many elements as the tensor has and no overlap: every element is covered. Sorted along one dimension, a region
-    # can only overlap with earlier ones that reach beyond its start.
-    axis = max(range(len(size)), key=lambda d: len({starts[d] for starts, _ in regions}), default=0)
-    active: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for region in sorted(regions, key=lambda r: r[0][axis]) if len(regions) > 1 else ():
-        active = [other for other in active if other[1][axis] > region[0][axis]]
-        for other in active:
-            if all(a < d and c < b for a, b, c, d in zip(*region, *other, strict=True)):
-                raise CheckpointError(
-                    f"dist_asgd: {where}: chunks of {key} overlap, at {list(region[0])} and {list(other[0])}."
-                )
-        active.append(region)

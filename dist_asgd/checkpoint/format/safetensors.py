@@ -38,7 +38,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_MAX_BYTES = 5_000_000_000
 _ALIGNMENT = 8
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -113,7 +113,7 @@ class TensorFiles:
     ) -> None:
         check_out(out, overwrite)
         for name, spec in specs.items():
-            if spec.dtype not in _DTYPE_NAMES:
+            if spec.dtype not in DTYPE_NAMES:
                 raise ValueError(
                     f"dist_asgd: {name} has dtype {spec.dtype}, which safetensors files do not hold. Choose another "
                     f"dtype for the export, or consolidate to a .pt file."
@@ -185,7 +185,7 @@ class TensorFiles:
             spec = self._specs[name]
             stop = start + spec.bytes
             entries[name] = {
-                "dtype": _DTYPE_NAMES[spec.dtype],
+                "dtype": DTYPE_NAMES[spec.dtype],
                 "shape": spec.shape,
                 "data_offsets": [start, stop],
             }

@@ -9,7 +9,8 @@ from typing import Any
 
 from .contents import CheckpointContents, TensorEntry
 
-_RANK = re.compile(r"__(\d+)_\d+\.distcp")
+# Names of data files: of DCP, and of DCP with safetensors.
+_RANK = re.compile(r"__(?P<rank>\d+)_\d+\.distcp|shard-(?P<shard>\d+)-.+\.safetensors")
 _EXTRA = "extra."
 
 
@@ -95,14 +96,14 @@ def summarize(contents: CheckpointContents) -> Summary:
         parameters += [_parameter(contents, name) for name in contents.state if name not in contents.model]
     tensors = contents.tensors.values()
     manifest = opened.manifest
-    ranks = {match[1] for name in sizes if (match := _RANK.fullmatch(name))}
+    ranks = {match[match.lastgroup or 0] for name in sizes if (match := _RANK.fullmatch(name))}
     extra_tensors = [_other(t.key.removeprefix(_EXTRA), t) for t in tensors if t.key.startswith(_EXTRA)]
     extra_keys = [key for key in contents.objects if key.startswith(_EXTRA)]
     extra_objects = [OtherEntry(key.removeprefix(_EXTRA), (), None, 0) for key in extra_keys]
     return Summary(
         path=str(opened.path),
         step=None if manifest is None else manifest.step,
-        num_ranks=len(ranks) if manifest is None else manifest.world_size,
+        num_ranks=max(1, len(ranks)) if manifest is None else manifest.world_size,
         written_by=None if manifest is None else manifest.version,
         verified=manifest is not None,
         num_files=len(sizes),

@@ -1,0 +1,95 @@
+"""Calls that wait for other ranks: the log says for whom after 10 s, and the error names them when the wait fails.
+
+A collective call that only some ranks make, as with ``if rank == 0:`` around it, waits for the others until the process
+group's timeout. ``Agreement`` waits through a ``Waiting``, which looks at the reports that have arrived. It does so in
+a thread of its own, because the waiting one is inside the backend.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .base import PeerError, PendingTable
+from .rank_names import RankNames
+
+# After how long a wait is worth a line in the log, and how often the thread looks.
+PATIENCE_S = 10.0
+_INTERVAL_S = 2.0
+_LOG = logging.getLogger("dist_asgd")
+
+
+class Waiting:
+    """The waits of one optimizer for the reports of all ranks, one at a time."""
+
+    def __init__(self, names: RankNames, rank: int) -> None:
+        self._names = names
+        self._rank = rank
+        # Since when this rank waits, in which call, and for what: replaced as a whole, as another thread reads it.
+        self._current: tuple[float, str, PendingTable] | None = None
+        self._told: set[str] = set()
+        self._thread: threading.Thread | None = None
+
+    def wait(self, call: str, pending: PendingTable) -> Tensor:
+        """Wait for all ranks' rows, and return them. PeerError names the ranks that did not make the ``call``."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_watch, args=(weakref.ref(self),), name="dist_asgd waiting", daemon=True
+            )
+            self._thread.start()
+        self._current = time.monotonic(), call, pending
+        try:
+            return pending()
+        except PeerError as error:
+            missing = pending.missing()
+            if not missing:
+                raise
+            raise PeerError(self._describe(call, missing, error)) from error.__cause__
+        finally:
+            self._current = None
+
+    def _describe(self, call: str, missing: Sequence[int], error: PeerError) -> str:
+        others, here = self._names.describe(missing), self._names.place(self._rank)
+        return (
+            f"dist_asgd: {call} failed on {here}, and was not called on {others}: a peer has died, was cut off, did "
+            f"not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to torch's "
+            f"Join), or never makes this call. Every rank must make it: no condition such as 'if rank == 0:' may stand "
+            f"around it. Parameters and state may differ between ranks now: restart the job from its last checkpoint. "
+            f"The backend said: {error.__cause__}"
+        )
+
+    def look(self) -> None:
+        """Log once for each call, if it has waited for long. Called by the thread."""
+        current = self._current
+        if current is None:
+            return
+        since, call, pending = current
+        missing = pending.missing()
+        if not missing or call in self._told or time.monotonic() - since < PATIENCE_S:
+            return
+        self._told.add(call)
+        _LOG.warning(
+            "%s on %s has waited %.0f s for %s. Every rank must make this call: if a condition such as 'if rank == 0:' "
+            "stands around it, call it on all ranks. Nothing is wrong if the others are only slow.",
+            call,
+            self._names.place(self._rank),
+            time.monotonic() - since,
+            self._names.describe(missing),
+        )
+
+
+def _watch(of: weakref.ref[Waiting]) -> None:
+    """Look at the waits of one optimizer until it is deleted."""
+    while True:
+        time.sleep(_INTERVAL_S)
+        waiting = of()
+        if waiting is None:
+            return
+        waiting.look()
+        # Held only while it is looked at, so that the optimizer can be deleted.
+        del waiting
