@@ -11,7 +11,6 @@ iteration  stage 1: a forward and backward of DDP, which tells joined ranks of i
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from abc import abstractmethod
 from typing import Any, cast
@@ -40,6 +39,8 @@ class JoinableOptimizer(Joinable):
     gradients: Gradients
     shards: ParamShards
     is_differentiable: bool
+    # Whether ``dist_asgd.GradScaler`` is in its step(), which asks all ranks by itself.
+    has_own_scaler = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,17 +52,16 @@ class JoinableOptimizer(Joinable):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tells gradient scalers that ``step()`` unscales, and skips on overflow, by itself; False for all others.
+        """Tells gradient scalers and trainers that ``step()`` unscales, and skips on overflow, by itself.
 
-        Inside ``Join`` it always does: ranks that have joined wait for a step in each iteration.
+        Inside ``Join`` it always does: ranks that have joined wait for a step in each iteration. So it does for
+        ``dist_asgd.GradScaler``, and with scalars on a CUDA device, so as not to wait for it, as torch's own fused
+        optimizers do.
         """
-        # Lightning asks, too, and then neither unscales nor clips, not even bfloat16, for which it has no scaler: an
-        # optimizer of torch that unscales in its step would clip scaled gradients. Here they may be unscaled before.
-        frame = inspect.currentframe()
-        asking = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-        if not isinstance(asking, torch.amp.GradScaler):
-            return False
-        return not self.is_differentiable and (self.is_in_join or loss_scaling.is_needed(self.gradients))
+        if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
+            return not self.is_differentiable and (self.is_in_join or loss_scaling.is_needed(self.gradients))
+        on_device = self.shards.on_cuda and any(group.get("fused") for group in self.param_groups)
+        return self.is_in_join or self.has_own_scaler or on_device or loss_scaling.is_needed(self.gradients)
 
     @property
     def is_in_join(self) -> bool:

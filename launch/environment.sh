@@ -21,7 +21,7 @@ find_python() {
 # where that was done before and neither the pins nor the package's metadata or C source have changed since.
 prepare_venv() {
     local python stamp wanted package file
-    package="$(cd "$REPOSITORY" && cat pyproject.toml dist_asgd/update/kernel.c dist_asgd/storage/snapshots.c; echo "$REPOSITORY")"
+    package="$(cd "$REPOSITORY" && cat pyproject.toml dist_asgd/update/kernel.c dist_asgd/update/kernel_isa.h dist_asgd/storage/snapshots.c; echo "$REPOSITORY")"
     wanted="$package$(cat "$@")"
     stamp="$VENV/installed-$(basename "${!#}")"
     if [ -x "$VENV/bin/python" ] && is_text_of "$stamp" "$wanted"; then

@@ -19,13 +19,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..comm import PeerError
-from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, CollectiveCall, is_on_all_ranks
+from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, CollectiveCall, is_on_all_ranks, text_of
 from ..optimizer import ShardedASGD
 from ..placements.dtensor import is_dtensor, local_tensor
 from ..state import LOAD_CHECKPOINT
 from ..state_dict.backup import OptimizerBackup, find_unequal
 from .format.paths import UserPath
 from .save import Saver
+from .values import deep_copy
 
 if TYPE_CHECKING:
     from .load import CheckpointState
@@ -110,7 +111,7 @@ def _agree_on(load: Callable[[], object], what: str, path: UserPath, saver: Save
 def _refusal(error: Exception, what: str, path: UserPath) -> Exception:
     """Return ``error`` of the user's code as all ranks raise it."""
     kind = next((kind for kind in RAISED if isinstance(error, kind)), RuntimeError)
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = text_of(error)
     refusal = kind(
         f"dist_asgd: {what} refused the checkpoint {path} while it was applied: {type(error).__name__}: "
         f"{text}. Model and optimizer are as they were before, on every rank. The error comes from load_state_dict() "
@@ -183,7 +184,7 @@ class ModelBackup:
                 copied = spare.get(id(tensor))
                 self._tensors.append((own, own.detach().clone().cpu() if copied is None else copied))
         self._extra = {
-            name: (module, copy.deepcopy(module.get_extra_state()))
+            name: (module, deep_copy(module.get_extra_state()))
             for name, module in modules.items()
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from .format.archives import MAX_DEPTH
 from .format.manifest import CheckpointError
 from .format.writer import KeyPath
+from .values import deep_copy
 
 if TYPE_CHECKING:
     from .keys import CheckpointKeys
@@ -55,6 +56,11 @@ def take_apart(section: str, key: str, value: Any) -> TakenApart:
             f"dist_asgd: two entries of {full} have the same name in a checkpoint ({error}): keys of a dict must "
             f"differ as strings."
         ) from error
+    except RecursionError:
+        raise ValueError(
+            f"dist_asgd: {full} ({type(value).__qualname__}) cannot be saved so that it loads safely: it is inside "
+            f"itself, or nested more than {MAX_DEPTH} deep."
+        ) from None
     if leaves.keys() == {full}:
         return TakenApart(leaves, paths, None)
     tensors: list[tuple[tuple[int, ...], str]] = []
@@ -117,7 +123,7 @@ class Containers:
         skeletons = self._checkpoint.values([f"{CONTAINERS}.{key}" for key in saved])
         found = {}
         for key in saved:
-            found[key] = self._filled(key, copy.deepcopy(skeletons[f"{CONTAINERS}.{key}"]), live[key], tensor_of)
+            found[key] = self._filled(key, deep_copy(skeletons[f"{CONTAINERS}.{key}"]), live[key], tensor_of)
         built = {key: self._in_order(self.leaves(key)) for key in live if key not in self.with_skeleton}
         objects = [k for keys in built.values() for k in keys if not self._checkpoint.is_tensor(k)]
         values = self._checkpoint.values(objects)
@@ -128,7 +134,7 @@ class Containers:
                 if len(path) > MAX_DEPTH:
                     raise CheckpointError(f"dist_asgd: {leaf} is nested more than {MAX_DEPTH} deep.")
                 like = _at_words(live[key], path)
-                tree.put(path, tensor_of(leaf, like) if leaf not in values else copy.deepcopy(values[leaf]))
+                tree.put(path, tensor_of(leaf, like) if leaf not in values else deep_copy(values[leaf]))
             found[key] = tree.built(live[key], key)
         return found
 

@@ -42,7 +42,7 @@ from .format.writer import ChunkToWrite, KeyPath, Serialized
 from .names import names_of
 from .source_record import SOURCES, record_of
 from .sources import traced
-from .values import CONSTANTS, plain, savable_object, savable_tensor
+from .values import CONSTANTS, check_option, plain, savable_object, savable_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -129,6 +129,7 @@ def state_to_save(
                     f"dist_asgd: param_groups has an option {key!r:.80}, and a checkpoint could not tell it from the "
                     f"names of parameters: use a name without dots."
                 )
+            check_option(options[key], f"the option {key!r:.80} of param_groups")
         for index in group["params"]:
             prefix = f"{GROUPS}.{names.of_params[index][0]}."
             for key, value in options.items():

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from .containers import CONTAINERS, Containers
 from .entries import GROUPS, NOT_SAVED, OPTIM
 from .format.writer import KeyPath
 from .keys import CheckpointKeys
-from .values import same_values
+from .values import deep_copy, same_values
 
 NOT_LOADED = (*NOT_SAVED, "param_names")
 
@@ -116,7 +115,7 @@ def group_options(
                     f"saved."
                 )
     # Copied: groups with equal options were given the same objects.
-    return {**live, **copy.deepcopy(first or {})}
+    return {**live, **deep_copy(first or {})}
 
 
 def _are_alike(a: Any, b: Any) -> bool:

@@ -20,7 +20,7 @@ from ..state import own_entries as own_of
 from ..state_dict.own_entries import on_host
 from .format.archives import serialized
 from .format.writer import Serialized
-from .values import CONSTANTS, plain, savable_tensor
+from .values import CONSTANTS, plain, savable_tensor, tensors_in
 
 if TYPE_CHECKING:
     from .keys import CheckpointKeys
@@ -75,7 +75,7 @@ def to_save(state: Mapping[Any, Any], names: Sequence[str]) -> OwnEntries:
 
 def _checked(key: Any, value: Any, what: str) -> Any:
     """Return a copy of ``value`` to serialize; ValueError if it would not load safely, or ranks hold parts of it."""
-    if _has_dtensor(value):
+    if any(map(is_dtensor, tensors_in(value))):
         raise ValueError(
             f"dist_asgd: {what} has a DTensor inside a container, or under a key that is not one word: each rank has "
             f"its part, and only entries state[p]['one_word'] are saved in parts. Keep it under such a key."
@@ -90,14 +90,6 @@ def _checked(key: Any, value: Any, what: str) -> Any:
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     return copied
-
-
-def _has_dtensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_dtensor, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(map(_has_dtensor, value))
-    return is_dtensor(value)
 
 
 # --- loading ---------------------------------------------------------------------------------------------

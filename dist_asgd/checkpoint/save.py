@@ -162,7 +162,7 @@ class Saver:
             try:
                 result = action()
             except OSError as error:
-                problem = os_problem(error)
+                problem = os_problem(error, writes=call is not CollectiveCall.RESTORE_CHECKPOINT)
             except Exception as error:
                 problem = error
         self._agree_in_background(call, problem)
@@ -343,9 +343,11 @@ def adopt_params(optimizer: Optimizer) -> None:
         optimizer.adopt_params()
 
 
-def os_problem(error: OSError) -> Exception:
+def os_problem(error: OSError, *, writes: bool = True) -> Exception:
     """Return the error that users get for one of the operating system: with the file, and what has become of it."""
     what = f" {error.filename}" if error.filename else ""
+    if not writes:
+        return RuntimeError(f"dist_asgd: cannot read the folder of checkpoints:{what}: {error.strerror or error}.")
     is_file = "://" not in str(error.filename)
     vanished = is_file and isinstance(error, FileNotFoundError)
     hint = " The folder has vanished, or not all ranks share it." if vanished else ""

@@ -115,7 +115,7 @@ def record_of(
             record.regions[name] = (roots[0], source.region)
         elif roots or name in named:
             record.computed[name] = roots
-        elif isinstance(value, Tensor) and value.numel():
+        elif isinstance(value, Tensor) and not value.is_nested and value.numel():
             if alike is None:
                 alike = {(param.shape, param.dtype) for param in params}
             is_ambiguous = is_ambiguous or (value.shape, value.dtype) in alike

@@ -6,12 +6,13 @@ by ``load_object``, which is what loading calls. So a save raises where the load
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, TypedStorage, UntypedStorage
 from torch.nn.parameter import is_lazy
 
 from ..placements.dtensor import is_dtensor
@@ -62,7 +63,7 @@ def savable_tensor(value: Tensor, what: str) -> Tensor:
         ValueError: no file can hold it: it is sparse, quantized, without data, of a dtype that DCP does not know, or
             of a class whose data lies in other tensors.
     """
-    usual = type(value) is Tensor and value.layout is torch.strided and not value.is_meta
+    usual = type(value) is Tensor and _has_bytes(value)
     if usual and value.dtype in _DTYPES:
         return value
     known = is_dtensor(value) or shard_tensor_of(value) is not None
@@ -135,26 +136,108 @@ def _culprit(value: Any, where: str, depth: int) -> tuple[str, Any]:
 
 
 def same_values(a: Any, b: Any) -> bool:
-    """Whether two values are equal, with all that they contain; tensors are compared to the bit, NaN equals itself."""
+    """Whether two values are equal, with all that they contain; tensors are compared to the bit, NaN equals itself.
+
+    It takes whatever an object in a file may hold, also tensors that are sparse, quantized or on the meta device.
+    """
+    return _are_same(a, b, set())
+
+
+def _are_same(a: Any, b: Any, compared: set[tuple[int, int]]) -> bool:
+    """Compare two values; containers in ``compared`` hold themselves, and are being compared."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        comparable = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
-        return comparable and same_bits(a, b)
+        comparable = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.layout, a.dtype) == (b.layout, b.dtype)
+        if not comparable or not (_has_bytes(a) and _has_bytes(b)):
+            return comparable and _archive_of(a) == _archive_of(b)
+        return a.shape == b.shape and same_bits(a, b)
     if type(a) is not type(b):
         return False
+    if not isinstance(a, dict | list | tuple | set):
+        if isinstance(a, io.BytesIO):
+            return a.getvalue() == b.getvalue()  # type: ignore[no-any-return]
+        if bool(a == b or (a != a and b != b)):
+            return True
+        # Storages are equal only to themselves.
+        return isinstance(a, TypedStorage | UntypedStorage) and _archive_of(a) == _archive_of(b)
+    if len(a) != len(b) or (id(a), id(b)) in compared:
+        return len(a) == len(b)
+    compared = compared | {(id(a), id(b))}
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return all(_are_same(value, b[key], compared) for key, value in a.items())
+    if isinstance(a, set):
+        # Tensors and NaN are equal only to themselves as elements and as keys.
+        others = list(b - a)
+        for item in a - b:
+            same = next((n for n, other in enumerate(others) if _are_same(item, other, compared)), None)
+            if same is None:
+                return False
+            del others[same]
+        return True
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_values(value, b[key]) for key, value in a.items())
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same_values, a, b))
-    if isinstance(a, io.BytesIO):
-        return a.getvalue() == b.getvalue()  # type: ignore[no-any-return]
-    return bool(a == b or (a != a and b != b))
+        a, b = a.items(), b.items()
+    return all(_are_same(item, other, compared) for item, other in zip(a, b, strict=True))
+
+
+def _has_bytes(tensor: Tensor) -> bool:
+    special = tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta
+    return not special
+
+
+def deep_copy(value: Any) -> Any:
+    """Return a deep copy of ``value``, also of tensors that ``copy.deepcopy`` refuses, which are detached.
+
+    These are tensors that autograd has computed, nested ones, and sparse ones in compressed layouts.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in tensors_in(value):
+        try:
+            copy.deepcopy(tensor, memo)
+        except (RuntimeError, NotImplementedError):
+            memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(value, memo)
+
+
+def check_option(value: Any, what: str) -> None:
+    """Raise ValueError, which names ``what``, if ``load_state_dict()`` of an optimizer could not copy its option."""
+    for tensor in tensors_in(value):
+        if not _has_bytes(tensor):
+            try:
+                copy.deepcopy(tensor.detach())
+            except (RuntimeError, NotImplementedError) as error:
+                kind = "nested" if tensor.is_nested else tensor.layout
+                raise ValueError(
+                    f"dist_asgd: {what} holds a tensor ({kind}) that copy.deepcopy() refuses, and loading an optimizer "
+                    f"copies its options: it cannot be saved so that it loads. Keep it elsewhere."
+                ) from error
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return all tensors in ``value`` and its containers, however deep."""
+    found: list[Tensor] = []
+    waiting, seen = [value], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, dict | list | tuple | set | frozenset) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += [*item, *item.values()] if isinstance(item, dict) else item
+    return found
+
+
+def _archive_of(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of the same shape and dtype are equal to the bit: NaN equals itself, -0.0 is not 0.0."""
+    """Whether two dense tensors of the same shape and dtype are equal to the bit: NaN is itself, -0.0 is not 0.0."""
     return torch.equal(bytes_of(a), bytes_of(b))
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor, row by row, as a flat uint8 tensor."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    """Return the bytes of a dense tensor, row by row, as a flat uint8 tensor."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # Not reshape(): a tensor of one element counts as contiguous with any strides.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)

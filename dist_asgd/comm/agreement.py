@@ -398,8 +398,7 @@ class Agreement:
         if problem is not None:
             kinds = (type(problem),) if isinstance(problem, SharedError) else RAISED
             kind = next((c for c in kinds if isinstance(problem, c)), RuntimeError)
-            text = problem.args[0] if isinstance(problem, KeyError) and problem.args else problem
-            own = (kind, str(text))
+            own = (kind, text_of(problem))
         problems = self._comm.exchange_objects(own)
         kind_of_first = next(entry[0] for entry in problems if entry is not None)
         lines = [
@@ -420,6 +419,15 @@ class Agreement:
         more = f" {self.names.by_value(counts)} entries." if len(set(counts)) > 1 else ""
         first = self.names.first_difference(by_rank)
         raise ValueError(f"dist_asgd: {fingerprint.what} differ between ranks:{more}{first} {fingerprint.remedy}")
+
+
+def text_of(error: Exception) -> str:
+    """Return the text of ``error``, which may be one of the user's own classes; raises nothing."""
+    try:
+        return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except Exception as failure:
+        # The other ranks wait for this one, whatever its error is.
+        return f"{type(error).__name__}, whose text cannot be made ({type(failure).__name__})"
 
 
 def gather_objects(communicator: Communicator, value: Any, to: int) -> list[Any] | None:

@@ -139,13 +139,11 @@ class GradientTensor(torch.Tensor):
 
 
 def _refuse(what: str) -> NoReturn:
-    if what == "copy_":
-        what = "copy_ (DDP does it, in which a model of stage 2 must not be wrapped: unwrap it, or leave out stage=2)"
     raise RuntimeError(
         f"dist_asgd: {what} of a p.grad in stage 2: each rank holds a fragment of the mean gradient, and no rank the "
         f"whole. p.grad.to_local() is this rank's fragment; norms, clipping, and operators that change each element in "
         f"place (mul_, clamp_, zero_) work. For the gradient of this rank alone run backward inside no_sync(), or read "
-        f"p.grad in a hook on the parameter."
+        f"p.grad in a hook on the parameter. With stage=2 do not wrap the model in DDP, which reads gradients, too."
     )
 
 

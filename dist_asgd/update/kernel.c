@@ -30,6 +30,8 @@
 
 #define ABI 3
 #define INLINE static inline __attribute__((always_inline))
+/* For arrays that vectors are read from: a vector that lies in two cache lines takes twice as long. */
+#define LINED __attribute__((aligned(64)))
 
 enum dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum mode { PLAIN, MASTER, STOCHASTIC };
@@ -139,28 +141,6 @@ INLINE void stream(void *to, const void *from, int64_t bytes, line_writer *write
 INLINE int64_t until_block(const void *at, int64_t size) {
     return BLOCK - (int64_t)((uintptr_t)at & (LINE - 1)) / size;
 }
-
-#define WIDE_SEGMENT(T)                                                                                                \
-    INLINE void segment_##T(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to,         \
-                            line_writer *writer) {                                                                     \
-        const scalars *s = k->rows + seg->row;                                                                         \
-        T *x = (T *)seg->param + from, *ax = (T *)seg->average + from;                                                 \
-        const T *g = (const T *)gradient + from;                                                                       \
-        int64_t n = to - from;                                                                                         \
-        if (s->mu != 1) choose_##T(k, s, x, g, ax, n, 1);                                                              \
-        else if (!k->streamed) choose_##T(k, s, x, g, ax, n, 0);                                                       \
-        else {                                                                                                         \
-            T block[BLOCK];                                                                                            \
-            for (int64_t i = 0, m; i < n; i += m) {                                                                    \
-                m = until_block(ax + i, sizeof(T));                                                                    \
-                if (m > n - i) m = n - i;                                                                              \
-                choose_##T(k, s, x + i, g + i, block, m, 0);                                                           \
-                stream(ax + i, block, m * (int64_t)sizeof(T), writer);                                                 \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-WIDE_SEGMENT(float)
-WIDE_SEGMENT(double)
 
 /* --- 16 bits: values are kept as floats; a float is "on the grid" if the 16-bit type has it ---------------------- */
 
@@ -332,50 +312,13 @@ INLINE void prepare(const call *k, const uint16_t *x, const void *master, const 
         for (int64_t i = 0; i < n; i++) g[i] = __builtin_fmaf(wide(x[i], half), weight_decay, g[i]);
 }
 
-/* Calls loop() with the options of the call as constants. */
+/* Calls loop() with the options of the call as constants. Only plain rounding tells lanes from the tail. */
 INLINE void block(const call *k, narrow_scalars s, uint16_t *x, const void *g, void *ax, void *master, int64_t n,
                   const int begun, const int half, const int lanes, const int source) {
     if (k->mode == PLAIN) {
         if (lanes) { BY_SOURCE(PLAIN, 1) } else { BY_AVERAGE(half, PLAIN, 0, PREPARED) }
-    } else if (k->mode == MASTER) { BY_SOURCE(MASTER, 0) }
-    else if (!half) { BY_AVERAGE(0, STOCHASTIC, 0, PREPARED) }
-}
-
-INLINE void segment_narrow(const call *k, const segment *seg, const void *gradient, int64_t from, int64_t to,
-                           const int half, line_writer *writer) {
-    const scalars *row = k->rows + seg->row;
-    int64_t grad_size = k->gradient == FLOAT32 ? 4 : 2, average_size = k->average == FLOAT32 ? 4 : 2;
-    int64_t master_size = half ? 4 : 2;
-    int begun = row->mu != 1;
-    narrow_scalars s = {factor(row->c), factor(row->minus_eta), factor(row->mu), factor(k->weight_decay),
-                        (uint32_t)seg->key, 0, 0};
-    /* torch rounds the factor of a scaled addition to 16 bits before its 16-bit vector loops. */
-    if (k->mode == PLAIN) s.minus_eta = grid(s.minus_eta, half), s.weight_decay = grid(s.weight_decay, half);
-    int source = factor(k->weight_decay) == 0 ? RAW : DECAYED;
-    /* Only then loop() reads the 16-bit gradient itself, and nothing is prepared in memory. */
-    int simple = !half && k->gradient != FLOAT32 && !k->maximize && !k->scaled && k->mode != STOCHASTIC;
-    s.step_key = mix(s.key ^ mix((uint32_t)(uint64_t)row->t));
-    int streamed = k->streamed && !begun;
-    float g[BLOCK], averages[BLOCK];
-    for (int64_t i = from, n; i < to; i += n) {
-        char *average = (char *)seg->average + i * average_size, *ax = streamed ? (char *)averages : average;
-        n = until_block(average, average_size);
-        if (n > to - i) n = to - i;
-        int64_t lanes = seg->lanes - i < 0 ? 0 : seg->lanes - i > n ? n : seg->lanes - i;
-        uint16_t *x = (uint16_t *)seg->param + i;
-        char *master = seg->master ? (char *)seg->master + i * master_size : 0;
-        const char *raw = (const char *)gradient + i * grad_size;
-        s.first = (uint64_t)(seg->first + i);
-        if (simple && (k->mode == MASTER || lanes == n)) {
-            block(k, s, x, raw, ax, master, n, begun, half, 1, source);
-        } else {
-            prepare(k, x, master, raw, g, n, lanes, half);
-            if (k->mode != PLAIN) lanes = n;
-            block(k, s, x, g, ax, master, lanes, begun, half, 1, PREPARED);
-            block(k, s, x + lanes, g + lanes, ax + lanes * average_size, master, n - lanes, begun, half, 0, PREPARED);
-        }
-        if (streamed) stream(average, averages, n * average_size, writer);
-    }
+    } else if (k->mode == MASTER && lanes) { BY_SOURCE(MASTER, 0) }
+    else if (!half && lanes && source == PREPARED) { BY_AVERAGE(0, STOCHASTIC, 0, PREPARED) }
 }
 
 /* --- threads ---------------------------------------------------------------------------------------------------- */
@@ -392,55 +335,34 @@ INLINE int64_t cut(int64_t at, int64_t numel) {
     return at >= numel ? numel : at / BLOCK * BLOCK;
 }
 
-INLINE void update_range(const thread_range *range, line_writer *writer) {
-    const call *k = range->call;
-    int64_t offset = 0;
-    for (int64_t i = 0; i < k->num_segments; i++) {
-        const segment *seg = k->segments + i;
-        int64_t from = cut(range->start - offset, seg->numel), to = cut(range->stop - offset, seg->numel);
-        offset += seg->numel;
-        if (from >= to) continue;
-        switch (k->param) {
-        case FLOAT32: segment_float(k, seg, k->gradients[i], from, to, writer); break;
-        case FLOAT64: segment_double(k, seg, k->gradients[i], from, to, writer); break;
-        case BFLOAT16: segment_narrow(k, seg, k->gradients[i], from, to, 0, writer); break;
-        default: segment_narrow(k, seg, k->gradients[i], from, to, 1, writer);
-        }
-    }
-#if defined(__SSE2__)
-    /* Streamed writes are seen by other threads only after a fence. */
-    if (k->streamed) _mm_sfence();
-#endif
-}
-
 /* There is one copy for each set of vector instructions, chosen by what the processor has. (The attribute
- * target_clones("arch=...") asks for processor models instead, and misses later ones.) */
+ * target_clones("arch=...") asks for processor models instead, and misses later ones.) cpu.py uses the kernel only where
+ * torch itself has AVX2 or AVX-512. */
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) static void *update_avx512(void *range) {
-    update_range(range, write_lines_avx512);
-    return 0;
-}
-__attribute__((target("avx2,fma"))) static void *update_avx2(void *range) {
-    update_range(range, write_lines_avx2);
-    return 0;
-}
+#define ISA(name) name##_avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define WRITE_LINES write_lines_avx512
+#include "kernel_isa.h"
+#define ISA(name) name##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define WRITE_LINES write_lines_avx2
+#include "kernel_isa.h"
+#else
+#define ISA(name) name##_plain
+#define TARGET
+#define WRITE_LINES write_lines
+#include "kernel_isa.h"
 #endif
-static void *update_plain(void *range) {
-    update_range(range, write_lines);
-    return 0;
-}
 
 static void *(*fastest_update(void))(void *) {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("fma")) {
-        if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl"))
-            return update_avx512;
-        if (__builtin_cpu_supports("avx2")) return update_avx2;
-    }
-#endif
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return update_avx512;
+    return update_avx2;
+#else
     return update_plain;
+#endif
 }
 
 int64_t dist_asgd_abi(void) { return ABI; }

@@ -1,1 +1,1 @@
-"""One file for each trainer: it trains, resumes, evaluates the average and exports it."""
+"""One script a trainer. Start them from the root of the repository by `torchrun ... -m launch.examples.NAME`."""

@@ -33,6 +33,7 @@ from dist_asgd import (
 )
 from dist_asgd.checkpoint.offline import convert
 from dist_asgd.checkpoint.offline.contents import CheckpointContents
+from dist_asgd.checkpoint.offline.diff import compare
 from dist_asgd.checkpoint.values import same_bits, same_values
 from tests.harness.ranks import run, run_errors
 
@@ -234,6 +235,73 @@ def test_what_would_not_load_is_refused_by_name(kind: str, place: str, tmp_path:
     assert manager.restore(model, optimizer) is not None
 
 
+SPECIAL: dict[str, Callable[[], Any]] = {
+    "conjugate": lambda: torch.tensor([1j]).conj(),
+    "negative": lambda: torch.tensor([1j]).conj().imag,
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "meta": lambda: torch.ones(2, device="meta"),
+    "storage": lambda: torch.ones(2).untyped_storage(),
+    "NaN as a key": lambda: {float("nan"): 1},
+    "NaN in a set": lambda: {float("nan"), 1},
+    "tensor as a key": lambda: {torch.ones(1): [torch.zeros(1)]},
+    "tensor in a set": lambda: {torch.ones(1), torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_options_of_a_group_are_compared_whatever_they_are(name: str, tmp_path: Path) -> None:
+    """All parameters of the group have it, and ``diff`` finds no difference either."""
+    for folder in ("a", "b"):
+        model = nn.Linear(2, 2)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1)
+        optimizer.param_groups[0]["option"] = (SPECIAL[name](),)
+        save_checkpoint(tmp_path / folder, model, optimizer, step=1, extra=[SPECIAL[name]()])
+    other = ShardedASGD(model.named_parameters(), lr=0.1)
+    load_checkpoint(tmp_path / "a", model, other)
+    # torch makes typed storages of untyped ones.
+    assert name == "storage" or same_values(other.param_groups[0]["option"], (SPECIAL[name](),))
+    assert not list(compare(CheckpointContents(tmp_path / "a"), CheckpointContents(tmp_path / "b")))
+
+
+@pytest.mark.parametrize("layout", ["nested", "compressed"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_option_that_optimizers_cannot_copy_is_refused(layout: str, tmp_path: Path) -> None:
+    """Loading copies it, in torch too. As a module's extra state it loads, twice: into what is there already."""
+    made = torch.nested.nested_tensor([torch.ones(1)]) if layout == "nested" else torch.eye(2).to_sparse_csr()
+    with pytest.raises(ValueError, match=r"the option 'option' of param_groups holds a tensor .* that copy.deepcopy"):
+        save_checkpoint(tmp_path / "c", *built(option=(made,)), step=1)
+    model, optimizer = built((made,))
+    save_checkpoint(tmp_path / "c", model, optimizer, step=1)
+    load_checkpoint(tmp_path / "c", model, optimizer)
+    load_checkpoint(tmp_path / "c", model, optimizer)
+    assert same_values(model.kept, (made,))
+
+
+def test_a_model_that_keeps_what_autograd_computed_takes_a_checkpoint(tmp_path: Path) -> None:
+    """The backup of its extra state holds such tensors too."""
+    model, optimizer = built({"amax": [torch.ones(2, requires_grad=True) * 2]})
+    save_checkpoint(tmp_path / "c", model, optimizer, step=1)
+    load_checkpoint(tmp_path / "c", model, optimizer)
+    assert model.kept["amax"][0].equal(torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("place", ["extra state", "option", "state", "state of a parameter"])
+def test_a_container_inside_itself_is_refused_by_name(place: str, tmp_path: Path) -> None:
+    """Only inside ``extra``, which stays whole, it loads."""
+    value: list[Any] = [1]
+    value.append(value)
+    model, optimizer = built(value if place == "extra state" else None, option=value if place == "option" else None)
+    if place.startswith("state"):
+        entries: Any = optimizer.state if place == "state" else optimizer.state[model.weight]
+        entries["mine"] = value
+    with pytest.raises(ValueError, match=r"(_extra_state|option|mine)\b.* \(list\) cannot be saved so that it loads"):
+        save_checkpoint(tmp_path / "c", model, optimizer, step=1)
+
+
 # --- tensors --------------------------------------------------------------------------------------------------
 
 DTYPES = [
@@ -314,6 +382,7 @@ UNSAVABLE: dict[str, Callable[[], Tensor]] = {
     "qint8": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
     "Wrapping": lambda: Wrapping(torch.ones(2)),
     "not initialized": nn.UninitializedBuffer,
+    "Tensor": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
 }
 
 

@@ -18,7 +18,7 @@ from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
 from dist_asgd.state_dict.backup import find_unequal
 from tests.harness.bits import assert_same_bits, same_tree
 from tests.harness.cases import every_pair
-from tests.harness.ranks import run
+from tests.harness.ranks import run, run_errors
 from tests.harness.topologies import Run, build
 
 Refusal = Callable[[Run], Any]
@@ -227,3 +227,35 @@ def test_a_large_buffer_that_is_the_same_is_not_copied(tmp_path: Path) -> None:
     handle.remove()
     load_checkpoint(tmp_path / "saved", model, optimizer)
     assert_same_bits(model.table, torch.arange(1 << 15, dtype=torch.float32), "table")
+
+
+class Unprintable(Exception):
+    """An error whose text cannot be made."""
+
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
+def raises_unprintable(rank: int, _world_size: int, call: str, path: str) -> None:
+    """Job: the last rank's model raises it while it is saved, or while a checkpoint is applied."""
+    live = build("stage1").train(1)
+    save_checkpoint(path, live.model, live.optimizer, step=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Unprintable
+
+    if rank:
+        register = "register_state_dict_pre_hook" if call == "save" else "register_load_state_dict_post_hook"
+        getattr(live.model, register)(refuse)
+    if call == "save":
+        save_checkpoint(f"{path}-2", live.model, live.optimizer, step=2)
+    else:
+        load_checkpoint(path, live.model, live.optimizer)
+
+
+@pytest.mark.parametrize("call", ["save", "load"])
+def test_an_error_without_a_text_is_raised_on_all_ranks(call: str, tmp_path: Path) -> None:
+    """The other ranks do not wait for it until the timeout."""
+    for error in run_errors("gloo", 2, raises_unprintable, call, str(tmp_path / "c")):
+        assert "Unprintable" in error.message
+        assert "[on rank 1 of 2]" in error.message

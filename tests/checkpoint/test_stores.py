@@ -205,6 +205,8 @@ def saves_to(rank: int, _world_size: int, paths: list[UPath], call: str) -> None
             save_checkpoint(path, live.model, live.optimizer, step=1)
         elif call == "load":
             load_checkpoint(path, live.model, live.optimizer)
+        elif call == "restore":
+            CheckpointManager(path).restore(live.model, live.optimizer)
         elif call == "async":
             async_save_checkpoint(path, live.model, live.optimizer, step=1).wait()
         else:
@@ -213,14 +215,15 @@ def saves_to(rank: int, _world_size: int, paths: list[UPath], call: str) -> None
         assert_same_state(live, before)
 
 
-@pytest.mark.parametrize("call", ["save", "async", "load", "export"])
+@pytest.mark.parametrize("call", ["save", "async", "load", "restore", "export"])
 def test_a_store_that_does_not_answer_is_an_error_on_all_ranks(call: str, server: dict[str, Any]) -> None:
     """All ranks name the store's own error, and no object is left."""
     path, dead = (UPath("s3://bucket/dead", **server | more) for more in ({}, {"endpoint_url": "http://127.0.0.1:9"}))
-    paths = [dead, path] if call == "export" else [path, dead]
+    paths = [dead, path] if call in ("restore", "export") else [path, dead]
     for error in run_errors("gloo", 2, saves_to, paths, call):
         assert "Could not connect" in error.message or "there is no checkpoint" in error.message
         assert "s3://bucket/dead" in error.message
+        assert ("cannot write" in error.message) == (call in ("save", "async", "export"))
     assert not objects(path)
 
 
@@ -458,3 +461,29 @@ def test_a_failed_save_leaves_nothing(memory: MemoryFileSystem) -> None:
                 save_checkpoint("memory://a", live.model, live.optimizer, step=1)
         assert not memory.find("/a"), name
     save_checkpoint("memory://a", live.model, live.optimizer, step=1)
+
+
+def test_damaged_checkpoints_are_moved_aside_in_s3(server: dict[str, Any]) -> None:
+    """With everything below them; what lies under their new names already stays, and the next save goes on."""
+    folder = UPath("s3://bucket/fallback", **server)
+    live = build("single").train(1)
+    manager = CheckpointManager(folder, keep=None)
+    for step in (1, 2, 3):
+        manager.save(live.model, live.optimizer, step=step, extra=step)
+    (folder / "step-00000003/notes/why.txt").write_text("mine")
+    (folder / "damaged-step-00000002/notes.txt").write_text("mine")
+    for step in (2, 3):
+        (folder / f"step-0000000{step}/.metadata").write_bytes(b"damaged")
+    restored = manager.restore(live.model, live.optimizer, fallback=True)
+    assert restored is not None
+    assert restored.extra == 1
+    manager.save(live.model, live.optimizer, step=2)
+    assert manager.steps() == [1, 2]
+    found = objects(folder)
+    assert {name.partition("/")[0] for name in found} == {
+        *(f"step-0000000{step}" for step in (1, 2)),
+        *(f"damaged-step-0000000{name}" for name in ("2", "2-2", "3")),
+    }
+    assert [name for name in found if name.startswith("damaged-step-00000002/")] == ["damaged-step-00000002/notes.txt"]
+    assert "damaged-step-00000003/notes/why.txt" in found
+    assert manager.restore(live.model, live.optimizer) is not None

@@ -313,7 +313,7 @@ def weights_only() -> list[Any]:
     [
         (plain, {"strategy": Stage2Strategy}, "Stage2Strategy with a ASGD that does not reduce gradients"),
         (sharded, {"strategy": Stage2Strategy}, "Return ShardedASGD"),
-        (stage2, {"strategy": "ddp"}, "must not be wrapped: unwrap it"),
+        (stage2, {"strategy": "ddp"}, "With stage=2 do not wrap the model in DDP"),
         (plain, {"callbacks": AveragedWeights}, "AveragedWeights without a ShardedASGD"),
         (sharded, {"callbacks": weights_only, "enable_checkpointing": True}, "Leave save_weights_only out"),
     ],

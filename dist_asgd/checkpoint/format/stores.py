@@ -163,9 +163,19 @@ def remove(paths: Iterable[UPath]) -> None:
 
 
 def move(source: UPath, target: UPath) -> None:
-    """Give a folder another name: the store copies every object, and then removes the old ones."""
+    """Give a folder another name: the store copies every object, and then the old ones are removed.
+
+    A crash leaves every object under its old name, or under the new one; some may be under both.
+    """
+    # Not mv() of the store's library: that of s3fs takes the folder itself for an object, and does not find it.
     with _as_os_error(source):
-        source.fs.mv(source.path, target.path, recursive=True)
+        source.fs.invalidate_cache()
+        below = f"{source.path.strip('/')}/"
+        found = [str(name) for name in source.fs.find(source.path)]
+        names = [name.strip("/")[len(below) :] for name in found if name.strip("/").startswith(below)]
+        for name in names:
+            source.fs.cp_file(f"{source.path}/{name}", f"{target.path}/{name}")
+    remove(source / name for name in names)
 
 
 def upload(source: Path, target: UPath) -> None:
