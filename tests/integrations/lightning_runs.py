@@ -26,6 +26,7 @@ class Regression(pl.LightningModule):
         super().__init__()
         torch.manual_seed(3)
         self.net = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 2))
+        self.net[0].requires_grad_(not options.get("frozen"))
         self.make, self.options = make, options
         self.losses: list[float] = []
         self.validated: list[torch.Tensor] = []

@@ -60,6 +60,7 @@ AUTOMATIC = {
 @RANKS
 def test_automatic_optimization(backend: str, ranks: int) -> None:
     """Also with a scheduler, clipping, accumulation and bfloat16."""
+    run(backend, ranks, same_as_plain, Regression, {"frozen": True}, {})
     for options in AUTOMATIC.values():
         for scheduler in (False, True):
             run(backend, ranks, same_as_plain, Regression, {"scheduler": scheduler}, options)
@@ -275,23 +276,52 @@ def test_stage_2() -> None:
     run("gloo", 2, stage2_as_ddp, Two, {}, {})
 
 
-def half(rank: int, ranks: int, make: Any, options: dict[str, Any]) -> Any:
+def half(rank: int, ranks: int, make: Any, scaler: Any, options: dict[str, Any]) -> Any:
     """Job: float16 with a scaler."""
     with launched(rank, ranks):
         ddp, own = (
-            MixedPrecision("16-mixed", "cpu", scaler("cpu", init_scale=2.0**20))
-            for scaler in (torch.amp.GradScaler, GradScaler)
+            MixedPrecision("16-mixed", "cpu", kind("cpu", init_scale=2.0**20))
+            for kind in (torch.amp.GradScaler, scaler)
         )
         expected = fit(ranks, Regression, plain, {}, plugins=[ddp], **options)
         more = {"strategy": Stage2Strategy()} if make is stage2 else {}
         assert same_tree(fit(ranks, Regression, make, {}, plugins=[own], **more, **options), expected)
 
 
+@pytest.mark.parametrize("scaler", [torch.amp.GradScaler, GradScaler], ids=["torch", "own"])
 @pytest.mark.parametrize("make", [sharded, stage2])
-def test_float16(make: Any) -> None:
+def test_float16(make: Any, scaler: Any) -> None:
     """Steps that overflow are skipped on all ranks; gradients are unscaled before they are clipped."""
-    run("gloo", 2, half, make, {})
-    run("gloo", 2, half, make, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"})
+    run("gloo", 2, half, make, scaler, {})
+    run("gloo", 2, half, make, scaler, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"})
+
+
+class Failing(Regression):
+    """Raises in its second validation; then the parameters must be the last iterate again."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.current_epoch == 1:
+            self.in_validation = [p.detach().clone() for p in self.parameters()]
+            raise KeyError("in validation")
+
+    def on_validation_start(self) -> None:
+        self.trained = [p.detach().clone() for p in self.parameters()]
+
+
+def failing(rank: int, ranks: int) -> None:
+    """Job: an exception leaves a validation with averages."""
+    with launched(rank, ranks):
+        module = Failing(sharded)
+        with pytest.raises(KeyError):
+            trainer(ranks, callbacks=[AveragedWeights()]).fit(module, loader(), loader(1))
+        assert not same_tree(module.in_validation, module.trained)
+        assert same_tree([p.detach() for p in module.parameters()], module.trained)
+
+
+@RANKS
+def test_an_exception_in_a_validation(backend: str, ranks: int) -> None:
+    """The averages do not stay in the model."""
+    run(backend, ranks, failing)
 
 
 def refused(rank: int, ranks: int, make: Any, options: dict[str, Any]) -> None:
