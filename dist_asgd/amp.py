@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,16 @@ class GradScaler(torch.amp.GradScaler):
             return {inv_scale.device: unscale(optimizer.gradients, inv_scale, not allow_fp16)}
         unscaled: dict[torch.device, Tensor] = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         return unscaled
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Step as ``torch.amp.GradScaler`` does. In stage 2, or if there are DTensors, collective."""
+        if not isinstance(optimizer, ShardedASGD):
+            return super().step(optimizer, *args, **kwargs)
+        optimizer.has_own_scaler = True
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            optimizer.has_own_scaler = False
 
 
 def _has_dtensors(optimizer: torch.optim.Optimizer) -> bool:

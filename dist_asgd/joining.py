@@ -39,6 +39,8 @@ class JoinableOptimizer(Joinable):
     gradients: Gradients
     shards: ParamShards
     is_differentiable: bool
+    # Whether ``dist_asgd.GradScaler`` is in its step(), which asks all ranks by itself.
+    has_own_scaler = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,9 +54,14 @@ class JoinableOptimizer(Joinable):
     def _step_supports_amp_scaling(self) -> bool:
         """Tells gradient scalers and trainers that ``step()`` unscales, and skips on overflow, by itself.
 
-        Inside ``Join`` it always does: ranks that have joined wait for a step in each iteration.
+        Inside ``Join`` it always does: ranks that have joined wait for a step in each iteration. So it does for
+        ``dist_asgd.GradScaler``, and with scalars on a CUDA device, so as not to wait for it, as torch's own fused
+        optimizers do.
         """
-        return not self.is_differentiable and (self.is_in_join or loss_scaling.is_needed(self.gradients))
+        if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
+            return not self.is_differentiable and (self.is_in_join or loss_scaling.is_needed(self.gradients))
+        on_device = self.shards.on_cuda and any(group.get("fused") for group in self.param_groups)
+        return self.is_in_join or self.has_own_scaler or on_device or loss_scaling.is_needed(self.gradients)
 
     @property
     def is_in_join(self) -> bool:

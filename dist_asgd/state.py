@@ -296,7 +296,9 @@ class ParamShards:
                 member.param.data = member.param.detach().clone()
         for member in moved:
             member.bring_home()
-        if moved and not self._logged:
+        # Before the first step nothing is lost: trainers move a model after its optimizer was built, and construction
+        # moves parameters, too.
+        if moved and not self._logged and not self.cohorts.is_fresh:
             self._logged = True
             _LOG.warning(
                 "parameter %s was re-bound (p.data = ...): its values were copied back to the optimizer's memory, and "

@@ -28,6 +28,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
     (("__init__",), "the public names"),
     (("cli",), "the command line"),
+    (("integrations",), "adapters for trainers, one module for each library"),
     (("__main__",), "python -m dist_asgd"),
 ]
 

@@ -143,7 +143,7 @@ def _refuse(what: str) -> NoReturn:
         f"dist_asgd: {what} of a p.grad in stage 2: each rank holds a fragment of the mean gradient, and no rank the "
         f"whole. p.grad.to_local() is this rank's fragment; norms, clipping, and operators that change each element in "
         f"place (mul_, clamp_, zero_) work. For the gradient of this rank alone run backward inside no_sync(), or read "
-        f"p.grad in a hook on the parameter."
+        f"p.grad in a hook on the parameter. With stage=2 do not wrap the model in DDP, which reads gradients, too."
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..comm import Communicators, public_call
 from ..comm.agreement import CollectiveCall
+from ..placements.dtensor import has_spec_of, is_dtensor, same_placement
 from ..update.schedule import StepHyperparameters
 from ..update.segments import Scaling
 from .base import Gradients
@@ -87,12 +88,28 @@ def _scalar_device(hypers: Sequence[StepHyperparameters]) -> torch.device | None
 def is_needed(gradients: Gradients) -> bool:
     """Whether ``step()`` has to unscale gradients and to skip steps, because torch's scaler cannot do it right.
 
-    It sees no gradients in stage 2, and of DTensors only this rank's; and it refuses to unscale float16 gradients,
-    which would lose the small ones. All others it treats as those of ``torch.optim.ASGD``: it does not call ``step()``
-    if it skips.
+    It refuses to unscale float16 gradients, which would lose the small ones, and ranks may come to different ends if it
+    finds no gradients on some of them, or gradients that not all ranks hold. All others it treats as those of
+    ``torch.optim.ASGD``: it does not call ``step()`` if it skips, from which trainers know that they must not call
+    their schedulers.
     """
-    half = any(bucket.gradient_dtype == torch.float16 for bucket in gradients.buckets)
-    return isinstance(gradients, Reducer) or bool(gradients.presharded) or half
+    if any(bucket.gradient_dtype == torch.float16 for bucket in gradients.buckets):
+        return True
+    if not gradients.presharded:
+        in_stage_2 = isinstance(gradients, Reducer)
+        return in_stage_2 and all(m.param.grad is None for bucket in gradients.buckets for m in bucket.members)
+    params = [member.param for member in gradients.presharded]
+    first = params[0]
+    # torch asks the ranks of one DTensor's mesh among which that one is sharded.
+    if gradients.buckets or not is_dtensor(first) or first.device_mesh.size() != gradients.communicators.world_size:
+        return True
+    found = [(param, param.grad) for param in params if param.grad is not None]
+    for param, gradient in found:
+        if not is_dtensor(param) or not is_dtensor(gradient) or not has_spec_of(gradient, param):
+            return True
+        if not same_placement(param, first) or gradient.dtype == torch.float16:
+            return True
+    return not found
 
 
 @public_call

@@ -14,8 +14,8 @@ from functools import cache
 
 # The packages of trainers whose optimizer files are written by rank 0 alone, with what makes their files whole.
 _ADVICE = {
-    "transformers": "add dist_asgd.integrations.transformers.WholeState() to the Trainer's callbacks",
-    "accelerate": "call optimizer.optimizer.consolidate_state_dict(to=0) on every rank before save_state()",
+    "transformers": "add dist_asgd.integrations.transformers.ShardedASGDCallback() to the Trainer's callbacks",
+    "accelerate": "call dist_asgd.integrations.accelerate.save_whole_state(accelerator, optimizer) once",
 }
 _OTHER_ADVICE = "call optimizer.consolidate_state_dict(to=0) on every rank before it saves"
 _TRAINERS = ("accelerate", "transformers", "lightning", "pytorch_lightning", "lightning_fabric")

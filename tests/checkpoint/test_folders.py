@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import threading
@@ -25,7 +26,7 @@ from dist_asgd import (
     read_extra,
     save_checkpoint,
 )
-from dist_asgd.checkpoint.format import safetensors, writer
+from dist_asgd.checkpoint.format import directory, safetensors, writer
 from dist_asgd.checkpoint.format.locks import open_alone
 from dist_asgd.checkpoint.format.manifest import MANIFEST_NAME, CheckpointError
 from dist_asgd.cli import app
@@ -337,3 +338,29 @@ def test_an_export_that_comes_second_replaces_nothing(tmp_path: Path) -> None:
     files.discard()
     assert (tmp_path / "a.safetensors").read_bytes() == b"theirs"
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def begins_often(folder: str, results: Any) -> None:
+    """Process: begin saves to one path, and give them up; puts the errors that are no refusal."""
+    errors = []
+    for _ in range(60):
+        try:
+            directory.begin(Path(folder, "a")).discard()
+        except Exception as error:
+            if "another save is writing" not in str(error):
+                errors.append(repr(error))
+    results.put(errors)
+
+
+def test_saves_that_begin_at_the_same_moment_take_nothing_from_each_other(tmp_path: Path) -> None:
+    """None takes the directory of another for a leftover, however their steps fall together."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=begins_often, args=(str(tmp_path), results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [[]] * len(processes)
+    assert not list(tmp_path.iterdir())

@@ -29,6 +29,7 @@ from dist_asgd import (
     save_checkpoint,
 )
 from dist_asgd.checkpoint.format import locks, store_directory, stores
+from dist_asgd.checkpoint.format.manifest import CheckpointError
 from dist_asgd.checkpoint.format.paths import as_path
 from dist_asgd.checkpoint.format.writer import WrittenFile
 from dist_asgd.checkpoint.reader import CheckedReader
@@ -487,3 +488,31 @@ def test_damaged_checkpoints_are_moved_aside_in_s3(server: dict[str, Any]) -> No
     assert [name for name in found if name.startswith("damaged-step-00000002/")] == ["damaged-step-00000002/notes.txt"]
     assert "damaged-step-00000003/notes/why.txt" in found
     assert manager.restore(live.model, live.optimizer) is not None
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_store_that_is_down_is_not_taken_for_damage() -> None:
+    """``fallback=True`` passes over damaged checkpoints only; the newest one loads when the store is back."""
+    live = build("single").train(1)
+    manager = CheckpointManager("memory://runs")
+    manager.save(live.model, live.optimizer, step=1)
+    manager.save(live.model, live.optimizer, step=2)
+    opened = MemoryFileSystem._open
+
+    def refuse(self: Any, path: str, mode: str, **options: Any) -> Any:
+        if "step-00000002" in path:
+            raise ConnectionError("no route to the store")
+        return opened(self, path, mode, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "_open", refuse)
+        with pytest.raises(RuntimeError, match="no route to the store") as caught:
+            manager.restore(live.model, live.optimizer, fallback=True)
+        assert not isinstance(caught.value, CheckpointError)
+        result = CliRunner().invoke(app, ["verify", "memory://runs/step-00000002"])
+        assert result.exit_code == 1
+        assert "no route to the store" in result.stderr
+        assert "damaged" not in result.stderr
+    restored = manager.restore(live.model, live.optimizer, fallback=True)
+    assert restored is not None
+    assert (restored.step, restored.skipped) == (2, ())

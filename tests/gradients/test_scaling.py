@@ -118,16 +118,19 @@ def test_scaled_training_is_torch_to_the_bit(
             assert same_tree(found["state"], expected)
 
 
-def skips(_rank: int, _world_size: int, stage: int, dtype: torch.dtype) -> tuple[bool, int]:
+def skips(_rank: int, _world_size: int, stage: int, dtype: torch.dtype, ours: bool = True) -> tuple[bool, int]:
     """Job: whether the optimizer says that it skips by itself, and how often ``step()`` was called in two steps."""
     params = make(dtype)
     optimizer = ShardedASGD(params, **OPTIONS, stage=stage)
     calls: list[int] = []
     optimizer.register_step_pre_hook(lambda *_: calls.append(1))
-    scaler = scaler_of(True)
+    scaler = scaler_of(ours)
     for step in range(2):
         optimizer.zero_grad()
-        backward(params, scaler, step, overflows=step == 1)
+        if stage == 2:
+            scaler.scale(sum(p.sum() for p in params) * (torch.inf if step == 1 else 1.0)).backward()
+        else:
+            backward(params, scaler, step, overflows=step == 1)
         scaler.step(optimizer)
         scaler.update()
     assert all(state["step"] == 1 for state in optimizer.state.values())
@@ -140,6 +143,13 @@ def test_a_skipped_step_of_stage_1_is_no_call(backend: str, world_size: int) -> 
     assert run(backend, world_size, skips, 1, F32) == [(False, 1)] * world_size
     assert run(backend, world_size, skips, 1, torch.bfloat16) == [(False, 1)] * world_size
     assert run(backend, world_size, skips, 1, F16) == [(True, 2)] * world_size
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_a_step_of_stage_2_that_torchs_scaler_skips_is_no_call(backend: str, world_size: int) -> None:
+    """So trainers leave their schedulers where they are. The scaler of this package leaves it to ``step()``."""
+    assert run(backend, world_size, skips, 2, F32, False) == [(False, 1)] * world_size
+    assert run(backend, world_size, skips, 2, F32, True) == [(False, 2)] * world_size
 
 
 def half_with_masters(_rank: int, _world_size: int, stage: int, form: str) -> list[Tensor]:

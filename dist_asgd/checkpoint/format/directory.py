@@ -11,7 +11,6 @@ be renamed or locked, are the matter of ``store_directory``.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -36,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .locks import OWNER_NAME, OwnerLock, writer_of
+from .locks import OWNER_NAME, OwnerLock, lock_to_remove, writer_of
 from .manifest import FileEntry, Manifest, write_manifest
 from .metadata import MAX_METADATA_BYTES, METADATA_NAME
 from .paths import AnyPath
@@ -205,10 +204,23 @@ def remove_leftovers(folder: Path, is_wanted: Callable[[str], bool]) -> None:
     """Remove what crashed saves of a wanted name have left; raises ValueError if one of these saves still runs."""
     check_alone(folder, is_wanted)
     for leftover in leftovers(folder):
-        if is_wanted(leftover_of(leftover) or ""):
-            # Another save may be removing it too.
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(leftover)
+        if not is_wanted(leftover_of(leftover) or ""):
+            continue
+        if leftover.is_symlink():
+            leftover.unlink(missing_ok=True)
+            continue
+        with lock_to_remove(leftover) as is_free:
+            if is_free:
+                _remove_tree(leftover)
+
+
+def _remove_tree(leftover: Path) -> None:
+    try:
+        shutil.rmtree(leftover)
+    except OSError as error:
+        # Another save has removed it too, or has made its owner file in it meanwhile: then it is that save's.
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def remove(path: Path) -> None:

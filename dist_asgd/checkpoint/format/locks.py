@@ -11,11 +11,13 @@ owner file   ``.writer`` in a directory that is being written. Its first line sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +42,10 @@ class OwnerLock:
 
     @classmethod
     def acquire(cls, directory: Path) -> OwnerLock:
-        """Make the owner file of a new directory and lock it; raises OSError if the directory is not there any more."""
+        """Make the owner file of a new directory and lock it.
+
+        Raises FileNotFoundError if the directory is not there any more, or if another process is removing it.
+        """
         descriptor = os.open(directory / OWNER_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             os.write(descriptor, owner_record())
@@ -48,6 +53,11 @@ class OwnerLock:
                 if _lock(descriptor) is not False:
                     break
                 time.sleep(_PAUSE_S)
+            else:
+                raise FileNotFoundError(errno.ENOENT, "another process is removing it", str(directory))
+            # The remover may have finished while this waited for its lock; then stat() finds no file.
+            if not os.path.samestat(os.fstat(descriptor), os.stat(directory / OWNER_NAME)):
+                raise FileNotFoundError(errno.ENOENT, "another process has removed it", str(directory))
         except BaseException:
             os.close(descriptor)
             raise
@@ -60,6 +70,24 @@ class OwnerLock:
     def refused(self) -> list[str]:
         """Return the other writers that wanted to write to the same path while the lock was held."""
         return _writers(os.pread(self.descriptor, _MAX_OWNER_BYTES, 0))[1:]
+
+
+@contextlib.contextmanager
+def lock_to_remove(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a leftover during the block, so that its writer cannot take it meanwhile.
+
+    Yields False if a writer has it already, or the directory is gone: then it is not to be removed.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(directory / OWNER_NAME, flags, 0o666)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield _lock(descriptor) is not False
+    finally:
+        os.close(descriptor)
 
 
 def owner_record(*, has_ended: bool = False) -> bytes:

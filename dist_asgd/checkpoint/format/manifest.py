@@ -48,6 +48,19 @@ class CheckpointError(SharedError):
     """
 
 
+class StoreError(SharedError):
+    """A store could not be read: that says nothing about the checkpoint, which may be whole.
+
+    It is a RuntimeError. If one rank has it in a collective call, all ranks raise it.
+    """
+
+
+def _unreadable(path: AnyPath, what: str, error: OSError) -> SharedError:
+    """Return the error for a file that is there, and cannot be opened or read."""
+    kind = StoreError if is_store(path) else CheckpointError
+    return kind(f"dist_asgd: cannot {what} {path}: {error.strerror}.")
+
+
 def check_name(name: object) -> str:
     """Return ``name`` if it can only mean a file right inside the directory: no folder, no ``..``, nothing to quote.
 
@@ -105,7 +118,7 @@ def _open_in_store(directory: UPath, name: str) -> tuple[BinaryIO, int]:
             f"dist_asgd: {directory / name} is missing: the checkpoint is not whole.{hint_at(directory)}"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"dist_asgd: cannot open {directory / name}: {error.strerror}.") from error
+        raise _unreadable(directory / name, "open", error) from error
 
 
 def read_range(file: BinaryIO, path: AnyPath, offset: int, length: int) -> bytes:
@@ -114,7 +127,7 @@ def read_range(file: BinaryIO, path: AnyPath, offset: int, length: int) -> bytes
         file.seek(offset)
         data = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"dist_asgd: cannot read {path}: {error.strerror}.") from error
+        raise _unreadable(path, "read", error) from error
     if len(data) != length:
         raise CheckpointError(f"dist_asgd: {path} ends {length - len(data)} bytes early: it is truncated.")
     return data
@@ -147,7 +160,7 @@ def names_in(directory: AnyPath) -> list[str]:
             f"dist_asgd: {directory} is not a directory; a checkpoint is one.{hint_at(directory)}"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"dist_asgd: cannot read {directory}: {error.strerror}.") from error
+        raise _unreadable(directory, "read", error) from error
 
 
 # --- the manifest ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def check_free(out: AnyPath, taken: Sequence[AnyPath], overwrite: bool) -> None:
         if out.is_dir():
             raise ValueError(f"dist_asgd: {out} is a directory: name a file.")
     if taken and not overwrite:
-        raise ValueError(f"dist_asgd: {taken[0]} exists. Choose another name, or overwrite it (overwrite=True; --force).")
+        raise ValueError(f"dist_asgd: {taken[0]} exists. Choose another name, or pass overwrite=True (--force).")
 
 
 def siblings(out: AnyPath) -> list[AnyPath]:

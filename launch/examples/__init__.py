@@ -1,0 +1,1 @@
+"""One script a trainer. Start them from the root of the repository by `torchrun ... -m launch.examples.NAME`."""

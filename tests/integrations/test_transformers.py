@@ -1,0 +1,372 @@
+"""The ``Trainer`` of Transformers, and LoRA by peft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from dist_asgd import ShardedASGD
+from dist_asgd.integrations.transformers import ShardedASGDCallback, Stage2Mixin
+from dist_asgd.integrations.wrappers import sharded_asgd
+from tests.harness.bits import assert_same_bits
+from tests.harness.ranks import run, run_errors
+from tests.integrations.launched import launched
+
+worlds = pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+SETTINGS: dict[str, Any] = {"lr": 0.1, "t0": 3, "weight_decay": 0.01}
+
+
+class Stage2Trainer(Stage2Mixin, Trainer):
+    """What a user writes."""
+
+
+class Tokens(Dataset):  # type: ignore[type-arg]
+    """Random sequences."""
+
+    def __init__(self, count: int) -> None:
+        self.ids = torch.randint(0, 31, (count, 8), generator=torch.Generator().manual_seed(count))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A user's script."""
+
+    model: str = "gpt2"
+    tied: bool = True
+    by_class: bool = False
+    stage: int = 1
+    lora: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "gpt2": Case(),
+    "gpt2 untied, by class": Case(tied=False, by_class=True),
+    "llama": Case("llama", tied=False),
+    "llama tied, by class": Case("llama", by_class=True),
+    "accumulation, no clipping": Case(args={"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}),
+    "clipping": Case(args={"max_grad_norm": 0.05}),
+    "checkpointing": Case(args={"gradient_checkpointing": True}),
+    "bf16": Case(args={"bf16": True}),
+    "lora": Case("llama", lora=True),
+}
+
+
+def build(case: Case) -> nn.Module:
+    """A tiny model from its config."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 31, "tie_word_embeddings": case.tied}
+    if case.model == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1, n_head=2, n_positions=8, **sizes))
+    else:
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        model = LlamaForCausalLM(
+            LlamaConfig(hidden_size=12, intermediate_size=16, num_hidden_layers=1, **heads, **sizes)
+        )
+    if case.lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    return model
+
+
+def trainer_of(
+    case: Case, folder: Path, ours: bool, callbacks: list[TrainerCallback] | None = None, **more: Any
+) -> Any:
+    """The script up to ``train()``."""
+    options = {"max_steps": 6, "logging_steps": 2, "save_strategy": "no", **case.args, **more}
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2, **options
+    )
+    model = build(case)
+    made: dict[str, Any] = {"model": model, "args": args, "train_dataset": Tokens(48), "eval_dataset": Tokens(8)}
+    kwargs = SETTINGS | ({"stage": case.stage} if ours else {"foreach": False})
+    cls = ShardedASGD if ours else torch.optim.ASGD
+    if case.by_class:
+        made["optimizer_cls_and_kwargs"] = (cls, kwargs)
+    else:
+        params = model.named_parameters() if ours else model.parameters()
+        optimizer = cls(params, **kwargs)
+        made["optimizers"] = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+    return (Stage2Trainer if ours and case.stage == 2 else Trainer)(**made, callbacks=callbacks)
+
+
+def bits(trainer: Any) -> dict[str, Tensor]:
+    """Parameters and averages by name, whole."""
+    optimizer = trainer.optimizer.optimizer
+    whole = isinstance(optimizer, ShardedASGD)
+    state = (optimizer.consolidated_state_dict(to=None) if whole else optimizer.state_dict())["state"]
+    found = {f"p {name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return found | {f"ax{index}": entry["ax"].clone() for index, entry in state.items()}
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert_same_bits(got[key], value, key)
+
+
+def trains(rank: int, world_size: int, case: Case, folder: Path) -> None:
+    """Job: one script with either optimizer."""
+    found = []
+    for ours in (False, True):
+        with launched(rank, world_size):
+            trainer = trainer_of(case, folder, ours)
+            trainer.train()
+            found.append((bits(trainer), [log.get("loss") for log in trainer.state.log_history]))
+    if case.stage == 2 and case.args.get("max_grad_norm") != 0.0:
+        # The global norm adds up the squares in another order.
+        for key, value in found[0][0].items():
+            torch.testing.assert_close(found[1][0][key], value, rtol=1e-5, atol=1e-6)
+    else:
+        assert_same(found[1][0], found[0][0])
+        assert found[0][1] == found[1][1]
+    if case.lora:
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        assert sharded_asgd(trainer.optimizer).memory_report().full_state_bytes < 8 * trained
+
+
+@worlds
+@pytest.mark.parametrize("name", CASES)
+def test_trainer_as_documented(tmp_path: Path, name: str, backend: str, world_size: int) -> None:
+    """No adapter; the same bits and the same losses in the log."""
+    run(backend, world_size, trains, CASES[name], tmp_path)
+
+
+@worlds
+@pytest.mark.parametrize("name", ["gpt2", "llama tied, by class", "accumulation, no clipping", "lora"])
+def test_stage2_mixin(tmp_path: Path, name: str, backend: str, world_size: int) -> None:
+    """Beside DDP and torch.optim.ASGD."""
+    case = CASES[name]
+    run(backend, world_size, trains, Case(**{**case.__dict__, "stage": 2}), tmp_path)
+
+
+def test_torch_compile(tmp_path: Path) -> None:
+    """Of the model; ``step()`` stays outside. (Inductor takes minutes on a CPU.)"""
+    args = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
+    run("none", 1, trains, Case(args=args), tmp_path)
+
+
+# --- checkpoints and the average ---------------------------------------------------------------------------------
+
+SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "save_total_limit": 5}
+
+
+def saves(rank: int, world_size: int, case: Case, folder: Path) -> None:
+    """Job: both scripts train without a break, and save in the middle."""
+    for ours in (False, True):
+        with launched(rank, world_size):
+            place = folder / ("ours" if ours else "torch")
+            trainer = trainer_of(case, place, ours, [ShardedASGDCallback()] if ours else None, **SAVES)
+            trainer.train()
+            if trainer.args.should_save:
+                torch.save(bits(trainer), place / "bits.pt")
+            elif ours:
+                bits(trainer)
+            trainer.accelerator.wait_for_everyone()
+
+
+def resumes(rank: int, world_size: int, case: Case, folder: Path, same: bool) -> None:
+    """Job: new scripts resume from the checkpoints of both, also from each other's."""
+    found = {}
+    for ours, source in ((False, "torch"), (True, "ours"), (True, "torch"), (False, "ours")):
+        with launched(rank, world_size):
+            place = folder / f"{ours} from {source} on {rank}"
+            trainer = trainer_of(case, place, ours, [ShardedASGDCallback()] if ours else None, **SAVES)
+            trainer.train(resume_from_checkpoint=str(folder / source / "checkpoint-3"))
+            found[f"{ours} {source}"] = bits(trainer)
+    wanted = torch.load(folder / "torch" / "bits.pt") if same else found["False torch"]
+    for got in found.values():
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize("name", ["gpt2", "llama tied, by class", "lora"])
+def test_resume_from_checkpoint(tmp_path: Path, name: str, before: int, after: int) -> None:
+    """On the same number of ranks as if nothing had happened; on another as with torch.optim.ASGD."""
+    case = CASES[name]
+    run("gloo" if before > 1 else "none", before, saves, case, tmp_path)
+    run("gloo" if after > 1 else "none", after, resumes, case, tmp_path, before == after)
+
+
+def test_resume_in_stage2(tmp_path: Path) -> None:
+    """From its own checkpoint."""
+    case = Case(stage=2, args={"max_grad_norm": 0.0})
+    run("gloo", 2, saves, case, tmp_path)
+    run("gloo", 2, resumes, case, tmp_path, True)
+
+
+def fully_sharded(rank: int, world_size: int, folder: Path) -> None:
+    """Job: FSDP2 by the Trainer's plugin, without a break and resumed. Accelerate takes it on accelerators only."""
+    found = []
+    case = Case("llama", tied=False)
+    for ours in (False, True):
+        for checkpoint in (None, str(folder / f"{ours}" / "checkpoint-3")):
+            with launched(rank, world_size):
+                callbacks: list[TrainerCallback] = [ShardedASGDCallback()] if ours else []
+                trainer = trainer_of(case, folder / f"{ours}", ours, callbacks, **SAVES)
+                for state in (PartialState(), trainer.accelerator.state):
+                    state.distributed_type = DistributedType.FSDP
+                trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                    fsdp_version=2,
+                    auto_wrap_policy="transformer_based_wrap",
+                    transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+                )
+                trainer.is_fsdp_enabled, trainer.args.fsdp = True, "fsdp"
+                trainer.train(resume_from_checkpoint=checkpoint)
+                found.append({name: p.detach().full_tensor() for name, p in trainer.model.named_parameters()})
+    for got in found[1:]:
+        assert_same(got, found[0])
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    """Checkpoints and resume included."""
+    run("gloo", 2, fully_sharded, tmp_path)
+
+
+class Losses(TrainerCallback):
+    """Evaluates by hand what the Trainer should have evaluated: the average."""
+
+    def __init__(self) -> None:
+        self.average: list[float] = []
+        self.last: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate:
+            optimizer = sharded_asgd(kwargs["optimizer"])
+            self.last.append(loss_of(kwargs["model"]))
+            with optimizer.averaged_parameters():
+                self.average.append(loss_of(kwargs["model"]))
+
+
+@torch.no_grad()
+def loss_of(model: Any) -> float:
+    """The mean loss of the evaluation."""
+    ids = Tokens(8).ids
+    model.eval()
+    loss = float(model(input_ids=ids, labels=ids).loss)
+    model.train()
+    return loss
+
+
+BEST: dict[str, Any] = {
+    **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 8},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False},
+}
+
+
+def picks_best(rank: int, world_size: int, case: Case, folder: Path, averaged: bool) -> None:
+    """Job: evaluations, files and the model at the end are those of the average, or of the last iterate."""
+    with launched(rank, world_size):
+        losses = Losses()
+        callback = ShardedASGDCallback(evaluate_average=averaged, save_average=averaged)
+        trainer = trainer_of(case, folder, True, [losses, callback], **BEST | case.args)
+        trainer.train()
+        evaluated = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+        wanted = losses.average if averaged else losses.last
+        # For GPT-2 the Trainer divides by 8 tokens, of which 7 have a loss.
+        factor = 7 / 8 if case.model == "gpt2" else 1.0
+        assert evaluated == pytest.approx([factor * loss for loss in wanted], abs=1e-5)
+        assert losses.average[-1] != pytest.approx(losses.last[-1], abs=1e-5)
+        assert loss_of(trainer.model) == pytest.approx(min(wanted), abs=1e-5)
+        if averaged:
+            best = Path(trainer.state.best_model_checkpoint)
+            assert (best / "averaged" / "config.json").exists() or case.lora
+            assert (best / "optimizer.pt").exists()
+
+
+@worlds
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize(("name", "strategy"), [("gpt2", "steps"), ("llama", "best"), ("lora", "steps")])
+def test_load_best_model_at_end(
+    tmp_path: Path, name: str, strategy: str, averaged: bool, backend: str, world_size: int
+) -> None:
+    """With the callback, evaluations and the best model are the average."""
+    case = Case(**{**CASES[name].__dict__, "args": {"save_strategy": strategy}})
+    run(backend, world_size, picks_best, case, tmp_path, averaged)
+
+
+class Ended(TrainerCallback):
+    """What the launcher does to the other ranks once the one that writes has failed."""
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("ended by the launcher")
+
+
+def saves_a_part(rank: int, world_size: int, folder: Path) -> None:
+    """Job: the callback is missing. The rank that writes raises."""
+    advice = r"transformers.ShardedASGDCallback\(\) to the Trainer's callbacks"
+    with launched(rank, world_size):
+        trainer = trainer_of(Case(), folder, True, [Ended()], **SAVES)
+        with pytest.raises(RuntimeError, match="ended by the launcher" if rank else advice):
+            trainer.train()
+
+
+def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path) -> None:
+    """With the line that makes it whole."""
+    run("gloo", 2, saves_a_part, tmp_path)
+
+
+# --- what cannot work ------------------------------------------------------------------------------------------
+
+
+def wrong(rank: int, world_size: int, what: str, folder: Path) -> None:
+    """Job: a script that cannot work."""
+    with launched(rank, world_size):
+        if what == "stage 2 without the mixin":
+            case = Case(stage=2)
+            trainer = trainer_of(case, folder, True)
+            trainer = Trainer(
+                model=trainer.model,
+                args=trainer.args,
+                train_dataset=Tokens(16),
+                optimizers=(sharded_asgd(trainer.optimizer), None),
+            )
+        elif what == "the mixin in stage 1":
+            trainer = trainer_of(Case(), folder, True)
+            trainer.__class__ = Stage2Trainer
+        else:
+            trainer = trainer_of(Case(stage=2, args={"torch_compile": True}), folder, True)
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("stage 2 without the mixin", "With stage=2 do not wrap the model in DDP"),
+        ("the mixin in stage 1", "Stage2Mixin is for ShardedASGD(stage=2)"),
+        ("compiled in stage 2", "Call model.compile() instead"),
+    ],
+)
+def test_what_cannot_work_is_an_error_on_every_rank(tmp_path: Path, what: str, message: str) -> None:
+    """With the remedy."""
+    for error in run_errors("gloo", 2, wrong, what, tmp_path):
+        assert message in error.message
