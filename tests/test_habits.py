@@ -46,6 +46,6 @@ def test_the_citation_has_the_version_of_the_package() -> None:
 def test_contributing_names_files_that_exist() -> None:
     """A newcomer is not sent to a file that has moved."""
     text = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    named = re.findall(r"(?<![\w/])(?:dist_asgd|tests|launch|benchmarks|docs)/[\w./]*", text)
+    named = re.findall(r"(?<![\w/])(?:dist_asgd|tests|launch|benchmarks|docs)/[\w./-]*", text)
     assert named
     assert [path for path in named if not (REPOSITORY / path.rstrip(".")).exists()] == []
