@@ -8,6 +8,7 @@ import tempfile
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,6 +17,7 @@ from tests.launch.runs import REPOSITORY
 
 TRAIN = REPOSITORY / "launch" / "trainer" / "train.py"
 TIMEOUT_S = 120.0
+_kept: dict[str, Any] = {}
 
 
 def run_ranks(
@@ -75,4 +77,6 @@ def _rank(command: list[str], environment: dict[str, str], output: str, cwd: Pat
     sys.argv = command
     # As for a script: it imports what lies beside it.
     sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    # The script's objects live until the process ends, as they do without this harness. If the last reference to a
+    # process group went here, its destructor would wait, with the GIL, for a thread that needs the GIL.
+    _kept.update(runpy.run_path(command[0], run_name="__main__"))
