@@ -37,6 +37,9 @@ JOB_TIMEOUT_S = 60.0
 # Groups that jobs have made (for meshes and checkpoints) keep threads and connections, and fill the store. Beyond this
 # number of groups the ranks destroy all of them and make a new default group.
 MAX_GROUPS = 16
+# What FSDP1 and device meshes leave behind keeps threads of Gloo, each of which wakes a hundred times a second. Beyond
+# this number of threads a rank had better be a new process.
+MAX_THREADS = 40
 _STOP, _REGROUP, _JOB = "stop", "regroup", "job"
 # Modules that jobs would otherwise load in every rank. torch's optimizers load the compiler in their first step.
 _PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis", "dist_asgd.checkpoint.save"]
@@ -73,6 +76,7 @@ class ProcessPool:
         self._folder = Path(tempfile.mkdtemp(prefix="dist_asgd_ranks_"))
         self._num_groups = 0
         self._open_groups = 0
+        self._num_threads = 0
         context = loaded_context()
         self._connections: list[Connection] = []
         self._processes = []
@@ -95,6 +99,9 @@ class ProcessPool:
             self._kill()
         elif self._open_groups > MAX_GROUPS or any(o.error is not None for o in outcomes):
             self._command(_REGROUP, self._next_group_path())
+            if self._num_threads > MAX_THREADS:
+                self.close()
+                self.broken = True
         return outcomes
 
     def close(self) -> None:
@@ -126,7 +133,7 @@ class ProcessPool:
                 rank = missing[connection]
                 seconds = time.monotonic() - started
                 try:
-                    value, error, self._open_groups = pickle.loads(connection.recv_bytes())
+                    value, error, self._open_groups, self._num_threads = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionError):
                     self.broken = True
                     self._processes[rank].join(5.0)
@@ -208,11 +215,16 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> N
                     dist.barrier()
                     dist.destroy_process_group()
                     return
-                answer = pickle.dumps((value, None, dist.get_pg_count()))
+                answer = pickle.dumps((value, None, dist.get_pg_count(), _count_threads()))
             except BaseException as raised:
                 error = RankError.of(rank, raised)
-                answer = pickle.dumps((None, error, 0))
+                answer = pickle.dumps((None, error, 0, 0))
             connection.send_bytes(answer)
+
+
+def _count_threads() -> int:
+    """The threads of this process, those of Gloo included; 0 if the system does not tell."""
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 
 
 def _regroup(rank: int, world_size: int, path: str) -> None:
