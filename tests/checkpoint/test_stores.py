@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -516,3 +517,45 @@ def test_a_store_that_is_down_is_not_taken_for_damage() -> None:
     restored = manager.restore(live.model, live.optimizer, fallback=True)
     assert restored is not None
     assert (restored.step, restored.skipped) == (2, ())
+
+
+def test_removing_a_checkpoint_of_many_ranks_takes_few_turns(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests go side by side: the manifest is gone before them, and the owner file stays until after them."""
+    path = as_path("memory://a")
+    for rank in range(64):
+        memory.pipe_file(f"/a/__{rank}_0-0123456789ab.distcp", b"x")
+    memory.pipe_file("/a/manifest.json", b"x")
+    order: list[str] = []
+    together = threading.Barrier(8)
+    original = MemoryFileSystem.rm_file
+
+    def rm_file(self: Any, name: str) -> None:
+        if name.endswith(".distcp"):
+            # Passes only if eight are under way at a time.
+            together.wait(timeout=10)
+        order.append(name.rpartition("/")[2])
+        original(self, name)
+
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", rm_file)
+    store_directory.remove(path)  # type: ignore[arg-type]
+    assert (order[0], order[-1]) == ("manifest.json", ".writer")
+    assert not memory.find("/a")
+
+
+def test_a_huge_owner_file_is_not_read_whole(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write to the store cannot fill this rank's memory by it."""
+    memory.pipe_file("/a/.writer", b"x" * (1 << 20))
+    read: list[int] = []
+    original = MemoryFileSystem.cat_file
+
+    def cat_file(self: Any, name: str, start: Any = None, end: Any = None, **options: Any) -> Any:
+        found = original(self, name, start=start, end=end, **options)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    live = build("single").train(1)
+    save_checkpoint("memory://a", live.model, live.optimizer, step=1)
+    assert max(read) <= 1 << 16

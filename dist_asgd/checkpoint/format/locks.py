@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 OWNER_NAME = ".writer"
 # An owner file has one line for its writer and one for each that was refused.
-_MAX_OWNER_BYTES = 1 << 16
+MAX_OWNER_BYTES = 1 << 16
 # Whoever looks at a lock holds it for a moment.
 _TRIES, _PAUSE_S = 20, 0.01
 
@@ -69,7 +69,7 @@ class OwnerLock:
 
     def refused(self) -> list[str]:
         """Return the other writers that wanted to write to the same path while the lock was held."""
-        return _writers(os.pread(self.descriptor, _MAX_OWNER_BYTES, 0))[1:]
+        return _writers(os.pread(self.descriptor, MAX_OWNER_BYTES, 0))[1:]
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def writer_of(directory: Path) -> str | None:
         locked = _lock(descriptor)
         if locked:
             return None
-        data = os.pread(descriptor, _MAX_OWNER_BYTES, 0)
+        data = os.pread(descriptor, MAX_OWNER_BYTES, 0)
         here, alive = _owner_state(data)
         # A process that was forked from the writer keeps the lock, also after the writer has died.
         if (here and not alive) or (locked is None and not here):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from . import stores
-from .locks import OWNER_NAME, living_owner, owner_record
+from .locks import MAX_OWNER_BYTES, OWNER_NAME, living_owner, owner_record
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, checked_bytes, hash_of
 from .metadata import METADATA_NAME
 from .writer import WrittenFile
@@ -52,7 +52,7 @@ class StoreDirectory:
             stores.put(self.path / name, data)
         except FileExistsError:
             # If an answer is lost, the store's library tries again, and then meets the object of its first try.
-            if stores.read(self.path / name) != data:
+            if stores.read(self.path / name, len(data) + 1) != data:
                 raise ValueError(
                     f"dist_asgd: another save {what} writes to {self.path}. {_APART} Nothing of the other was changed."
                 ) from None
@@ -93,14 +93,20 @@ class StoreDirectory:
             sizes = stores.sizes_in(self.path, missing_ok=True)
             data = [self.path / name for name in sizes if f"{self.tag}." in name]
             # The manifest first. Another save that has taken the path over keeps what is its own.
-            stores.remove([*self._own(MANIFEST_NAME, sizes), *data, *self._own(METADATA_NAME, sizes)])
+            stores.remove(self._own(MANIFEST_NAME, sizes))
+            stores.remove_all([*data, *self._own(METADATA_NAME, sizes)])
             stores.remove(self._own(OWNER_NAME, sizes))
             self._has_ended = True
 
     def _own(self, name: str, sizes: Mapping[str, int]) -> list[UPath]:
         """Return the path of an object if it is there, and this save wrote it."""
-        data = self._objects.get(name, b"")
-        is_own = name in sizes and sizes[name] == len(data) and stores.read(self.path / name) == data
+        data = self._objects.get(name)
+        is_own = (
+            data is not None
+            and name in sizes
+            and sizes[name] == len(data)
+            and stores.read(self.path / name, len(data)) == data
+        )
         return [self.path / name] if is_own else []
 
     def close(self) -> None:
@@ -136,7 +142,7 @@ def begin(path: UPath) -> StoreDirectory:
 
 def _remove_leftover(path: UPath) -> None:
     """Remove the files that a crashed save has left; raises ValueError if a process of this host is writing them."""
-    owner = stores.read(path / OWNER_NAME)
+    owner = stores.read(path / OWNER_NAME, MAX_OWNER_BYTES)
     alive = living_owner(owner)
     if alive is not None:
         raise ValueError(
@@ -146,7 +152,8 @@ def _remove_leftover(path: UPath) -> None:
     own = [n for n in stores.sizes_in(path, missing_ok=True) if _OWN_FILE.fullmatch(n) or n == METADATA_NAME]
     _LOG.warning("removing what a save to %s that did not end has left: %d files", path, len(own))
     # The owner file last: until then the next save knows what the rest is.
-    stores.remove([*(path / name for name in own), path / OWNER_NAME])
+    stores.remove_all(path / name for name in own)
+    stores.remove([path / OWNER_NAME])
 
 
 def remove_leftovers(folder: UPath, is_wanted: Callable[[str], bool]) -> None:
@@ -169,4 +176,6 @@ def remove(path: UPath) -> None:
         stores.put(path / OWNER_NAME, owner_record())
     first = [path / MANIFEST_NAME] if MANIFEST_NAME in names else []
     rest = [path / name for name in names if name not in (MANIFEST_NAME, OWNER_NAME)]
-    stores.remove([*first, *rest, path / OWNER_NAME])
+    stores.remove(first)
+    stores.remove_all(rest)
+    stores.remove([path / OWNER_NAME])

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import io
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Small chunks that follow each other, and blocks of a whole object, are read with few requests.
 _READ_AHEAD_BYTES = 1 << 23
+# How many requests remove_all() has under way.
+_NUM_REQUESTS = 32
 _NUMBERS = ((FileNotFoundError, errno.ENOENT), (FileExistsError, errno.EEXIST), (PermissionError, errno.EACCES))
 
 
@@ -111,10 +114,10 @@ def put(path: UPath, data: bytes) -> None:
             path.fs.pipe_file(path.path, data)
 
 
-def read(path: UPath) -> bytes:
-    """Return the bytes of a small object."""
+def read(path: UPath, max_bytes: int) -> bytes:
+    """Return the bytes of an object, the first ``max_bytes`` of them if it has more."""
     with _as_os_error(path):
-        return cast(bytes, path.fs.cat_file(path.path))
+        return cast(bytes, path.fs.cat_file(path.path, start=0, end=max_bytes))
 
 
 def exists(path: UPath) -> bool:
@@ -160,6 +163,13 @@ def remove(paths: Iterable[UPath]) -> None:
     for path in paths:
         with contextlib.suppress(FileNotFoundError), _as_os_error(path):
             path.fs.rm_file(path.path)
+
+
+def remove_all(paths: Iterable[UPath]) -> None:
+    """Remove objects in any order, many at a time: a checkpoint has one for each rank."""
+    with ThreadPoolExecutor(_NUM_REQUESTS) as threads:
+        for _ in threads.map(lambda path: remove([path]), paths):
+            pass
 
 
 def move(source: UPath, target: UPath) -> None:
