@@ -77,6 +77,7 @@ class ProcessPool:
         self._num_groups = 0
         self._open_groups = 0
         self._num_threads = 0
+        self._next_names: set[int] = set()
         context = loaded_context()
         self._connections: list[Connection] = []
         self._processes = []
@@ -94,10 +95,16 @@ class ProcessPool:
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Outcome]:
         """Run one job on every rank. On return the pool is ready for the next job, or ``broken``."""
+        self._next_names.clear()
         outcomes = self._command(_JOB, (fn, args), timeout_s)
         if self.broken:
             self._kill()
-        elif self._open_groups > MAX_GROUPS or any(o.error is not None for o in outcomes):
+        elif (
+            self._open_groups > MAX_GROUPS
+            # Ranks on which the next group would have different names would never find each other.
+            or len(self._next_names) > 1
+            or any(o.error is not None for o in outcomes)
+        ):
             self._command(_REGROUP, self._next_group_path())
             if self._num_threads > MAX_THREADS:
                 self.close()
@@ -133,7 +140,9 @@ class ProcessPool:
                 rank = missing[connection]
                 seconds = time.monotonic() - started
                 try:
-                    value, error, self._open_groups, self._num_threads = pickle.loads(connection.recv_bytes())
+                    value, error, *counts = pickle.loads(connection.recv_bytes())
+                    self._open_groups, next_name, self._num_threads = counts
+                    self._next_names.add(next_name)
                 except (EOFError, ConnectionError):
                     self.broken = True
                     self._processes[rank].join(5.0)
@@ -215,10 +224,12 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> N
                     dist.barrier()
                     dist.destroy_process_group()
                     return
-                answer = pickle.dumps((value, None, dist.get_pg_count(), _count_threads()))
+                # torch names a group by the number of those that this rank has made before.
+                next_name = dist.distributed_c10d._world.group_count
+                answer = pickle.dumps((value, None, dist.get_pg_count(), next_name, _count_threads()))
             except BaseException as raised:
                 error = RankError.of(rank, raised)
-                answer = pickle.dumps((None, error, 0, 0))
+                answer = pickle.dumps((None, error, 0, 0, 0))
             connection.send_bytes(answer)
 
 
