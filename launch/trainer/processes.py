@@ -3,6 +3,7 @@
 Small values are exchanged over a Gloo group of their own, on the CPU, where they never wait for a GPU's stream.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -48,7 +49,13 @@ class Processes:
         """Wait for all ranks, since one that leaves early can abort its peers, and leave the groups. Collective."""
         if self.is_distributed:
             dist.barrier(group=self._control)
+            groups = [dist.group.WORLD, self._control]
             dist.destroy_process_group()
+            # A thread of Gloo that still lets go of a tensor when Python ends aborts the process. Freed here, the
+            # groups wait for their threads; freed inside the call above, they would hold the lock that those need.
+            self._control = None
+            groups.clear()
+            gc.collect()
 
     def synchronize(self) -> None:
         """Wait until the device is idle, so that a clock can be read."""
