@@ -27,10 +27,11 @@ from . import own_entries
 from .apply import apply
 from .containers import Containers
 from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, param_fragments
-from .format.layouts import Prefix, hint
+from .format.chunk_table import ChunkTable
+from .format.layouts import Prefix, check_prefix, hint
 from .format.manifest import CheckpointError
 from .format.paths import AnyPath, UserPath, as_path
-from .format.reader import CheckedReader
+from .format.reader import CheckedReader, OpenCheckpoint, identity_of
 from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex, listed
 from .names import Names, names_of
 from .options import group_options, option_keys_of, option_values
@@ -51,7 +52,6 @@ class CheckpointState:
         fragments: (live fragment, loaded fragment) pairs of these parameters.
         optimizer: for ``optimizer.load_state_dict()``.
         extra: what this rank gave as ``extra``, or None.
-        save_id: DCP's identifier of the save, None if the checkpoint has none.
         step: the number of steps of the manifest, None without a manifest.
         mismatch: the names that were not loaded.
         without_master: the parameters whose float32 masters are dropped, because the optimizer has none.
@@ -61,7 +61,6 @@ class CheckpointState:
     fragments: list[tuple[ShardTensor, ShardTensor]]
     optimizer: dict[str, Any]
     extra: Any
-    save_id: str | None
     step: int | None
     mismatch: KeyMismatch
     without_master: list[str]
@@ -133,19 +132,15 @@ def restore(
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
     adopt_params(optimizer)
+    reader = _open_together(saver, call, path, strict, verify, prefix)
     loaded: CheckpointState | None = None
     while loaded is None or take_in(optimizer, loaded.with_average):
-        fingerprint, problem = NO_FINGERPRINT, None
+        problem: Exception | None = None
         try:
-            saver.wait_pending()
-            reader = CheckedReader(path, verify=verify, prefix=prefix)
             loaded = _read_state(as_path(path), reader, model, optimizer, strict, saver)
-            entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", loaded.save_id)]
-            entries.append(("prefix", repr(prefix)))
-            fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
         except Exception as error:
             problem = error
-        saver.agree(call, fingerprint, problem)
+        saver.agree(call, NO_FINGERPRINT, problem)
     apply(loaded, path, saver, call, model, optimizer)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
@@ -158,6 +153,34 @@ def restore(
             listed(loaded.without_master),
         )
     return loaded
+
+
+def _open_together(
+    saver: Saver, call: CollectiveCall, path: UserPath, strict: bool, verify: bool, prefix: Prefix
+) -> CheckedReader:
+    """Return a reader of the checkpoint, whose metadata and manifest rank 0 alone reads. Collective; raises on all.
+
+    The other ranks make sure that their path leads to the same checkpoint, and get all that rank 0 has read.
+    """
+    fingerprint, problem, opened = NO_FINGERPRINT, None, None
+    try:
+        saver.wait_pending()
+        check_prefix(prefix)
+        if saver.rank == 0:
+            opened = OpenCheckpoint(path, verify=verify, prefix=prefix)
+        identity = identity_of(path, verify=verify)
+        entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", identity)]
+        entries.append(("prefix", repr(prefix)))
+        fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
+    except Exception as error:
+        problem = error
+    saver.agree(call, fingerprint, problem)
+    if saver.world_size > 1:
+        packed = saver.from_first(b"" if opened is None else opened.table().pack())
+        # Rank 0 too: the table finds the chunks that a rank needs faster, and takes less memory.
+        opened = OpenCheckpoint.of_table(path, ChunkTable.unpack(packed))
+    assert opened is not None
+    return CheckedReader.of(opened)
 
 
 def _read_state(
@@ -182,14 +205,13 @@ def _read_state(
         mismatch.hint = hint(checkpoint.keys, names.of_model.values())
     mismatch.check(path, strict)
     checkpoint.read_tensors()
-    manifest, meta = reader.opened.manifest, reader.opened.metadata.storage_meta
+    saved_by = reader.opened.saved_by
     return CheckpointState(
         model_state,
         fragments,
         optimizer_state,
-        _extra(checkpoint, saver.rank if manifest is None or manifest.world_size == saver.world_size else 0),
-        None if meta is None else meta.save_id,
-        None if manifest is None else manifest.step,
+        _extra(checkpoint, saver.rank if saved_by is None or saved_by.world_size == saver.world_size else 0),
+        None if saved_by is None else saved_by.step,
         mismatch,
         _without_master(names, masters, with_master, optimizer),
     )

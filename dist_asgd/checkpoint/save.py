@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -28,6 +29,7 @@ from .format import folder
 from .format.directory import metadata_of
 from .format.folder import NewCheckpoint
 from .format.paths import AnyPath, UserPath, absolute, as_path
+from .format.room import check_room, least_bytes
 from .format.writer import Frames, RankFile, WrittenFile
 from .staging import StagingArea
 
@@ -154,6 +156,17 @@ class Saver:
         result = self._run_on_first(call, action)
         assert self._background is not None
         return cast(T, self._background.exchange_objects(result)[0])
+
+    def from_first(self, data: bytes) -> bytes:
+        """Return rank 0's ``data`` on every rank; what other ranks pass is ignored. Collective, after ``agree``."""
+        assert self._background is not None
+        words = torch.tensor([len(data)], device="cpu")
+        numels = [int(self._background.exchange(words)()[0, 0]), *[0] * (self.world_size - 1)]
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else torch.empty(0).byte()
+        places = [torch.empty(numel, dtype=torch.uint8, device="cpu") for numel in numels]
+        # A gather in which rank 0 alone has something to send.
+        self._background.gather(own, places, numels, None)
+        return places[0].numpy().tobytes()
 
     def _run_on_first(self, call: CollectiveCall, action: Callable[[], T]) -> T | None:
         """Run ``action`` on rank 0, which alone gets its result. Collective; its error is raised on every rank."""
@@ -301,6 +314,11 @@ class Saver:
             problem = _save_error(path, error)
         # A rank with a problem takes part in the collectives up to the next agreement, where all ranks raise it.
         chunks = without_copies(local.chunks, self._background)
+        sums = self._background.exchange(torch.tensor(least_bytes(chunks), device="cpu"))().sum(0).tolist()
+        try:
+            check_room(path, *sums)
+        except Exception as error:
+            problem = problem or error
         with RankFile(temporary, self.rank, self._frames, tag) as file:
             try:
                 written = None if problem else file.write(chunks, local.paths)

@@ -4,6 +4,8 @@
 its caller keeps, and the other ranks hold at most what they send of one batch.
 
 batch       tensors that are gathered with one message per rank: those of a bucket, or some DTensors of one dtype
+collective  what backends such as NCCL have for a batch, if all ranks send as much; with messages of other sizes they
+            need a broadcast from every rank in its place
 region      the elements of a DTensor that one rank sends, see ``RankRegion``; ranks exchange their regions once
 staging     the buffer in which the messages of a batch arrive; the next batch uses it again
 """
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
+from ..comm.base import ShardCollectives
 from ..placements.presharded import DTensorParam
 from ..placements.shard_tensor import ShardTensor
 from ..storage.buffers import Bucket, BucketParam, ShardedParam
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 # The size of a batch of DTensors, as bytes of whole tensors. A larger tensor is a batch of its own.
 MAX_BYTES = 8 << 20
+# The size of the staging for a bucket that a collective gathers. A larger bucket takes several, and room on the host:
+# the memory of an accelerator is for training.
+MAX_STAGING_BYTES = 256 << 20
 
 
 def whole_state(
@@ -45,12 +51,12 @@ def whole_state(
         to: the receiving rank, counted among all ranks of the optimizer.
         masters: also yield the float32 ``master`` of parameters that have one.
         one_by_one: if False, a batch is a bucket, or up to ``MAX_BYTES`` of DTensors, and every tensor is new and on
-            the CPU. If True, a batch is one tensor, which may lie on the parameter's device, and in memory that the
-            next one overwrites.
+            the CPU. If True, a tensor may lie on the parameter's device, and in memory that the next one overwrites.
+            On backends that send messages between two ranks (Gloo) a batch is then one tensor.
     """
     staging = _Staging()
     in_buckets = [param for param in params if isinstance(param, BucketParam)]
-    for batch in _bucket_batches(in_buckets, one_by_one):
+    for batch in _bucket_batches(in_buckets, one_by_one, communicators):
         bucket = batch.bucket
         for key, shard in (bucket.state_shards() if masters else {"ax": bucket.average}).items():
             flat = _gather_bucket(batch, shard, communicators, to, staging)
@@ -64,7 +70,7 @@ def whole_state(
         return
     averages = [param.state_entry(param.average) for param in dtensors]
     assembly = _Assembly(averages, communicators, to, staging)
-    for run in _runs(averages, one_by_one):
+    for run in _runs(averages, one_by_one and not assembly.needs_collectives(averages[0].device)):
         # float32 masters are made for this call, so only those of one batch exist at a time.
         fragments = [dtensors[i].state_fragments() if masters else {"ax": dtensors[i].average} for i in run]
         for key in fragments[0]:
@@ -89,14 +95,14 @@ def whole_dtensors(
 
 
 class _Staging:
-    """One buffer for each device and dtype; ``take`` overwrites what an earlier call for the same ones returned."""
+    """One buffer for each use, device and dtype; ``take`` overwrites what the last call for the same ones returned."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
 
-    def take(self, device: torch.device, dtype: torch.dtype, numel: int) -> Tensor:
+    def take(self, device: torch.device, dtype: torch.dtype, numel: int, use: str = "messages") -> Tensor:
         """Return an uninitialised buffer ``(numel,)``."""
-        key = (device, dtype)
+        key = (device, dtype, use)
         if key not in self._buffers or self._buffers[key].numel() < numel:
             # The smaller buffer is dropped first, so that there are never two.
             self._buffers.pop(key, None)
@@ -116,17 +122,22 @@ class _BucketBatch(NamedTuple):
     stop: int
 
 
-def _bucket_batches(params: Sequence[BucketParam], one_by_one: bool) -> list[_BucketBatch]:
+def _bucket_batches(
+    params: Sequence[BucketParam], one_by_one: bool, communicators: Communicators
+) -> list[_BucketBatch]:
     """Make the batches, the largest first: the staging buffer is then allocated once."""
-    if one_by_one:
-        batches = [_BucketBatch(p.bucket, [p], p.slot.offset, p.slot.stop) for p in params]
-    else:
-        by_bucket: dict[int, _BucketBatch] = {}
-        for p in params:
+    batches: list[_BucketBatch] = []
+    by_bucket: dict[int, _BucketBatch] = {}
+    for p in params:
+        # Only some ranks have a fragment of a parameter, of any size: no collective gathers that.
+        if one_by_one and not communicators.on(p.bucket.device).contiguous:
+            batches.append(_BucketBatch(p.bucket, [p], p.slot.offset, p.slot.stop))
+            continue
+        if id(p.bucket) not in by_bucket:
             # All of the bucket travels: shards have one size, for which backends have their fastest gather.
-            whole = _BucketBatch(p.bucket, [], 0, p.bucket.layout.numel)
-            by_bucket.setdefault(id(p.bucket), whole).params.append(p)
-        batches = list(by_bucket.values())
+            by_bucket[id(p.bucket)] = _BucketBatch(p.bucket, [], 0, p.bucket.layout.numel)
+            batches.append(by_bucket[id(p.bucket)])
+        by_bucket[id(p.bucket)].params.append(p)
     return sorted(batches, key=lambda batch: batch.stop - batch.start, reverse=True)
 
 
@@ -145,6 +156,9 @@ def _gather_bucket(
     if to is not None and target is None:
         # Rank `to` is of another replica, which has all shards itself.
         return None
+    collectives = communicators.on(batch.bucket.device)
+    if collectives.contiguous and stop - start == batch.bucket.layout.numel:
+        return _gather_columns(shard, collectives, here, target, staging)
     spans = []  # the elements that each rank holds, counted in the bucket
     for first in range(0, communicators.num_shards * shard_numel, shard_numel):
         low = min(max(start, first), first + shard_numel)
@@ -156,8 +170,34 @@ def _gather_bucket(
         None if flat is None else [flat[low - start : high - start] if high > low else flat[:0] for low, high in spans]
     )
     numels = [high - low for low, high in spans]
-    communicators.on(batch.bucket.device).gather(shard[low - own_start : high - own_start], places, numels, target)
+    collectives.gather(shard[low - own_start : high - own_start], places, numels, target)
     return flat
+
+
+def _gather_columns(
+    shard: Tensor, collectives: ShardCollectives, here: bool, target: int | None, staging: _Staging
+) -> Tensor | None:
+    """Collective. Gather a whole bucket: return its elements where they are received, ``here``, and None elsewhere.
+
+    Of a bucket larger than ``MAX_STAGING_BYTES`` ranks send one range of their shards after the other, and it is put
+    together on the host.
+    """
+    num_shards, shard_numel = collectives.world_size, len(shard)
+    width = max(1, min(shard_numel, MAX_STAGING_BYTES // (num_shards * shard.itemsize)))
+    whole: Tensor | None = None
+    if here and width < shard_numel:
+        whole = staging.take(torch.device("cpu"), shard.dtype, num_shards * shard_numel, "bucket")
+        whole = whole.view(num_shards, shard_numel)
+    rows: Tensor | None = None
+    for first in range(0, shard_numel, width):
+        sent = shard[first : first + width]
+        if here:
+            rows = staging.take(shard.device, shard.dtype, num_shards * len(sent)).view(num_shards, len(sent))
+        collectives.gather(sent, None if rows is None else list(rows), [len(sent)] * num_shards, target)
+        if whole is not None and rows is not None:
+            whole[:, first : first + width].copy_(rows)
+    received = rows if whole is None else whole
+    return None if received is None else received.view(-1)
 
 
 def _view(param: BucketParam, reals: Tensor) -> Tensor:
@@ -244,12 +284,17 @@ class _Assembly:
         own = [RankRegion.of(_fragment(tensor), tensor.dim()) for tensor in tensors]
         words = torch.tensor([word for region in own for word in region.words], dtype=torch.int64, device="cpu")
         rows = communicators.host.exchange(words)().tolist()
+        self._everyone = tuple(communicators.ranks)
         self._regions: list[list[RankRegion]] = []  # of each tensor, one per rank
         first = 0
         for shape in self._shapes:
             stop = first + 3 * len(shape) + 2
             self._regions.append(_without_copies([RankRegion.from_words(row[first:stop], len(shape)) for row in rows]))
             first = stop
+
+    def needs_collectives(self, device: torch.device) -> bool:
+        """Whether a batch on ``device`` costs a collective, or only messages of the ranks that have some of it."""
+        return self._communicators.among(self._everyone, device).contiguous
 
     def gather(self, run: range, tensors: Sequence[DTensor]) -> list[Tensor]:
         """Collective. Return the whole tensors, new, contiguous and on the CPU; [] on ranks that receive nothing.
@@ -264,14 +309,18 @@ class _Assembly:
         numels = [width * sum(self._regions[i][r].numel for i in run) for r in range(self._communicators.world_size)]
         here = self._to is None or self._to == rank
         wholes = [torch.empty(self._shapes[i], dtype=first.dtype, device="cpu") for i in run if here]
+        everyone, padded = self._communicators.among(self._everyone, device), max(numels)
+        # Messages that are nearly equal are padded, so that a collective takes them.
+        is_even = everyone.contiguous and 0 < padded * len(numels) <= 2 * sum(numels)
+        lengths = [padded] * len(numels) if is_even else numels
         # If all fragments of a single tensor are consecutive in it, they arrive in place and need no staging.
-        in_place = self._places_in(run, wholes) if here and device.type == "cpu" else None
+        in_place = self._places_in(run, wholes) if here and device.type == "cpu" and lengths == numels else None
         places = in_place
         if here and places is None:
-            places = list(torch.split(self._staging.take(device, dtype, sum(numels)), numels))
-        message = sent[0] if len(sent) == 1 else torch.cat([torch.empty(0, dtype=dtype, device=device), *sent])
-        everyone = self._communicators.among(tuple(self._communicators.ranks), device)
-        everyone.gather(message, places, numels, self._to)
+            places = list(torch.split(self._staging.take(device, dtype, sum(lengths)), lengths))
+        filling = torch.zeros(lengths[rank] - numels[rank], dtype=dtype, device=device)
+        message = sent[0] if len(sent) == 1 and not len(filling) else torch.cat([*sent, filling])
+        everyone.gather(message, places, lengths, self._to)
         if places is not None and places is not in_place:
             self._unpack(run, places, wholes)
         return wholes

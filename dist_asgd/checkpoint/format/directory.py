@@ -37,9 +37,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from .locks import OWNER_NAME, OwnerLock, lock_to_remove, writer_of
 from .manifest import FileEntry, Manifest, write_manifest
-from .metadata import MAX_METADATA_BYTES, METADATA_NAME
+from .metadata import METADATA_NAME
 from .paths import AnyPath
-from .writer import HashedFile, WrittenFile
+from .room import check_room
+from .writer import HashedFile, WrittenFile, path_of_key
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(tmp|old|new)-[0-9a-f]{12}")
 _LOG = logging.getLogger("dist_asgd")
@@ -253,11 +254,8 @@ def metadata_of(path: AnyPath, files: Sequence[WrittenFile]) -> bytes:
     metadata = _metadata_of(files)
     metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
     data = pickle.dumps(metadata)
-    if len(data) > MAX_METADATA_BYTES:
-        raise ValueError(
-            f"dist_asgd: {path} cannot be saved: its {METADATA_NAME} would have {len(data)} bytes, more than the "
-            f"{MAX_METADATA_BYTES} that can be loaded. Use fewer parameters, or fewer ranks."
-        )
+    num_chunks = sum(len(file.chunks) for file in files)
+    check_room(path, num_chunks, 0, len(data))
     return data
 
 
@@ -274,6 +272,8 @@ def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:
         paths.update(file.paths)
         ranges = [_StorageInfo(file.name, chunk.offset, chunk.length) for chunk in file.chunks]
         for key, chunk, dtype, shape, offsets, sizes in file.rows:
+            if key not in paths:
+                paths[key] = path_of_key(key)
             if dtype is None:
                 entries[key] = an_object
                 storage[MetadataIndex(key)] = ranges[chunk]

@@ -232,6 +232,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def checked_bytes(directory: AnyPath, manifest: Manifest) -> bytes:
     """Return the bytes of ``manifest.json``; raises CheckpointError if no reader would take them."""
     data = encode(manifest)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"dist_asgd: {directory / MANIFEST_NAME} would have {len(data):,} bytes, more than the "
+            f"{MAX_MANIFEST_BYTES:,} that can be loaded. Save from fewer ranks, or with a larger bucket_cap_mb."
+        )
     # A manifest that the reader would refuse must fail the save, and not the restart.
     decode(data, directory / MANIFEST_NAME)
     return data

@@ -26,9 +26,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.futures import Future
 
 from .archives import FrameCache, dump_object, load_object, load_tensor
+from .chunk_table import ChunkTable, SavedBy, TableChunks, near
 from .compression import MAX_FRAME_BYTES, MAX_OBJECT_BYTES, check_extensions, decompressed
 from .descriptions import description_names, read_description
 from .extents import check_extents
@@ -50,6 +52,8 @@ from .metadata import METADATA_NAME
 from .nearby import hint_at
 from .paths import AnyPath, UserPath, as_path
 from .raw_tensors import RawRange, raw_tensor
+
+_IDENTITY_BYTES = 256
 
 
 @contextmanager
@@ -79,18 +83,44 @@ class OpenCheckpoint:
         check_prefix(prefix)
         self.path = as_path(path)
         self.manifest: Manifest | None = None
+        self.saved_by: SavedBy | None = None
         with collections_paused():
             self._open(verify, prefix)
+        self._begin_reading()
+
+    def _begin_reading(self) -> None:
         self._frames = FrameCache()
         # Values of chunks that were read before, as long as nobody can change them.
         self._constants: dict[object, Any] = {}
         self._sizes_by_key: dict[str, Mapping[torch.Size | None, torch.Size]] = {}
 
+    def table(self) -> ChunkTable:
+        """Return all that was read and checked here, for ``of_table`` on other ranks."""
+        return ChunkTable.of(self.metadata, self._hashes, self.saved_by)
+
+    @classmethod
+    def of_table(cls, path: UserPath, table: ChunkTable) -> OpenCheckpoint:
+        """Return the checkpoint at ``path``, of which another rank, or this one, has made the ``table``.
+
+        Neither metadata nor manifest are read again: only data files are opened, and whatever is read of them is
+        checked as usual.
+        """
+        opened = cls.__new__(cls)
+        opened.path = as_path(path)
+        opened.manifest = None
+        with collections_paused():
+            chunks = TableChunks(table)
+        opened.metadata, opened._hashes = chunks.metadata, chunks.hashes
+        opened._descriptions, opened.sizes, opened.saved_by = [], {}, table.saved_by
+        opened._begin_reading()
+        return opened
+
     def _open(self, verify: bool, prefix: Prefix) -> None:
         # Raises if there is no such directory.
         names = names_in(self.path)
         if verify:
-            self.manifest = self._checked_manifest()
+            manifest = self.manifest = self._checked_manifest()
+            self.saved_by = SavedBy(manifest.step, manifest.world_size)
         self._descriptions = [METADATA_NAME] if verify else description_names(names)
         self.metadata, where = read_description(self.path, self._descriptions, self.read_file, has_manifest=verify)
         check_extensions(self.metadata, where)
@@ -163,8 +193,7 @@ class OpenCheckpoint:
                     if info.offset + info.length > size:
                         raise CheckpointError(f"dist_asgd: {path} was truncated while it was read.")
                     data = read_range(file, path, info.offset, info.length)
-                    hashed = self._hashes and self._hashes[name, info.offset, info.length]
-                    if hashed and hash_of(data) != hashed:
+                    if self._hashes is not None and hash_of(data) != self._hashes[name, info.offset, info.length]:
                         raise CheckpointError(
                             _changed(path, f"{index.fqn}, at {info.offset} to {info.offset + len(data)},")
                         )
@@ -282,6 +311,27 @@ def needs_manifest(path: AnyPath) -> CheckpointError:
     )
 
 
+def identity_of(path: UserPath, *, verify: bool) -> str | None:
+    """Return what tells the checkpoint at ``path`` from those of other saves; None if nothing does.
+
+    It is a hash of the last bytes of the manifest, where its own hash is, or without ``verify`` of ``.metadata``, where
+    DCP's identifier of the save is. Ranks that do not read these files compare it. Raises CheckpointError.
+    """
+    directory, name = as_path(path), MANIFEST_NAME if verify else METADATA_NAME
+    try:
+        file, size = open_confined(directory, name)
+    except CheckpointError:
+        # A directory that is not there, or has no such file, is another error than a file that cannot be opened.
+        if name in names_in(directory):
+            raise
+        if verify:
+            raise needs_manifest(directory) from None
+        return None
+    with file:
+        length = min(size, _IDENTITY_BYTES)
+        return hash_of(read_range(file, directory / name, size - length, length))
+
+
 def _order(info: _StorageInfo) -> tuple[str, int]:
     return info.relative_path, info.offset
 
@@ -310,6 +360,13 @@ class CheckedReader(FileSystemReader):
         self._verify = verify
         self._prefix = prefix
         self._opened: OpenCheckpoint | None = None
+
+    @classmethod
+    def of(cls, opened: OpenCheckpoint) -> CheckedReader:
+        """Return a reader of a checkpoint that is open."""
+        reader = cls(opened.path)
+        reader._opened = opened
+        return reader
 
     @property
     def opened(self) -> OpenCheckpoint:
@@ -357,12 +414,22 @@ class CheckedReader(FileSystemReader):
 
         Not collective: this is ``dcp.load`` without the exchange of plans, which every rank could make alone.
         """
-        metadata = self.opened.metadata
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.read_data(self.plan(targets, planner), planner).wait()
+
+    def plan(self, targets: Mapping[str, Tensor], planner: LoadPlanner) -> LoadPlan:
+        """Set ``planner`` up for ``targets``, and return which regions of which chunks go where; nothing is read."""
+        # The planner looks at every chunk that it is given.
+        metadata = near(self.opened.metadata, {key: _boxes_of(target) for key, target in targets.items()})
         planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
         self.set_up_storage_reader(metadata, is_coordinator=True)
-        plan = self.prepare_local_plan(planner.create_local_plan())
-        self.read_data(planner.finish_plan(plan), planner).wait()
+        return planner.finish_plan(self.prepare_local_plan(planner.create_local_plan()))
+
+
+def _boxes_of(target: Tensor) -> list[ChunkStorageMetadata]:
+    """Return the regions that this rank has of ``target``; none of a DTensor on a mesh that it is not in."""
+    mesh = getattr(target, "device_mesh", None)
+    return [] if mesh is not None and mesh.get_coordinate() is None else _create_chunk_list(target)
 
 
 def _fill(source: Tensor, item: ReadItem, planner: LoadPlanner) -> None:

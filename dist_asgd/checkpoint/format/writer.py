@@ -185,7 +185,8 @@ class Row(NamedTuple):
 class WrittenFile:
     """What one rank reports to rank 0: its file (None if it had nothing to write), the chunks, and what they hold.
 
-    ``paths`` has every key of this rank's state, in order, also of tensors of which another rank writes all regions.
+    ``paths`` has the keys of rank 0's state, in order, also of tensors of which another rank writes all regions. Other
+    ranks leave out those that ``path_of_key`` gives: nearly all, and of hundreds of ranks they are the same.
     """
 
     paths: Mapping[str, KeyPath]
@@ -193,6 +194,12 @@ class WrittenFile:
     file: FileEntry | None = None
     chunks: Sequence[Chunk] = ()
     rows: Sequence[Row] = ()
+
+
+def path_of_key(key: str) -> KeyPath:
+    """Return the path of an entry of a section, which is no container: the section, and the rest of the key."""
+    section, _, rest = key.partition(".")
+    return section, rest
 
 
 class RankFile:
@@ -204,6 +211,7 @@ class RankFile:
     def __init__(self, directory: AnyPath, rank: int, frames: Frames, tag: str = "") -> None:
         self._directory = directory
         self._frames = frames
+        self._is_first = not rank
         self._name = f"__{rank}_0{tag}{DEFAULT_SUFFIX}"
         self._file: HashedFile | None = None
 
@@ -216,6 +224,8 @@ class RankFile:
 
     def write(self, chunks: Sequence[ChunkToWrite], paths: Mapping[str, KeyPath]) -> WrittenFile:
         """Write all chunks in this order; raises OSError if the system refuses. No chunks, no file."""
+        if not self._is_first:
+            paths = {key: path for key, path in paths.items() if path != path_of_key(key)}
         if not chunks:
             return WrittenFile(paths, self._name)
         self._file = file = HashedFile(self._directory / self._name)

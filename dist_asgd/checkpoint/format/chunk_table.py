@@ -1,0 +1,228 @@
+"""Where the chunks of a checkpoint lie, as columns of numbers: rank 0 makes them of what it has read, for all ranks.
+
+``OpenCheckpoint.table`` makes a ``ChunkTable``, which is sent to the other ranks, and ``OpenCheckpoint.of_table`` makes
+a checkpoint of it that opens data files only. A checkpoint of many ranks has hundreds of chunks for each tensor, and a
+rank reads a few of them: DCP's objects are made for these alone.
+
+source   the file of a chunk, and the form in which its bytes are there
+row      one chunk; the rows of a key follow each other, in the order of DCP's metadata
+"""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+Column = npt.NDArray[np.int64]
+Entry = TensorStorageMetadata | BytesStorageMetadata
+HASH_BYTES = 16
+_NOTHING: Column = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBy:
+    """What the manifest says of the save: the number of steps before it, and of the ranks that took part."""
+
+    step: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class ChunkTable:
+    """A checkpoint's keys and chunks.
+
+    Attributes:
+        kinds: properties and shape of each tensor, and None for an object, by key.
+        counts: how many rows each key has, ``(keys,)``.
+        regions: offsets and sizes of each row's region, ``2 * dimensions`` numbers for a row of a tensor, 1-D.
+        ranges: number of the source, offset and length in bytes of each row, ``(rows, 3)``.
+        hashes: the hash of each row's bytes, ``(rows, 16)``; None without a manifest.
+        sources: the sources, each as a ``_StorageInfo`` of offset and length 0.
+        planner_data, storage_meta: as in DCP's metadata.
+        saved_by: None without a manifest.
+    """
+
+    kinds: dict[str, tuple[TensorProperties, torch.Size] | None]
+    counts: Column
+    regions: Column
+    ranges: Column
+    hashes: npt.NDArray[np.uint8] | None
+    sources: list[_StorageInfo]
+    planner_data: dict[str, Any] | None
+    storage_meta: StorageMeta | None
+    saved_by: SavedBy | None
+
+    @classmethod
+    def of(
+        cls, metadata: Metadata, hashes: Mapping[tuple[str, int, int], str] | None, saved_by: SavedBy | None
+    ) -> ChunkTable:
+        """Return the table of checked ``metadata``, of which every chunk has a place and, with ``hashes``, a hash."""
+        kinds: dict[str, tuple[TensorProperties, torch.Size] | None] = {}
+        counts, regions, ranges = list[int](), list[int](), list[int]()
+        texts: list[str] = []
+        numbers: dict[tuple[str, type, Any], int] = {}
+        sources: list[_StorageInfo] = []
+        storage = metadata.storage_data
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                kinds[key] = entry.properties, entry.size
+                indices = [MetadataIndex(key, chunk.offsets) for chunk in entry.chunks]
+                for chunk in entry.chunks:
+                    regions += chunk.offsets
+                    regions += chunk.sizes
+            else:
+                kinds[key], indices = None, [MetadataIndex(key)]
+            counts.append(len(indices))
+            for index in indices:
+                info = storage[index]
+                source = (info.relative_path, type(info), info.transform_descriptors)
+                number = numbers.get(source)
+                if number is None:
+                    number = numbers[source] = len(sources)
+                    sources.append(replace(info, offset=0, length=0))
+                ranges += (number, info.offset, info.length)
+                if hashes is not None:
+                    texts.append(hashes[info.relative_path, info.offset, info.length])
+        digests = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, HASH_BYTES)
+        return cls(
+            kinds,
+            np.array(counts, np.int64),
+            np.array(regions, np.int64),
+            np.array(ranges, np.int64).reshape(-1, 3),
+            None if hashes is None else digests,
+            sources,
+            metadata.planner_data,
+            metadata.storage_meta,
+            saved_by,
+        )
+
+    def pack(self) -> bytes:
+        """Return the table in a short form, which ranks of one job send to each other; it is no format of files."""
+        columns = [_narrow(column) for column in (self.counts, self.regions, *self.ranges.T)]
+        rest = replace(self, counts=_NOTHING, regions=_NOTHING, ranges=_NOTHING)
+        return zlib.compress(pickle.dumps((rest, columns)), 1)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> ChunkTable:
+        """Return the table that another rank of this job has packed."""
+        rest, columns = pickle.loads(zlib.decompress(data))
+        counts, regions, *ranges = (column.astype(np.int64) for column in columns)
+        return replace(cast(ChunkTable, rest), counts=counts, regions=regions, ranges=np.stack(ranges, axis=1))
+
+
+def _narrow(column: Column) -> npt.NDArray[Any]:
+    """Return the numbers of ``column``, none of which is negative, in the shortest dtype that holds them."""
+    return column.astype(np.min_scalar_type(int(column.max(initial=0))))
+
+
+class TableChunks:
+    """The chunks of a ``ChunkTable`` as DCP's objects, each of which is made when it is first asked for.
+
+    ``metadata`` is DCP's; the chunks of a tensor that has several are a ``_Regions``. ``storage_data`` and ``hashes``,
+    the hash of each byte range, have the chunks that were asked for.
+    """
+
+    def __init__(self, table: ChunkTable) -> None:
+        self._table = table
+        self.hashes: dict[tuple[str, int, int], str] | None = None if table.hashes is None else {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        rows = np.concatenate([[0], np.cumsum(table.counts)]).tolist()
+        entries: dict[str, Entry] = {}
+        first_number = 0
+        for position, (key, kind) in enumerate(table.kinds.items()):
+            first, count = rows[position], rows[position + 1] - rows[position]
+            if kind is None:
+                entries[key] = BytesStorageMetadata()
+                self._place(MetadataIndex(key), first)
+                continue
+            properties, size = kind
+            numbers = table.regions[first_number : first_number + 2 * count * len(size)].reshape(count, 2, len(size))
+            first_number += numbers.size
+            regions = _Regions(self, key, first, numbers)
+            # The list of a single region is read for its only item in many places.
+            entries[key] = TensorStorageMetadata(properties, size, list(regions) if count < 2 else cast(Any, regions))
+        self.metadata = Metadata(entries, table.planner_data, self._storage, table.storage_meta)
+
+    def _place(self, index: MetadataIndex, row: int) -> None:
+        """Add place and hash of a chunk, which is ``row`` of the table."""
+        if index in self._storage:
+            # Of regions with one offset all but one are empty, and share its place.
+            return
+        number, offset, length = self._table.ranges[row].tolist()
+        info = replace(self._table.sources[number], offset=offset, length=length)
+        self._storage[index] = info
+        if self.hashes is not None and self._table.hashes is not None:
+            self.hashes[info.relative_path, offset, length] = self._table.hashes[row].tobytes().hex()
+
+    def region(self, key: str, first: int, numbers: Column, at: int) -> ChunkStorageMetadata:
+        """Make one region of a tensor; ``first`` is its first row, and ``numbers`` its part of the table."""
+        offsets, sizes = map(torch.Size, numbers[at].tolist())
+        self._place(MetadataIndex(key, offsets), first + at)
+        return ChunkStorageMetadata(offsets, sizes)
+
+
+class _Regions(Sequence[ChunkStorageMetadata]):
+    """The regions of one tensor, in columns: ``numbers`` ``(regions, 2, dimensions)`` are offsets and sizes."""
+
+    def __init__(self, chunks: TableChunks, key: str, first: int, numbers: Column) -> None:
+        self._chunks = chunks
+        self._key = key
+        self._first = first
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> ChunkStorageMetadata: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[ChunkStorageMetadata]: ...
+    def __getitem__(self, at: int | slice) -> ChunkStorageMetadata | list[ChunkStorageMetadata]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        return self._chunks.region(self._key, self._first, self._numbers, at % len(self))
+
+    def __iter__(self) -> Iterator[ChunkStorageMetadata]:
+        return (self[at] for at in range(len(self)))
+
+    def overlapping(self, boxes: Iterable[ChunkStorageMetadata]) -> list[ChunkStorageMetadata]:
+        """Return the regions that have an element in common with one of ``boxes``, in order."""
+        starts, stops = self._numbers[:, 0], self._numbers.sum(axis=1)
+        found = np.zeros(len(self), bool)
+        for box in boxes:
+            low, high = np.array(box.offsets, np.int64), np.array(box.offsets, np.int64) + np.array(box.sizes, np.int64)
+            found |= ((starts < high) & (stops > low)).all(axis=1)
+        return [self[at] for at in np.flatnonzero(found).tolist()]
+
+
+def near(metadata: Metadata, boxes: Mapping[str, Sequence[ChunkStorageMetadata]]) -> Metadata:
+    """Return the ``metadata`` of the tensors in ``boxes``, with the chunks that overlap with their boxes there.
+
+    Chunks of other places may be among them.
+    """
+    entries: dict[str, Entry] = {}
+    for key in boxes:
+        entry = metadata.state_dict_metadata[key]
+        if isinstance(entry, TensorStorageMetadata) and isinstance(entry.chunks, _Regions):
+            entry = TensorStorageMetadata(entry.properties, entry.size, entry.chunks.overlapping(boxes[key]))
+        entries[key] = entry
+    return Metadata(entries, None, metadata.storage_data)
