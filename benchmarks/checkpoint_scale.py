@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from benchmarks.report import markdown_table, surroundings
 from dist_asgd.checkpoint.format.chunk_table import ChunkTable
 from dist_asgd.checkpoint.format.directory import metadata_of
+from dist_asgd.checkpoint.format.garbage import collections_paused
 from dist_asgd.checkpoint.format.manifest import Chunk, FileEntry, Manifest, checked_bytes, hash_of
 from dist_asgd.checkpoint.format.metadata import METADATA_NAME
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
@@ -113,15 +114,11 @@ class Layout:
             for name in MODEL:
                 rows += [Row(f"optim.state.{name}.{key}", values[key], torch.float32) for key in SCALARS]
                 rows += [Row(f"optim.param_groups.{name}.{key}", values[key]) for key in OPTIONS]
-        paths = {
-            f"{section}.{rest}": (section, rest)
-            for name in MODEL
-            for section, rest in (
-                ("model", name),
-                *(("optim", f"state.{name}.{key}") for key in (*(SCALARS if not rank else ()), "ax")),
-                *(("optim", f"param_groups.{name}.{key}") for key in (OPTIONS if not rank else ())),
-            )
-        }
+        paths: dict[str, tuple[str | int, ...]] = {}
+        if not rank:
+            keys = [f"state.{name}.{key}" for name in MODEL for key in (*SCALARS, "ax")]
+            keys += [f"param_groups.{name}.{key}" for name in MODEL for key in OPTIONS]
+            paths = {f"model.{name}": ("model", name) for name in MODEL} | {f"optim.{k}": ("optim", k) for k in keys}
         return WrittenFile(paths, f"__{rank}_0.distcp", FileEntry(offset, f"{rank:032x}"), chunks, rows)
 
     def targets(self, rank: int) -> dict[str, ShardTensor]:
@@ -159,7 +156,8 @@ def save(layout: Layout, folder: Path) -> dict[str, Any]:
     others = [pickle.dumps(layout.written(rank)) for rank in range(1, layout.world_size)]
     result: dict[str, Any] = {"gathered_bytes": sum(map(len, others))}
     with measured(result, "save"):
-        files = [own, *map(pickle.loads, others)]
+        with collections_paused():
+            files = [own, *map(pickle.loads, others)]
         metadata = metadata_of(folder, files)
         entries = {file.name: file.file for file in files if file.file is not None}
         entries[METADATA_NAME] = FileEntry(len(metadata), hash_of(metadata))
@@ -253,9 +251,9 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         [
             "# Benchmark: the descriptions of a large checkpoint",
             markdown_table(["field", "value"], fields),
-            "Processor time of one thread, and the peak of memory above what the process held before. *pieces*: regions\n"
-            "of tensors, and values. *to rank 0*: what all ranks report of their files in a save. *from rank 0*: what\n"
-            "each rank gets of it in a load.",
+            "Processor time of one thread, and the peak of memory above what the process held before. *pieces*:\n"
+            "regions of tensors, and values. *to rank 0*: what all ranks report of their files in a save. *from rank 0*:\n"
+            "what each rank gets of it in a load.",
             markdown_table(header, rows),
         ]
     )

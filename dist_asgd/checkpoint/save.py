@@ -9,6 +9,7 @@ of its own, while training goes on.
 from __future__ import annotations
 
 import atexit
+import pickle
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_
 from .format import folder
 from .format.directory import metadata_of
 from .format.folder import NewCheckpoint
+from .format.garbage import collections_paused
 from .format.paths import AnyPath, UserPath, absolute, as_path
 from .format.room import check_room, least_bytes
 from .format.writer import Frames, RankFile, WrittenFile
@@ -325,10 +327,14 @@ class Saver:
             except Exception as error:
                 problem = _save_error(path, error)
             self._agree_in_background(call, problem)
-            files = gather_objects(self._background, written, 0)
+            files: list[WrittenFile] = []
+            packed = gather_objects(self._background, pickle.dumps(written), 0)
             try:
                 # Before sync(), because the disks are still at work on what was written.
-                metadata = metadata_of(path, files) if files else b""
+                if packed is not None:
+                    with collections_paused():
+                        files = list(map(pickle.loads, packed))
+                    metadata = metadata_of(path, files)
                 file.sync()
             except Exception as error:
                 problem = _save_error(path, error)
@@ -336,7 +342,7 @@ class Saver:
 
         def complete() -> None:
             try:
-                finish(files or (), metadata)
+                finish(files, metadata)
             except Exception as error:
                 raise _save_error(path, error) from error
 

@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .metadata import index_of
+
 Column = npt.NDArray[np.int64]
 Entry = TensorStorageMetadata | BytesStorageMetadata
 HASH_BYTES = 16
@@ -83,12 +85,12 @@ class ChunkTable:
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 kinds[key] = entry.properties, entry.size
-                indices = [MetadataIndex(key, chunk.offsets) for chunk in entry.chunks]
+                indices = [index_of(key, chunk.offsets) for chunk in entry.chunks]
                 for chunk in entry.chunks:
                     regions += chunk.offsets
                     regions += chunk.sizes
             else:
-                kinds[key], indices = None, [MetadataIndex(key)]
+                kinds[key], indices = None, [index_of(key, None)]
             counts.append(len(indices))
             for index in indices:
                 info = storage[index]
@@ -150,7 +152,7 @@ class TableChunks:
             first, count = rows[position], rows[position + 1] - rows[position]
             if kind is None:
                 entries[key] = BytesStorageMetadata()
-                self._place(MetadataIndex(key), first)
+                self._place(index_of(key, None), first)
                 continue
             properties, size = kind
             numbers = table.regions[first_number : first_number + 2 * count * len(size)].reshape(count, 2, len(size))
@@ -174,7 +176,7 @@ class TableChunks:
     def region(self, key: str, first: int, numbers: Column, at: int) -> ChunkStorageMetadata:
         """Make one region of a tensor; ``first`` is its first row, and ``numbers`` its part of the table."""
         offsets, sizes = map(torch.Size, numbers[at].tolist())
-        self._place(MetadataIndex(key, offsets), first + at)
+        self._place(index_of(key, offsets), first + at)
         return ChunkStorageMetadata(offsets, sizes)
 
 

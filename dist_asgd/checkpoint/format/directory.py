@@ -35,9 +35,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .garbage import collections_paused
 from .locks import OWNER_NAME, OwnerLock, lock_to_remove, writer_of
 from .manifest import FileEntry, Manifest, write_manifest
-from .metadata import METADATA_NAME
+from .metadata import METADATA_NAME, index_of
 from .paths import AnyPath
 from .room import check_room
 from .writer import HashedFile, WrittenFile, path_of_key
@@ -251,11 +252,17 @@ def leftover_of(leftover: Path) -> str | None:
 
 def metadata_of(path: AnyPath, files: Sequence[WrittenFile]) -> bytes:
     """Return the bytes of ``.metadata`` for the checkpoint that will be at ``path``; ``files`` are in rank order."""
-    metadata = _metadata_of(files)
-    metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
-    data = pickle.dumps(metadata)
-    num_chunks = sum(len(file.chunks) for file in files)
-    check_room(path, num_chunks, 0, len(data))
+    with collections_paused():
+        metadata = _metadata_of(files)
+        metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
+        # What a pickle has first it refers to with the fewest bytes: the names in it of all chunks, and not their keys.
+        # The identifier of the save comes last, where ``identity_of`` looks for it.
+        first, last = ("storage_data",), ("storage_meta", "version")
+        fields = vars(metadata)
+        order = [*first, *(name for name in fields if name not in (*first, *last)), *last]
+        metadata.__dict__ = {name: fields[name] for name in order}
+        data = pickle.dumps(metadata)
+    check_room(path, sum(len(file.chunks) for file in files), 0, len(data))
     return data
 
 
@@ -264,14 +271,19 @@ def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:
     entries: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
-    # Equal values are one object, which pickle writes once: the file grows with the tensors, not with their chunks.
+    # Equal values are one object, which pickle writes once: a parameter, its average and its master have the same
+    # regions.
     an_object = BytesStorageMetadata()
     properties: dict[torch.dtype, TensorProperties] = {}
     size_of = cache(torch.Size)
+    regions: dict[tuple[tuple[int, ...], tuple[int, ...]], ChunkStorageMetadata] = {}
+    keys: dict[str, str] = {}
     for file in files:
-        paths.update(file.paths)
+        paths.update((keys.setdefault(key, key), path) for key, path in file.paths.items())
         ranges = [_StorageInfo(file.name, chunk.offset, chunk.length) for chunk in file.chunks]
         for key, chunk, dtype, shape, offsets, sizes in file.rows:
+            # Every rank has strings of its own.
+            key = keys.setdefault(key, key)
             if key not in paths:
                 paths[key] = path_of_key(key)
             if dtype is None:
@@ -282,9 +294,12 @@ def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:
             if entry is None:
                 known = properties.setdefault(dtype, TensorProperties(dtype))
                 entry = entries[key] = TensorStorageMetadata(known, size_of(shape), [])
-            index = MetadataIndex(key, size_of(offsets), len(entry.chunks))
+            region = regions.get((offsets, sizes))
+            if region is None:
+                region = regions[offsets, sizes] = ChunkStorageMetadata(size_of(offsets), size_of(sizes))
+            index = index_of(key, region.offsets)
             # Of an empty tensor every rank writes the same empty region.
             if index not in storage:
-                entry.chunks.append(ChunkStorageMetadata(size_of(offsets), size_of(sizes)))
+                entry.chunks.append(region)
                 storage[index] = ranges[chunk]
     return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from .compression import MAX_RATIO, is_compressed
 from .manifest import CheckpointError
+from .metadata import index_of
 
 
 def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
@@ -24,15 +26,21 @@ def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
     Raises CheckpointError, which names the key.
     """
     storage, num_found = metadata.storage_data, 0
+    # A parameter, its average and its master have the same regions, often as the same objects.
+    covered: set[tuple[Any, ...]] = set()
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
-            _place_of(storage, MetadataIndex(key), where)
+            _place_of(storage, index_of(key, None), where)
             num_found += 1
             continue
-        _check_regions(key, entry, where)
+        same = (entry.size, *map(id, entry.chunks))
+        if same not in covered:
+            _check_regions(key, entry, where)
+            covered.add(same)
+        itemsize = entry.properties.dtype.itemsize
         for chunk in entry.chunks:
-            info = _place_of(storage, MetadataIndex(key, chunk.offsets), where)
-            needed = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            info = _place_of(storage, index_of(key, chunk.offsets), where)
+            needed = math.prod(chunk.sizes) * itemsize
             if info.length * (MAX_RATIO if is_compressed(info) else 1) < needed:
                 raise CheckpointError(
                     f"dist_asgd: {where}: a chunk of {key} needs {needed} bytes, but {info.relative_path} has "
@@ -67,28 +75,35 @@ def _refuse_orphans(metadata: Metadata, where: str) -> None:
 
 def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
     """Check the byte ranges: sorted by file and offset, each begins where the last one has ended, or later."""
-    last: dict[str, tuple[int, str]] = {}
-    shared: tuple[str, int, int] | None = None
-    ranges = [
-        (info.relative_path, info.offset, info.length, index.fqn) for index, info in metadata.storage_data.items()
-    ]
-    for name, offset, length, fqn in sorted(ranges):
+    single = {
+        key
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, BytesStorageMetadata) or not entry.size
+    }
+    by_name: dict[str, list[tuple[int, int, str]]] = {}
+    for index, info in metadata.storage_data.items():
+        by_name.setdefault(info.relative_path, []).append((info.offset, info.length, index.fqn))
+    for name, ranges in sorted(by_name.items()):
+        ranges.sort()
         if name not in sizes:
-            raise CheckpointError(f"dist_asgd: {name}, which holds {fqn}, is missing: {where} is not whole.")
-        entry = metadata.state_dict_metadata[fqn]
-        single = isinstance(entry, BytesStorageMetadata) or not entry.size
-        if single and shared == (name, offset, length):
-            continue
-        shared = (name, offset, length) if single else None
-        stop, before = last.get(name, (0, ""))
-        if offset < stop:
-            raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
-        if offset + length > sizes[name]:
-            raise CheckpointError(
-                f"dist_asgd: {name} has {sizes[name]} bytes, but by {where} {fqn} lies at {offset} to "
-                f"{offset + length} in it: a file is truncated or damaged, or belongs to another checkpoint."
-            )
-        last[name] = (offset + length, fqn)
+            raise CheckpointError(f"dist_asgd: {name}, which holds {ranges[0][2]}, is missing: {where} is not whole.")
+        shared: tuple[int, int] | None = None
+        stop, before = 0, ""
+        for offset, length, fqn in ranges:
+            if fqn in single:
+                if shared == (offset, length):
+                    continue
+                shared = offset, length
+            else:
+                shared = None
+            if offset < stop:
+                raise CheckpointError(f"dist_asgd: {where}: the data of {fqn} and of {before} overlap in {name}.")
+            stop, before = offset + length, fqn
+            if stop > sizes[name]:
+                raise CheckpointError(
+                    f"dist_asgd: {name} has {sizes[name]} bytes, but by {where} {fqn} lies at {offset} to "
+                    f"{stop} in it: a file is truncated or damaged, or belongs to another checkpoint."
+                )
 
 
 def _check_regions(key: str, entry: TensorStorageMetadata, where: str) -> None:

@@ -17,6 +17,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, le
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
@@ -38,6 +39,7 @@ MAX_MANIFEST_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 22
 _HASH_KEY = "xxh3_128"
 _KEYS = {"format", "dist_asgd", "step", "world_size", "files", "chunks", _HASH_KEY}
+_HEX_DIGITS = frozenset("0123456789abcdef")
 _NAME = re.compile(r"[A-Za-z0-9._\-]{1,255}")
 
 
@@ -287,7 +289,13 @@ def encode(manifest: Manifest) -> bytes:
             name: [[c.offset, c.length, c.xxh3_128] for c in chunks] for name, chunks in manifest.chunks.items()
         },
     }
-    return _dump({**body, _HASH_KEY: hash_of(_dump(body))})
+    plain = _dump(body)
+    return _signed(plain, hash_of(plain))
+
+
+def _signed(plain: bytes, own: str) -> bytes:
+    """Return the bytes of a manifest that has its own hash, after all other keys, from those of one that has none."""
+    return plain.removesuffix(b"}\n") + f',"{_HASH_KEY}":"{own}"}}\n'.encode()
 
 
 def _dump(body: Mapping[str, Any]) -> bytes:
@@ -319,7 +327,8 @@ def decode(data: bytes, path: AnyPath) -> Manifest:
         refuse(f"wanted the keys {sorted(_KEYS)}")
     # The hash comes first: damage must not be reported as another format, or as a fault of whoever wrote the file.
     own = body.pop(_HASH_KEY)
-    if not isinstance(own, str) or own != hash_of(_dump(body)) or data != _dump({**body, _HASH_KEY: own}):
+    plain = _dump(body)
+    if own != hash_of(plain) or data != _signed(plain, own):
         refuse("its content does not have the hash that it gives itself")
     if body["format"] != FORMAT or isinstance(body["format"], bool):
         raise CheckpointError(
@@ -357,7 +366,7 @@ def _count(value: object, what: str) -> int:
 
 
 def _hash(value: object, what: str) -> str:
-    if not isinstance(value, str) or len(value) != 32 or set(value) - set("0123456789abcdef"):
+    if not isinstance(value, str) or len(value) != 32 or not set(value) <= _HEX_DIGITS:
         raise ValueError(f"the hash of {what} must be 32 hex digits")
     return value
 
@@ -373,6 +382,25 @@ def _chunks(name: str, rows: object, files: Mapping[str, FileEntry]) -> tuple[Ch
         raise ValueError(f"chunks of {name!r:.80}, which is not among the files")
     if not isinstance(rows, list):
         raise ValueError(f"chunks of {name} must be a list")
+    return _chunks_at_once(rows, files[name].bytes) or _chunks_one_by_one(name, rows, files[name].bytes)
+
+
+def _chunks_at_once(rows: list[Any], file_bytes: int) -> tuple[Chunk, ...] | None:
+    """Return the chunks if all are as they should be, else None: there may be hundreds of thousands."""
+    if not rows or set(map(type, rows)) != {list} or set(map(len, rows)) != {3}:
+        return None
+    offsets, lengths, hashes = zip(*rows, strict=True)
+    kinds = set(map(type, offsets)) | set(map(type, lengths))
+    if kinds != {int} or set(map(type, hashes)) != {str} or set(map(len, hashes)) != {32}:
+        return None
+    stops = list(map(add, offsets, lengths))
+    is_ordered = all(map(le, stops, offsets[1:])) and stops[-1] <= file_bytes
+    if not is_ordered or min(offsets) < 0 or min(lengths) < 0 or not set("".join(hashes)) <= _HEX_DIGITS:
+        return None
+    return tuple(map(Chunk, offsets, lengths, hashes))
+
+
+def _chunks_one_by_one(name: str, rows: list[Any], file_bytes: int) -> tuple[Chunk, ...]:
     chunks = []
     stop = 0
     for row in rows:
@@ -387,7 +415,7 @@ def _chunks(name: str, rows: object, files: Mapping[str, FileEntry]) -> tuple[Ch
         if chunk.offset < stop:
             raise ValueError(f"chunks of {name} overlap or are out of order at byte {chunk.offset}")
         stop = chunk.offset + chunk.length
-        if stop > files[name].bytes:
-            raise ValueError(f"a chunk of {name} ends at byte {stop}, the file at {files[name].bytes}")
+        if stop > file_bytes:
+            raise ValueError(f"a chunk of {name} ends at byte {stop}, the file at {file_bytes}")
         chunks.append(chunk)
     return tuple(chunks)

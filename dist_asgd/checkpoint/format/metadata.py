@@ -129,11 +129,21 @@ def _index(state: Any) -> MetadataIndex:
     fqn, offset, index = fields["fqn"], fields.get("offset"), fields.get("index")
     want(type(fqn) is str and (offset is None or type(offset) is torch.Size), "the name or offset of an index")
     want(index is None or _is_count(index), "the hint of an index")
-    # As pickle makes it. The constructor, which copies the offset, takes longer than all of the checks.
+    made = index_of(fqn, offset)
+    if index is not None:
+        made.__dict__["index"] = index
+    return made
+
+
+def index_of(key: str, offsets: torch.Size | None) -> MetadataIndex:
+    """Return the index of a chunk of a tensor at ``offsets``, or of an object at None, as pickle makes it.
+
+    The constructor, which copies the offsets, takes longer than all checks of metadata.
+    """
     made = object.__new__(MetadataIndex)
-    made.__dict__.update(fqn=fqn, index=index)
-    if offset is not None:
-        made.__dict__["offset"] = offset
+    made.__dict__["fqn"] = key
+    if offsets is not None:
+        made.__dict__["offset"] = offsets
     return made
 
 

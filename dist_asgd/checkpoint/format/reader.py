@@ -8,10 +8,8 @@ metadata gives it.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +32,7 @@ from .chunk_table import ChunkTable, SavedBy, TableChunks, near
 from .compression import MAX_FRAME_BYTES, MAX_OBJECT_BYTES, check_extensions, decompressed
 from .descriptions import description_names, read_description
 from .extents import check_extents
+from .garbage import collections_paused
 from .layouts import Prefix, check_prefix, renamed
 from .manifest import (
     MANIFEST_NAME,
@@ -54,21 +53,6 @@ from .paths import AnyPath, UserPath, as_path
 from .raw_tensors import RawRange, raw_tensor
 
 _IDENTITY_BYTES = 256
-
-
-@contextmanager
-def collections_paused() -> Iterator[None]:
-    """Keep Python from looking for cycles inside the block, which makes many objects that stay, and no cycles.
-
-    It would look at all of them again and again, which takes as long as to make them.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class OpenCheckpoint:
