@@ -118,7 +118,8 @@ class Layout:
         if not rank:
             keys = [f"state.{name}.{key}" for name in MODEL for key in (*SCALARS, "ax")]
             keys += [f"param_groups.{name}.{key}" for name in MODEL for key in OPTIONS]
-            paths = {f"model.{name}": ("model", name) for name in MODEL} | {f"optim.{k}": ("optim", k) for k in keys}
+            paths |= {f"model.{name}": ("model", name) for name in MODEL}
+            paths |= {f"optim.{key}": ("optim", key) for key in keys}
         return WrittenFile(paths, f"__{rank}_0.distcp", FileEntry(offset, f"{rank:032x}"), chunks, rows)
 
     def targets(self, rank: int) -> dict[str, ShardTensor]:
@@ -252,8 +253,8 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
             "# Benchmark: the descriptions of a large checkpoint",
             markdown_table(["field", "value"], fields),
             "Processor time of one thread, and the peak of memory above what the process held before. *pieces*:\n"
-            "regions of tensors, and values. *to rank 0*: what all ranks report of their files in a save. *from rank 0*:\n"
-            "what each rank gets of it in a load.",
+            "regions of tensors, and values. *to rank 0*: what all ranks report of their files in a save. *from\n"
+            "rank 0*: what each rank gets of it in a load.",
             markdown_table(header, rows),
         ]
     )

@@ -28,10 +28,11 @@ from .apply import apply
 from .containers import Containers
 from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, param_fragments
 from .format.chunk_table import ChunkTable
+from .format.identity import identity_of
 from .format.layouts import Prefix, check_prefix, hint
 from .format.manifest import CheckpointError
 from .format.paths import AnyPath, UserPath, as_path
-from .format.reader import CheckedReader, OpenCheckpoint, identity_of
+from .format.reader import CheckedReader, OpenCheckpoint
 from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex, listed
 from .names import Names, names_of
 from .options import group_options, option_keys_of, option_values

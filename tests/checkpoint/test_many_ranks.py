@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dist_asgd import ShardedASGD, export_averaged, load_checkpoint, save_checkpoint
-from dist_asgd.checkpoint.format import manifest, reader, room, writer
+from dist_asgd.checkpoint.format import identity, manifest, reader, room, writer
 from dist_asgd.checkpoint.format.chunk_table import ChunkTable
 from dist_asgd.checkpoint.format.directory import metadata_of
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
@@ -73,7 +73,11 @@ def reads(_rank: int, _world_size: int, path: str, verify: bool) -> Counter[str]
         return read_whole(directory, name, most)
 
     model, optimizer = trained(seed=1)
-    with patch.object(reader, "open_confined", counted), patch.object(reader, "read_whole", counted_whole):
+    with (
+        patch.object(reader, "open_confined", counted),
+        patch.object(identity, "open_confined", counted),
+        patch.object(reader, "read_whole", counted_whole),
+    ):
         assert load_checkpoint(path, model, optimizer, verify=verify) == {"seed": 0}
     for param, expected in zip(model.parameters(), trained()[0].parameters(), strict=True):
         assert_same_bits(param, expected, "parameter")

@@ -91,13 +91,15 @@ def _values_of(values: list[Any]) -> list[Any]:
 
 # A metadata file has hundreds of opcodes for each parameter. Most belong to records of the shape
 #   name, empty object, empty dict, mark, (key, value) up to three times, set items, build
-# where keys and most values were remembered before. One match of ``_RECORD`` stands for twenty opcodes. It also
-# matches the beginning of a record whose last value is a list.
+# where keys and most values were remembered before, and strings among the values may be new. One match of ``_RECORD``
+# stands for twenty opcodes. It also matches the beginning of a record whose last value is a list.
 _GET = rb"h.|j.{4}"
 _INT = rb"K.|M..|J.{4}"
 _START = b")\x81\x94}\x94("
 _SIZE = rb"(?:%b)(?:\)|\(?(?:%b)+[\x85-\x87t]\x94)\x85\x94R\x94" % (_GET, _INT)
-_ITEM = rb"(%b)(%b|%b|%b|N)" % (_GET, _SIZE, _GET, _INT)
+# Its length is compared later: a string with the byte of MEMOIZE in it is not matched.
+_TEXT = rb"\x8c.[^\x94]{0,255}\x94"
+_ITEM = rb"(%b)(%b|%b|%b|N|%b)" % (_GET, _SIZE, _GET, _INT, _TEXT)
 _RECORD = re.compile(
     rb"%b%b(?:%b(?:%b)?)?(?:ub|(%b)\]\x94)" % (re.escape(_START), _ITEM, _ITEM, _ITEM, _GET), re.DOTALL
 )
@@ -205,7 +207,7 @@ class Machine:
         # No opcode may refer to what this record itself has put into the memo.
         known = len(memo)
         fields: dict[str, Any] = {}
-        # What the opcodes remember: the record, its dict, and the sizes in it.
+        # What the opcodes remember: the record, its dict, and the sizes and new strings in it.
         added: list[Any] = [None, fields]
         key1, text1, key2, text2, key3, text3, list_key = found.groups()
         for key_text, text in ((key1, text1), (key2, text2), (key3, text3)):
@@ -235,6 +237,11 @@ class Machine:
                 fields[key] = value
             elif code == 0x4E:
                 fields[key] = None
+            elif code == 0x8C:
+                if text[1] != len(text) - 3:
+                    return 0
+                fields[key] = str(text[2:-1], "utf-8")
+                added.append(fields[key])
             else:
                 fields[key] = to_int(text[1:], "little", signed=code == 0x4A)
         if list_key is None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from ..format.identity import needs_manifest
 from ..format.manifest import CheckpointError, Manifest, check_files, open_confined, read_manifest, superfluous
 from ..format.paths import AnyPath
-from ..format.reader import OpenCheckpoint, needs_manifest
+from ..format.reader import OpenCheckpoint
 from .contents import Progress, no_progress
 
 _BLOCK_BYTES = 1 << 22
