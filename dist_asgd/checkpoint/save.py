@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..comm import Communicator, Communicators, PeerError
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, gather_objects, public_call
+from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint, public_call
+from ..comm.reports import CollectiveCall
 from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
@@ -162,13 +163,7 @@ class Saver:
     def from_first(self, data: bytes) -> bytes:
         """Return rank 0's ``data`` on every rank; what other ranks pass is ignored. Collective, after ``agree``."""
         assert self._background is not None
-        words = torch.tensor([len(data)], device="cpu")
-        numels = [int(self._background.exchange(words)()[0, 0]), *[0] * (self.world_size - 1)]
-        own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else torch.empty(0).byte()
-        places = [torch.empty(numel, dtype=torch.uint8, device="cpu") for numel in numels]
-        # A gather in which rank 0 alone has something to send.
-        self._background.gather(own, places, numels, None)
-        return places[0].numpy().tobytes()
+        return cast(bytes, self._background.exchange_objects(data if self.rank == 0 else b"")[0])
 
     def _run_on_first(self, call: CollectiveCall, action: Callable[[], T]) -> T | None:
         """Run ``action`` on rank 0, which alone gets its result. Collective; its error is raised on every rank."""
@@ -316,7 +311,7 @@ class Saver:
             problem = _save_error(path, error)
         # A rank with a problem takes part in the collectives up to the next agreement, where all ranks raise it.
         chunks = without_copies(local.chunks, self._background)
-        sums = self._background.exchange(torch.tensor(least_bytes(chunks), device="cpu"))().sum(0).tolist()
+        sums = self._background.exchange(torch.tensor(least_bytes(chunks), device="cpu")).sum(0).tolist()
         try:
             check_room(path, *sums)
         except Exception as error:
@@ -328,7 +323,7 @@ class Saver:
                 problem = _save_error(path, error)
             self._agree_in_background(call, problem)
             files: list[WrittenFile] = []
-            packed = gather_objects(self._background, pickle.dumps(written), 0)
+            packed = self._background.gather_objects(pickle.dumps(written), 0)
             try:
                 # Before sync(), because the disks are still at work on what was written.
                 if packed is not None:
