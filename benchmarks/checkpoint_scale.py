@@ -40,6 +40,7 @@ from dist_asgd.checkpoint.format.metadata import METADATA_NAME
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
 from dist_asgd.checkpoint.format.writer import Row, WrittenFile
 from dist_asgd.placements.shard_tensor import ShardTensor, row_major_regions
+from dist_asgd.state_dict.whole_tensors import MAX_STAGING_BYTES
 from dist_asgd.storage.layout import MIN_BUCKETS, BucketLayout, bucket_cap_bytes, fill_buckets, lay_out
 
 MIB = 1 << 20
@@ -92,6 +93,11 @@ class Layout:
                 fragment = layout.fragment(slot, rank)
                 if fragment.numel:
                     yield name, fragment.param_start, fragment.numel
+
+    def num_gathers(self) -> int:
+        """How many collectives bring the float32 averages of all buckets to rank 0, if the backend is NCCL."""
+        width = max(1, MAX_STAGING_BYTES // (self.world_size * torch.float32.itemsize))
+        return sum(-(-layout.shard_numel // width) for _, layout in self.buckets)
 
     def written(self, rank: int) -> WrittenFile:
         """What ``rank`` reports of its file: bfloat16 parameters, a float32 ``ax``, and on rank 0 the values of all."""
@@ -212,6 +218,7 @@ def run(world_size: int, cap_mib: float) -> dict[str, Any]:
     """All figures of one world size and bucket size."""
     layout = Layout.of(world_size, cap_mib)
     result: dict[str, Any] = {"world_size": world_size, "cap_mib": cap_mib, "buckets": len(layout.buckets)}
+    result["gathers"] = layout.num_gathers()
     with tempfile.TemporaryDirectory() as folder:
         for play in (save, load_first, load_other):
             result |= _in_process(play, layout, Path(folder))
@@ -232,6 +239,7 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         [
             f"{r['world_size']:,}, {r['cap_mib']:g} MiB",
             f"{r['buckets']:,}",
+            f"{r['gathers']:,}",
             f"{r['chunks']:,}",
             mib(r["metadata_bytes"]),
             mib(r["manifest_bytes"]),
@@ -243,7 +251,15 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         ]
         for r in results
     ]
-    header = ["ranks, bucket_cap_mb", "buckets", "pieces", ".metadata (MiB)", "manifest (MiB)", "to rank 0 (MiB)"]
+    header = [
+        "ranks, bucket_cap_mb",
+        "buckets",
+        "gathers",
+        "pieces",
+        ".metadata (MiB)",
+        "manifest (MiB)",
+        "to rank 0 (MiB)",
+    ]
     header += ["save: rank 0", "load: rank 0", "from rank 0 (MiB)", "load: another rank"]
     fields = [[name, str(value)] for name, value in surroundings("benchmarks.checkpoint_scale").items()]
     numel = sum(map(math.prod, MODEL.values()))
@@ -252,9 +268,9 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         [
             "# Benchmark: the descriptions of a large checkpoint",
             markdown_table(["field", "value"], fields),
-            "Processor time of one thread, and the peak of memory above what the process held before. *pieces*:\n"
-            "regions of tensors, and values. *to rank 0*: what all ranks report of their files in a save. *from\n"
-            "rank 0*: what each rank gets of it in a load.",
+            "Processor time of one thread, and the peak of memory above what the process held before. *gathers*:\n"
+            "collectives of an export with NCCL. *pieces*: regions of tensors, and values. *to rank 0*: what all\n"
+            "ranks report of their files in a save. *from rank 0*: what each rank gets of it in a load.",
             markdown_table(header, rows),
         ]
     )

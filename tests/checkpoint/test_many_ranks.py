@@ -128,10 +128,10 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_table_is_the_checkpoint(pieces: Path, verify: bool) -> None:
+@pytest.mark.parametrize(("verify", "prefix"), [(True, ""), (False, ""), (True, {"model": "model"})])
+def test_a_table_is_the_checkpoint(pieces: Path, verify: bool, prefix: Any) -> None:
     """It has all that was read, after it was sent too; chunks are checked as before."""
-    opened = OpenCheckpoint(pieces, verify=verify)
+    opened = OpenCheckpoint(pieces, verify=verify, prefix=prefix)
     sent = OpenCheckpoint.of_table(pieces, ChunkTable.unpack(opened.table().pack()))
     entries = opened.metadata.state_dict_metadata
     assert list(sent.metadata.state_dict_metadata) == list(entries)
@@ -150,7 +150,7 @@ def test_a_table_is_the_checkpoint(pieces: Path, verify: bool) -> None:
     for file in damaged.glob("*.distcp"):
         file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(RuntimeError, match=r"dist_asgd: .* is damaged"):
-        OpenCheckpoint.of_table(damaged, opened.table()).whole_tensor("model.0.weight")
+        OpenCheckpoint.of_table(damaged, OpenCheckpoint(pieces).table()).whole_tensor("model.0.weight")
 
 
 def test_a_rank_plans_with_the_chunks_that_it_needs(pieces: Path) -> None:

@@ -73,35 +73,41 @@ class ChunkTable:
 
     @classmethod
     def of(
-        cls, metadata: Metadata, hashes: Mapping[tuple[str, int, int], str] | None, saved_by: SavedBy | None
+        cls,
+        metadata: Metadata,
+        places: Sequence[_StorageInfo] | None,
+        hashes: Mapping[tuple[str, int, int], str] | None,
+        saved_by: SavedBy | None,
     ) -> ChunkTable:
-        """Return the table of checked ``metadata``, of which every chunk has a place and, with ``hashes``, a hash."""
+        """Return the table of checked ``metadata``, of which every chunk has a place and, with ``hashes``, a hash.
+
+        ``places`` are those of all chunks, in the order of keys and chunks; None if they are to be looked up.
+        """
         kinds: dict[str, tuple[TensorProperties, torch.Size] | None] = {}
-        counts, regions, ranges = list[int](), list[int](), list[int]()
-        texts: list[str] = []
-        numbers: dict[tuple[str, type, Any], int] = {}
-        sources: list[_StorageInfo] = []
-        storage = metadata.storage_data
+        counts, regions = list[int](), list[int]()
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 kinds[key] = entry.properties, entry.size
-                indices = [index_of(key, chunk.offsets) for chunk in entry.chunks]
+                counts.append(len(entry.chunks))
                 for chunk in entry.chunks:
                     regions += chunk.offsets
                     regions += chunk.sizes
             else:
-                kinds[key], indices = None, [index_of(key, None)]
-            counts.append(len(indices))
-            for index in indices:
-                info = storage[index]
-                source = (info.relative_path, type(info), info.transform_descriptors)
-                number = numbers.get(source)
-                if number is None:
-                    number = numbers[source] = len(sources)
-                    sources.append(replace(info, offset=0, length=0))
-                ranges += (number, info.offset, info.length)
-                if hashes is not None:
-                    texts.append(hashes[info.relative_path, info.offset, info.length])
+                kinds[key] = None
+                counts.append(1)
+        ranges, texts = list[int](), list[str]()
+        numbers: dict[tuple[str, type, Any], int] = {}
+        sources: list[_StorageInfo] = []
+        for info in _places_of(metadata) if places is None else places:
+            name, offset, length = info.relative_path, info.offset, info.length
+            source = (name, type(info), info.transform_descriptors)
+            number = numbers.get(source)
+            if number is None:
+                number = numbers[source] = len(sources)
+                sources.append(replace(info, offset=0, length=0))
+            ranges += (number, offset, length)
+            if hashes is not None:
+                texts.append(hashes[name, offset, length])
         digests = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, HASH_BYTES)
         return cls(
             kinds,
@@ -127,6 +133,13 @@ class ChunkTable:
         rest, columns = pickle.loads(zlib.decompress(data))
         counts, regions, *ranges = (column.astype(np.int64) for column in columns)
         return replace(cast(ChunkTable, rest), counts=counts, regions=regions, ranges=np.stack(ranges, axis=1))
+
+
+def _places_of(metadata: Metadata) -> Iterator[_StorageInfo]:
+    """Yield where each chunk lies, in the order of keys and chunks."""
+    for key, entry in metadata.state_dict_metadata.items():
+        for offsets in [c.offsets for c in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]:
+            yield metadata.storage_data[index_of(key, offsets)]
 
 
 def _narrow(column: Column) -> npt.NDArray[Any]:

@@ -17,20 +17,20 @@ from .manifest import CheckpointError
 from .metadata import index_of
 
 
-def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> None:
+def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> list[_StorageInfo]:
     """Check that chunks lie inside their tensor and file, that none overlap, and that each tensor is covered.
 
     Equal objects and 0-dim tensors may share one byte range: every parameter has its group's hyperparameters.
     ``sizes`` are the bytes of each file. Metadata that passes cannot ask for more memory than the files have bytes, or,
-    for compressed chunks, than these can expand to.
+    for compressed chunks, than these can expand to. Returns where each chunk lies, in the order of keys and chunks.
     Raises CheckpointError, which names the key.
     """
-    storage, num_found = metadata.storage_data, 0
+    storage, num_found, places = metadata.storage_data, 0, list[_StorageInfo]()
     # A parameter, its average and its master have the same regions, often as the same objects.
     covered: set[tuple[Any, ...]] = set()
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
-            _place_of(storage, index_of(key, None), where)
+            places.append(_place_of(storage, index_of(key, None), where))
             num_found += 1
             continue
         same = (entry.size, *map(id, entry.chunks))
@@ -40,6 +40,7 @@ def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
         itemsize = entry.properties.dtype.itemsize
         for chunk in entry.chunks:
             info = _place_of(storage, index_of(key, chunk.offsets), where)
+            places.append(info)
             needed = math.prod(chunk.sizes) * itemsize
             if info.length * (MAX_RATIO if is_compressed(info) else 1) < needed:
                 raise CheckpointError(
@@ -52,6 +53,7 @@ def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
     if num_found != len(storage):
         _refuse_orphans(metadata, where)
     _check_ranges(metadata, sizes, where)
+    return places
 
 
 def _place_of(storage: Mapping[MetadataIndex, _StorageInfo], index: MetadataIndex, where: str) -> _StorageInfo:

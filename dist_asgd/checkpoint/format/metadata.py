@@ -11,6 +11,7 @@ it is an object; and for every chunk, by its *index*, which bytes of which file 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
@@ -147,6 +148,10 @@ def index_of(key: str, offsets: torch.Size | None) -> MetadataIndex:
     return made
 
 
+# A file has a name, and chunks by the hundred.
+_checked_name = lru_cache(maxsize=1 << 12)(check_name)
+
+
 def _info(state: Any) -> _StorageInfo:
     fields = _INFO.of(state)
     descriptors = fields.get("transform_descriptors") or None
@@ -155,8 +160,9 @@ def _info(state: Any) -> _StorageInfo:
         want(ok and all(type(text) is str for text in descriptors), "the extensions of DCP that have transformed data")
         descriptors = tuple(descriptors)
     want(_is_count(fields["offset"]) and _is_count(fields["length"]), "where the data of a chunk lies")
+    name = fields["relative_path"]
     try:
-        name = check_name(fields["relative_path"])
+        name = _checked_name(name) if type(name) is str else check_name(name)
     except ValueError as error:
         raise Refusal(str(error)) from None
     return _StorageInfo(name, fields["offset"], fields["length"], descriptors)

@@ -78,7 +78,8 @@ class OpenCheckpoint:
 
     def table(self) -> ChunkTable:
         """Return all that was read and checked here, for ``of_table`` on other ranks."""
-        return ChunkTable.of(self.metadata, self._hashes, self.saved_by)
+        with collections_paused():
+            return ChunkTable.of(self.metadata, self._places, self._hashes, self.saved_by)
 
     @classmethod
     def of_table(cls, path: UserPath, table: ChunkTable) -> OpenCheckpoint:
@@ -93,7 +94,7 @@ class OpenCheckpoint:
         with collections_paused():
             chunks = TableChunks(table)
         opened.metadata, opened._hashes = chunks.metadata, chunks.hashes
-        opened._descriptions, opened.sizes, opened.saved_by = [], {}, table.saved_by
+        opened._descriptions, opened.sizes, opened.saved_by, opened._places = [], {}, table.saved_by, None
         opened._begin_reading()
         return opened
 
@@ -107,8 +108,9 @@ class OpenCheckpoint:
         self.metadata, where = read_description(self.path, self._descriptions, self.read_file, has_manifest=verify)
         check_extensions(self.metadata, where)
         self.sizes = self._sizes()
-        check_extents(self.metadata, self.sizes, where)
+        places = check_extents(self.metadata, self.sizes, where)
         self._hashes = self._chunk_hashes()
+        self._places = None if prefix else places
         self.metadata = renamed(self.metadata, prefix, where)
 
     def _checked_manifest(self) -> Manifest:
