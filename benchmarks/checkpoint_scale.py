@@ -80,7 +80,7 @@ class Layout:
     def of(cls, world_size: int, cap_mib: float) -> Layout:
         names = list(MODEL)[::-1]
         numels = [math.prod(MODEL[name]) for name in names]
-        cap = bucket_cap_bytes(cap_mib, 2 * sum(numels), MIN_BUCKETS[2])
+        cap = bucket_cap_bytes(cap_mib, 2 * sum(numels), MIN_BUCKETS[2], world_size)
         chosen = fill_buckets(numels, 2, cap)
         return cls(
             world_size, [([names[i] for i in b], lay_out([numels[i] for i in b], 2, world_size)) for b in chosen]
@@ -237,7 +237,7 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
 
     rows = [
         [
-            f"{r['world_size']:,}, {r['cap_mib']:g} MiB",
+            f"{r['world_size']:,}, {r['cap_mib']:g}",
             f"{r['buckets']:,}",
             f"{r['gathers']:,}",
             f"{r['chunks']:,}",
@@ -280,7 +280,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint_scale", description=__doc__.split("\n")[0])
     parser.add_argument("--world-size", type=int, default=1024)
-    parser.add_argument("--caps", type=float, nargs="+", default=[25.0, 256.0, 2048.0], help="bucket_cap_mb, in MiB")
+    parser.add_argument("--caps", type=float, nargs="+", default=[25.0, 100.0, 250.0], help="bucket_cap_mb")
     parser.add_argument("--markdown", type=Path, help="also write the report to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
