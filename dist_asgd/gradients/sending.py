@@ -52,9 +52,14 @@ class SendBuffers:
     def take(self, bucket: Bucket, finish_oldest: Callable[[], None]) -> tuple[Tensor, Callable[[], None]]:
         """A free buffer for ``bucket``, and the call that gives it back once nothing reads it any more.
 
-        Calls ``finish_oldest``, which gives one back, while all are busy.
+        Calls ``finish_oldest``, which gives one back, while all are busy. RuntimeError while a CUDA graph is captured.
         """
         key = (bucket.device, bucket.wire_dtype)
+        if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "dist_asgd: a backward that a CUDA graph captures cannot reduce gradients: the exchanges between ranks "
+                "would not be replayed. Capture with stage=1, or leave backward outside of the graph."
+            )
         if key not in self._free:
             same_kind = [b for b in self._buckets if (b.device, b.wire_dtype) == key]
             numel = max(self.layout(b).packed_numel for b in same_kind)
