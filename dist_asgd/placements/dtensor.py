@@ -91,7 +91,7 @@ def describe_placement(param: DTensor) -> str:
 
 
 def chunk_of(size: int, count: int, rank: int) -> tuple[int, int]:
-    """The first index and the length of the chunk of ``rank``, if ``Shard`` cuts a dimension of ``size`` into ``count``."""
+    """The first index and the length of the chunk of ``rank`` in a dimension that ``Shard`` cuts into ``count``."""
     # torch cuts a dimension into equal chunks, rounded up: the last ones may be shorter or empty.
     chunk = -(-size // count)
     first = min(rank * chunk, size)

@@ -38,14 +38,17 @@ def choose(rows: Sequence[PlanRow], ranks: int, gpu_memory: int | None) -> tuple
     why_not = _too_much(by_mode[STAGE2], gpu_memory)
     if HYBRID2 in by_mode:
         why_not += ", and on a mesh more"
-    for mode in (FSDP2, HSDP):
-        if mode in fitting:
-            row = fitting[mode]
-            return mode, f"{why_not}; FSDP2 shards the parameters too, and needs {_need(row, gpu_memory)}."
-    return None, (
-        f"No mode fits. {why_not}; FSDP2, which shards the parameters too, needs {_need(by_mode[FSDP2], gpu_memory)}. "
-        f"Take more ranks, bfloat16 parameters, or larger GPUs."
-    )
+    if FSDP2 not in fitting:
+        return None, (
+            f"No mode fits. {why_not}; FSDP2, which shards the parameters too, needs "
+            f"{_need(by_mode[FSDP2], gpu_memory)}. Take more ranks, bfloat16 parameters, or larger GPUs."
+        )
+    reason = f"{why_not}; FSDP2 shards the parameters too, and needs"
+    mesh = fitting.get(HSDP)
+    across = None if mesh is None else _less_across(fitting[FSDP2], mesh)
+    if mesh is not None and across is not None:
+        return HSDP, f"{reason} {_need(mesh, gpu_memory)}. {across}"
+    return FSDP2, f"{reason} {_need(fitting[FSDP2], gpu_memory)}."
 
 
 def _for_one_rank(row: PlanRow, gpu_memory: int | None) -> tuple[str | None, str]:
@@ -75,11 +78,9 @@ def _with_whole_parameters(
 
 def _for_mesh(flat: PlanRow, mesh: PlanRow) -> str | None:
     """Why shards inside a node, with replicas across nodes, are better than shards over all ranks; None if not."""
-    if 2 * mesh.across_bytes <= flat.across_bytes:
-        return (
-            f"Shards inside a node send {decimal(mesh.across_bytes)} a rank and step across nodes, where shards over "
-            f"all ranks send {decimal(flat.across_bytes)}."
-        )
+    across = _less_across(flat, mesh)
+    if across is not None:
+        return across
     pieces = {row.mode: min(t.piece_bytes for t in row.traffic if t.kind == "all-gather") for row in (flat, mesh)}
     if pieces[flat.mode] < LEAST_PIECE_BYTES:
         return (
@@ -87,6 +88,16 @@ def _for_mesh(flat: PlanRow, mesh: PlanRow) -> str | None:
             f"bytes; cut inside a node they have {binary(pieces[mesh.mode])}."
         )
     return None
+
+
+def _less_across(flat: PlanRow, mesh: PlanRow) -> str | None:
+    """What a mesh saves between nodes, if that is half of it at least."""
+    if 2 * mesh.across_bytes > flat.across_bytes:
+        return None
+    return (
+        f"Shards inside a node send {decimal(mesh.across_bytes)} a rank and step across nodes, where shards over all "
+        f"ranks send {decimal(flat.across_bytes)}."
+    )
 
 
 def _need(row: PlanRow, gpu_memory: int | None) -> str:

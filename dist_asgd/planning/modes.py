@@ -285,6 +285,6 @@ def _fsdp2_bytes(model: ModelShapes) -> int:
     next one is gathered, and the gradients of one block are reduced while the next ones are computed.
     """
     blocks = model.blocks()
-    outside = blocks.pop("")
+    outside = blocks.pop("", 0)
     largest = max(blocks.values(), default=0)
     return 2 * (outside + 2 * largest)

@@ -21,6 +21,8 @@ from .sources import Source, shapes_of
 from .traffic import Transfer
 
 RANKS_PER_NODE = 8
+# The most ranks that are tried if a model fits on none of those that there are.
+MOST_RANKS = 1 << 16
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGTP]i?B)?\s*", re.IGNORECASE)
 _POWERS = {letter: power for power, letter in enumerate("BKMGTP")}
 
@@ -188,6 +190,8 @@ def plan(
     extra = bytes_of(activations, "activations")
     rows = tuple(_rows(asked, setup, memory, extra))
     recommended, why = choice.choose(rows, ranks, memory)
+    if recommended is None and memory is not None:
+        why += _enough_ranks(asked, setup, memory - extra)
     return Plan(
         model=shapes.source,
         num_params=sum(1 for _ in shapes.params),
@@ -290,6 +294,17 @@ def _layouts(model: ModelShapes, setup: Setup) -> Iterator[tuple[str, int, Layou
         replicas, shards = setup.mesh
         layout = modes.dtensors(model, setup, replicas, shards)
         yield HSDP, shards, layout, traffic.of_dtensors(model, layout, shards, setup)
+
+
+def _enough_ranks(model: ModelShapes, setup: Setup, memory: int) -> str:
+    """From how many ranks on FSDP2 fits, in powers of two times the ranks that there are; empty if it never does."""
+    for doublings in range(1, MOST_RANKS.bit_length()):
+        ranks = setup.ranks << doublings
+        if ranks > MOST_RANKS:
+            break
+        if modes.dtensors(model, replace(setup, ranks=ranks), 1, ranks).bytes.total <= memory:
+            return f" FSDP2 fits on {ranks:,} ranks, and on fewer than {ranks // 2:,} it does not."
+    return " FSDP2 fits on no number of ranks: what it gathers, and activations, are too large."
 
 
 def _rows(model: ModelShapes, setup: Setup, memory: int | None, activations: int) -> Iterator[PlanRow]:

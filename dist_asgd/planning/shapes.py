@@ -82,8 +82,8 @@ class ModelShapes:
         return replace(self, groups=groups)
 
     def blocks(self) -> dict[str, int]:
-        """The bytes of trained and frozen parameters by block; "" has those outside of any block."""
-        found: dict[str, int] = {"": 0}
+        """The bytes of trained and frozen parameters by block; those outside of any block are under ""."""
+        found: dict[str, int] = {}
         for param in self.params:
             found[param.block] = found.get(param.block, 0) + param.nbytes
         return found

@@ -25,8 +25,8 @@ from .shapes import ModelShapes, ParamShape
 Source = nn.Module | Mapping[str, Any] | str | os.PathLike[str] | int | Iterable[Any]
 
 WANTED = (
-    f"wanted a module, its parameters, a number of parameters (7B), a file *{SUFFIX} or *{INDEX_SUFFIX}, a config.json, "
-    f"or a folder with one of these files"
+    f"wanted a module, its parameters, a number of parameters (7B), a file *{SUFFIX} or *{INDEX_SUFFIX}, a "
+    f"config.json, or a folder with one of these files"
 )
 # A model of which only the size is known is planned as so many equal parameters, in so many blocks.
 _COUNTED_PARAMS, _COUNTED_BLOCKS = 256, 32
@@ -43,7 +43,7 @@ def shapes_of(model: Source) -> ModelShapes:
     """The shapes of ``model``; ValueError if it has no parameters or is none of the sources."""
     if isinstance(model, nn.Module):
         found = _of_module(model)
-    elif isinstance(model, bool) or isinstance(model, float):
+    elif isinstance(model, (bool, float)):
         raise ValueError(f"dist_asgd: a plan of {model!r}: {WANTED}.")
     elif isinstance(model, int):
         found = of_count(model)
@@ -119,8 +119,8 @@ def of_count(count: int) -> ModelShapes:
         shapes.append(ParamShape(f"blocks.{block}.{index}", (numel,), torch.float32))
     assumption = (
         f"Only the number of parameters is known: they are taken for {number} tensors of one size, in "
-        f"{min(number, _COUNTED_BLOCKS)} blocks. Shapes (a module, a config.json, safetensors) change buckets, messages "
-        f"and what FSDP2 gathers."
+        f"{min(number, _COUNTED_BLOCKS)} blocks. Shapes (a module, a config.json, safetensors) change buckets, "
+        f"messages and what FSDP2 gathers."
     )
     return ModelShapes(f"{count:,} parameters", (tuple(shapes),), assumptions=(assumption,))
 

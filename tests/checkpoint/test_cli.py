@@ -520,7 +520,7 @@ def test_commands_run_nothing_and_load_no_damage(one: Saved, tmp_path: Path, com
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", "plan", *COMMANDS])
 def test_help_teaches(command: str) -> None:
     """The help of each command explains the command and its options."""
     text = cli(*([command] if command else []), "--help").stdout
@@ -535,6 +535,7 @@ def test_help_teaches(command: str) -> None:
         "export": "--last",
         "diff": "Exit status",
         "inspect": "--no-verify",
+        "plan": "--gpu-memory",
     }
     assert options[command] in text
 

@@ -32,19 +32,8 @@ def test_the_command_prints_what_the_function_returns() -> None:
 
 def test_options_arrive() -> None:
     """Those of dtypes, buckets and backends."""
-    args = (
-        "7B",
-        "-n",
-        "8",
-        "--dtype",
-        "bfloat16",
-        "--average-dtype",
-        "bfloat16",
-        "--master-weights",
-        "--backend",
-        "gloo",
-    )
-    args += ("--reduce-dtype", "float32", "--bucket-cap-mb", "50", "--no-gradient-as-bucket-view", "--fused")
+    options = "--dtype bfloat16 --average-dtype bfloat16 --master-weights --reduce-dtype float32 --backend gloo"
+    args = ("7B", "-n", "8", *options.split(), "--bucket-cap-mb", "50", "--no-gradient-as-bucket-view", "--fused")
     found = json.loads(cli(*args, "--json").stdout)
     assert found["backend"] == "gloo"
     assert found["rows"][1]["precision"] == "bfloat16, masters, ax bfloat16, sent in float32"
@@ -63,7 +52,7 @@ def test_options_arrive() -> None:
         (("7B", "-n", "8", "--gpu-memory", "lots"), 1, "80GiB"),
         (("7B", "-n", "8", "--master-weights"), 1, "master_weights=True"),
         (("7B",), 2, "--ranks"),
-        (("7B", "-n", "eight"), 2, "eight"),
+        (("7B", "-n", "eight"), 2, "valid integer"),
         (("7B", "-n", "8", "--dtype", "int8"), 2, "int8"),
     ],
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import tracemalloc
 from dataclasses import FrozenInstanceError, asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import dist_asgd
 from dist_asgd import ShardedASGD, plan
 from dist_asgd.planning.choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STAGE2, UNSHARDED
+from dist_asgd.planning.sources import shapes_of
 from tests.harness.models import odd_net
 
 LLAMA_7B = {
@@ -46,6 +50,7 @@ LLAMA_405B = {
     "num_attention_heads": 128,
     "intermediate_size": 53248,
 }
+TWO_LAYERS = {**LLAMA_7B, "num_hidden_layers": 2}
 GIB = 1 << 30
 
 
@@ -58,8 +63,9 @@ GIB = 1 << 30
 )
 def test_configurations_have_the_published_sizes(config: dict[str, Any], elements: int, params: int) -> None:
     """The numbers of elements that the models' own pages give."""
-    found = plan(config, ranks=8)
-    assert (found.num_elements, found.num_params) == (elements, params)
+    found = shapes_of(config)
+    assert sum(param.numel for param in found.params) == elements
+    assert len(found.trained) == params
 
 
 def test_all_sources_of_one_model_agree(tmp_path: Path) -> None:
@@ -117,8 +123,8 @@ def test_an_index_without_its_files_is_planned_by_its_size(tmp_path: Path) -> No
 def test_a_number_is_planned_as_itself() -> None:
     """As an int, and as people write it."""
     assert plan("7B", ranks=8).as_dict()["rows"] == plan(7_000_000_000, ranks=8).as_dict()["rows"]
-    row = plan(1_000_003, ranks=8).row(FSDP2)
-    assert row.bytes.average == pytest.approx(4 * 1_000_003 / 8, rel=0.01)
+    row = plan(100_000_007, ranks=8).row(FSDP2)
+    assert row.bytes.average == pytest.approx(4 * 100_000_007 / 8, rel=0.01)
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------
@@ -148,18 +154,25 @@ def test_a_plan_for_a_backend_with_contiguous_buffers_agrees(stage: int) -> None
     assert row.bytes.buffers == report.in_flight_bytes - scratch
 
 
-def test_the_largest_models_take_seconds_and_little_memory() -> None:
-    """405B on 16,384 ranks: nothing is made for each rank."""
-    plan(LLAMA_7B, ranks=8)  # what is imported and cached
-    tracemalloc.start()
+def test_the_largest_models_take_seconds() -> None:
+    """405B on 16,384 ranks, in three precisions."""
     started = time.perf_counter()
     found = plan(LLAMA_405B, ranks=16384, gpu_memory="80GiB", dtype=torch.bfloat16)
-    took = time.perf_counter() - started
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 32 << 20
-    assert took < 30
+    assert time.perf_counter() - started < 30
     assert {row.mode for row in found.rows} == {UNSHARDED, STAGE1, HYBRID1, STAGE2, HYBRID2, FSDP2, HSDP}
+    assert found.recommended == FSDP2
+
+
+def test_nothing_is_made_for_each_rank() -> None:
+    """A few MiB, on 8 ranks and on 16,384."""
+    peaks = []
+    for ranks in (8, 8, 16384):  # the first time modules are imported
+        tracemalloc.start()
+        plan(TWO_LAYERS, ranks=ranks, dtype=torch.bfloat16)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 4 << 20
+    assert peaks[2] < 2 * peaks[1]
 
 
 def test_nothing_of_the_world_is_touched() -> None:
@@ -177,9 +190,9 @@ def test_dtypes_and_views_cost_what_they_hold() -> None:
     """Averages of 16-bit parameters are float32; masters of bfloat16 take 2 bytes, of float16 4."""
 
     def bytes_of(**options: Any) -> Any:
-        return plan(LLAMA_7B, ranks=64, **options).row(STAGE1).bytes
+        return plan(TWO_LAYERS, ranks=64, **options).row(STAGE1).bytes
 
-    numel = 6_738_415_616
+    numel = sum(param.numel for param in shapes_of(TWO_LAYERS).params)
     plain, half = (
         bytes_of(dtype=torch.bfloat16, master_weights=True),
         bytes_of(dtype=torch.float16, master_weights=True),
@@ -191,7 +204,7 @@ def test_dtypes_and_views_cost_what_they_hold() -> None:
     narrow = bytes_of(dtype=torch.bfloat16, average_dtype=torch.bfloat16)
     assert narrow.average == pytest.approx(plain.average / 2)
     assert bytes_of(gradient_as_bucket_view=False).passing == bytes_of().gradients
-    assert {row.precision for row in plan(LLAMA_7B, ranks=2).others} == {"bfloat16", "bfloat16, masters"}
+    assert {row.precision for row in plan(TWO_LAYERS, ranks=2).others} == {"bfloat16", "bfloat16, masters"}
 
 
 # --- the mode to take --------------------------------------------------------------------------------------------
@@ -206,7 +219,8 @@ def test_dtypes_and_views_cost_what_they_hold() -> None:
         (LLAMA_7B, {"ranks": 16384}, HYBRID2),
         (LLAMA_7B, {"ranks": 16}, STAGE2),
         (LLAMA_70B, {"ranks": 64, "dtype": torch.bfloat16, "gpu_memory": "80GiB"}, FSDP2),
-        (LLAMA_405B, {"ranks": 8, "gpu_memory": "80GiB"}, None),
+        (LLAMA_70B, {"ranks": 64, "dtype": torch.bfloat16, "gpu_memory": "80GiB", "backend": "gloo"}, HSDP),
+        (LLAMA_70B, {"ranks": 8, "gpu_memory": "80GiB"}, None),
         (LLAMA_7B, {"ranks": 1}, STAGE1),
         (LLAMA_7B, {"ranks": 1, "gpu_memory": "16GiB"}, None),
     ],
@@ -221,6 +235,9 @@ def test_the_mode_to_take(config: dict[str, Any], options: dict[str, Any], mode:
         assert found.row(mode).fits
     if mode is None:
         assert not any(row.fits for row in found.rows)
+        fits_on = int(re.search(r"fits on ([\d,]+) ranks", found.why)[1].replace(",", ""))  # type: ignore[index]
+        fewer, enough = (plan(config, **{**options, "ranks": n}).row(FSDP2).fits for n in (fits_on // 2, fits_on))
+        assert (fewer, enough) == (False, True)
 
 
 def test_activations_count() -> None:
@@ -238,7 +255,7 @@ def test_activations_count() -> None:
 
 def test_a_plan_is_frozen_and_reads_as_a_table() -> None:
     """Each mode is a line; JSON has every figure."""
-    found = plan(LLAMA_7B, ranks=16, gpu_memory="80GiB")
+    found = plan(TWO_LAYERS, ranks=16, gpu_memory="80GiB")
     with pytest.raises(FrozenInstanceError):
         found.ranks = 2  # type: ignore[misc]
     text = str(found)
@@ -246,16 +263,14 @@ def test_a_plan_is_frozen_and_reads_as_a_table() -> None:
         assert any(line.startswith(row.mode) for line in text.splitlines())
     assert f"Take {found.recommended}: {found.why[:20]}" in text
     assert json.loads(json.dumps(found.as_dict()))["rows"][0]["bytes"] == asdict(found.rows[0].bytes)
-    with pytest.raises(KeyError, match="it has torch.optim.ASGD, stage 1"):
+    with pytest.raises(KeyError, match=r"it has torch\.optim\.ASGD, stage 1"):
         found.row("stage 3")
 
 
 def test_the_function_stays_a_function() -> None:
     """A module of the same name would take its place once it is imported."""
-    import dist_asgd.cli
-    import dist_asgd.update.plan
-
-    assert callable(dist_asgd.plan)
+    for name in ("cli", "planning.planner", "update.plan"):
+        import_module(f"dist_asgd.{name}")
     assert dist_asgd.plan is plan
 
 
@@ -307,7 +322,7 @@ def test_what_cannot_be_planned_is_said(model: Any, options: dict[str, Any], tex
     if text is None:
         assert plan(model, **{"ranks": 2, **options}).gpu_memory == 80
         return
-    with pytest.raises(ValueError, match="^dist_asgd: ") as raised:
+    with pytest.raises(ValueError, match=r"^dist_asgd: ") as raised:
         plan(model, **{"ranks": 2, **options})
     assert text in str(raised.value)
 
@@ -336,7 +351,7 @@ def test_what_cannot_be_planned_is_said(model: Any, options: dict[str, Any], tex
 def test_files_that_cannot_be_read_are_said(name: str, content: bytes, text: str, tmp_path: Path) -> None:
     """Each error names the file."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="^dist_asgd: ") as raised:
+    with pytest.raises(ValueError, match=r"^dist_asgd: ") as raised:
         plan(tmp_path / name, ranks=2)
     assert text in str(raised.value)
     assert name in str(raised.value)
@@ -344,7 +359,7 @@ def test_files_that_cannot_be_read_are_said(name: str, content: bytes, text: str
 
 def test_folders_without_a_model_are_said(tmp_path: Path) -> None:
     """And folders with several."""
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         plan(tmp_path, ranks=2)
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"weight": torch.ones(2)}, tmp_path / name)
@@ -359,8 +374,8 @@ def test_folders_without_a_model_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [3, 7, 12, 96])
 def test_any_number_of_ranks_will_do(ranks: int) -> None:
     """Shards are equal, and no smaller than their share."""
-    found = plan(LLAMA_7B, ranks=ranks)
-    share = math.ceil(6_738_415_616 / ranks) * 4
+    found = plan(TWO_LAYERS, ranks=ranks)
+    share = math.ceil(found.num_elements / ranks) * 4
     assert share <= found.row(STAGE2).bytes.average < 1.001 * share
     assert (HYBRID2 in {row.mode for row in found.rows}) == (ranks == 96)
     if ranks == 12:
