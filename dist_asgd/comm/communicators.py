@@ -72,7 +72,7 @@ def _equalise_group_counts(ranks: Sequence[int], like: dist.ProcessGroup, host: 
     """
     own = len(dist.distributed_c10d._world.pg_names)
     if host is not None:
-        most = int(host.among(ranks).exchange(torch.tensor([own], device="cpu"))().max())
+        most = host.among(ranks).largest([own])[0]
     elif list(ranks) == dist.get_process_group_ranks(like):
         counts: list[int] = [own] * len(ranks)
         dist.all_gather_object(counts, own, group=like)
@@ -96,7 +96,7 @@ def _with_own_tags(group: dist.ProcessGroup, ranks: Sequence[int]) -> Gloo:
     """
     # The first range serves only to agree on another one.
     first = Gloo(group, FIRST_TAG, ranks)
-    _TagRanges.used = int(first.exchange(torch.tensor([_TagRanges.used], device="cpu"))().max()) + 1
+    _TagRanges.used = first.largest([_TagRanges.used])[0] + 1
     return Gloo(group, FIRST_TAG + (1 + _TagRanges.used % (TAG_RANGES - 1) << 16), ranks)
 
 

@@ -17,8 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
+from torch.distributed.distributed_c10d import _get_process_group_store
 
-from .base import GroupCommunicator, PendingTable, SendList, Wait
+from . import dissemination
+from .base import GroupCommunicator, PendingSummary, SendList, Wait
+from .dissemination import Message, Summary
+from .roll import Roll
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 # How many elements are summed and divided at a time, so that they stay in a core's cache in between.
@@ -28,9 +32,6 @@ SUM_NUMEL = 1 << 16
 # the same tag between the same two ranks keep their order.
 BUCKET_TAGS = (1 << 16) - 4
 ALL_GATHER, GATHER, GATHER_ROWS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
-
-# A peer, and the tensor that is sent to it or received from it.
-Message = tuple[int, Tensor]
 
 
 class Gloo(GroupCommunicator):
@@ -50,6 +51,9 @@ class Gloo(GroupCommunicator):
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._inbox_bytes = 0
         self._sums: Tensor | None = None
+        self._store = _get_process_group_store(group)
+        self._roll_prefix = f"dist_asgd/{first_tag}/{self.ranks[0]}"
+        self._num_summaries = 0
 
     def among(self, ranks: Sequence[int]) -> Gloo:
         """Return a communicator of some of these ranks, this one among them, as ranks of the default group.
@@ -64,7 +68,7 @@ class Gloo(GroupCommunicator):
 
     # --- messages ----------------------------------------------------------------------------------------
 
-    def _post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
+    def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
         """Start messages; ``action`` names the collective in a PeerError."""
         # Errors are translated here and in _wait, without a context manager, because every message passes here.
         works: list[dist.Work | None] = []
@@ -80,7 +84,7 @@ class Gloo(GroupCommunicator):
         return [work for work in works if work is not None]
 
     def _wait(self, action: str, works: Sequence[dist.Work]) -> None:
-        """Wait for messages that ``_post`` started."""
+        """Wait for messages that ``post`` started."""
         try:
             for work in works:
                 work.wait()
@@ -124,7 +128,7 @@ class Gloo(GroupCommunicator):
             receives += [(peer, place) for place in places]
         with record_function("dist_asgd::reduce_scatter"):
             outgoing = [(peer, source) for peer in self._peers for _, source in sends[peer]]
-            works = self._post("a reduce-scatter", tag, receives, outgoing)
+            works = self.post("a reduce-scatter", tag, receives, outgoing)
 
         def wait() -> None:
             self._wait("a reduce-scatter", works)
@@ -173,7 +177,7 @@ class Gloo(GroupCommunicator):
         inbox = self._take_inbox(values.dtype, self.world_size * own.numel())
         rows = list(inbox[: self.world_size * own.numel()].view(self.world_size, -1)) if own.numel() else []
         with record_function("dist_asgd::all_reduce"):
-            to_sum = self._post(
+            to_sum = self.post(
                 "an all-reduce",
                 tag,
                 [(peer, rows[peer]) for peer in self._peers if own.numel()],
@@ -188,7 +192,7 @@ class Gloo(GroupCommunicator):
                 self._store_mean(rows, own, accumulate=False)
             self._inboxes[values.dtype].append(inbox)
             # The sums are sent only here, so this rank's wait also decides when its peers get them.
-            sums = self._post(
+            sums = self.post(
                 "an all-reduce",
                 tag,
                 [(peer, chunks[peer]) for peer in self._peers if chunks[peer].numel()],
@@ -205,7 +209,7 @@ class Gloo(GroupCommunicator):
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
         with record_function("dist_asgd::all_gather"):
-            works = self._post(
+            works = self.post(
                 "an all-gather",
                 ALL_GATHER,
                 [(peer, fragment) for peer in self._peers for fragment in fragments[peer]],
@@ -220,40 +224,35 @@ class Gloo(GroupCommunicator):
             receives = [(peer, places[peer]) for peer in self._peers if numels[peer]]
         targets = self._peers if to is None else [to]
         sends = [(target, fragment) for target in targets if target != self.rank and numels[self.rank]]
-        self._wait("a gather", self._post("a gather", GATHER, receives, sends))
+        self._wait("a gather", self.post("a gather", GATHER, receives, sends))
 
     def gather_rows(self, row: Tensor) -> Tensor:
-        return self._start_table(row, GATHER_ROWS)()
+        # As bits: the messages are of integers, and a row may be anything that is copied.
+        words = row.contiguous().view(torch.uint8)
+        rows = dissemination.all_gather(self, GATHER_ROWS, words, [words.numel()] * self.world_size)
+        return torch.stack(rows).view(row.dtype)
 
     # --- control words -----------------------------------------------------------------------------------
 
-    def exchange(self, words: Tensor) -> PendingTable:
-        return self._start_table(words, EXCHANGE)
+    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
+        self._num_summaries += 1
+        summary = Summary(self, EXCHANGE, words, num_largest)
+        roll = Roll(self._store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)
+        return PendingSummary(summary.wait, summary.poll, roll)
 
-    def _start_table(self, row: Tensor, tag: int) -> PendingTable:
-        """Start an all-gather of ``row`` ``(n,)``; the returned call waits and gives ``(world_size, n)``."""
-        # Zeros, so that rows which have arrived can be told from those that have not.
-        table = row.new_zeros((self.world_size, row.numel()))
-        table[self.rank] = row
-        rows = table.unbind()
-        own = rows[self.rank]
-        works = self._post(
-            "a control exchange",
-            tag,
-            [(peer, rows[peer]) for peer in self._peers],
-            [(peer, own) for peer in self._peers],
-        )
-
-        def wait() -> Tensor:
-            self._wait("a control exchange", works)
-            return table
-
-        return PendingTable(wait, table)
+    def exchange(self, words: Tensor) -> Tensor:
+        return torch.stack(dissemination.all_gather(self, EXCHANGE, words, [words.numel()] * self.world_size))
 
     def exchange_objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
-        row = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
-        row[: data.numel()] = data
-        table = self._start_table(row, EXCHANGE)()
-        return [pickle.loads(table[rank, :size].numpy().tobytes()) for rank, size in enumerate(sizes)]
+        numels = self.exchange(torch.tensor([data.numel()], device="cpu")).flatten().tolist()
+        return [pickle.loads(row.numpy().tobytes()) for row in dissemination.all_gather(self, EXCHANGE, data, numels)]
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        raw = bytearray(b"" if self.rank == to else pickle.dumps(value))
+        data = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
+        numels = self.exchange(torch.tensor([data.numel()], device="cpu")).flatten().tolist()
+        rows = dissemination.gather(self, EXCHANGE, data, numels, to)
+        if rows is None:
+            return None
+        return [value if r == to else pickle.loads(row.numpy().tobytes()) for r, row in enumerate(rows)]

@@ -56,6 +56,10 @@ class Hybrid(ShardCollectives):
     def contiguous(self) -> bool:
         return self._inside.contiguous
 
+    @property
+    def waits_to_launch(self) -> bool:
+        return True
+
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         """The result is the mean of the replicas' means."""
         # The previous bucket has had the time of this one's backward to arrive inside. It starts across here and not

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import GroupCommunicator, PendingTable, SendList, Wait
+from .base import GroupCommunicator, PendingSummary, SendList, Wait
 
 
 class NativeCollectives(GroupCommunicator):
@@ -117,20 +117,37 @@ class NativeCollectives(GroupCommunicator):
         self._call("a gather of norms", dist.all_gather, list(table.unbind(0)), row)
         return table
 
-    def exchange(self, words: Tensor) -> PendingTable:
+    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
+        largest, bits = words[:num_largest].clone(), words[num_largest:].clone()
+        works = [
+            self._call("a control exchange", dist.all_reduce, values, op=op, async_op=True)
+            for values, op in ((largest, dist.ReduceOp.MAX), (bits, dist.ReduceOp.BOR))
+            if values.numel()
+        ]
+
+        def wait() -> Tensor:
+            for work in works:
+                self._wait("a control exchange", work)
+            return torch.cat((largest, bits))
+
+        return PendingSummary(wait)
+
+    def exchange(self, words: Tensor) -> Tensor:
         # The table starts with this rank's own words in all rows, so that a group that moves nothing (torch's `fake`
         # backend) agrees with itself.
         table = words.repeat(self.world_size, 1)
-        rows = list(table.unbind(0))
-        work = self._call("a control exchange", dist.all_gather, rows, words, async_op=True)
-
-        def wait() -> Tensor:
-            self._wait("a control exchange", work)
-            return table
-
-        return PendingTable(wait)
+        self._call("a control exchange", dist.all_gather, list(table.unbind(0)), words)
+        return table
 
     def exchange_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [value] * self.world_size
         self._call("an exchange of messages", dist.all_gather_object, values, value)
+        return values
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        values: list[Any] | None = [value] * self.world_size if self.rank == to else None
+        target = dist.get_global_rank(self.group, to)
+        self._call("a gather of messages", dist.gather_object, value, values, dst=target)
+        if values is not None:
+            values[to] = value
         return values
