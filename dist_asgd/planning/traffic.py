@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..comm.agreement import HEADER_WORDS, MASK_BITS
+from ..comm.dissemination import num_hops
+from ..comm.reports import MASK_BITS, CollectiveCall, RankReport
 from ..gradients.sending import direct_numel
 from ..storage.buffers import Bucket, StateBuffer
 from ..storage.layout import DIRECT_BYTES, MIB, fill_buckets, send_runs
@@ -19,7 +20,8 @@ from .shapes import ModelShapes
 
 # torch's default, bucket_cap_mb.
 _DDP_CAP_BYTES = 25 * MIB
-_WORD_BYTES = 8
+# Words of control messages are int64; the first one says whether all is well.
+_WORD_BYTES, _STATUS_WORDS = 8, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +150,17 @@ def _gather_among_replicas(
 
 
 def _control(model: ModelShapes, exchanges: int, setup: Setup) -> Iterator[Transfer]:
-    """The exchanges by which all ranks agree before they act: some words on the host, to every other rank."""
-    words = HEADER_WORDS + 2 * -(-sum(1 for _ in model.params) // MASK_BITS)
-    messages = exchanges * (setup.ranks - 1)
-    sent = messages * words * _WORD_BYTES
-    # These messages go over Gloo beside NCCL, too.
-    on_gloo = Setup(setup.ranks, setup.ranks_per_node, None, setup.precision, backend="gloo")
-    yield from _transfer("control exchange", "dist_asgd", setup.ranks, 1, exchanges, messages, sent, on_gloo)
+    """The exchanges by which all ranks agree before they act: a summary on the host, over Gloo beside NCCL, too."""
+    mask_words = -(-sum(1 for _ in model.params) // MASK_BITS)
+    summary = RankReport(0, CollectiveCall.STEP, 0, 0, 0, (0, 0), mask_words).summary
+    hops = num_hops(setup.ranks)
+    nbytes = (_STATUS_WORDS + len(summary)) * _WORD_BYTES
+    # Rank 0 sends in hop k to rank 2^k.
+    leaving = sum(1 << hop >= setup.ranks_per_node for hop in range(hops))
+    if hops:
+        sent = exchanges * hops * nbytes
+        across = exchanges * leaving * nbytes
+        yield Transfer("control exchange", "dist_asgd", setup.ranks, exchanges, exchanges * hops, sent, across, nbytes)
 
 
 def of_unsharded(model: ModelShapes, setup: Setup) -> tuple[Transfer, ...]:
