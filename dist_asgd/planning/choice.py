@@ -30,7 +30,8 @@ def binary(nbytes: int) -> str:
 def choose(rows: Sequence[PlanRow], ranks: int, gpu_memory: int | None) -> tuple[str | None, str]:
     """The mode to take of ``rows``, which have one precision, and the reason; None if none fits."""
     by_mode = {row.mode: row for row in rows}
-    fitting = {mode: row for mode, row in by_mode.items() if row.fits is not False}
+    fitting = {mode: row for mode, row in by_mode.items() if row.fits is not False and not row.is_tight}
+    fitting = fitting or {mode: row for mode, row in by_mode.items() if row.fits}
     if ranks == 1:
         return _for_one_rank(by_mode[STAGE1], gpu_memory)
     if STAGE2 in fitting:

@@ -56,7 +56,7 @@ class RankBytes:
 
     @property
     def total(self) -> int:
-        """All of them: an upper bound of the peak, as not all of ``passing`` is there at one time."""
+        """Add all of them up. It is an upper bound of the peak, as not all of ``passing`` is there at one time."""
         counted = self.parameters + self.unmanaged + self.gradients + self.average + self.masters
         return counted + self.buffers + self.passing
 

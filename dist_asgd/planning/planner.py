@@ -23,13 +23,16 @@ from .traffic import Transfer
 RANKS_PER_NODE = 8
 # The most ranks that are tried if a model fits on none of those that there are.
 MOST_RANKS = 1 << 16
+# The share of a GPU's memory that should be left for what a plan does not count: 3.2 GiB of 80 GiB.
+RESERVE = 0.04
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGTP]i?B)?\s*", re.IGNORECASE)
 _POWERS = {letter: power for power, letter in enumerate("BKMGTP")}
 
 ASSUMPTIONS = (
     "A rank's bytes are an upper bound: all kinds are added, although not all are there at one time.",
     "Activations are counted only as --activations (activations=) gives them. Not counted are the CUDA context, "
-    "buffers of NCCL, fragments of the allocator and buffers of torch.compile: leave 1 to 3 GiB.",
+    "buffers of NCCL, fragments of the allocator and buffers of torch.compile: a mode that leaves less than 4% for "
+    "them is tight, and is taken only if no other one fits.",
     "Passing bytes are gradients of a bucket that were not sent yet (if backward follows registration order), DDP's "
     "buckets without gradient_as_bucket_view, intermediate results of torch.optim.ASGD's foreach form, and what FSDP2 "
     "gathers if each block and then the model is given to fully_shard; the last is an estimate.",
@@ -49,7 +52,7 @@ class PlanRow:
         shards: Over how many ranks the state is cut; with FSDP2 the parameters. On a mesh its second dimension.
         bytes: The bytes on a rank, by kind.
         activations_bytes: What the caller of ``plan`` has added.
-        fits: Whether all of it fits the GPU; None if the plan was given no memory.
+        gpu_memory: The bytes of memory that a rank has; None if the plan was given none.
         traffic: What a rank sends in a step, by kind; empty for a single rank.
         notes: What has to be known of this mode.
     """
@@ -59,7 +62,7 @@ class PlanRow:
     shards: int
     bytes: RankBytes
     activations_bytes: int
-    fits: bool | None
+    gpu_memory: int | None
     traffic: tuple[Transfer, ...]
     notes: tuple[str, ...]
 
@@ -67,6 +70,16 @@ class PlanRow:
     def total_bytes(self) -> int:
         """The bytes on a rank, activations included."""
         return self.bytes.total + self.activations_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether all of it fits the GPU; None if the plan was given no memory."""
+        return None if self.gpu_memory is None else self.total_bytes <= self.gpu_memory
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits, but leaves too little for what a plan does not count."""
+        return bool(self.fits) and self.gpu_memory is not None and self.total_bytes > (1 - RESERVE) * self.gpu_memory
 
     @property
     def sent_bytes(self) -> int:
@@ -85,8 +98,12 @@ class Plan:
 
     Attributes:
         model: What was planned.
-        num_params, num_elements: The number of parameters (tensors), and of their elements, frozen ones included.
-        ranks, ranks_per_node, mesh, backend: The job. ``mesh`` is (replicas, shards), or None.
+        num_params: The number of parameters (tensors), frozen ones included.
+        num_elements: The number of their elements.
+        ranks: The number of ranks.
+        ranks_per_node: How many of them share a node.
+        mesh: The mesh of the modes on one, (replicas, shards); None without such modes.
+        backend: "nccl" or "gloo".
         gpu_memory: The bytes of memory that a rank has, or None.
         rows: The modes in the precision that was asked for.
         others: The same modes in other precisions, to compare: float32, bfloat16, and bfloat16 with masters.
@@ -130,9 +147,8 @@ class Plan:
         found = asdict(self)
         for key, rows in (("rows", self.rows), ("others", self.others)):
             for entry, row in zip(found[key], rows, strict=True):
-                entry["total_bytes"] = row.total_bytes
-                entry["sent_bytes"] = row.sent_bytes
-                entry["across_bytes"] = row.across_bytes
+                for name in ("total_bytes", "fits", "is_tight", "sent_bytes", "across_bytes"):
+                    entry[name] = getattr(row, name)
         return found
 
 
@@ -310,9 +326,7 @@ def _enough_ranks(model: ModelShapes, setup: Setup, memory: int) -> str:
 def _rows(model: ModelShapes, setup: Setup, memory: int | None, activations: int) -> Iterator[PlanRow]:
     text = precision_text(model, setup.precision)
     for mode, shards, layout, transfers in _layouts(model, setup):
-        total = layout.bytes.total + activations
-        fits = None if memory is None else total <= memory
-        yield PlanRow(mode, text, shards, layout.bytes, activations, fits, transfers, layout.notes)
+        yield PlanRow(mode, text, shards, layout.bytes, activations, memory, transfers, layout.notes)
 
 
 def _other_precisions(model: ModelShapes, setup: Setup, memory: int | None, activations: int) -> Iterator[PlanRow]:

@@ -68,7 +68,7 @@ def _bytes_table(plan: Plan) -> str:
     for row in plan.rows:
         cells = [_marked(row, plan), f"{row.shards:,}", *(binary(getattr(row.bytes, name)) for name in shown)]
         cells += ([binary(activations)] if activations else []) + [binary(row.total_bytes)]
-        rows.append(cells + ([] if row.fits is None else ["yes" if row.fits else "no"]))
+        rows.append(cells + ([] if row.fits is None else ["tight" if row.is_tight else "yes" if row.fits else "no"]))
     return _rendered(headers, rows)
 
 
@@ -91,7 +91,9 @@ def _traffic_table(plan: Plan) -> str:
         if len(row.traffic) > 1:
             across = decimal(row.across_bytes) if row.across_bytes else "-"
             rows.append(["", "all", "", "", "", "", "", decimal(row.sent_bytes), across])
-    headers = ("mode", "kind", "by", "among ranks", "calls", "messages", "a piece", "sent", "leaves the node")
+    headers = ["mode", "kind", "by", "among ranks", "calls", "messages", "a piece", "sent", "leaves the node"]
+    if plan.ranks <= plan.ranks_per_node:
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
     return _rendered(headers, rows, left=3)
 
 

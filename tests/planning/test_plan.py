@@ -220,7 +220,7 @@ def test_dtypes_and_views_cost_what_they_hold() -> None:
         (LLAMA_7B, {"ranks": 16}, STAGE2),
         (LLAMA_70B, {"ranks": 64, "dtype": torch.bfloat16, "gpu_memory": "80GiB"}, FSDP2),
         (LLAMA_70B, {"ranks": 64, "dtype": torch.bfloat16, "gpu_memory": "80GiB", "backend": "gloo"}, HSDP),
-        (LLAMA_70B, {"ranks": 8, "gpu_memory": "80GiB"}, None),
+        (LLAMA_70B, {"ranks": 8, "gpu_memory": "70GiB"}, None),
         (LLAMA_7B, {"ranks": 1}, STAGE1),
         (LLAMA_7B, {"ranks": 1, "gpu_memory": "16GiB"}, None),
     ],
@@ -238,6 +238,18 @@ def test_the_mode_to_take(config: dict[str, Any], options: dict[str, Any], mode:
         fits_on = int(re.search(r"fits on ([\d,]+) ranks", found.why)[1].replace(",", ""))  # type: ignore[index]
         fewer, enough = (plan(config, **{**options, "ranks": n}).row(FSDP2).fits for n in (fits_on // 2, fits_on))
         assert (fewer, enough) == (False, True)
+
+
+def test_a_mode_that_fills_the_memory_is_tight() -> None:
+    """It is not taken while another one leaves room."""
+    options: dict[str, Any] = {"ranks": 8, "dtype": torch.bfloat16}
+    config = {**LLAMA_7B, "num_hidden_layers": 12, "vocab_size": 1000}
+    need = plan(config, **options).row(STAGE2).total_bytes
+    tight = plan(config, gpu_memory=need, **options)
+    assert (tight.row(STAGE2).fits, tight.row(STAGE2).is_tight, tight.recommended) == (True, True, FSDP2)
+    assert any(line.startswith(STAGE2) and line.endswith("tight") for line in str(tight).splitlines())
+    roomy = plan(config, gpu_memory=round(need * 1.05), **options)
+    assert (roomy.row(STAGE2).fits, roomy.row(STAGE2).is_tight, roomy.recommended) == (True, False, STAGE2)
 
 
 def test_activations_count() -> None:
