@@ -82,11 +82,12 @@ def _for_mesh(flat: PlanRow, mesh: PlanRow) -> str | None:
     across = _less_across(flat, mesh)
     if across is not None:
         return across
-    pieces = {row.mode: min(t.piece_bytes for t in row.traffic if t.kind == "all-gather") for row in (flat, mesh)}
-    if pieces[flat.mode] < LEAST_PIECE_BYTES:
+    pieces = {row.mode: [t.piece_bytes for t in row.traffic if t.kind == "all-gather"] for row in (flat, mesh)}
+    smallest, larger = min(pieces[flat.mode], default=0), min(pieces[mesh.mode], default=0)
+    if smallest < LEAST_PIECE_BYTES and smallest < larger:
         return (
-            f"Cut over all ranks a message has pieces of {binary(pieces[flat.mode])}, which cost more latency than "
-            f"bytes; cut inside a node they have {binary(pieces[mesh.mode])}."
+            f"Cut over all ranks a message has pieces of {binary(smallest)}, which cost more latency than bytes; cut "
+            f"inside a node they have {binary(larger)}."
         )
     return None
 

@@ -21,8 +21,8 @@ from .sources import Source, shapes_of
 from .traffic import Transfer
 
 RANKS_PER_NODE = 8
-# The most ranks that are tried if a model fits on none of those that there are.
-MOST_RANKS = 1 << 16
+# The most ranks of a plan, of which also those are tried that a model would fit on.
+MOST_RANKS = 1 << 20
 # The share of a GPU's memory that should be left for what a plan does not count: 3.2 GiB of 80 GiB.
 RESERVE = 0.04
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGTP]i?B)?\s*", re.IGNORECASE)
@@ -229,17 +229,20 @@ def plan(
 
 
 def bytes_of(value: int | str, what: str, least: int = 0) -> int:
-    """A number of bytes, or a text such as "80GiB"; ValueError names ``what``."""
+    """A number of bytes, or a text with a unit such as "80GiB"; ValueError names ``what``."""
     found: float | None = None
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
-        if match:
+        # A bare "80" would be 80 bytes, which nobody means.
+        if match and (match[2] or float(match[1]) == 0):
             unit = (match[2] or "B").upper()
             found = float(match[1]) * (1024 if "I" in unit else 1000) ** _POWERS[unit[0]]
     elif not isinstance(value, bool) and isinstance(value, int):
         found = value
     if found is None or found < least:
-        raise ValueError(f"dist_asgd: {what} must be bytes, or a size such as 80GiB or 80GB, got {value!r}.")
+        raise ValueError(
+            f"dist_asgd: {what} must be a number of bytes, or a text with a unit such as 80GiB or 80GB, got {value!r}."
+        )
     return int(found)
 
 
@@ -258,6 +261,10 @@ def _topology(
 ) -> tuple[int, tuple[int, int] | None, tuple[str, ...]]:
     """The ranks on a node, the mesh, and what was assumed for them."""
     _check_count(ranks, "ranks (the number of GPUs)")
+    if ranks > MOST_RANKS:
+        raise ValueError(
+            f"dist_asgd: ranks={ranks:,}: a plan is for at most {MOST_RANKS:,} ranks. Is the number right?"
+        )
     per_node = min(RANKS_PER_NODE, ranks)
     if ranks_per_node is not None:
         _check_count(ranks_per_node, "ranks_per_node")

@@ -28,6 +28,8 @@ WANTED = (
     f"wanted a module, its parameters, a number of parameters (7B), a file *{SUFFIX} or *{INDEX_SUFFIX}, a "
     f"config.json, or a folder with one of these files"
 )
+# A thousand trillion: what is larger is a typing error, and its bytes would overflow.
+MOST_ELEMENTS = 10**15
 # A model of which only the size is known is planned as so many equal parameters, in so many blocks.
 _COUNTED_PARAMS, _COUNTED_BLOCKS = 256, 32
 # Below so many elements a parameter of such a model is not cut further.
@@ -57,6 +59,8 @@ def shapes_of(model: Source) -> ModelShapes:
         found = _of_groups(list(model))
     if not any(True for _ in found.params):
         raise ValueError(f"dist_asgd: {found.source} has no parameters. {WANTED[0].upper()}{WANTED[1:]}.")
+    if sum(param.numel for param in found.params) > MOST_ELEMENTS:
+        raise ValueError(f"dist_asgd: {found.source} has more than {MOST_ELEMENTS:,} elements. Is the size right?")
     if not any(param.numel for param in found.trained):
         raise ValueError(
             f"dist_asgd: {found.source} has no parameter to train. Set requires_grad of those that are trained."
@@ -109,8 +113,11 @@ def _of_groups(params: list[Any]) -> ModelShapes:
 
 def of_count(count: int) -> ModelShapes:
     """A model of ``count`` parameters of which no shape is known: equal vectors in float32."""
-    if count <= 0:
-        raise ValueError(f"dist_asgd: a model of {count:,} parameters: wanted a positive number, such as 7B.")
+    if not 0 < count <= MOST_ELEMENTS:
+        raise ValueError(
+            f"dist_asgd: a model of {count:,} parameters: wanted a positive number of at most "
+            f"{MOST_ELEMENTS:,}, such as 7B."
+        )
     number = min(_COUNTED_PARAMS, max(1, count // _LEAST_COUNTED))
     shapes = []
     for index in range(number):

@@ -316,7 +316,11 @@ def test_the_function_stays_a_function() -> None:
         (7, {"ranks": 8, "mesh": (3, 2)}, "mesh=3x2 has 6 ranks, and there are 8"),
         (7, {"ranks": 8, "mesh": (0, 8)}, "the number of replicas must be"),
         (7, {"ranks": 8, "mesh": 8}, "mesh must be two numbers"),
-        (7, {"gpu_memory": "80"}, None),
+        (10**16, {}, "at most 1,000,000,000,000,000"),
+        ("1e30", {}, "at most 1,000,000,000,000,000"),
+        ({**LLAMA_7B, "vocab_size": 10**30}, {}, "Is the size right?"),
+        (7, {"ranks": 10**9}, "at most 1,048,576 ranks"),
+        (7, {"gpu_memory": "80"}, "with a unit such as 80GiB"),
         (7, {"gpu_memory": "80G"}, "80GiB or 80GB"),
         (7, {"gpu_memory": 0}, "80GiB or 80GB"),
         (7, {"activations": -1}, "activations must be"),
@@ -329,11 +333,8 @@ def test_the_function_stays_a_function() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_planned_is_said(model: Any, options: dict[str, Any], text: str | None) -> None:
-    """Each error says what was wanted; a size without a unit is bytes."""
-    if text is None:
-        assert plan(model, **{"ranks": 2, **options}).gpu_memory == 80
-        return
+def test_what_cannot_be_planned_is_said(model: Any, options: dict[str, Any], text: str) -> None:
+    """Each error says what was wanted."""
     with pytest.raises(ValueError, match=r"^dist_asgd: ") as raised:
         plan(model, **{"ranks": 2, **options})
     assert text in str(raised.value)
@@ -381,6 +382,16 @@ def test_folders_without_a_model_are_said(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match="several models"):
         plan(tmp_path, ranks=2)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (8, 1), (2, 4)])
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_any_mesh_will_do(mesh: tuple[int, int], backend: str) -> None:
+    """One replica is no mesh, and one shard is no sharding."""
+    found = plan(TWO_LAYERS, ranks=8, mesh=mesh, backend=backend)
+    flat, on_mesh = found.row(STAGE2).bytes, found.row(HYBRID2).bytes
+    assert on_mesh.average == pytest.approx(flat.average * mesh[0], rel=0.01)
+    assert found.recommended in (STAGE2, HYBRID2)
 
 
 @pytest.mark.parametrize("ranks", [3, 7, 12, 96])
