@@ -23,8 +23,8 @@ def cli(*args: str, status: int = 0) -> Result:
 
 def test_the_command_prints_what_the_function_returns() -> None:
     """As a table and as JSON."""
-    expected = plan("7B", ranks=16, gpu_memory="80GiB", activations="4GiB", mesh=(4, 4), ranks_per_node=4)
-    args = ("7B", "--ranks", "16", "--gpu-memory", "80GiB", "--activations", "4GiB", "--mesh", "4x4")
+    expected = plan("100M", ranks=16, gpu_memory="80GiB", activations="4GiB", mesh=(4, 4), ranks_per_node=4)
+    args = ("100M", "--ranks", "16", "--gpu-memory", "80GiB", "--activations", "4GiB", "--mesh", "4x4")
     args += ("--ranks-per-node", "4")
     assert cli(*args).stdout == f"{expected}\n"
     assert json.loads(cli(*args, "--json").stdout) == json.loads(json.dumps(expected.as_dict()))
@@ -33,7 +33,7 @@ def test_the_command_prints_what_the_function_returns() -> None:
 def test_options_arrive() -> None:
     """Those of dtypes, buckets and backends."""
     options = "--dtype bfloat16 --average-dtype bfloat16 --master-weights --reduce-dtype float32 --backend gloo"
-    args = ("7B", "-n", "8", *options.split(), "--bucket-cap-mb", "50", "--no-gradient-as-bucket-view", "--fused")
+    args = ("100M", "-n", "8", *options.split(), "--bucket-cap-mb", "50", "--no-gradient-as-bucket-view", "--fused")
     found = json.loads(cli(*args, "--json").stdout)
     assert found["backend"] == "gloo"
     assert found["rows"][1]["precision"] == "bfloat16, masters, ax bfloat16, sent in float32"
