@@ -81,7 +81,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             along the second (inside a node, say), with equal replicas along the first: in stage 2 gradients are
             reduce-scattered inside and this rank's shard of them is all-reduced across; parameters are gathered inside.
             A mesh of one dimension is its ranks, all of which hold shards.
-        bucket_cap_mb: the largest flat bucket, in MiB; a larger parameter has a bucket of its own.
+        bucket_cap_mb: the largest flat bucket, in MiB, at up to 400 ranks; a larger parameter has one of its own.
         average_dtype: the dtype of ``ax``, never narrower than the parameter. None is the parameter's dtype, and
             float32 for 16-bit ones. (For complex parameters it is that of the real and imaginary parts.)
         master_weights: 16-bit parameters are roundings of float32 masters, which are sharded and updated: 2 bytes an

@@ -21,7 +21,8 @@ from .roll import Roll
 
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
-# For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor).
+# For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor). For backends that are
+# ``contiguous`` one range for all shards.
 SendList = Sequence[Sequence[tuple[int, Tensor]]]
 
 
@@ -85,7 +86,7 @@ class ShardCollectives(ABC):
 
     @property
     def contiguous(self) -> bool:
-        """Whether the ranges of a transfer must form one flat buffer, with one range of equal size per rank."""
+        """Whether a transfer takes one flat buffer, the shards of all ranks in order, instead of ranges by rank."""
         return False
 
     @property
@@ -100,6 +101,8 @@ class ShardCollectives(ABC):
         Args:
             sends: ``sends[r]`` lists the ranges for the shard of rank r. All ranks list the same ranges. Tensors are
                 only read, and must not change before the wait. Elements that no range covers keep their value.
+                If ``contiguous``, the only entry of ``sends[0]`` is the flat buffer with the shards of all ranks, which
+                may be overwritten.
             shard: ``(shard_numel,)``; complete after the wait.
             accumulate: add to ``shard`` instead of overwriting it.
             tag: distinguishes transfers that are in flight together.
@@ -154,8 +157,8 @@ class Communicator(ShardCollectives):
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
         """Start filling ``fragments[r]``, a list of 1-D tensors, on every rank with the ones that rank r has.
 
-        All ranks pass the same sizes. If ``contiguous``, each list has one tensor of one size, and all of them are
-        consecutive in one flat buffer.
+        All ranks pass the same sizes. If ``contiguous``, the only tensor is one flat buffer, with one fragment of equal
+        size for each rank.
         """
 
     @abstractmethod

@@ -136,7 +136,7 @@ class Communicators:
             _refuse_to_be_alone()
         self._axes = axes
         self._group = axes.group
-        self._hybrids: dict[str, Hybrid] = {}
+        self._on: dict[str, ShardCollectives] = {}
         self._host: Communicator | None = None
         self._background: Communicator | None = None
         self._among: dict[tuple[str, Ranks], Communicator] = {}
@@ -188,14 +188,15 @@ class Communicators:
     def on(self, device: torch.device) -> ShardCollectives:
         """Return the collectives for shards on ``device``. ValueError if the group has no backend for it.
 
-        Collective when the kind of device is new. Callers on the path of a step keep the result.
+        Collective when the kind of device is new.
         """
-        inside = self.among(self._axes.shard, device)
-        if self.num_replicas == 1:
-            return inside
-        if device.type not in self._hybrids:
-            self._hybrids[device.type] = Hybrid(inside, self.among(self._axes.replicate, device))
-        return self._hybrids[device.type]
+        if device.type not in self._on:
+            inside = self.among(self._axes.shard, device)
+            if self.num_replicas == 1:
+                self._on[device.type] = inside
+            else:
+                self._on[device.type] = Hybrid(inside, self.among(self._axes.replicate, device))
+        return self._on[device.type]
 
     def shard_rank_of(self, rank: int) -> int | None:
         """Return the number of the shard that ``rank`` of all ranks holds; None if it belongs to another replica."""
@@ -259,5 +260,6 @@ class Communicators:
 
     def scratch_bytes(self) -> int:
         """Return the bytes of all buffers that communicators keep between steps, over all devices."""
-        every = (self._host, self._background, *self._among.values(), *self._hybrids.values())
+        hybrids = [collectives for collectives in self._on.values() if isinstance(collectives, Hybrid)]
+        every = (self._host, self._background, *self._among.values(), *hybrids)
         return sum(communicator.scratch_bytes() for communicator in every if communicator is not None)

@@ -50,8 +50,8 @@ class NativeCollectives(GroupCommunicator):
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         # NCCL reduces in place, into this rank's own range of the send buffer. Other backends may read that range
         # after they have written it, so they get a tensor of their own.
-        mine = sends[self.rank][0][1]
-        send = sends[0][0][1].as_strided((self.world_size * mine.numel(),), (1,))
+        send = sends[0][0][1]
+        mine = send.view(self.world_size, -1)[self.rank]
         out = mine if self._averages else torch.empty_like(mine)
         with record_function("dist_asgd::reduce_scatter"):
             work = self._call("a reduce-scatter", self._reduce_scatter_single, out, send, op=self._op, async_op=True)
@@ -85,9 +85,8 @@ class NativeCollectives(GroupCommunicator):
         return lambda: self._wait("an all-gather", work)
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
-        # They are even here: callers lay fragments out in one flat buffer, because `contiguous` is True.
-        first = fragments[0][0]
-        return self.all_gather(first.as_strided((self.world_size * first.numel(),), (1,)))
+        # They are even here, and lie in one flat buffer.
+        return self.all_gather(fragments[0][0])
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         if len(set(numels)) > 1:

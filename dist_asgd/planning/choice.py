@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 UNSHARDED, STAGE1, STAGE2 = "torch.optim.ASGD", "stage 1", "stage 2"
 HYBRID1, HYBRID2 = "stage 1, mesh", "stage 2, mesh"
 FSDP2, HSDP = "FSDP2", "FSDP2, mesh"
-# Below this size a message costs its latency, and not its bytes.
-LEAST_PIECE_BYTES = 64 << 10
+# Below this size a message costs its latency, and not its bytes. Buckets grow so that pieces have 64 KiB, if the model
+# is large enough.
+LEAST_PIECE_BYTES = 32 << 10
 
 
 def binary(nbytes: int) -> str:

@@ -154,7 +154,7 @@ def buckets_of(model: ModelShapes, setup: Setup, stage: int, shards: int) -> lis
         held.append([(num_params + i, p.name, p.on_meta()) for i, p in enumerate(group) if p.trained])
         num_params += len(group)
     total_bytes = sum(param.nbytes for entries in held for _, _, param in entries)
-    cap_bytes = bucket_cap_bytes(setup.bucket_cap_mb, total_bytes, MIN_BUCKETS[stage])
+    cap_bytes = bucket_cap_bytes(setup.bucket_cap_mb, total_bytes, MIN_BUCKETS[stage], shards)
     buckets: list[Bucket] = []
     for group_index, entries in enumerate(held):
         buckets += build_buckets(
@@ -234,7 +234,7 @@ def dtensors(model: ModelShapes, setup: Setup, replicas: int, shards: int) -> La
             local_bytes += sum(numels) * itemsize
             cut = [numels]
             if replicas > 1:
-                chosen = fill_state_buffers(numels, itemsize, setup.bucket_cap_mb)
+                chosen = fill_state_buffers(numels, itemsize, setup.bucket_cap_mb, replicas)
                 cut = [[numels[position] for position in positions] for positions in chosen]
             for of_one in cut:
                 layout = lay_out(of_one, itemsize, replicas)

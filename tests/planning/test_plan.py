@@ -216,7 +216,7 @@ def test_dtypes_and_views_cost_what_they_hold() -> None:
         (LLAMA_7B, {"ranks": 8, "dtype": torch.bfloat16, "gpu_memory": "40GiB"}, STAGE2),
         (LLAMA_7B, {"ranks": 8, "gpu_memory": "40GiB"}, STAGE2),
         (LLAMA_7B, {"ranks": 64, "backend": "gloo"}, HYBRID2),
-        (LLAMA_7B, {"ranks": 16384}, HYBRID2),
+        (LLAMA_7B, {"ranks": 65536}, HYBRID2),
         (LLAMA_7B, {"ranks": 16}, STAGE2),
         (LLAMA_70B, {"ranks": 64, "dtype": torch.bfloat16, "gpu_memory": "80GiB"}, FSDP2),
         (LLAMA_70B, {"ranks": 64, "dtype": torch.bfloat16, "gpu_memory": "80GiB", "backend": "gloo"}, HSDP),
