@@ -13,13 +13,13 @@ from ..comm.dissemination import num_hops
 from ..comm.reports import MASK_BITS, CollectiveCall, RankReport
 from ..gradients.sending import direct_numel
 from ..storage.buffers import Bucket, StateBuffer
-from ..storage.layout import DIRECT_BYTES, MIB, fill_buckets, send_runs
+from ..storage.layout import DIRECT_BYTES, MIB, send_runs
 from .modes import Layout
 from .setup import Setup
 from .shapes import ModelShapes
 
-# torch's default, bucket_cap_mb.
-_DDP_CAP_BYTES = 25 * MIB
+# torch's defaults: of the first bucket, and of the others.
+_DDP_FIRST_BYTES, _DDP_CAP_BYTES = MIB, 25 * MIB
 # Words of control messages are int64; the first one says whether all is well.
 _WORD_BYTES, _STATUS_WORDS = 8, 1
 
@@ -80,9 +80,19 @@ def _mean_of_gradients(model: ModelShapes, setup: Setup) -> Iterator[Transfer]:
     """DDP's all-reduce over all ranks."""
     trained = model.trained
     nbytes = sum(param.nbytes for param in trained)
-    calls = len(fill_buckets([param.nbytes for param in reversed(trained)], 1, _DDP_CAP_BYTES))
+    calls = _ddp_buckets([param.nbytes for param in reversed(trained)])
     sent = _ring(setup.ranks, nbytes, "all-reduce")
     yield from _transfer("all-reduce", "DDP", setup.ranks, 1, calls, None, sent, setup)
+
+
+def _ddp_buckets(sizes: Iterable[int]) -> int:
+    """How many buckets DDP makes of gradients of these bytes: it closes one that has reached its cap."""
+    closed, used, cap_bytes = 0, 0, _DDP_FIRST_BYTES
+    for size in sizes:
+        used += size
+        if used >= cap_bytes:
+            closed, used, cap_bytes = closed + 1, 0, _DDP_CAP_BYTES
+    return closed + (used > 0)
 
 
 def _reduce_scatter(buckets: Iterable[Bucket], shards: int, setup: Setup) -> Iterator[Transfer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from dist_asgd import plan
 from dist_asgd.cli import app
+from tests.planning.test_plan import LLAMA_7B
 
 
 def cli(*args: str, status: int = 0) -> Result:
@@ -74,3 +76,17 @@ def test_names_from_files_move_no_cursor(tmp_path: Path) -> None:
     found = cli(str(path), "-n", "2").stdout
     assert "\x1b" not in found
     assert "[bold]" not in found
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    """The same tables, modes and reasons. Figures may be those of an earlier version, as long as they are close."""
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    shown = page.split("$ dist-asgd plan config.json --ranks 16 --gpu-memory 80GiB --activations 20GiB\n")[1]
+    config = {**LLAMA_7B, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
+    found = plan({**config, "dtype": "bfloat16"}, ranks=16, gpu_memory="80GiB", activations="20GiB")
+    lines = shown.split("```")[0].splitlines()
+    for line, printed in zip(lines[1:], str(found).splitlines()[1:], strict=True):
+        assert re.sub(r"[\d.,]+ \w+|\d[\d.,]*| +|─+", " ", line) == re.sub(r"[\d.,]+ \w+|\d[\d.,]*| +|─+", " ", printed)
+    for row in found.rows:
+        (line,) = (line for line in lines if re.match(rf"{row.mode}( \*)? .*(yes|no|tight)$", line))
+        assert float(line.split()[-3]) * 2**30 == pytest.approx(row.total_bytes, rel=0.1)

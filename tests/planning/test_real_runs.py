@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_asgd import Plan, ShardedASGD, plan
-from dist_asgd.planning.choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STAGE2
+from dist_asgd.planning.choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STAGE2, UNSHARDED
+from dist_asgd.storage.layout import MIB
 from tests.harness.meshes import hybrid_mesh
 from tests.harness.models import mlp, mlp_loss, odd_loss, odd_net
 from tests.harness.ranks import run
@@ -171,3 +172,13 @@ def test_a_plan_agrees_with_real_ranks(ranks: int) -> None:
         assert all(param.is_meta for param in model.parameters())
         found = plan(model, ranks=ranks, mesh=mesh, backend="gloo", **options)
         check(found, mode, reports, str(case))
+
+
+def test_ddp_makes_as_many_buckets_as_planned() -> None:
+    """By torch's own assignment, with its default caps."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(width, 900) for width in (7, 4000, 30, 8000, 500, 3000, 2000, 1)))
+    sizes = [MIB, 25 * MIB]
+    assigned, _ = dist._compute_bucket_assignment_by_size(list(reversed(list(model.parameters()))), sizes)
+    (sent,) = (transfer for transfer in plan(model, ranks=2).row(UNSHARDED).traffic if transfer.by == "DDP")
+    assert sent.calls == len(assigned)
