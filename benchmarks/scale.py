@@ -30,6 +30,7 @@ from dist_asgd.comm import communicators
 from dist_asgd.comm.base import Communicator, SingleProcess
 from dist_asgd.comm.dissemination import Message
 from dist_asgd.comm.gloo import Gloo
+from dist_asgd.comm.host_group import HostGroup
 from dist_asgd.comm.native import NativeCollectives
 
 MODES = ("stage 2", "stage 1", "DTensor")
@@ -60,7 +61,7 @@ class Instant(NativeCollectives):
         return None
 
 
-def _host(group: dist.ProcessGroup, ranks: Any) -> Gloo:
+def _host(group: HostGroup, ranks: Any) -> Gloo:
     return Echo(group, communicators.FIRST_TAG, ranks)
 
 
@@ -208,9 +209,9 @@ def as_markdown(about: dict[str, str], figures: dict[str, dict[int, dict[str, fl
         [
             "# Host time by the number of ranks",
             "",
-            f"{num_params} parameters in as many buckets, on the rank in the middle; milliseconds of its processor, the "
-            "median of the steps, and in brackets how many times those of the smallest size. Messages and bytes are "
-            "those of all control exchanges of one step with clipping. Objects are what the optimizer keeps in Python.",
+            f"{num_params} parameters in as many buckets, on the rank in the middle; milliseconds of its processor, "
+            "the median of the steps, and in brackets how many times those of the smallest size. Messages and bytes: "
+            "all control exchanges of one step with clipping. Objects are what Python keeps of the optimizer.",
             "",
             markdown_table(head, rows),
             "",

@@ -255,10 +255,9 @@ class SingleProcess(Communicator):
 class GroupCommunicator(Communicator):
     """The base of the communicators that really send: they belong to a process group, and their peers can fail."""
 
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int] | None = None) -> None:
-        """``ranks`` are those that take part, as ranks of the default group; None: all of the group."""
-        self.group = group
-        self.ranks = list(ranks or dist.get_process_group_ranks(group))
+    def __init__(self, ranks: Sequence[int]) -> None:
+        """``ranks`` are those that take part, as ranks of the default group."""
+        self.ranks = list(ranks)
         self.rank, self.world_size = self.ranks.index(dist.get_rank()), len(self.ranks)
 
     def peer_error(self, action: str, error: RuntimeError) -> PeerError:

@@ -7,7 +7,8 @@ those of the user and of other optimizers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from .axes import Axes, NotAMember, Ranks, timeout_of
 from .base import Communicator, ShardCollectives, SingleProcess
 from .gloo import Gloo
+from .host_group import HostGroup
 from .hybrid import Hybrid
 from .native import NativeCollectives
 from .rank_names import RankNames
@@ -56,11 +58,31 @@ def _own_group(ranks: Sequence[int], backend: str, like: dist.ProcessGroup, host
     ``host`` is a communicator over which they can already send messages, or None.
     """
     _equalise_group_counts(ranks, like, host)
-    # Without this timeout torch would take the backend's default of half an hour, whatever the user chose for `like`.
-    own: dist.ProcessGroup = dist.new_group(
-        list(ranks), timeout=timeout_of(like), backend=backend, use_local_synchronization=True
-    )
+    with _without_split(ranks):
+        # Without this timeout torch would take the backend's default of half an hour, whatever the user chose.
+        own: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=timeout_of(like), backend=backend, use_local_synchronization=True
+        )
     return own
+
+
+@contextmanager
+def _without_split(ranks: Sequence[int]) -> Iterator[None]:
+    """Let torch make a group of some ranks without the others.
+
+    If the default group has a device bound, torch would split NCCL's communicator for it, which is collective on all
+    ranks of the job (distributed_c10d.py, ``_get_split_source``): those that do not take part would never come.
+    """
+    default = dist.group.WORLD
+    bound = None if default is None or len(ranks) == default.size() else default.bound_device_id
+    if default is None or bound is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def _equalise_group_counts(ranks: Sequence[int], like: dist.ProcessGroup, host: Gloo | None) -> None:
@@ -89,7 +111,7 @@ class _TagRanges:
     used = 0
 
 
-def _with_own_tags(group: dist.ProcessGroup, ranks: Sequence[int]) -> Gloo:
+def _with_own_tags(group: HostGroup, ranks: Sequence[int]) -> Gloo:
     """Return a communicator with a tag range that no optimizer on any of ``ranks`` uses. Collective on ``ranks``.
 
     After 4,095 optimizers a range is used again.
@@ -144,29 +166,24 @@ class Communicators:
         self.shard_rank, self.num_shards = axes.shard.index(axes.this_rank), len(axes.shard)
         self.replica, self.num_replicas = axes.replicate.index(axes.this_rank), len(axes.replicate)
 
-    def _host_group(self, group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, str]:
-        """Return a group for control words on the host and its backend: they must not wait for an accelerator.
-
-        Collective on all ranks if the group has to be made.
-        """
-        backend = _backend_for(group, "cpu")
-        if backend in (None, "nccl"):
-            return _own_group(self.ranks, "gloo", group, None), "gloo"
-        if backend != "gloo" and self.ranks != dist.get_process_group_ranks(group):
-            return _own_group(self.ranks, backend, group, None), backend
-        return group, backend
-
     @property
     def host(self) -> Communicator:
-        """The communicator of all ranks for control words; collective on first use."""
+        """The communicator of all ranks for control words; collective on first use.
+
+        Control words must not wait for an accelerator, so they have a group of their own beside NCCL.
+        """
         if self._host is None:
-            if self._group is None or self.world_size == 1:
-                self._host = SingleProcess()
-            else:
-                group, backend = self._host_group(self._group)
-                gloo = backend == "gloo"
-                self._host = _with_own_tags(group, self.ranks) if gloo else NativeCollectives(group, averages=False)
+            self._host = SingleProcess() if self._group is None or self.world_size == 1 else self._on_host(self._group)
         return self._host
+
+    def _on_host(self, group: dist.ProcessGroup) -> Communicator:
+        backend = _backend_for(group, "cpu")
+        if backend == "gloo":
+            return _with_own_tags(HostGroup.of(group), self.ranks)
+        if backend in (None, "nccl"):
+            return _with_own_tags(HostGroup.new(self.ranks, group), self.ranks)
+        exact = self.ranks == dist.get_process_group_ranks(group)
+        return NativeCollectives(group if exact else _own_group(self.ranks, backend, group, None), averages=False)
 
     @property
     def background(self) -> Communicator:
@@ -179,10 +196,12 @@ class Communicators:
         if self._group is None or isinstance(host, SingleProcess):
             return host
         if self._background is None:
-            gloo = host if isinstance(host, Gloo) else None
-            backend = "gloo" if gloo else str(_backend_for(self._group, "cpu"))
-            group = _own_group(self.ranks, backend, self._group, gloo)
-            self._background = _with_own_tags(group, self.ranks) if gloo else NativeCollectives(group, averages=False)
+            if isinstance(host, Gloo):
+                self._background = _with_own_tags(HostGroup.new(self.ranks, self._group), self.ranks)
+            else:
+                backend = str(_backend_for(self._group, "cpu"))
+                group = _own_group(self.ranks, backend, self._group, None)
+                self._background = NativeCollectives(group, averages=False)
         return self._background
 
     def on(self, device: torch.device) -> ShardCollectives:

@@ -40,6 +40,10 @@ class Messenger(Protocol):
     rank: int
     world_size: int
 
+    def connect(self, peers: Iterable[int]) -> None:
+        """Make sure that there are connections to ``peers``, which do the same."""
+        ...
+
     def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
         """Start messages; ``action`` names the collective in a PeerError."""
         ...
@@ -80,6 +84,7 @@ class Hops:
         rank, world_size = messenger.rank, messenger.world_size
         self._ahead = [(rank + (1 << k)) % world_size for k in range(len(outgoing))]
         behind = [(rank - (1 << k)) % world_size for k in range(len(outgoing))]
+        messenger.connect({*self._ahead, *behind})
         self._receives = messenger.post(
             "a control exchange", tag, list(zip(behind, incoming, strict=True)), [(self._ahead[0], outgoing[0])]
         )
@@ -159,16 +164,16 @@ class Summary:
         arrived = torch.zeros_like(known[:hops])
         # The status is a maximum too, so that FAILED wins.
         largest, bits = slice(0, 1 + num_largest), slice(1 + num_largest, None)
-        self._largest = known[:, largest].unbind(), arrived[:, largest].unbind()
-        self._bits = known[:, bits].unbind(), arrived[:, bits].unbind()
-        self._result = known[hops, 1:]
-        self._hops = Hops(messenger, tag, known[:hops].unbind(), arrived.unbind(), self._combine)
+        known_largest, arrived_largest = known[:, largest].unbind(), arrived[:, largest].unbind()
+        known_bits, arrived_bits = known[:, bits].unbind(), arrived[:, bits].unbind()
 
-    def _combine(self, hop: int) -> None:
-        known, arrived = self._largest
-        torch.maximum(known[hop], arrived[hop], out=known[hop + 1])
-        known, arrived = self._bits
-        torch.bitwise_or(known[hop], arrived[hop], out=known[hop + 1])
+        # It refers to tensors only, so that the connections are freed with their last user, not by the collector.
+        def combine(hop: int) -> None:
+            torch.maximum(known_largest[hop], arrived_largest[hop], out=known_largest[hop + 1])
+            torch.bitwise_or(known_bits[hop], arrived_bits[hop], out=known_bits[hop + 1])
+
+        self._result = known[hops, 1:]
+        self._hops = Hops(messenger, tag, known[:hops].unbind(), arrived.unbind(), combine)
 
     def poll(self) -> None:
         """Send on what has arrived, without waiting for what has not."""

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
-from torch.distributed.distributed_c10d import _get_process_group_store
 
 from . import dissemination
 from .base import GroupCommunicator, PendingSummary, SendList, Wait
 from .dissemination import Message, Summary
+from .host_group import HostGroup
 from .roll import Roll
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -40,18 +41,19 @@ class Gloo(GroupCommunicator):
     Every sum is taken in rank order, whichever message arrives first, so that results are reproducible.
     """
 
-    def __init__(self, group: dist.ProcessGroup, first_tag: int, ranks: Sequence[int] | None = None) -> None:
+    def __init__(self, group: HostGroup, first_tag: int, ranks: Sequence[int]) -> None:
         """Use the ``1 << 16`` tags from ``first_tag`` on. No communication.
 
-        ``ranks`` are the members of ``group`` that take part, as ranks of the default group; None: all of them.
+        ``ranks`` are the members of ``group`` that take part, as ranks of the default group.
         """
-        super().__init__(group, ranks)
+        super().__init__(ranks)
+        self._group = group
         self._first_tag = first_tag
-        self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
+        position = {rank: index for index, rank in enumerate(group.ranks)}
+        self._in_group = [position[rank] for rank in ranks]
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._inbox_bytes = 0
         self._sums: Tensor | None = None
-        self._store = _get_process_group_store(group)
         self._roll_prefix = f"dist_asgd/{first_tag}/{self.ranks[0]}"
         self._num_summaries = 0
 
@@ -61,27 +63,40 @@ class Gloo(GroupCommunicator):
         It is not collective.
         """
         # The same tags do: two ranks make the same calls in the same order, so their messages pair up.
-        return Gloo(self.group, self._first_tag, ranks)
+        return Gloo(self._group, self._first_tag, ranks)
+
+    @cached_property
+    def _peers(self) -> list[int]:
+        """The other ranks, for the collectives that send to each."""
+        return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def scratch_bytes(self) -> int:
         return self._inbox_bytes + (0 if self._sums is None else self._sums.nbytes)
 
     # --- messages ----------------------------------------------------------------------------------------
 
+    def connect(self, peers: Iterable[int]) -> None:
+        """Make sure that there are connections to ``peers``, which do the same; called before they are sent to."""
+        try:
+            self._group.connect(self._in_group[peer] for peer in peers)
+        except RuntimeError as error:
+            raise self.peer_error("a connection", error) from error
+
     def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
         """Start messages; ``action`` names the collective in a PeerError."""
         # Errors are translated here and in _wait, without a context manager, because every message passes here.
-        works: list[dist.Work | None] = []
+        works: list[dist.Work] = []
         tag += self._first_tag
+        group, in_group = self._group, self._in_group
         try:
             # Receives come first: Gloo buffers a message again if its receive has not been posted yet.
             for peer, tensor in receives:
-                works.append(dist.irecv(tensor, self.ranks[peer], group=self.group, tag=tag))
+                works.append(group.receive(tensor, in_group[peer], tag))
             for peer, tensor in sends:
-                works.append(dist.isend(tensor, self.ranks[peer], group=self.group, tag=tag))
+                works.append(group.send(tensor, in_group[peer], tag))
         except RuntimeError as error:
             raise self.peer_error(action, error) from error
-        return [work for work in works if work is not None]
+        return works
 
     def _wait(self, action: str, works: Sequence[dist.Work]) -> None:
         """Wait for messages that ``post`` started."""
@@ -114,6 +129,7 @@ class Gloo(GroupCommunicator):
         numels = [source.numel() for _, source in mine]
         numel = sum(numels)
         dtype = mine[0][1].dtype if mine else shard.dtype
+        self.connect(self._peers)
         # The first peer's message lands in the shard itself, which saves a buffer; the sum is in rank order anyway.
         in_place = not accumulate and dtype == shard.dtype
         rows = len(self._peers) - in_place
@@ -172,6 +188,7 @@ class Gloo(GroupCommunicator):
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         """Every rank sums one chunk and sends the sum to all: 2 (n - 1) / n of the bytes for any number n of ranks."""
         tag %= BUCKET_TAGS
+        self.connect(self._peers)
         chunks = values.tensor_split(self.world_size)
         own = chunks[self.rank]
         inbox = self._take_inbox(values.dtype, self.world_size * own.numel())
@@ -208,6 +225,7 @@ class Gloo(GroupCommunicator):
         return self.all_gather_uneven([[shard] for shard in flat.view(self.world_size, -1)])
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
+        self.connect(self._peers)
         with record_function("dist_asgd::all_gather"):
             works = self.post(
                 "an all-gather",
@@ -218,6 +236,7 @@ class Gloo(GroupCommunicator):
         return lambda: self._wait("an all-gather", works)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        self.connect(self._peers)
         receives: list[Message] = []
         if places is not None:
             places[self.rank].copy_(fragment)
@@ -237,7 +256,7 @@ class Gloo(GroupCommunicator):
     def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
         self._num_summaries += 1
         summary = Summary(self, EXCHANGE, words, num_largest)
-        roll = Roll(self._store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)
+        roll = Roll(self._group.store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)
         return PendingSummary(summary.wait, summary.poll, roll)
 
     def exchange(self, words: Tensor) -> Tensor:

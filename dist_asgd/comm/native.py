@@ -21,7 +21,8 @@ class NativeCollectives(GroupCommunicator):
 
     def __init__(self, group: dist.ProcessGroup, averages: bool) -> None:
         """``averages``: whether the backend can take the mean itself (``ReduceOp.AVG``). No communication."""
-        super().__init__(group)
+        super().__init__(dist.get_process_group_ranks(group))
+        self.group = group
         self._averages = averages
         self._op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
         # torch 2.13 renamed both functions; 2.11 knows only the old names.

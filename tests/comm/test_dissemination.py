@@ -69,6 +69,9 @@ class Rank:
     def __init__(self, network: Network, rank: int) -> None:
         self.network, self.rank, self.world_size = network, rank, network.world_size
 
+    def connect(self, peers: Iterable[int]) -> None:
+        """Do nothing: boxes need no connection."""
+
     def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
         """Start messages."""
         works: list[Any] = []
