@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from tests.harness.bits import assert_same_bits
 from tests.harness.ranks import run, run_errors
 from tests.integrations.launched import launched
 
-worlds = pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+worlds = pytest.mark.parametrize(("backend", "ranks"), [("none", 1), ("gloo", 2)])
+scenario = pytest.mark.scenario
 SETTINGS: dict[str, Any] = {"lr": 0.1, "t0": 3, "weight_decay": 0.01}
 
 
@@ -67,16 +69,18 @@ class Case:
     args: dict[str, Any] = field(default_factory=dict)
 
 
+# By what the tables call them. GPT-2 with tied weights is the model if none is named.
+BY_CLASS = "`optimizer_cls_and_kwargs=`"
 CASES = {
-    "gpt2": Case(),
-    "gpt2 untied, by class": Case(tied=False, by_class=True),
-    "llama": Case("llama", tied=False),
-    "llama tied, by class": Case("llama", by_class=True),
-    "accumulation, no clipping": Case(args={"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}),
-    "clipping": Case(args={"max_grad_norm": 0.05}),
-    "checkpointing": Case(args={"gradient_checkpointing": True}),
+    "training as documented": Case(),
+    f"{BY_CLASS}, GPT-2 untied": Case(tied=False, by_class=True),
+    "Llama untied": Case("llama", tied=False),
+    f"{BY_CLASS}, Llama tied": Case("llama", by_class=True),
+    "accumulation": Case(args={"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}),
+    "clipping by norm": Case(args={"max_grad_norm": 0.05}),
+    "gradient checkpointing": Case(args={"gradient_checkpointing": True}),
     "bf16": Case(args={"bf16": True}),
-    "lora": Case("llama", lora=True),
+    "LoRA by peft": Case("llama", lora=True),
 }
 
 
@@ -154,25 +158,30 @@ def trains(rank: int, world_size: int, case: Case, folder: Path) -> None:
         assert sharded_asgd(trainer.optimizer).memory_report().full_state_bytes < 8 * trained
 
 
+@scenario("{name}")
 @worlds
 @pytest.mark.parametrize("name", CASES)
-def test_trainer_as_documented(tmp_path: Path, name: str, backend: str, world_size: int) -> None:
+def test_trainer_as_documented(tmp_path: Path, name: str, backend: str, ranks: int) -> None:
     """No adapter; the same bits and the same losses in the log."""
-    run(backend, world_size, trains, CASES[name], tmp_path)
+    run(backend, ranks, trains, CASES[name], tmp_path)
 
 
+@scenario("stage 2: {name}", "with `Stage2Mixin`")
 @worlds
-@pytest.mark.parametrize("name", ["gpt2", "llama tied, by class", "accumulation, no clipping", "lora"])
-def test_stage2_mixin(tmp_path: Path, name: str, backend: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    "name", ["training as documented", f"{BY_CLASS}, Llama tied", "accumulation", "clipping by norm", "LoRA by peft"]
+)
+def test_stage2_mixin(tmp_path: Path, name: str, backend: str, ranks: int) -> None:
     """Beside DDP and torch.optim.ASGD."""
-    case = CASES[name]
-    run(backend, world_size, trains, Case(**{**case.__dict__, "stage": 2}), tmp_path)
+    run(backend, ranks, trains, replace(CASES[name], stage=2), tmp_path)
 
 
-def test_torch_compile(tmp_path: Path) -> None:
+@scenario("`torch_compile=True`")
+@worlds
+def test_torch_compile(tmp_path: Path, backend: str, ranks: int) -> None:
     """Of the model; ``step()`` stays outside. (Inductor takes minutes on a CPU.)"""
     args = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
-    run("none", 1, trains, Case(args=args), tmp_path)
+    run(backend, ranks, trains, Case(args=args), tmp_path)
 
 
 # --- checkpoints and the average ---------------------------------------------------------------------------------
@@ -208,15 +217,30 @@ def resumes(rank: int, world_size: int, case: Case, folder: Path, same: bool) ->
         assert_same(got, wanted)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
-@pytest.mark.parametrize("name", ["gpt2", "llama tied, by class", "lora"])
-def test_resume_from_checkpoint(tmp_path: Path, name: str, before: int, after: int) -> None:
+CALLBACK = "with `ShardedASGDCallback`"
+RESUMED = [
+    scenario("resume of what {before} rank(s) saved", CALLBACK),
+    scenario("resume of files of `torch.optim.ASGD`, and the reverse", CALLBACK),
+]
+
+
+@pytest.mark.parametrize(("before", "ranks"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("training as documented", marks=RESUMED),
+        pytest.param(f"{BY_CLASS}, Llama tied", marks=RESUMED),
+        pytest.param("LoRA by peft", marks=scenario("{name}: resume of what {before} rank(s) saved", CALLBACK)),
+    ],
+)
+def test_resume_from_checkpoint(tmp_path: Path, name: str, before: int, ranks: int) -> None:
     """On the same number of ranks as if nothing had happened; on another as with torch.optim.ASGD."""
     case = CASES[name]
     run("gloo" if before > 1 else "none", before, saves, case, tmp_path)
-    run("gloo" if after > 1 else "none", after, resumes, case, tmp_path, before == after)
+    run("gloo" if ranks > 1 else "none", ranks, resumes, case, tmp_path, before == ranks)
 
 
+@scenario("stage 2: resume of what 2 rank(s) saved", "with `Stage2Mixin`, `ShardedASGDCallback`", ranks=2)
 def test_resume_in_stage2(tmp_path: Path) -> None:
     """From its own checkpoint."""
     case = Case(stage=2, args={"max_grad_norm": 0.0})
@@ -247,6 +271,8 @@ def fully_sharded(rank: int, world_size: int, folder: Path) -> None:
         assert_same(got, found[0])
 
 
+@scenario("FSDP2: clipping by norm", ranks=2)
+@scenario("FSDP2: resume of what 2 rank(s) saved", ranks=2)
 def test_fsdp2(tmp_path: Path) -> None:
     """Checkpoints and resume included."""
     run("gloo", 2, fully_sharded, tmp_path)
@@ -303,15 +329,25 @@ def picks_best(rank: int, world_size: int, case: Case, folder: Path, averaged: b
             assert (best / "optimizer.pt").exists()
 
 
+LAST, AVERAGE = "last iterate as the best model", "average evaluated, saved, and picked as the best"
+
+
 @worlds
-@pytest.mark.parametrize("averaged", [False, True])
-@pytest.mark.parametrize(("name", "strategy"), [("gpt2", "steps"), ("llama", "best"), ("lora", "steps")])
+@pytest.mark.parametrize("weights", [LAST, AVERAGE])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param("training as documented", "steps", marks=scenario("{weights}", CALLBACK)),
+        pytest.param("Llama untied", "best", marks=scenario("{weights}", CALLBACK)),
+        pytest.param("LoRA by peft", "steps", marks=scenario("{name}: {weights}", CALLBACK)),
+    ],
+)
 def test_load_best_model_at_end(
-    tmp_path: Path, name: str, strategy: str, averaged: bool, backend: str, world_size: int
+    tmp_path: Path, name: str, strategy: str, weights: str, backend: str, ranks: int
 ) -> None:
     """With the callback, evaluations and the best model are the average."""
-    case = Case(**{**CASES[name].__dict__, "args": {"save_strategy": strategy}})
-    run(backend, world_size, picks_best, case, tmp_path, averaged)
+    case = replace(CASES[name], args={"save_strategy": strategy})
+    run(backend, ranks, picks_best, case, tmp_path, weights == AVERAGE)
 
 
 class Ended(TrainerCallback):
@@ -321,18 +357,32 @@ class Ended(TrainerCallback):
         raise RuntimeError("ended by the launcher")
 
 
-def saves_a_part(rank: int, world_size: int, folder: Path) -> None:
-    """Job: the callback is missing. The rank that writes raises."""
-    advice = r"transformers.ShardedASGDCallback\(\) to the Trainer's callbacks"
+def saves_a_part(rank: int, world_size: int, folder: Path, message: str) -> None:
+    """Job: the callback is missing. The rank that writes raises, with the line that makes it whole."""
+    advice = f"{re.escape(message)}.*{re.escape('add dist_asgd.integrations.transformers.ShardedASGDCallback()')}"
     with launched(rank, world_size):
         trainer = trainer_of(Case(), folder, True, [Ended()], **SAVES)
         with pytest.raises(RuntimeError, match="ended by the launcher" if rank else advice):
             trainer.train()
 
 
-def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path) -> None:
-    """With the line that makes it whole."""
-    run("gloo", 2, saves_a_part, tmp_path)
+def saves_the_whole(rank: int, world_size: int, folder: Path) -> None:
+    """Job: the callback is missing, and the only rank has the whole."""
+    with launched(rank, world_size):
+        trainer_of(Case(), folder, True, **SAVES).train()
+
+
+@scenario("checkpoint without the adapter", ranks=1)
+@scenario(
+    "checkpoint without the adapter",
+    "refused: transformers would save one rank's part of the optimizer's state as if it were the whole",
+    ranks=2,
+)
+def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path, refusal: str) -> None:
+    """One rank has the whole."""
+    run("gloo", 2, saves_a_part, tmp_path, refusal)
+    run("none", 1, saves_the_whole, tmp_path)
+    assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
 
 
 # --- what cannot work ------------------------------------------------------------------------------------------
@@ -341,7 +391,7 @@ def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path) -> None:
 def wrong(rank: int, world_size: int, what: str, folder: Path) -> None:
     """Job: a script that cannot work."""
     with launched(rank, world_size):
-        if what == "stage 2 without the mixin":
+        if what == WITHOUT:
             case = Case(stage=2)
             trainer = trainer_of(case, folder, True)
             trainer = Trainer(
@@ -350,7 +400,7 @@ def wrong(rank: int, world_size: int, what: str, folder: Path) -> None:
                 train_dataset=Tokens(16),
                 optimizers=(sharded_asgd(trainer.optimizer), None),
             )
-        elif what == "the mixin in stage 1":
+        elif what == "the mixin":
             trainer = trainer_of(Case(), folder, True)
             trainer.__class__ = Stage2Trainer
         else:
@@ -358,15 +408,31 @@ def wrong(rank: int, world_size: int, what: str, folder: Path) -> None:
         trainer.train()
 
 
+WITHOUT = "stage 2 without the adapter"
+
+
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("what", "backend", "ranks"),
     [
-        ("stage 2 without the mixin", "With stage=2 do not wrap the model in DDP"),
-        ("the mixin in stage 1", "Stage2Mixin is for ShardedASGD(stage=2)"),
-        ("compiled in stage 2", "Call model.compile() instead"),
+        pytest.param(what, backend, ranks, marks=scenario(text, f"refused: {message}"))
+        for backend, ranks in (("none", 1), ("gloo", 2))
+        for what, text, message in (
+            (WITHOUT, WITHOUT, "With stage=2 do not wrap the model in DDP"),
+            ("the mixin", "stage 1 with the adapter for stage 2", "Stage2Mixin is for ShardedASGD(stage=2)"),
+            ("compiled", "stage 2: `torch_compile=True`", "Call model.compile() instead"),
+        )
+        if (what, ranks) != (WITHOUT, 1)
     ],
 )
-def test_what_cannot_work_is_an_error_on_every_rank(tmp_path: Path, what: str, message: str) -> None:
+def test_what_cannot_work_is_an_error_on_every_rank(
+    tmp_path: Path, what: str, backend: str, ranks: int, refusal: str
+) -> None:
     """With the remedy."""
-    for error in run_errors("gloo", 2, wrong, what, tmp_path):
-        assert message in error.message
+    for error in run_errors(backend, ranks, wrong, what, tmp_path):
+        assert refusal in error.message
+
+
+@scenario(WITHOUT, ranks=1)
+def test_one_rank_has_no_ddp(tmp_path: Path) -> None:
+    """So nothing has to be left out."""
+    run("none", 1, wrong, WITHOUT, tmp_path)
