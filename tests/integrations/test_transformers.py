@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import (
@@ -66,6 +65,7 @@ class Case:
     by_class: bool = False
     stage: int = 1
     lora: bool = False
+    on_accelerators: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -109,6 +109,8 @@ def trainer_of(
     args = TrainingArguments(
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2, **options
     )
+    if case.on_accelerators:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = build(case)
     made: dict[str, Any] = {"model": model, "args": args, "train_dataset": Tokens(48), "eval_dataset": Tokens(8)}
     kwargs = SETTINGS | ({"stage": case.stage} if ours else {"foreach": False})
@@ -248,24 +250,19 @@ def test_resume_in_stage2(tmp_path: Path) -> None:
     run("gloo", 2, resumes, case, tmp_path, True)
 
 
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+
+
 def fully_sharded(rank: int, world_size: int, folder: Path) -> None:
-    """Job: FSDP2 by the Trainer's plugin, without a break and resumed. Accelerate takes it on accelerators only."""
+    """Job: FSDP2 by the Trainer's arguments, without a break and resumed. Accelerate takes it on accelerators only."""
     found = []
-    case = Case("llama", tied=False)
-    for ours in (False, True):
-        for checkpoint in (None, str(folder / f"{ours}" / "checkpoint-3")):
+    case = Case("llama", tied=False, by_class=True, on_accelerators=True, args=FSDP)
+    for name, ours, callbacks in (("torch", False, []), ("ours", True, []), ("called", True, [ShardedASGDCallback()])):
+        for checkpoint in (None, str(folder / name / "checkpoint-3")):
             with launched(rank, world_size):
-                callbacks: list[TrainerCallback] = [ShardedASGDCallback()] if ours else []
-                trainer = trainer_of(case, folder / f"{ours}", ours, callbacks, **SAVES)
-                for state in (PartialState(), trainer.accelerator.state):
-                    state.distributed_type = DistributedType.FSDP
-                trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-                    fsdp_version=2,
-                    auto_wrap_policy="transformer_based_wrap",
-                    transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-                )
-                trainer.is_fsdp_enabled, trainer.args.fsdp = True, "fsdp"
+                trainer = trainer_of(case, folder / name, ours, callbacks, **SAVES)
                 trainer.train(resume_from_checkpoint=checkpoint)
+                assert (folder / name / "checkpoint-3" / "optimizer.bin").exists()
                 found.append({name: p.detach().full_tensor() for name, p in trainer.model.named_parameters()})
     for got in found[1:]:
         assert_same(got, found[0])
@@ -274,8 +271,25 @@ def fully_sharded(rank: int, world_size: int, folder: Path) -> None:
 @scenario("FSDP2: clipping by norm", ranks=2)
 @scenario("FSDP2: resume of what 2 rank(s) saved", ranks=2)
 def test_fsdp2(tmp_path: Path) -> None:
-    """Checkpoints and resume included."""
+    """Checkpoints and resume included, without the callback and with it."""
     run("gloo", 2, fully_sharded, tmp_path)
+
+
+@scenario("FSDP2: `optimizers=`", "refused: Passing `optimizers` is not allowed if PyTorch FSDP is enabled", ranks=2)
+def test_fsdp2_wants_the_class(tmp_path: Path, refusal: str) -> None:
+    """The Trainer builds the optimizer after the model was sharded."""
+    case = Case("llama", tied=False, on_accelerators=True, args=FSDP)
+    for error in run_errors("gloo", 2, trains, case, tmp_path):
+        assert refusal in error.message
+
+
+@scenario("`fsdp=True` on CPUs, which Accelerate ignores", CALLBACK, ranks=2)
+def test_fsdp_on_cpus(tmp_path: Path) -> None:
+    """The model is in DDP, so the checkpoint has to be made whole."""
+    run("gloo", 2, saves, Case("llama", tied=False, args=FSDP), tmp_path)
+    content = torch.load(tmp_path / "ours" / "checkpoint-3" / "optimizer.pt")
+    assert [type(entry["ax"]) for entry in content["state"].values()] == [Tensor] * len(content["state"])
+    assert content["state"]
 
 
 class Losses(TrainerCallback):
