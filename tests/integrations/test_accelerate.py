@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,13 +82,18 @@ def ours(model: nn.Module, stage: int = 1) -> torch.optim.Optimizer:
 def accelerated(rank: int, world_size: int, case: Case) -> Iterator[Accelerator]:
     """An Accelerator of these ranks, which a launcher would have started."""
     with launched(rank, world_size):
-        accelerator = Accelerator(cpu=True, mixed_precision=case.precision, gradient_accumulation_steps=case.accumulate)
+        plugin = None
         if case.fsdp:  # Accelerate takes the plugin on accelerators only, but all that it does then runs on a CPU, too.
-            for state in (PartialState(), accelerator.state):
-                state.distributed_type = DistributedType.FSDP
-            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+            plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10
             )
+        accelerator = Accelerator(
+            mixed_precision=case.precision,
+            gradient_accumulation_steps=case.accumulate,
+            fsdp_plugin=plugin,
+            cpu=not case.fsdp,
+        )
         if case.scaler:  # On a CPU Accelerate ignores fp16: this is what it makes on accelerators.
             accelerator.state._mixed_precision = "fp16"
             accelerator.native_amp = True
@@ -413,6 +421,34 @@ MODELS, AVERAGE = "`save_model`, `unwrap_model`, `free_memory`", "average in the
 def test_save_model_unwrap_model_and_free_memory(tmp_path: Path, stage: int, backend: str, ranks: int) -> None:
     """The last iterate is what Accelerate saves, and the average is exported."""
     run(backend, ranks, saves_models, stage, tmp_path)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "`launch/examples`, by torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # With --cpu it starts one process, whatever it is asked for.
+    "`accelerate launch --num_processes 2`": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+
+
+@scenario("{name}", "with `save_whole_state`", ranks=2)
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_example_runs(tmp_path: Path, name: str) -> None:
+    """With few steps: it trains, resumes, evaluates both weights, and exports the average."""
+    script = tmp_path / "short.py"
+    script.write_text(
+        "import pathlib, launch.examples.accelerate as example\n"
+        "example.STEPS, example.BATCH = 4, 2\n"
+        f"example.main(1, pathlib.Path({str(tmp_path)!r}))\n"
+    )
+    command = [sys.executable, "-m", *LAUNCHERS[name], str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "step 4: training loss" in ran.stdout
+    assert ran.stdout.count(", average ") == 1, "each process was alone"
+    assert (tmp_path / "averaged.safetensors").exists()
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -397,6 +399,20 @@ def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path, refusal: str) -> Non
     run("gloo", 2, saves_a_part, tmp_path, refusal)
     run("none", 1, saves_the_whole, tmp_path)
     assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
+
+
+@scenario("`launch/examples`, by torchrun", CALLBACK, ranks=2)
+def test_the_example_runs(tmp_path: Path) -> None:
+    """With few steps: it trains, resumes, evaluates the average, and exports it."""
+    code = "import pathlib, sys, launch.examples.transformers as example; example.STEPS = 4; "
+    code += "example.main(1, pathlib.Path(sys.argv[1]))"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*torchrun, sys.executable, "-c", code, str(tmp_path)]
+    root = Path(__file__).parent.parent.parent
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "best_average" in ran.stdout
+    assert (tmp_path / "last-average.safetensors").exists()
 
 
 # --- what cannot work ------------------------------------------------------------------------------------------
