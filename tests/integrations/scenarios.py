@@ -80,7 +80,7 @@ def message_of(item: pytest.Item) -> str:
 
 
 def tables(scenarios: Iterable[Scenario]) -> dict[str, str]:
-    """Markdown by library, and the table of all libraries under the name "all". ValueError if tests disagree."""
+    """Markdown by library, and under the name "all" what several of them have. ValueError if tests disagree."""
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for one in sorted(scenarios):
         row = cells.setdefault((one.library, one.text), {})
@@ -91,9 +91,15 @@ def tables(scenarios: Iterable[Scenario]) -> dict[str, str]:
         found[library].append(f"| {text} | {' | '.join(_shown(row.get(ranks)) for ranks in (1, 2))} |")
     columns = list(LIBRARIES.values())
     found["all"] = [f"| scenario | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for text in dict.fromkeys(text for _, text in sorted(cells, key=lambda key: columns.index(key[0]))):
+    texts = [text for _, text in sorted(cells, key=lambda key: columns.index(key[0]))]
+    # Of one library alone there is nothing to compare. The rest in groups: plain, stage 2, FSDP2.
+    for text in sorted({text: 0 for text in texts if texts.count(text) > 1}, key=_group):
         found["all"].append(f"| {text} | {' | '.join(_in_brief(cells.get((one, text), {})) for one in columns)} |")
     return {name: "".join(f"{line}\n" for line in lines) for name, lines in found.items()}
+
+
+def _group(text: str) -> int:
+    return 2 * text.startswith("FSDP2") + text.startswith("stage 2")
 
 
 def _shown(outcome: str | None) -> str:

@@ -54,7 +54,7 @@ class Case:
     scaler: bool = False
     fsdp: bool = False
     stage: int = 1
-    compiled: bool = False
+    lora: bool = False
 
 
 # By what the tables call them.
@@ -65,6 +65,7 @@ CASES = {
     "clipping by value": Case(clip="value"),
     "bf16": Case(precision="bf16", clip="norm"),
     "fp16 with a scaler": Case(scaler=True, clip="norm", accumulate=2),
+    "LoRA by peft": Case(lora=True),
 }
 
 
@@ -113,10 +114,13 @@ class Run:
     skipped: int = 0
 
     @classmethod
-    def of(cls, accelerator: Accelerator, make: Make) -> Run:
+    def of(cls, accelerator: Accelerator, make: Make, case: Case | None = None) -> Run:
         """All that the script prepares, in the documented order."""
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 1))
+        if case and case.lora:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "2"]))
         optimizer = make(model)
         loader = DataLoader(TensorDataset(torch.randn(48, 6)), batch_size=2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -171,7 +175,7 @@ def documented(rank: int, world_size: int, case: Case) -> int:
     wanted = None
     for make in (torchs, partial(ours, stage=case.stage)):
         with accelerated(rank, world_size, case) as accelerator:
-            script = Run.of(accelerator, make).train(case)
+            script = Run.of(accelerator, make, case).train(case)
             wanted, got = wanted or script.bits(), script.bits()
     if case.stage == 2 and case.clip == "norm":
         # The global norm adds up the squares in another order.
@@ -290,8 +294,8 @@ def saves_and_resumes(case: Case, folder: Path, before: int, after: int) -> None
         run("gloo" if world_size > 1 else "none", world_size, job, case, folder, *args)
 
 
-@scenario("resume of what {before} rank(s) saved", "with `save_whole_state`")
-@scenario("resume of files of `torch.optim.ASGD`, and the reverse", "with `save_whole_state`")
+@scenario("{before}-rank checkpoint resumed", "with `save_whole_state`")
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", "with `save_whole_state`")
 @moves
 @pytest.mark.parametrize("name", SAVED)
 def test_save_state_and_load_state(tmp_path: Path, name: str, before: int, ranks: int) -> None:
@@ -299,14 +303,14 @@ def test_save_state_and_load_state(tmp_path: Path, name: str, before: int, ranks
     saves_and_resumes(SAVED[name], tmp_path, before, ranks)
 
 
-@scenario("stage 2: resume of what {before} rank(s) saved", "with `prepare_stage2`, `save_whole_state`")
+@scenario("stage 2: {before}-rank checkpoint resumed", "with `prepare_stage2`, `save_whole_state`")
 @moves
 def test_save_state_and_load_state_in_stage2(tmp_path: Path, before: int, ranks: int) -> None:
     """The same."""
     saves_and_resumes(Case(stage=2), tmp_path, before, ranks)
 
 
-@scenario("FSDP2: resume of what 2 rank(s) saved", ranks=2)
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
 def test_save_state_with_fsdp2(tmp_path: Path) -> None:
     """Accelerate saves by torch.distributed.checkpoint there."""
     case = Case(fsdp=True)

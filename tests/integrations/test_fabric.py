@@ -131,7 +131,7 @@ ALONE = "with `setup_optimizers` alone"
 
 @scenario("{name}")
 @scenario("accumulation")
-@scenario("resume of what {ranks} rank(s) saved")
+@scenario("{ranks}-rank checkpoint resumed")
 @RANKS
 @pytest.mark.parametrize("name", CASES)
 def test_setup_backward_clip_save_and_load(tmp_path: Path, name: str, backend: str, ranks: int) -> None:
@@ -140,7 +140,7 @@ def test_setup_backward_clip_save_and_load(tmp_path: Path, name: str, backend: s
 
 
 @scenario("FSDP2: {name}", ranks=2)
-@scenario("FSDP2: resume of what 2 rank(s) saved", ranks=2)
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
 @pytest.mark.parametrize("name", ["clipping by norm", "clipping by value"])
 def test_fsdp2(tmp_path: Path, name: str) -> None:
     """ModelParallelStrategy."""
@@ -149,15 +149,15 @@ def test_fsdp2(tmp_path: Path, name: str) -> None:
 
 @scenario("stage 2: {name}", ALONE, ranks=2)
 @scenario("stage 2: accumulation", ALONE, ranks=2)
-@scenario("stage 2: resume of what 2 rank(s) saved", ALONE, ranks=2)
+@scenario("stage 2: 2-rank checkpoint resumed", ALONE, ranks=2)
 @pytest.mark.parametrize("name", ["training as documented", "clipping by norm", "clipping by value"])
 def test_stage_2(tmp_path: Path, name: str) -> None:
     """The model is not set up; the optimizer is."""
     run("gloo", 2, loops, stage2, *CASES[name], str(tmp_path))
 
 
-@scenario("resume of what {before} rank(s) saved")
-@scenario("resume of files of `torch.optim.ASGD`, and the reverse")
+@scenario("{before}-rank checkpoint resumed")
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse")
 @pytest.mark.parametrize(("before", "backend", "ranks"), [(2, "none", 1), (1, "gloo", 2)])
 def test_files_load_on_another_number_of_ranks(tmp_path: Path, before: int, backend: str, ranks: int) -> None:
     """As with torch's own optimizer; either loads the other's."""

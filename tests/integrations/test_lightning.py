@@ -137,7 +137,7 @@ def fsdp2(rank: int, ranks: int, folder: str, whole_files: bool) -> None:
 
 @scenario("FSDP2: clipping by norm", ranks=2)
 @scenario("FSDP2: bf16", ranks=2)
-@scenario("FSDP2: resume of what 2 rank(s) saved", ranks=2)
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
 @pytest.mark.parametrize("whole_files", [False, True], ids=["distributed", "whole"])
 def test_fsdp2(tmp_path: Path, whole_files: bool) -> None:
     """ModelParallelStrategy with its two kinds of checkpoints."""
@@ -161,10 +161,10 @@ def resumed(rank: int, ranks: int, path: str, make: Any, options: dict[str, Any]
         return state_of(module, fitting)
 
 
-@scenario("resume of what {ranks} rank(s) saved", ranks=1)
-@scenario("resume of what {ranks} rank(s) saved", ranks=2)
-@scenario("stage 2: resume of what {ranks} rank(s) saved", "with `Stage2Strategy`", ranks=2)
-@scenario("resume of files of `torch.optim.ASGD`, and the reverse")
+@scenario("{ranks}-rank checkpoint resumed", ranks=1)
+@scenario("{ranks}-rank checkpoint resumed", ranks=2)
+@scenario("stage 2: {ranks}-rank checkpoint resumed", "with `Stage2Strategy`", ranks=2)
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse")
 @pytest.mark.parametrize(("backend", "ranks", "other"), [("none", 1, ("gloo", 2)), ("gloo", 2, ("none", 1))])
 def test_resume(tmp_path: Path, backend: str, ranks: int, other: tuple[str, int]) -> None:
     """A checkpoint is whole: it resumes to the bit, on another number of ranks and by torch's own optimizer, too."""

@@ -105,15 +105,15 @@ def resumed(_rank: int, ranks: int, folder: str, name: str, kind: Any) -> Any:
 
 
 @scenario("clipping by norm", CONTAINER)
-@scenario("resume of what {ranks} rank(s) saved", CONTAINER)
+@scenario("{ranks}-rank checkpoint resumed", CONTAINER)
 @RANKS
 def test_the_container(tmp_path: Path, backend: str, ranks: int) -> None:
     """With schedulers, clipping, and checkpoints that resume: one rank without, two with FSDP2."""
     run(backend, ranks, trained, str(tmp_path))
 
 
-@scenario("resume of what {before} rank(s) saved", CONTAINER)
-@scenario("resume of files of `torch.optim.ASGD`, and the reverse", CONTAINER)
+@scenario("{before}-rank checkpoint resumed", CONTAINER)
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", CONTAINER)
 @pytest.mark.parametrize(("before", "backend", "ranks"), [(2, "none", 1), (1, "gloo", 2)])
 def test_checkpoints_of_another_number_of_ranks(tmp_path: Path, before: int, backend: str, ranks: int) -> None:
     """As with torch's optimizer; and either loads the other's."""

@@ -223,8 +223,8 @@ def resumes(rank: int, world_size: int, case: Case, folder: Path, same: bool) ->
 
 CALLBACK = "with `ShardedASGDCallback`"
 RESUMED = [
-    scenario("resume of what {before} rank(s) saved", CALLBACK),
-    scenario("resume of files of `torch.optim.ASGD`, and the reverse", CALLBACK),
+    scenario("{before}-rank checkpoint resumed", CALLBACK),
+    scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", CALLBACK),
 ]
 
 
@@ -234,7 +234,7 @@ RESUMED = [
     [
         pytest.param("training as documented", marks=RESUMED),
         pytest.param(f"{BY_CLASS}, Llama tied", marks=RESUMED),
-        pytest.param("LoRA by peft", marks=scenario("{name}: resume of what {before} rank(s) saved", CALLBACK)),
+        pytest.param("LoRA by peft", marks=scenario("{name}: {before}-rank checkpoint resumed", CALLBACK)),
     ],
 )
 def test_resume_from_checkpoint(tmp_path: Path, name: str, before: int, ranks: int) -> None:
@@ -244,7 +244,7 @@ def test_resume_from_checkpoint(tmp_path: Path, name: str, before: int, ranks: i
     run("gloo" if ranks > 1 else "none", ranks, resumes, case, tmp_path, before == ranks)
 
 
-@scenario("stage 2: resume of what 2 rank(s) saved", "with `Stage2Mixin`, `ShardedASGDCallback`", ranks=2)
+@scenario("stage 2: 2-rank checkpoint resumed", "with `Stage2Mixin`, `ShardedASGDCallback`", ranks=2)
 def test_resume_in_stage2(tmp_path: Path) -> None:
     """From its own checkpoint."""
     case = Case(stage=2, args={"max_grad_norm": 0.0})
@@ -271,7 +271,7 @@ def fully_sharded(rank: int, world_size: int, folder: Path) -> None:
 
 
 @scenario("FSDP2: clipping by norm", ranks=2)
-@scenario("FSDP2: resume of what 2 rank(s) saved", ranks=2)
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
 def test_fsdp2(tmp_path: Path) -> None:
     """Checkpoints and resume included, without the callback and with it."""
     run("gloo", 2, fully_sharded, tmp_path)
