@@ -7,11 +7,10 @@ from tests.integrations.scenarios import PROPERTY, message_of, scenarios_of
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the scenarios of each test into its report. A test of a refusal has to look for the message that it names."""
-    for place, item in enumerate(items):
-        for one in scenarios_of(item, place) if item.get_closest_marker("scenario") else []:
-            item.user_properties.append((PROPERTY, tuple(one)))
-            if one.outcome.startswith("refused: ") and "refusal" not in getattr(item, "fixturenames", ()):
-                raise pytest.UsageError(f"{item.nodeid}: wanted the fixture 'refusal', which gives it the message")
+    for item, scenario in scenarios_of(items):
+        item.user_properties.append((PROPERTY, tuple(scenario)))
+        if scenario.outcome.startswith("refused: ") and "refusal" not in getattr(item, "fixturenames", ()):
+            raise pytest.UsageError(f"{item.nodeid}: wanted the fixture 'refusal', which gives it the message")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ PROPERTY = "scenario"
 
 
 class Scenario(NamedTuple):
-    """A cell of a table, and the place of its test among all that were collected."""
+    """A cell of a table, and the place of its mark among all that were collected."""
 
     place: int
     library: str
@@ -65,16 +65,19 @@ def scenario_of(mark: pytest.Mark, place: int, library: str, params: Mapping[str
     return fields(*mark.args, **mark.kwargs)
 
 
-def scenarios_of(item: pytest.Item, place: int = 0) -> list[Scenario]:
-    """What a test shows, in the order of its marks, from the top."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    marks = reversed(list(item.iter_markers("scenario")))
-    return [scenario_of(mark, place, LIBRARIES[item.path.stem], params) for mark in marks]
+def scenarios_of(items: Iterable[pytest.Item]) -> Iterator[tuple[pytest.Item, Scenario]]:
+    """What each test shows, in the order of the tests, and of the marks of one from the top."""
+    place = 0
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        for mark in reversed(list(item.iter_markers("scenario"))):
+            yield item, scenario_of(mark, place, LIBRARIES[item.path.stem], params)
+            place += 1
 
 
 def message_of(item: pytest.Item) -> str:
     """The message that the one refusal among a test's scenarios names."""
-    refusals = {one.outcome for one in scenarios_of(item) if one.outcome.startswith("refused: ")}
+    refusals = {one.outcome for _, one in scenarios_of([item]) if one.outcome.startswith("refused: ")}
     (outcome,) = refusals
     return outcome.removeprefix("refused: ")
 
@@ -87,18 +90,19 @@ def tables(scenarios: Iterable[Scenario]) -> dict[str, str]:
         if row.setdefault(one.ranks, one.outcome) != one.outcome:
             raise ValueError(f"two outcomes of {one}: the other one is {row[one.ranks]!r}. Give them different texts.")
     found = {library: ["| scenario | 1 rank | 2 ranks |", "|---|---|---|"] for library in LIBRARIES.values()}
-    for (library, text), row in cells.items():
+    for (library, text), row in sorted(cells.items(), key=lambda cell: _group(cell[0][1])):
         found[library].append(f"| {text} | {' | '.join(_shown(row.get(ranks)) for ranks in (1, 2))} |")
     columns = list(LIBRARIES.values())
     found["all"] = [f"| scenario | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     texts = [text for _, text in sorted(cells, key=lambda key: columns.index(key[0]))]
-    # Of one library alone there is nothing to compare. The rest in groups: plain, stage 2, FSDP2.
+    # Of one library alone there is nothing to compare.
     for text in sorted({text: 0 for text in texts if texts.count(text) > 1}, key=_group):
         found["all"].append(f"| {text} | {' | '.join(_in_brief(cells.get((one, text), {})) for one in columns)} |")
     return {name: "".join(f"{line}\n" for line in lines) for name, lines in found.items()}
 
 
 def _group(text: str) -> int:
+    """What scenarios are sorted by: plain ones, then stage 2, then FSDP2."""
     return 2 * text.startswith("FSDP2") + text.startswith("stage 2")
 
 
@@ -186,7 +190,7 @@ class _Collected:
         self.scenarios: list[Scenario] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.scenarios = [one for place, item in enumerate(session.items) for one in scenarios_of(item, place)]
+        self.scenarios = [one for _, one in scenarios_of(session.items)]
 
 
 def main() -> None:

@@ -294,8 +294,8 @@ def saves_and_resumes(case: Case, folder: Path, before: int, after: int) -> None
         run("gloo" if world_size > 1 else "none", world_size, job, case, folder, *args)
 
 
-@scenario("{before}-rank checkpoint resumed", "with `save_whole_state`")
 @scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", "with `save_whole_state`")
+@scenario("{before}-rank checkpoint resumed", "with `save_whole_state`")
 @moves
 @pytest.mark.parametrize("name", SAVED)
 def test_save_state_and_load_state(tmp_path: Path, name: str, before: int, ranks: int) -> None:

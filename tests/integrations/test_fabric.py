@@ -156,8 +156,8 @@ def test_stage_2(tmp_path: Path, name: str) -> None:
     run("gloo", 2, loops, stage2, *CASES[name], str(tmp_path))
 
 
-@scenario("{before}-rank checkpoint resumed")
 @scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse")
+@scenario("{before}-rank checkpoint resumed")
 @pytest.mark.parametrize(("before", "backend", "ranks"), [(2, "none", 1), (1, "gloo", 2)])
 def test_files_load_on_another_number_of_ranks(tmp_path: Path, before: int, backend: str, ranks: int) -> None:
     """As with torch's own optimizer; either loads the other's."""

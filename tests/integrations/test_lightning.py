@@ -161,10 +161,10 @@ def resumed(rank: int, ranks: int, path: str, make: Any, options: dict[str, Any]
         return state_of(module, fitting)
 
 
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse")
 @scenario("{ranks}-rank checkpoint resumed", ranks=1)
 @scenario("{ranks}-rank checkpoint resumed", ranks=2)
 @scenario("stage 2: {ranks}-rank checkpoint resumed", "with `Stage2Strategy`", ranks=2)
-@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse")
 @pytest.mark.parametrize(("backend", "ranks", "other"), [("none", 1, ("gloo", 2)), ("gloo", 2, ("none", 1))])
 def test_resume(tmp_path: Path, backend: str, ranks: int, other: tuple[str, int]) -> None:
     """A checkpoint is whole: it resumes to the bit, on another number of ranks and by torch's own optimizer, too."""

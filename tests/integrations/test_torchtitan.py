@@ -112,8 +112,8 @@ def test_the_container(tmp_path: Path, backend: str, ranks: int) -> None:
     run(backend, ranks, trained, str(tmp_path))
 
 
-@scenario("{before}-rank checkpoint resumed", CONTAINER)
 @scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", CONTAINER)
+@scenario("{before}-rank checkpoint resumed", CONTAINER)
 @pytest.mark.parametrize(("before", "backend", "ranks"), [(2, "none", 1), (1, "gloo", 2)])
 def test_checkpoints_of_another_number_of_ranks(tmp_path: Path, before: int, backend: str, ranks: int) -> None:
     """As with torch's optimizer; and either loads the other's."""

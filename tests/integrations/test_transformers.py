@@ -223,8 +223,8 @@ def resumes(rank: int, world_size: int, case: Case, folder: Path, same: bool) ->
 
 CALLBACK = "with `ShardedASGDCallback`"
 RESUMED = [
-    scenario("{before}-rank checkpoint resumed", CALLBACK),
     scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", CALLBACK),
+    scenario("{before}-rank checkpoint resumed", CALLBACK),
 ]
 
 
