@@ -285,6 +285,20 @@ def test_fsdp2_wants_the_class(tmp_path: Path, refusal: str) -> None:
         assert refusal in error.message
 
 
+def averages_fully_sharded(rank: int, world_size: int, folder: Path) -> None:
+    """Job: FSDP2, and the average beside each checkpoint."""
+    case = Case("llama", tied=False, by_class=True, on_accelerators=True, args=FSDP)
+    with launched(rank, world_size):
+        trainer_of(case, folder, True, [ShardedASGDCallback(save_average=True)], **SAVES).train()
+
+
+@scenario("FSDP2: `save_average=True`", "refused: save_average=True does not work with FSDP", ranks=2)
+def test_fsdp2_saves_no_average(tmp_path: Path, refusal: str) -> None:
+    """It would have to be gathered."""
+    for error in run_errors("gloo", 2, averages_fully_sharded, tmp_path):
+        assert refusal in error.message
+
+
 @scenario("`fsdp=True` on CPUs, which Accelerate ignores", CALLBACK, ranks=2)
 def test_fsdp_on_cpus(tmp_path: Path) -> None:
     """The model is in DDP, so the checkpoint has to be made whole."""
