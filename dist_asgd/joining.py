@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from .comm import Communicators, public_call
-from .comm.agreement import DIGEST, LAST_CALLS, OF_AN_ITERATION, UNKNOWN_DISCARDS, CollectiveCall, RankReports
+from .comm.agreement import LAST_CALLS, OF_AN_ITERATION
 from .comm.iterations import Iterations
+from .comm.reports import DIGEST, UNKNOWN_DISCARDS, CollectiveCall, RankReports
 from .gradients import loss_scaling
 from .gradients.base import Gradients
 from .gradients.loss_scaling import ScalerInfo

@@ -17,8 +17,8 @@ from torch.optim.optimizer import ParamsT
 
 from . import memory
 from .averaging import Averages, average_from_now, refuse_differentiable
-from .comm import Communicators, describe_mesh
-from .comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, public_call
+from .comm import CollectiveCall, Communicators, describe_mesh
+from .comm.agreement import NO_FINGERPRINT, Agreement, public_call
 from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
 from .gather import Gatherer
 from .gradients import clip
@@ -81,7 +81,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             along the second (inside a node, say), with equal replicas along the first: in stage 2 gradients are
             reduce-scattered inside and this rank's shard of them is all-reduced across; parameters are gathered inside.
             A mesh of one dimension is its ranks, all of which hold shards.
-        bucket_cap_mb: the largest flat bucket, in MiB; a larger parameter has a bucket of its own.
+        bucket_cap_mb: the largest flat bucket, in MiB, at up to 400 ranks; a larger parameter has one of its own.
         average_dtype: the dtype of ``ax``, never narrower than the parameter. None is the parameter's dtype, and
             float32 for 16-bit ones. (For complex parameters it is that of the real and imaginary parts.)
         master_weights: 16-bit parameters are roundings of float32 masters, which are sharded and updated: 2 bytes an
@@ -190,13 +190,13 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     def _add_checked(self, param_group: dict[str, Any]) -> None:
         with naming_non_leaves(param_group, len(self.param_groups)):
             _base("add_param_group")(self, param_group)
-        options = (self.communicators, self._precision, self.is_differentiable, self._stage)
+        options = self.communicators, self._precision, self.is_differentiable, self._stage
         check_new_group(self.param_groups, *options, partial(is_held, state=self.state))
 
     @public_call
     def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
-        groups = [] if problem else self.param_groups
-        self.gradients.agree(call, groups_fingerprint(self._options, groups, first), problem)
+        fingerprint = groups_fingerprint(self._options, [] if problem else self.param_groups, first)
+        self.gradients.agree(call, fingerprint, problem)
 
     def _add_storage(self, first_group: int) -> None:
         """Give the groups from ``first_group`` on their buckets and their state."""

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, RankReports
+from .comm.agreement import NO_FINGERPRINT, Fingerprint
+from .comm.reports import CollectiveCall, RankReports
 from .gather import Gatherer
 from .gradients.base import Gradients
 from .gradients.checksums import compare_values

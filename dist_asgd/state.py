@@ -155,7 +155,9 @@ class ParamShards:
         """Move parameters into state buffers of their groups, from ``first_group`` on, and publish their state."""
         total_bytes = sum(p.nbytes for group in held for _, _, p in group if not is_presharded(p))
         total_bytes += sum(member.param.nbytes for bucket in self.buckets for member in bucket.members)
-        cap_bytes = bucket_cap_bytes(self._bucket_cap_mb, total_bytes, self._min_buckets)
+        cap_bytes = bucket_cap_bytes(
+            self._bucket_cap_mb, total_bytes, self._min_buckets, self._communicators.num_shards
+        )
         num_buckets, known = len(self.buckets), {member.index for member in self.held}
         for group_index, indexed in enumerate(held, first_group):
             self._hold(indexed, group_index, cap_bytes)

@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..comm import PeerError
-from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, CollectiveCall, is_on_all_ranks, text_of
+from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, is_on_all_ranks, text_of
+from ..comm.reports import CollectiveCall
 from ..optimizer import ShardedASGD
 from ..placements.dtensor import is_dtensor, local_tensor
 from ..state import LOAD_CHECKPOINT

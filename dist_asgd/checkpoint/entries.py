@@ -28,7 +28,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..comm import Communicator
-from ..comm.agreement import gather_objects
 from ..optimizer import ShardedASGD
 from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
@@ -331,11 +330,11 @@ def without_copies(chunks: list[ChunkToWrite], communicator: Communicator) -> li
     """Return ``chunks`` without those that a lower rank writes from another mesh. Collective on all ranks."""
     mine = [(chunk.key, chunk.offsets) for chunk in chunks if chunk.may_be_copied]
     # Most jobs have no such chunks, and one small message tells.
-    if not communicator.exchange(torch.tensor([len(mine)], device="cpu"))().any():
+    if not communicator.any_of(bool(mine)):
         return chunks
     copies: list[set[tuple[str, Any]]] = []
     taken: set[tuple[str, Any]] = set()
-    for theirs in gather_objects(communicator, mine, 0) or ():
+    for theirs in communicator.gather_objects(mine, 0) or ():
         copies.append(taken.intersection(theirs))
         taken.update(theirs)
     dropped = communicator.exchange_objects(copies)[0][communicator.rank]

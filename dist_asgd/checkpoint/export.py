@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..comm import Communicators
-from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public_call
+from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
+from ..comm.reports import CollectiveCall
 from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor

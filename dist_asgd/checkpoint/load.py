@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
-from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint, public_call
+from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
+from ..comm.reports import CollectiveCall
 from ..optimizer import ShardedASGD
 from ..placements.shard_tensor import ShardTensor
 from ..state import MASTER_KEY

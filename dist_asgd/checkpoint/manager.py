@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..comm.agreement import CollectiveCall, Fingerprint
+from ..comm.agreement import Fingerprint
+from ..comm.reports import CollectiveCall
 from .format import folder as folders
 from .format.folder import NewCheckpoint, step_name, steps_in
 from .format.manifest import CheckpointError

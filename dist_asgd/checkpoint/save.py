@@ -18,7 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..comm import Communicator, Communicators, PeerError
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, gather_objects, public_call
+from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint, public_call
+from ..comm.reports import CollectiveCall
 from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
@@ -307,7 +308,7 @@ class Saver:
             except Exception as error:
                 problem = _save_error(path, error)
             self._agree_in_background(call, problem)
-            files = gather_objects(self._background, written, 0)
+            files = self._background.gather_objects(written, 0)
             try:
                 # Before sync(), because the disks are still at work on what was written.
                 metadata = metadata_of(path, files) if files else b""

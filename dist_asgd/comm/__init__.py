@@ -8,5 +8,15 @@ from .agreement import public_call
 from .axes import describe_mesh
 from .base import Communicator, PeerError, SendList, Wait
 from .communicators import Communicators
+from .reports import CollectiveCall
 
-__all__ = ["Communicator", "Communicators", "PeerError", "SendList", "Wait", "describe_mesh", "public_call"]
+__all__ = [
+    "CollectiveCall",
+    "Communicator",
+    "Communicators",
+    "PeerError",
+    "SendList",
+    "Wait",
+    "describe_mesh",
+    "public_call",
+]

@@ -7,18 +7,22 @@ The modules of this package implement ``ShardCollectives`` and ``Communicator`` 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .rank_names import RankNames
+from .roll import Roll
 
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
-# For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor).
+# For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor). For backends that are
+# ``contiguous`` one range for all shards.
 SendList = Sequence[Sequence[tuple[int, Tensor]]]
 
 
@@ -30,24 +34,43 @@ class PeerError(RuntimeError):
     """A collective failed: a peer died, was cut off, or did not arrive within the group's timeout."""
 
 
-class PendingTable:
-    """A table with one row of words for each rank, which is on its way: calling it waits, and returns the table.
+class PendingSummary:
+    """Words of all ranks, combined, that are on their way: calling it waits, and returns them ``(n,)``.
 
-    ``table`` is what has arrived so far, zeros elsewhere; None if that cannot be seen.
+    PeerError if the wait fails. ``note_waiting`` and ``missing`` are for ranks that have waited for long, or in vain.
     """
 
-    __slots__ = ("_wait", "table")
-
-    def __init__(self, wait: Callable[[], Tensor], table: Tensor | None = None) -> None:
-        self._wait = wait
-        self.table = table
+    def __init__(
+        self, wait: Callable[[], Tensor], poll: Callable[[], None] | None = None, roll: Roll | None = None
+    ) -> None:
+        """``roll`` is that of this exchange, if its ranks have one."""
+        self._wait, self._poll, self._roll = wait, poll, roll
 
     def __call__(self) -> Tensor:
-        return self._wait()
+        words = self._wait()
+        if self._roll is not None:
+            with contextlib.suppress(RuntimeError):
+                self._roll.erase()
+        return words
+
+    def poll(self) -> None:
+        """Send on what has arrived, without waiting: called now and then by callers that wait much later."""
+        if self._poll is not None:
+            self._poll()
+
+    def note_waiting(self) -> None:
+        """Let the other ranks know that this one waits here. Not collective."""
+        # A store that fails went with its host: nothing more can be known.
+        if self._roll is not None:
+            with contextlib.suppress(RuntimeError):
+                self._roll.write()
 
     def missing(self) -> list[int]:
-        """Return the ranks whose rows have not arrived, if a first word of 0 means so, by position in the group."""
-        return [] if self.table is None else (self.table[:, 0] == 0).nonzero().flatten().tolist()
+        """Return the ranks that have not noted to wait here, by position in the group; [] if nobody can tell."""
+        if self._roll is not None:
+            with contextlib.suppress(RuntimeError):
+                return self._roll.missing()
+        return []
 
 
 class ShardCollectives(ABC):
@@ -63,7 +86,12 @@ class ShardCollectives(ABC):
 
     @property
     def contiguous(self) -> bool:
-        """Whether the ranges of a transfer must form one flat buffer, with one range of equal size per rank."""
+        """Whether a transfer takes one flat buffer, the shards of all ranks in order, instead of ranges by rank."""
+        return False
+
+    @property
+    def waits_to_launch(self) -> bool:
+        """Whether a reduce-scatter, when it starts, may wait for the one before it to arrive."""
         return False
 
     @abstractmethod
@@ -73,6 +101,8 @@ class ShardCollectives(ABC):
         Args:
             sends: ``sends[r]`` lists the ranges for the shard of rank r. All ranks list the same ranges. Tensors are
                 only read, and must not change before the wait. Elements that no range covers keep their value.
+                If ``contiguous``, the only entry of ``sends[0]`` is the flat buffer with the shards of all ranks, which
+                may be overwritten.
             shard: ``(shard_numel,)``; complete after the wait.
             accumulate: add to ``shard`` instead of overwriting it.
             tag: distinguishes transfers that are in flight together.
@@ -127,17 +157,54 @@ class Communicator(ShardCollectives):
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
         """Start filling ``fragments[r]``, a list of 1-D tensors, on every rank with the ones that rank r has.
 
-        All ranks pass the same sizes. If ``contiguous``, each list has one tensor of one size, and all of them are
-        consecutive in one flat buffer.
+        All ranks pass the same sizes. If ``contiguous``, the only tensor is one flat buffer, with one fragment of equal
+        size for each rank.
         """
 
     @abstractmethod
-    def exchange(self, words: Tensor) -> PendingTable:
-        """Start an all-gather of ``words`` ``(n,)``, int64 on the host; the returned call gives ``(world_size, n)``."""
+    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
+        """Start to combine ``words`` ``(n,)``, int64 on the host, of all ranks.
+
+        The result has the largest of each of the first ``num_largest`` words, and the union of the bits of each other
+        one. All ranks pass words of one length.
+        """
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of each of ``values`` among all ranks: integers of 64 bits. Waits for all ranks."""
+        words = torch.tensor(values, dtype=torch.int64, device="cpu")
+        return cast(list[int], self.summarise(words, len(values))().tolist())
+
+    def any_of(self, value: bool) -> bool:
+        """Return whether ``value`` is true on any rank. Waits for all ranks."""
+        return bool(self.largest([int(value)])[0])
+
+    def differing(self, words: Tensor, takes_part: bool = True) -> list[int]:
+        """Return the positions at which ``words`` ``(n,)``, int64 on the host, are not equal on all ranks.
+
+        Waits for all ranks. The words of ranks that do not take part do not count.
+        """
+        # The smallest is the complement of the largest complement.
+        both = torch.cat((words, ~words)) if takes_part else torch.full((2 * words.numel(),), -(1 << 63))
+        largest, complements = self.summarise(both, both.numel())().view(2, -1)
+        return cast(list[int], (largest != ~complements).nonzero().flatten().tolist())
+
+    @abstractmethod
+    def exchange(self, words: Tensor) -> Tensor:
+        """Return every rank's ``words`` ``(n,)``, int64 on the host, as ``(world_size, n)``. Waits for all ranks.
+
+        What is sent grows with the number of ranks: errors and construction call it, never a step.
+        """
 
     @abstractmethod
     def exchange_objects(self, value: Any) -> list[Any]:
         """Return all ranks' picklable values in rank order. Construction and errors call it, never a step."""
+
+    @abstractmethod
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        """Return all ranks' picklable values on rank ``to``, in rank order, and None on the other ranks.
+
+        Rank ``to`` gets its own value back as it is, without pickling.
+        """
 
 
 class SingleProcess(Communicator):
@@ -172,20 +239,25 @@ class SingleProcess(Communicator):
     def gather_rows(self, row: Tensor) -> Tensor:
         return row.unsqueeze(0)
 
-    def exchange(self, words: Tensor) -> PendingTable:
-        return PendingTable(lambda: words.unsqueeze(0))
+    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
+        return PendingSummary(lambda: words)
+
+    def exchange(self, words: Tensor) -> Tensor:
+        return words.unsqueeze(0)
 
     def exchange_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
         return [value]
 
 
 class GroupCommunicator(Communicator):
     """The base of the communicators that really send: they belong to a process group, and their peers can fail."""
 
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int] | None = None) -> None:
-        """``ranks`` are those that take part, as ranks of the default group; None: all of the group."""
-        self.group = group
-        self.ranks = list(ranks or dist.get_process_group_ranks(group))
+    def __init__(self, ranks: Sequence[int]) -> None:
+        """``ranks`` are those that take part, as ranks of the default group."""
+        self.ranks = list(ranks)
         self.rank, self.world_size = self.ranks.index(dist.get_rank()), len(self.ranks)
 
     def peer_error(self, action: str, error: RuntimeError) -> PeerError:

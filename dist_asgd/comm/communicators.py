@@ -7,7 +7,8 @@ those of the user and of other optimizers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from .axes import Axes, NotAMember, Ranks, timeout_of
 from .base import Communicator, ShardCollectives, SingleProcess
 from .gloo import Gloo
+from .host_group import HostGroup
 from .hybrid import Hybrid
 from .native import NativeCollectives
 from .rank_names import RankNames
@@ -56,11 +58,31 @@ def _own_group(ranks: Sequence[int], backend: str, like: dist.ProcessGroup, host
     ``host`` is a communicator over which they can already send messages, or None.
     """
     _equalise_group_counts(ranks, like, host)
-    # Without this timeout torch would take the backend's default of half an hour, whatever the user chose for `like`.
-    own: dist.ProcessGroup = dist.new_group(
-        list(ranks), timeout=timeout_of(like), backend=backend, use_local_synchronization=True
-    )
+    with _without_split(ranks):
+        # Without this timeout torch would take the backend's default of half an hour, whatever the user chose.
+        own: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=timeout_of(like), backend=backend, use_local_synchronization=True
+        )
     return own
+
+
+@contextmanager
+def _without_split(ranks: Sequence[int]) -> Iterator[None]:
+    """Let torch make a group of some ranks without the others.
+
+    If the default group has a device bound, torch would split NCCL's communicator for it, which is collective on all
+    ranks of the job (distributed_c10d.py, ``_get_split_source``): those that do not take part would never come.
+    """
+    default = dist.group.WORLD
+    bound = None if default is None or len(ranks) == default.size() else default.bound_device_id
+    if default is None or bound is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def _equalise_group_counts(ranks: Sequence[int], like: dist.ProcessGroup, host: Gloo | None) -> None:
@@ -72,7 +94,7 @@ def _equalise_group_counts(ranks: Sequence[int], like: dist.ProcessGroup, host: 
     """
     own = len(dist.distributed_c10d._world.pg_names)
     if host is not None:
-        most = int(host.among(ranks).exchange(torch.tensor([own], device="cpu"))().max())
+        most = host.among(ranks).largest([own])[0]
     elif list(ranks) == dist.get_process_group_ranks(like):
         counts: list[int] = [own] * len(ranks)
         dist.all_gather_object(counts, own, group=like)
@@ -89,14 +111,14 @@ class _TagRanges:
     used = 0
 
 
-def _with_own_tags(group: dist.ProcessGroup, ranks: Sequence[int]) -> Gloo:
+def _with_own_tags(group: HostGroup, ranks: Sequence[int]) -> Gloo:
     """Return a communicator with a tag range that no optimizer on any of ``ranks`` uses. Collective on ``ranks``.
 
     After 4,095 optimizers a range is used again.
     """
     # The first range serves only to agree on another one.
     first = Gloo(group, FIRST_TAG, ranks)
-    _TagRanges.used = int(first.exchange(torch.tensor([_TagRanges.used], device="cpu"))().max()) + 1
+    _TagRanges.used = first.largest([_TagRanges.used])[0] + 1
     return Gloo(group, FIRST_TAG + (1 + _TagRanges.used % (TAG_RANGES - 1) << 16), ranks)
 
 
@@ -136,7 +158,7 @@ class Communicators:
             _refuse_to_be_alone()
         self._axes = axes
         self._group = axes.group
-        self._hybrids: dict[str, Hybrid] = {}
+        self._on: dict[str, ShardCollectives] = {}
         self._host: Communicator | None = None
         self._background: Communicator | None = None
         self._among: dict[tuple[str, Ranks], Communicator] = {}
@@ -144,29 +166,24 @@ class Communicators:
         self.shard_rank, self.num_shards = axes.shard.index(axes.this_rank), len(axes.shard)
         self.replica, self.num_replicas = axes.replicate.index(axes.this_rank), len(axes.replicate)
 
-    def _host_group(self, group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, str]:
-        """Return a group for control words on the host and its backend: they must not wait for an accelerator.
-
-        Collective on all ranks if the group has to be made.
-        """
-        backend = _backend_for(group, "cpu")
-        if backend in (None, "nccl"):
-            return _own_group(self.ranks, "gloo", group, None), "gloo"
-        if backend != "gloo" and self.ranks != dist.get_process_group_ranks(group):
-            return _own_group(self.ranks, backend, group, None), backend
-        return group, backend
-
     @property
     def host(self) -> Communicator:
-        """The communicator of all ranks for control words; collective on first use."""
+        """The communicator of all ranks for control words; collective on first use.
+
+        Control words must not wait for an accelerator, so they have a group of their own beside NCCL.
+        """
         if self._host is None:
-            if self._group is None or self.world_size == 1:
-                self._host = SingleProcess()
-            else:
-                group, backend = self._host_group(self._group)
-                gloo = backend == "gloo"
-                self._host = _with_own_tags(group, self.ranks) if gloo else NativeCollectives(group, averages=False)
+            self._host = SingleProcess() if self._group is None or self.world_size == 1 else self._on_host(self._group)
         return self._host
+
+    def _on_host(self, group: dist.ProcessGroup) -> Communicator:
+        backend = _backend_for(group, "cpu")
+        if backend == "gloo":
+            return _with_own_tags(HostGroup.of(group), self.ranks)
+        if backend in (None, "nccl"):
+            return _with_own_tags(HostGroup.new(self.ranks, group), self.ranks)
+        exact = self.ranks == dist.get_process_group_ranks(group)
+        return NativeCollectives(group if exact else _own_group(self.ranks, backend, group, None), averages=False)
 
     @property
     def background(self) -> Communicator:
@@ -179,23 +196,26 @@ class Communicators:
         if self._group is None or isinstance(host, SingleProcess):
             return host
         if self._background is None:
-            gloo = host if isinstance(host, Gloo) else None
-            backend = "gloo" if gloo else str(_backend_for(self._group, "cpu"))
-            group = _own_group(self.ranks, backend, self._group, gloo)
-            self._background = _with_own_tags(group, self.ranks) if gloo else NativeCollectives(group, averages=False)
+            if isinstance(host, Gloo):
+                self._background = _with_own_tags(HostGroup.new(self.ranks, self._group), self.ranks)
+            else:
+                backend = str(_backend_for(self._group, "cpu"))
+                group = _own_group(self.ranks, backend, self._group, None)
+                self._background = NativeCollectives(group, averages=False)
         return self._background
 
     def on(self, device: torch.device) -> ShardCollectives:
         """Return the collectives for shards on ``device``. ValueError if the group has no backend for it.
 
-        Collective when the kind of device is new. Callers on the path of a step keep the result.
+        Collective when the kind of device is new.
         """
-        inside = self.among(self._axes.shard, device)
-        if self.num_replicas == 1:
-            return inside
-        if device.type not in self._hybrids:
-            self._hybrids[device.type] = Hybrid(inside, self.among(self._axes.replicate, device))
-        return self._hybrids[device.type]
+        if device.type not in self._on:
+            inside = self.among(self._axes.shard, device)
+            if self.num_replicas == 1:
+                self._on[device.type] = inside
+            else:
+                self._on[device.type] = Hybrid(inside, self.among(self._axes.replicate, device))
+        return self._on[device.type]
 
     def shard_rank_of(self, rank: int) -> int | None:
         """Return the number of the shard that ``rank`` of all ranks holds; None if it belongs to another replica."""
@@ -259,5 +279,6 @@ class Communicators:
 
     def scratch_bytes(self) -> int:
         """Return the bytes of all buffers that communicators keep between steps, over all devices."""
-        every = (self._host, self._background, *self._among.values(), *self._hybrids.values())
+        hybrids = [collectives for collectives in self._on.values() if isinstance(collectives, Hybrid)]
+        every = (self._host, self._background, *self._among.values(), *hybrids)
         return sum(communicator.scratch_bytes() for communicator in every if communicator is not None)

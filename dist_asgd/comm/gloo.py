@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import GroupCommunicator, PendingTable, SendList, Wait
+from . import dissemination
+from .base import GroupCommunicator, PendingSummary, SendList, Wait
+from .dissemination import Message, Summary
+from .host_group import HostGroup
+from .roll import Roll
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 # How many elements are summed and divided at a time, so that they stay in a core's cache in between.
@@ -29,9 +34,6 @@ SUM_NUMEL = 1 << 16
 BUCKET_TAGS = (1 << 16) - 4
 ALL_GATHER, GATHER, GATHER_ROWS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
 
-# A peer, and the tensor that is sent to it or received from it.
-Message = tuple[int, Tensor]
-
 
 class Gloo(GroupCommunicator):
     """The collectives of some ranks of a Gloo group, from messages between two ranks.
@@ -39,17 +41,21 @@ class Gloo(GroupCommunicator):
     Every sum is taken in rank order, whichever message arrives first, so that results are reproducible.
     """
 
-    def __init__(self, group: dist.ProcessGroup, first_tag: int, ranks: Sequence[int] | None = None) -> None:
+    def __init__(self, group: HostGroup, first_tag: int, ranks: Sequence[int]) -> None:
         """Use the ``1 << 16`` tags from ``first_tag`` on. No communication.
 
-        ``ranks`` are the members of ``group`` that take part, as ranks of the default group; None: all of them.
+        ``ranks`` are the members of ``group`` that take part, as ranks of the default group.
         """
-        super().__init__(group, ranks)
+        super().__init__(ranks)
+        self._group = group
         self._first_tag = first_tag
-        self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
+        position = {rank: index for index, rank in enumerate(group.ranks)}
+        self._in_group = [position[rank] for rank in ranks]
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._inbox_bytes = 0
         self._sums: Tensor | None = None
+        self._roll_prefix = f"dist_asgd/{first_tag}/{self.ranks[0]}"
+        self._num_summaries = 0
 
     def among(self, ranks: Sequence[int]) -> Gloo:
         """Return a communicator of some of these ranks, this one among them, as ranks of the default group.
@@ -57,30 +63,43 @@ class Gloo(GroupCommunicator):
         It is not collective.
         """
         # The same tags do: two ranks make the same calls in the same order, so their messages pair up.
-        return Gloo(self.group, self._first_tag, ranks)
+        return Gloo(self._group, self._first_tag, ranks)
+
+    @cached_property
+    def _peers(self) -> list[int]:
+        """The other ranks, for the collectives that send to each."""
+        return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def scratch_bytes(self) -> int:
         return self._inbox_bytes + (0 if self._sums is None else self._sums.nbytes)
 
     # --- messages ----------------------------------------------------------------------------------------
 
-    def _post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
+    def connect(self, peers: Iterable[int]) -> None:
+        """Make sure that there are connections to ``peers``, which do the same; called before they are sent to."""
+        try:
+            self._group.connect(self._in_group[peer] for peer in peers)
+        except RuntimeError as error:
+            raise self.peer_error("a connection", error) from error
+
+    def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
         """Start messages; ``action`` names the collective in a PeerError."""
         # Errors are translated here and in _wait, without a context manager, because every message passes here.
-        works: list[dist.Work | None] = []
+        works: list[dist.Work] = []
         tag += self._first_tag
+        group, in_group = self._group, self._in_group
         try:
             # Receives come first: Gloo buffers a message again if its receive has not been posted yet.
             for peer, tensor in receives:
-                works.append(dist.irecv(tensor, self.ranks[peer], group=self.group, tag=tag))
+                works.append(group.receive(tensor, in_group[peer], tag))
             for peer, tensor in sends:
-                works.append(dist.isend(tensor, self.ranks[peer], group=self.group, tag=tag))
+                works.append(group.send(tensor, in_group[peer], tag))
         except RuntimeError as error:
             raise self.peer_error(action, error) from error
-        return [work for work in works if work is not None]
+        return works
 
     def _wait(self, action: str, works: Sequence[dist.Work]) -> None:
-        """Wait for messages that ``_post`` started."""
+        """Wait for messages that ``post`` started."""
         try:
             for work in works:
                 work.wait()
@@ -110,6 +129,7 @@ class Gloo(GroupCommunicator):
         numels = [source.numel() for _, source in mine]
         numel = sum(numels)
         dtype = mine[0][1].dtype if mine else shard.dtype
+        self.connect(self._peers)
         # The first peer's message lands in the shard itself, which saves a buffer; the sum is in rank order anyway.
         in_place = not accumulate and dtype == shard.dtype
         rows = len(self._peers) - in_place
@@ -124,7 +144,7 @@ class Gloo(GroupCommunicator):
             receives += [(peer, place) for place in places]
         with record_function("dist_asgd::reduce_scatter"):
             outgoing = [(peer, source) for peer in self._peers for _, source in sends[peer]]
-            works = self._post("a reduce-scatter", tag, receives, outgoing)
+            works = self.post("a reduce-scatter", tag, receives, outgoing)
 
         def wait() -> None:
             self._wait("a reduce-scatter", works)
@@ -168,12 +188,13 @@ class Gloo(GroupCommunicator):
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         """Every rank sums one chunk and sends the sum to all: 2 (n - 1) / n of the bytes for any number n of ranks."""
         tag %= BUCKET_TAGS
+        self.connect(self._peers)
         chunks = values.tensor_split(self.world_size)
         own = chunks[self.rank]
         inbox = self._take_inbox(values.dtype, self.world_size * own.numel())
         rows = list(inbox[: self.world_size * own.numel()].view(self.world_size, -1)) if own.numel() else []
         with record_function("dist_asgd::all_reduce"):
-            to_sum = self._post(
+            to_sum = self.post(
                 "an all-reduce",
                 tag,
                 [(peer, rows[peer]) for peer in self._peers if own.numel()],
@@ -188,7 +209,7 @@ class Gloo(GroupCommunicator):
                 self._store_mean(rows, own, accumulate=False)
             self._inboxes[values.dtype].append(inbox)
             # The sums are sent only here, so this rank's wait also decides when its peers get them.
-            sums = self._post(
+            sums = self.post(
                 "an all-reduce",
                 tag,
                 [(peer, chunks[peer]) for peer in self._peers if chunks[peer].numel()],
@@ -204,8 +225,9 @@ class Gloo(GroupCommunicator):
         return self.all_gather_uneven([[shard] for shard in flat.view(self.world_size, -1)])
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
+        self.connect(self._peers)
         with record_function("dist_asgd::all_gather"):
-            works = self._post(
+            works = self.post(
                 "an all-gather",
                 ALL_GATHER,
                 [(peer, fragment) for peer in self._peers for fragment in fragments[peer]],
@@ -214,46 +236,42 @@ class Gloo(GroupCommunicator):
         return lambda: self._wait("an all-gather", works)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        self.connect(self._peers)
         receives: list[Message] = []
         if places is not None:
             places[self.rank].copy_(fragment)
             receives = [(peer, places[peer]) for peer in self._peers if numels[peer]]
         targets = self._peers if to is None else [to]
         sends = [(target, fragment) for target in targets if target != self.rank and numels[self.rank]]
-        self._wait("a gather", self._post("a gather", GATHER, receives, sends))
+        self._wait("a gather", self.post("a gather", GATHER, receives, sends))
 
     def gather_rows(self, row: Tensor) -> Tensor:
-        return self._start_table(row, GATHER_ROWS)()
+        # As bits: the messages are of integers, and a row may be anything that is copied.
+        words = row.contiguous().view(torch.uint8)
+        rows = dissemination.all_gather(self, GATHER_ROWS, words, [words.numel()] * self.world_size)
+        return torch.stack(rows).view(row.dtype)
 
     # --- control words -----------------------------------------------------------------------------------
 
-    def exchange(self, words: Tensor) -> PendingTable:
-        return self._start_table(words, EXCHANGE)
+    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
+        self._num_summaries += 1
+        summary = Summary(self, EXCHANGE, words, num_largest)
+        roll = Roll(self._group.store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)
+        return PendingSummary(summary.wait, summary.poll, roll)
 
-    def _start_table(self, row: Tensor, tag: int) -> PendingTable:
-        """Start an all-gather of ``row`` ``(n,)``; the returned call waits and gives ``(world_size, n)``."""
-        # Zeros, so that rows which have arrived can be told from those that have not.
-        table = row.new_zeros((self.world_size, row.numel()))
-        table[self.rank] = row
-        rows = table.unbind()
-        own = rows[self.rank]
-        works = self._post(
-            "a control exchange",
-            tag,
-            [(peer, rows[peer]) for peer in self._peers],
-            [(peer, own) for peer in self._peers],
-        )
-
-        def wait() -> Tensor:
-            self._wait("a control exchange", works)
-            return table
-
-        return PendingTable(wait, table)
+    def exchange(self, words: Tensor) -> Tensor:
+        return torch.stack(dissemination.all_gather(self, EXCHANGE, words, [words.numel()] * self.world_size))
 
     def exchange_objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self.exchange(torch.tensor([data.numel()], device="cpu"))().flatten().tolist()
-        row = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
-        row[: data.numel()] = data
-        table = self._start_table(row, EXCHANGE)()
-        return [pickle.loads(table[rank, :size].numpy().tobytes()) for rank, size in enumerate(sizes)]
+        numels = self.exchange(torch.tensor([data.numel()], device="cpu")).flatten().tolist()
+        return [pickle.loads(row.numpy().tobytes()) for row in dissemination.all_gather(self, EXCHANGE, data, numels)]
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        raw = bytearray(b"" if self.rank == to else pickle.dumps(value))
+        data = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
+        numels = self.exchange(torch.tensor([data.numel()], device="cpu")).flatten().tolist()
+        rows = dissemination.gather(self, EXCHANGE, data, numels, to)
+        if rows is None:
+            return None
+        return [value if r == to else pickle.loads(row.numpy().tobytes()) for r, row in enumerate(rows)]

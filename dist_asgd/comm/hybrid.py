@@ -56,14 +56,22 @@ class Hybrid(ShardCollectives):
     def contiguous(self) -> bool:
         return self._inside.contiguous
 
+    @property
+    def waits_to_launch(self) -> bool:
+        return True
+
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         """The result is the mean of the replicas' means."""
         # The previous bucket has had the time of this one's backward to arrive inside. It starts across here and not
         # when it is ready, because every rank must launch in the same order.
         if self._last is not None:
             self._last.start_across()
-        mine = sends[self.rank]
-        dtype = mine[0][1].dtype if mine else shard.dtype
+        if self.contiguous:
+            dtype, mine = sends[0][0][1].dtype, [slice(0, shard.numel())]
+        else:
+            own = sends[self.rank]
+            dtype = own[0][1].dtype if own else shard.dtype
+            mine = [slice(start, start + source.numel()) for start, source in own]
         # The reduction inside may not touch what the shard has accumulated, nor round to the shard's dtype.
         in_place = not accumulate and dtype == shard.dtype
         buffer = shard if in_place else self._take_buffer(dtype, shard)
@@ -75,8 +83,7 @@ class Hybrid(ShardCollectives):
         def store() -> None:
             if in_place:
                 return
-            for start, source in mine:
-                stretch = slice(start, start + source.numel())
+            for stretch in mine:
                 if accumulate:
                     shard[stretch].add_(partial[stretch])
                 else:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import GroupCommunicator, PendingTable, SendList, Wait
+from .base import GroupCommunicator, PendingSummary, SendList, Wait
 
 
 class NativeCollectives(GroupCommunicator):
@@ -21,7 +21,8 @@ class NativeCollectives(GroupCommunicator):
 
     def __init__(self, group: dist.ProcessGroup, averages: bool) -> None:
         """``averages``: whether the backend can take the mean itself (``ReduceOp.AVG``). No communication."""
-        super().__init__(group)
+        super().__init__(dist.get_process_group_ranks(group))
+        self.group = group
         self._averages = averages
         self._op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
         # torch 2.13 renamed both functions; 2.11 knows only the old names.
@@ -50,8 +51,8 @@ class NativeCollectives(GroupCommunicator):
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
         # NCCL reduces in place, into this rank's own range of the send buffer. Other backends may read that range
         # after they have written it, so they get a tensor of their own.
-        mine = sends[self.rank][0][1]
-        send = sends[0][0][1].as_strided((self.world_size * mine.numel(),), (1,))
+        send = sends[0][0][1]
+        mine = send.view(self.world_size, -1)[self.rank]
         out = mine if self._averages else torch.empty_like(mine)
         with record_function("dist_asgd::reduce_scatter"):
             work = self._call("a reduce-scatter", self._reduce_scatter_single, out, send, op=self._op, async_op=True)
@@ -85,9 +86,8 @@ class NativeCollectives(GroupCommunicator):
         return lambda: self._wait("an all-gather", work)
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
-        # They are even here: callers lay fragments out in one flat buffer, because `contiguous` is True.
-        first = fragments[0][0]
-        return self.all_gather(first.as_strided((self.world_size * first.numel(),), (1,)))
+        # They are even here, and lie in one flat buffer.
+        return self.all_gather(fragments[0][0])
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         if len(set(numels)) > 1:
@@ -117,20 +117,37 @@ class NativeCollectives(GroupCommunicator):
         self._call("a gather of norms", dist.all_gather, list(table.unbind(0)), row)
         return table
 
-    def exchange(self, words: Tensor) -> PendingTable:
+    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
+        largest, bits = words[:num_largest].clone(), words[num_largest:].clone()
+        works = [
+            self._call("a control exchange", dist.all_reduce, values, op=op, async_op=True)
+            for values, op in ((largest, dist.ReduceOp.MAX), (bits, dist.ReduceOp.BOR))
+            if values.numel()
+        ]
+
+        def wait() -> Tensor:
+            for work in works:
+                self._wait("a control exchange", work)
+            return torch.cat((largest, bits))
+
+        return PendingSummary(wait)
+
+    def exchange(self, words: Tensor) -> Tensor:
         # The table starts with this rank's own words in all rows, so that a group that moves nothing (torch's `fake`
         # backend) agrees with itself.
         table = words.repeat(self.world_size, 1)
-        rows = list(table.unbind(0))
-        work = self._call("a control exchange", dist.all_gather, rows, words, async_op=True)
-
-        def wait() -> Tensor:
-            self._wait("a control exchange", work)
-            return table
-
-        return PendingTable(wait)
+        self._call("a control exchange", dist.all_gather, list(table.unbind(0)), words)
+        return table
 
     def exchange_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [value] * self.world_size
         self._call("an exchange of messages", dist.all_gather_object, values, value)
+        return values
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        values: list[Any] | None = [value] * self.world_size if self.rank == to else None
+        target = dist.get_global_rank(self.group, to)
+        self._call("a gather of messages", dist.gather_object, value, values, dst=target)
+        if values is not None:
+            values[to] = value
         return values

@@ -1,8 +1,8 @@
 """Calls that wait for other ranks: the log says for whom after 10 s, and the error names them when the wait fails.
 
 A collective call that only some ranks make, as with ``if rank == 0:`` around it, waits for the others until the process
-group's timeout. ``Agreement`` waits through a ``Waiting``, which looks at the reports that have arrived. It does so in
-a thread of its own, because the waiting one is inside the backend.
+group's timeout. ``Agreement`` waits through a ``Waiting``, which lets the other ranks know where this one waits, and
+looks who else does. It does so in a thread of its own, because the waiting one is inside the backend.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import PeerError, PendingTable
+from .base import PeerError, PendingSummary
 from .rank_names import RankNames
 
 # After how long a wait is worth a line in the log, and how often the thread looks.
 PATIENCE_S = 10.0
 _INTERVAL_S = 2.0
+# Ranks that wait for the same one let each other know at about the same time: for how long at most nobody else has to
+# come before the rest counts as missing, and for how long ranks that have failed look.
+_QUIET_S, _LAST_LOOK_S = 0.5, 5.0
 _LOG = logging.getLogger("dist_asgd")
 
 
@@ -31,12 +34,12 @@ class Waiting:
         self._names = names
         self._rank = rank
         # Since when this rank waits, in which call, and for what: replaced as a whole, as another thread reads it.
-        self._current: tuple[float, str, PendingTable] | None = None
+        self._current: tuple[float, str, PendingSummary] | None = None
         self._told: set[str] = set()
         self._thread: threading.Thread | None = None
 
-    def wait(self, call: str, pending: PendingTable) -> Tensor:
-        """Wait for all ranks' rows, and return them. PeerError names the ranks that did not make the ``call``."""
+    def wait(self, call: str, pending: PendingSummary) -> Tensor:
+        """Return the words of all ranks, combined. PeerError names the ranks that did not make the ``call``."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=_watch, args=(weakref.ref(self),), name="dist_asgd waiting", daemon=True
@@ -46,7 +49,8 @@ class Waiting:
         try:
             return pending()
         except PeerError as error:
-            missing = pending.missing()
+            pending.note_waiting()
+            missing = _still_missing(pending)
             if not missing:
                 raise
             raise PeerError(self._describe(call, missing, error)) from error.__cause__
@@ -69,8 +73,12 @@ class Waiting:
         if current is None:
             return
         since, call, pending = current
-        missing = pending.missing()
-        if not missing or call in self._told or time.monotonic() - since < PATIENCE_S:
+        # Every look tells, so that ranks whose patience ends sooner know of this one.
+        pending.note_waiting()
+        if call in self._told or time.monotonic() - since < PATIENCE_S:
+            return
+        missing = _still_missing(pending)
+        if not missing or self._current is not current:
             return
         self._told.add(call)
         _LOG.warning(
@@ -81,6 +89,19 @@ class Waiting:
             time.monotonic() - since,
             self._names.describe(missing),
         )
+
+
+def _still_missing(pending: PendingSummary) -> list[int]:
+    """Return the ranks that are missing, once nobody else has come for a while."""
+    missing = pending.missing()
+    last_change = deadline = time.monotonic()
+    deadline += _LAST_LOOK_S
+    while missing and time.monotonic() < min(deadline, last_change + _QUIET_S):
+        time.sleep(0.05)
+        now = pending.missing()
+        if now != missing:
+            missing, last_change = now, time.monotonic()
+    return missing
 
 
 def _watch(of: weakref.ref[Waiting]) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import NO_FINGERPRINT, OF_AN_ITERATION, Agreement, CollectiveCall, Fingerprint, RankReports
+from ..comm.agreement import NO_FINGERPRINT, OF_AN_ITERATION, Agreement, Fingerprint
 from ..comm.masks import bit_mask
+from ..comm.reports import CollectiveCall, RankReports
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, StateBuffer
 from ..storage.memory_order import flattened
@@ -79,9 +80,9 @@ class AveragedGradients(Gradients):
         return reports
 
     def present(self, reports: RankReports) -> frozenset[int]:
-        masks = reports.masks(0)
-        if len(set(masks)) > 1:
-            self._refuse_missing(masks, reports.active)
+        differing = reports.union(0) & ~reports.common
+        if differing and any(differing >> member.index & 1 for member in self.members):
+            self._refuse_missing(reports.masks(0), reports.active)
         if self.presharded:
             self.align_presharded(reports)
         return self.agreement.indices(reports.union(0))
@@ -174,18 +175,18 @@ class AveragedGradients(Gradients):
         if not members:
             return
         row = torch.zeros(len(members), dtype=torch.int64, device="cpu")
-        if self.communicators.rank in reports.active:
+        active = self.communicators.rank not in reports.joined
+        if active:
             sums = [checksum(flattened(m.param.grad, m.strides)) for m in members if m.param.grad is not None]
             row = torch.stack(sums).cpu()
-        table = self.communicators.host.exchange(row)()  # (ranks, len(members))
+        differing = self.communicators.host.differing(row, takes_part=active)
+        if not differing:
+            return
+        column = self.communicators.host.exchange(row[differing[:1]]).flatten().tolist()
         for rank in reports.joined:
-            table[rank] = table[reports.active[0]]
-        for position, member in enumerate(members):
-            column = table[:, position].tolist()
-            if len(set(column)) > 1:
-                shown = [f"checksum {hexadecimal(value)}" for value in column]
-                raise RuntimeError(
-                    f"dist_asgd: at the first step the gradient of parameter {member.name} differs between ranks: "
-                    f"{self.agreement.names.by_value(shown)}. With stage=1 "
-                    f"gradients must arrive already averaged: {REMEDY}"
-                )
+            column[rank] = column[reports.first_active]
+        raise RuntimeError(
+            f"dist_asgd: at the first step the gradient of parameter {members[differing[0]].name} differs between "
+            f"ranks: {self.agreement.names.by_value([f'checksum {hexadecimal(value)}' for value in column])}. With "
+            f"stage=1 gradients must arrive already averaged: {REMEDY}"
+        )

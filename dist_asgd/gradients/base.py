@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports
+from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint
+from ..comm.reports import CollectiveCall, RankReports
 from ..placements import dtensor
 from ..placements.presharded import PreshardedParam, PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
@@ -120,7 +121,7 @@ class Gradients(ABC):
 
     def lend(self, reports: RankReports, value: Any) -> Any:
         """The first active rank's picklable ``value``, on all ranks. Collective; only called if ranks have joined."""
-        lender = reports.active[0]
+        lender = reports.first_active
         return self.communicators.host.exchange_objects(value if self.communicators.rank == lender else None)[lender]
 
     def end_join(self) -> None:
@@ -168,14 +169,11 @@ class Gradients(ABC):
         Called on all ranks after ``agree``. Collective on the meshes of misplaced gradients; where every rank has the
         same gradients, none of them misplaced, there is nothing to do.
         """
-        masks, misplaced = reports.masks(0), reports.masks(1)
-        some, all_, unplaced = 0, masks[0], 0
-        for mask, other in zip(masks, misplaced, strict=True):
-            some, all_, unplaced = some | mask, all_ & mask, unplaced | other
-        concerned = (some & ~all_) | unplaced
-        names = self.agreement.names
-        for member in self.presharded if concerned else ():
-            if concerned >> member.index & 1:
+        mask = (reports.union(0) & ~reports.common) | reports.union(1)
+        concerned = [member for member in self.presharded if mask >> member.index & 1] if mask else []
+        if concerned:
+            masks, misplaced, names = reports.masks(0), reports.masks(1), self.agreement.names
+            for member in concerned:
                 member.align_gradient(ranks_with(masks, member), ranks_with(misplaced, member), names)
 
     def gradient_fragment(self, member: ShardedParam) -> Tensor:
@@ -209,11 +207,10 @@ class Gradients(ABC):
     def held(self) -> list[Tensor]:
         """All gradients of which this rank holds elements: reduced shards, and tensors on the parameters."""
 
-    def overflowed(self) -> Tensor:
-        """1 if any gradient that this rank holds is not finite, else 0: ``(1,)`` int64 on the host. Not collective."""
+    def overflowed(self) -> bool:
+        """Whether any gradient that this rank holds is not finite. Not collective; waits for the device."""
         gradients = [gradient for gradient in self.held() if gradient.numel()]
-        finite = [torch.linalg.vector_norm(gradient, torch.inf).isfinite().cpu() for gradient in gradients]
-        return torch.tensor([not all(finite)], dtype=torch.int64, device="cpu")
+        return not all(torch.linalg.vector_norm(gradient, torch.inf).isfinite().cpu() for gradient in gradients)
 
 
 def check_gradient(member: ShardedParam, gradient: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import digest_of
+from ..comm.reports import digest_of
 from ..placements.presharded import is_presharded
 from ..storage.buffers import BucketParam
 from ..storage.frozen import FrozenParam
@@ -63,7 +63,7 @@ def _compare_replicas(gradients: Gradients, communicators: Communicators) -> Non
         else torch.tensor([-1, 0], device="cpu")
         for m in gradients.presharded
     ]
-    table = communicators.host.exchange(torch.cat(rows))().view(communicators.world_size, -1, 2).tolist()
+    table = communicators.host.exchange(torch.cat(rows)).view(communicators.world_size, -1, 2).tolist()
     for position, member in enumerate(gradients.presharded):
         sums: dict[int, dict[int, int]] = {}
         for rank, row in enumerate(table):
@@ -102,18 +102,15 @@ def _compare_plain(
     values = [checksum(_values(m)) for m in members]
     # On one device, in order to wait for it once.
     sums = torch.stack([value.to(values[0].device) for value in values]).cpu()
-    # One word first: a row for each parameter is exchanged only to say which one differs.
-    table = communicators.host.exchange(torch.tensor([digest_of(sums.tolist())], device="cpu"))()
-    if len(set(table[:, 0].tolist())) == 1:
+    # One word first: the others are sent only to say which parameter differs.
+    if not communicators.host.differing(torch.tensor([digest_of(sums.tolist())], device="cpu")):
         return
-    columns = communicators.host.exchange(sums)()
-    for position, member in enumerate(members):
-        column = columns[:, position].tolist()
-        if len(set(column)) > 1:
-            shown = [f"checksum {hexadecimal(value)}" for value in column]
-            verb = "does not start from" if indices is None else "was re-bound (p.data = ...), and does not have"
-            raise RuntimeError(
-                f"dist_asgd: parameter {member.name} {verb} the same values on all ranks: "
-                f"{communicators.names.by_value(shown)}. Seed every rank alike "
-                f"before building the model, or broadcast its parameters from one rank."
-            )
+    first = communicators.host.differing(sums)[0]
+    column = communicators.host.exchange(sums[first : first + 1]).flatten().tolist()
+    shown = [f"checksum {hexadecimal(value)}" for value in column]
+    verb = "does not start from" if indices is None else "was re-bound (p.data = ...), and does not have"
+    raise RuntimeError(
+        f"dist_asgd: parameter {members[first].name} {verb} the same values on all ranks: "
+        f"{communicators.names.by_value(shown)}. Seed every rank alike before building the model, or broadcast its "
+        f"parameters from one rank."
+    )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..comm.agreement import NO_FINGERPRINT, CollectiveCall, Fingerprint
+from ..comm.agreement import NO_FINGERPRINT, Fingerprint
+from ..comm.reports import CollectiveCall
 from ..storage.buffers import ShardedParam
 from .base import Gradients
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..comm.agreement import UNKNOWN_DISCARDS, CollectiveCall, Fingerprint, RankReports
+from ..comm.agreement import Fingerprint
+from ..comm.reports import CALL, UNKNOWN_DISCARDS, CollectiveCall, RankReports
 from . import clip
 from .base import Gradients
 from .reducer import Reducer
@@ -24,7 +25,7 @@ def shadow(gradients: Gradients, fingerprint: Fingerprint, problem: Exception | 
         # This rank does not see the others' zero_grad().
         gradients.agreement.discards = UNKNOWN_DISCARDS
         reports = gradients.agree(CollectiveCall.JOINED, fingerprint, problem)
-        call = reports.calls[reports.active[0]]
+        call = reports.column(CALL)[reports.first_active]
         if call == CollectiveCall.STEP:
             return reports
         if call == CollectiveCall.ZERO_GRAD:
@@ -43,7 +44,6 @@ def _unscale(gradients: Gradients, reports: RankReports) -> None:
     inverse, explicitly = gradients.lend(reports, None)
     reduces = isinstance(gradients, Reducer)
     # In stage 1 this rank's gradients are left over from its last step.
-    overflowed = gradients.overflowed() if reduces else torch.zeros(1, dtype=torch.int64, device="cpu")
-    gradients.communicators.host.exchange(overflowed)()
+    gradients.communicators.host.any_of(reduces and gradients.overflowed())
     if explicitly and reduces:
         gradients.unscale(torch.tensor(inverse, dtype=torch.float32, device=gradients.buckets[0].device))

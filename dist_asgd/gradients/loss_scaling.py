@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators, public_call
-from ..comm.agreement import CollectiveCall
+from ..comm.reports import CollectiveCall
 from ..placements.dtensor import has_spec_of, is_dtensor, same_placement
 from ..update.schedule import StepHyperparameters
 from ..update.segments import Scaling
@@ -57,8 +57,7 @@ class ScalerInfo:
 
     def overflowed(self, communicators: Communicators) -> bool:
         """Whether any rank's gradients overflowed. Collective; waits for the device."""
-        found = torch.as_tensor(self.found_inf, device="cpu").ne(0).any().long().reshape(1)
-        return bool(communicators.host.exchange(found)().any())
+        return communicators.host.any_of(bool(torch.as_tensor(self.found_inf, device="cpu").ne(0).any()))
 
     def skip_on_device(self, hypers: Sequence[StepHyperparameters], communicators: Communicators) -> Tensor | None:
         """The flag ``(1,)`` float32 by which kernels change nothing, nonzero if any rank overflowed. Collective.
@@ -132,7 +131,7 @@ def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
     reports = gradients.agree(CollectiveCall.UNSCALE, problem=problem)
     if reports.joined:
         gradients.lend(reports, (float(inverse), explicitly))
-    found = gradients.communicators.host.exchange(gradients.overflowed())().any()
+    found = gradients.communicators.host.any_of(gradients.overflowed())
     if explicitly:
         gradients.unscale(inverse.detach())
-    return found.to(device=inverse.device, dtype=torch.float32)
+    return torch.full((), float(found), dtype=torch.float32, device=inverse.device)

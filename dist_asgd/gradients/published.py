@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..comm import public_call
-from ..comm.agreement import CollectiveCall
 from ..comm.masks import indices_in
+from ..comm.reports import CollectiveCall
 from ..storage.buffers import BucketParam
 from . import clip
 from .gradient_tensor import GradientTensor
@@ -165,15 +165,11 @@ class PublishedGradients:
         cleared, self.cleared = self.cleared, 0
         agreement = self._reducer.agreement
         agreement.cleared = False
-        masks = agreement.exchange(CollectiveCall.GRADIENT, masks=(cleared, 0)).masks(0)
-        differing = masks[0]
-        union = 0
-        for mask in masks:
-            differing, union = differing & mask, union | mask
-        differing = union & ~differing
+        reports = agreement.exchange(CollectiveCall.GRADIENT, masks=(cleared, 0))
+        differing = reports.union(0) & ~reports.common
         if differing:
             index = min(indices_in(differing))
-            ranks = [rank for rank, mask in enumerate(masks) if mask >> index & 1]
+            ranks = [rank for rank, mask in enumerate(reports.masks(0)) if mask >> index & 1]
             names = agreement.names
             raise RuntimeError(
                 f"dist_asgd: the p.grad of parameter {self._members[index].name} was taken away after its backward on "

@@ -18,15 +18,16 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from ..comm import Communicators, Wait
-from ..comm.agreement import NO_FINGERPRINT, Agreement, CollectiveCall, Fingerprint, RankReports
+from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint
 from ..comm.masks import bit_mask, indices_in
+from ..comm.reports import CollectiveCall, RankReports
 from ..placements.presharded import PreshardedState
 from ..storage.buffers import Bucket, BucketParam, ShardedParam, StateBuffer
 from ..update.segments import UNSCALED, Scaling
 from .base import READ_GRADIENTS, REBUILDING, Gradients, check_gradient, multiply, torn_problem
 from .hooks import BackwardHooks
 from .published import PublishedGradients
-from .round import Round, mispairing
+from .round import Header, Round, mispairing
 from .sending import SendBuffers, complete_in_background, source
 
 
@@ -66,7 +67,7 @@ class Reducer(Gradients):
         # Oldest first: reduce-scatters end in the order in which they were launched.
         self._in_flight: deque[tuple[Bucket, Wait, Callable[[], None]]] = deque()
         self._round = Round()
-        self._header: Callable[[], RankReports] | None = None
+        self._header = Header(agreement)
         # Since the last zero_grad(): the parameters this rank contributed to, and the buckets whose shard is valid.
         self._reduced_mask = 0
         self._buckets_with_shard: set[int] = set()
@@ -96,8 +97,8 @@ class Reducer(Gradients):
 
     def __del__(self) -> None:
         """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
-        waits = [wait for _, wait, _ in self._in_flight] + ([] if self._header is None else [self._header])
-        complete_in_background(waits)
+        if self._in_flight:
+            complete_in_background([self._header.wait, *(wait for _, wait, _ in self._in_flight)])
 
     @property
     def in_flight_bytes(self) -> int:
@@ -145,19 +146,18 @@ class Reducer(Gradients):
         """Launch the next bucket of the round; the first one opens it and starts the header."""
         if not self._round.position:
             # The exchange of the last round has had a whole backward to arrive.
-            self._await_header()
-            self._header = self.agreement.start(CollectiveCall.ROUND)
+            self._take_header()
+            self._header.send()
+        self._header.poll()
         self._launch(*self._round.next)
         self._round.advance()
 
-    def _await_header(self) -> None:
-        if self._header is not None:
-            header, self._header = self._header, None
-            self._check_pairing(header())
+    def _take_header(self) -> None:
+        self._check_pairing(self._header.take())
 
-    def _check_pairing(self, reports: RankReports) -> None:
+    def _check_pairing(self, reports: RankReports | None) -> None:
         # Whatever else other ranks report beside a round they repeat in the next exchange, once they have joined it.
-        if len(set(reports.column(1))) > 1:
+        if reports is not None and reports.discards_differ:
             self._mispaired = mispairing(reports, self.agreement.names)
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
@@ -185,6 +185,8 @@ class Reducer(Gradients):
             # The shard must not be scaled together with what is added to it now.
             self.scale()
         self._buckets_with_shard.add(id(bucket))
+        if self._collectives[bucket.device].waits_to_launch:
+            self._header.wait()
         wait = self._collectives[bucket.device].reduce_scatter(sends, shard, accumulate, tag)
         self._in_flight.append((bucket, wait, give_back))
         self._is_torn = False
@@ -209,6 +211,7 @@ class Reducer(Gradients):
         return gradient
 
     def _finish_oldest(self) -> None:
+        self._header.wait()  # ranks that have not opened the round hear of it through this one
         self._is_torn = True
         _, wait, give_back = self._in_flight.popleft()
         wait()
@@ -228,10 +231,7 @@ class Reducer(Gradients):
             self._present_mask |= second
         else:
             self._start_over_if_used()
-            pending = 0
-            for new, other in zip(reports.masks(0), reports.masks(1), strict=True) if second else ():
-                pending |= new & other & in_buckets
-            self._reduce_pending(pending)
+            self._reduce_pending(reports.in_both & in_buckets if second else 0)
         there = self.agreement.indices(self._present_mask)
         if there != self.published.now and call not in REBUILDING:
             self.published.match(there)
@@ -263,7 +263,7 @@ class Reducer(Gradients):
         while self._round.position:
             # What is left of the open round goes out with zeros for gradients that did not come.
             self._launch_next()
-        self._await_header()
+        self._take_header()
         present, misplaced, wrong = 0, 0, None
         if self.presharded and call in READ_GRADIENTS:
             # No round changes the gradients of presharded parameters: one look is enough.
@@ -277,8 +277,9 @@ class Reducer(Gradients):
             reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:
                 break
-            self._check_pairing(reports)
             self._join_round()
+            # After the round, as on the ranks that have opened it: if the pairing is wrong, ranks send their rows.
+            self._check_pairing(reports)
         if CollectiveCall.STEP not in reports.calls:
             # A step waits bucket by bucket instead, and updates the first while the last are in flight.
             self._wait_for_all()
@@ -413,7 +414,6 @@ class Reducer(Gradients):
             self._in_flight.clear()
             self._send_buffers.forget()
             self._round.begin()
-            self._header = None
             self._is_torn = self.backward_since_agree = False
         if self.backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)

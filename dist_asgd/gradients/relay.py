@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..comm.agreement import RankReports
+from ..comm.reports import RankReports
 from ..storage.buffers import Bucket, BucketParam
 from ..storage.layout import whole_layout
 
@@ -27,11 +27,11 @@ class Relay:
     def __init__(self, communicators: Communicators, reports: RankReports, buckets: Sequence[Bucket]) -> None:
         """Collective: the ranks tell each other which shards they have. ``buckets`` are all that there are."""
         self.joined = reports.joined
-        self._source = reports.active[0]
+        self._source = reports.first_active
         self._rank = communicators.rank
         self._communicators = communicators
         own = torch.tensor([communicators.shard_rank], device="cpu")
-        self._shard_of: list[int] = communicators.host.exchange(own)().flatten().tolist()
+        self._shard_of: list[int] = communicators.host.exchange(own).flatten().tolist()
         # One bucket's gradient by device and dtype: each bucket is used up before the next arrives.
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         if self._rank in (self._source, *self.joined):

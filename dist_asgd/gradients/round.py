@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..comm.agreement import RankReports
+from ..comm.agreement import Agreement, PendingReports
 from ..comm.rank_names import RankNames
+from ..comm.reports import DISCARDS, CollectiveCall, RankReports
 from ..storage.buffers import Bucket
 
 
@@ -74,6 +75,33 @@ class Round:
             self.begin()
 
 
+class Header:
+    """The exchange by which a rank that opens a round tells the others. Nobody waits for it when it is sent."""
+
+    def __init__(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+        self._pending: PendingReports | None = None
+
+    def send(self) -> None:
+        """Start the exchange; the one before has been taken."""
+        self._pending = self._agreement.start(CollectiveCall.ROUND)
+
+    def poll(self) -> None:
+        """Send on what has arrived: ranks that wait for the exchange later find it complete."""
+        if self._pending is not None:
+            self._pending.poll()
+
+    def wait(self) -> None:
+        """Wait until every rank has heard of the round; called before this rank waits for their gradients."""
+        if self._pending is not None:
+            self._pending()
+
+    def take(self) -> RankReports | None:
+        """Wait, and return the reports of all ranks; None if there is no exchange to wait for."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending()
+
+
 def mispairing(reports: RankReports, names: RankNames) -> RuntimeError:
     """The error of a round that was paired with one from before another rank's ``zero_grad()``.
 
@@ -82,6 +110,6 @@ def mispairing(reports: RankReports, names: RankNames) -> RuntimeError:
     """
     return RuntimeError(
         f"dist_asgd: ranks ran different numbers of backwards before zero_grad(), so that gradients of different steps "
-        f"were reduced together; zero_grad() calls so far: {names.by_value(reports.column(1))}. Call zero_grad() on "
-        f"every rank to go on, and run the same number of backwards on all of them."
+        f"were reduced together; zero_grad() calls so far: {names.by_value(reports.column(DISCARDS))}. Call "
+        f"zero_grad() on every rank to go on, and run the same number of backwards on all of them."
     )

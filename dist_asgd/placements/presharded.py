@@ -384,7 +384,7 @@ def build_presharded(
         replicas.on(device)
         itemsize = dtype.to_real().itemsize
         numels = [_numel(param) for _, _, param in alike]
-        cap_bytes = bucket_cap_bytes(bucket_cap_mb, sum(numels) * itemsize, MIN_BUCKETS[2])
+        cap_bytes = bucket_cap_bytes(bucket_cap_mb, sum(numels) * itemsize, MIN_BUCKETS[2], len(ranks))
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
             state_buffers.append(PreshardedState([alike[i] for i in chosen], group_index, precision, replicas))
     return state_buffers

@@ -33,8 +33,7 @@ def find_unequal(buckets: Sequence[Bucket], communicators: Communicators) -> set
     if communicators.world_size == 1 or not buckets:
         return set()
     sums = torch.stack([checksum(bucket.flat).cpu() for bucket in buckets])
-    rows = communicators.host.exchange(sums)().view(communicators.world_size, -1)
-    return set((rows != rows[0]).any(0).nonzero().flatten().tolist())
+    return set(communicators.host.differing(sums))
 
 
 class _BufferBackup:

@@ -241,7 +241,7 @@ class StateDicts:
         has_hooks = bool(self._optimizer._optimizer_load_state_dict_post_hooks)
         if self._communicators.world_size == 1:
             return has_hooks
-        return bool(self._communicators.host.exchange(torch.tensor([int(has_hooks)], device="cpu"))().any())
+        return self._communicators.host.any_of(has_hooks)
 
     @torch.no_grad()
     def _apply(self, loaded: ParsedStateDict) -> None:

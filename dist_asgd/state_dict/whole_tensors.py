@@ -243,7 +243,7 @@ class _Assembly:
         self._shapes = [tuple(tensor.shape) for tensor in tensors]
         own = [RankRegion.of(_fragment(tensor), tensor.dim()) for tensor in tensors]
         words = torch.tensor([word for region in own for word in region.words], dtype=torch.int64, device="cpu")
-        rows = communicators.host.exchange(words)().tolist()
+        rows = communicators.host.exchange(words).tolist()
         self._regions: list[list[RankRegion]] = []  # of each tensor, one per rank
         first = 0
         for shape in self._shapes:

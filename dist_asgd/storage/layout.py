@@ -22,6 +22,10 @@ MIB = 1 << 20
 # A gradient of at least this size is sent from its own memory if the backend can; smaller ones are packed, because a
 # message costs more than a copy of this size.
 DIRECT_BYTES = 1 << 18
+# Up to how many ranks a user's cap is taken as it is.
+CAP_WORLD_SIZE = 400
+# A bucket with less than this is no message of its own: what it holds (norms, biases) rides with a large neighbour.
+LONE_BYTES = MIB
 # How many buckets a model makes at least, by stage. In stage 2 the gradients of a few buckets are in flight, and they
 # should be small beside the shards. In stage 1 one bucket is gathered while another is updated.
 MIN_BUCKETS = {1: 4, 2: 20}
@@ -104,7 +108,7 @@ class SendRange:
 class SendLayout:
     """How a bucket is sent, by every rank to every other; gathers of replica groups use it in the other direction.
 
-    ranges        the send ranges of each rank's shard, by rank
+    ranges        the send ranges of each rank's shard, by rank; of ``whole_layout`` one for all shards
     packed        (position of a slot, offset in the send buffer) for every small slot
     packed_numel  the number of elements of the send buffer
     """
@@ -144,14 +148,12 @@ def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
 
 
 def whole_layout(layout: BucketLayout) -> SendLayout:
-    """Pack everything, padding included, with one send range for each rank.
+    """Pack everything, padding included, with one send range for the shards of all ranks together.
 
-    For backends whose collectives take one contiguous buffer (NCCL).
+    For backends whose collectives take one contiguous buffer (NCCL): nothing here has an entry for each rank.
     """
-    shard = layout.shard_numel
-    ranges = tuple((SendRange(0, shard, None, rank * shard),) for rank in range(layout.world_size))
     packed = tuple((index, slot.offset) for index, slot in enumerate(layout.slots) if slot.numel)
-    return SendLayout(ranges, packed, layout.numel)
+    return SendLayout(((SendRange(0, layout.numel, None, 0),),), packed, layout.numel)
 
 
 def round_up(numel: int, multiple: int) -> int:
@@ -159,12 +161,15 @@ def round_up(numel: int, multiple: int) -> int:
     return -(-numel // multiple) * multiple
 
 
-def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int, min_buckets: int) -> int:
+def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int, min_buckets: int, world_size: int) -> int:
     """The size in bytes that a bucket may have: the user's cap, or less so that there are ``min_buckets`` buckets.
 
-    It is never below 1 MiB unless the user asks for less: smaller messages cost more than they save.
+    It is never below 1 MiB unless the user asks for less: smaller messages cost more than they save. From 400 ranks on
+    the user's cap grows with ``world_size``, so that the shard of each rank, which is a message of its own in a ring,
+    stays as long as it is at 400: 64 KiB for the default of 25 MiB.
     """
-    return int(min(bucket_cap_mb * MIB, max(MIB, total_bytes // min_buckets)))
+    cap_bytes = bucket_cap_mb * MIB * max(1.0, world_size / CAP_WORLD_SIZE)
+    return int(min(cap_bytes, max(min(MIB, cap_bytes), total_bytes // min_buckets)))
 
 
 def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayout:
@@ -188,17 +193,21 @@ def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayo
 def fill_buckets(numels: Sequence[int], itemsize: int, cap_bytes: int) -> list[list[int]]:
     """Put parameters into buckets, in the order given; returns the positions of the parameters of each bucket.
 
-    A bucket is closed before it would exceed ``cap_bytes``. A parameter is never cut by a bucket boundary: one that is
-    larger than the cap has a bucket of its own.
+    A bucket is closed before it would exceed ``cap_bytes``, unless it holds little: less than 1 MiB and than an eighth
+    of the cap. A parameter is never cut by a bucket boundary: one that is larger than the cap has a bucket for itself
+    and a few small neighbours.
     """
     buckets: list[list[int]] = []
     used_bytes = 0
+    lone_bytes = min(LONE_BYTES, cap_bytes // 8)
     for position, numel in enumerate(numels):
         size = numel * itemsize
-        # A bucket is opened even if nothing fits, so a parameter above the cap gets one.
-        if not buckets or used_bytes + size > cap_bytes:
+        if not buckets or (used_bytes + size > cap_bytes and used_bytes >= lone_bytes):
             buckets.append([])
             used_bytes = 0
         buckets[-1].append(position)
         used_bytes += size
+    if len(buckets) > 1 and used_bytes < lone_bytes:
+        last = buckets.pop()
+        buckets[-1] += last
     return buckets

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dist_asgd.storage.layout import ALIGN_BYTES, BucketLayout, fill_buckets, lay_out, round_up
+from dist_asgd.storage.layout import ALIGN_BYTES, MIB, BucketLayout, bucket_cap_bytes, fill_buckets, lay_out, round_up
 
 NUMELS = st.lists(st.one_of(st.integers(0, 70), st.integers(0, 5000)), max_size=12)
 ITEMSIZES = st.sampled_from([2, 4, 8])
@@ -71,12 +71,29 @@ def test_fewer_elements_than_ranks_leaves_ranks_with_nothing(numels: Sequence[in
 def test_buckets_hold_every_parameter_once_in_order_and_keep_the_cap(
     numels: list[int], itemsize: int, cap_bytes: int
 ) -> None:
-    """Only a single parameter that is larger than the cap makes a bucket exceed it."""
+    """Only one parameter makes a bucket exceed it, and what is too small for a bucket of its own."""
     buckets = fill_buckets(numels, itemsize, cap_bytes)
     assert [position for bucket in buckets for position in bucket] == list(range(len(numels)))
+    lone_bytes = min(MIB, cap_bytes // 8)
     for bucket in buckets:
         sizes = [numels[position] * itemsize for position in bucket]
-        assert sum(sizes) <= cap_bytes or len([s for s in sizes if s]) == 1
+        assert sum(sizes) <= cap_bytes + 2 * lone_bytes or sum(sizes) - max(sizes) <= 2 * lone_bytes
+        assert len(buckets) == 1 or sum(sizes) >= lone_bytes
+
+
+def test_norms_ride_with_their_neighbours() -> None:
+    """A transformer's have no bucket of their own, neither between large parameters nor at an end."""
+    layer = [4096, 1 << 26, 4096, 1 << 26]
+    assert fill_buckets([*layer, *layer, 4096], 2, 25 * MIB) == [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
+
+
+@pytest.mark.parametrize("world_size", [8, 400, 1024, 16384])
+def test_the_cap_grows_with_the_ranks(world_size: int) -> None:
+    """So that a rank's piece of a message stays long, if the model is large enough for several buckets."""
+    cap_bytes = bucket_cap_bytes(25.0, 1 << 40, 20, world_size)
+    assert cap_bytes == 25 * MIB if world_size <= 400 else cap_bytes / world_size >= 1 << 16
+    assert bucket_cap_bytes(25.0, 100 * MIB, 20, world_size) == 5 * MIB
+    assert bucket_cap_bytes(0.5, 100 * MIB, 20, 8) == MIB // 2
 
 
 @given(st.integers(0, 10_000), st.integers(1, 300))
