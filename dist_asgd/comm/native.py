@@ -24,7 +24,6 @@ class NativeCollectives(GroupCommunicator):
         super().__init__(dist.get_process_group_ranks(group))
         self.group = group
         self._averages = averages
-        self._op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
         # torch 2.13 renamed both functions; 2.11 knows only the old names.
         self._reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         self._all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -54,13 +53,14 @@ class NativeCollectives(GroupCommunicator):
         send = sends[0][0][1]
         mine = send.view(self.world_size, -1)[self.rank]
         out = mine if self._averages else torch.empty_like(mine)
+        op, divisor = self._begin_mean(send)
         with record_function("dist_asgd::reduce_scatter"):
-            work = self._call("a reduce-scatter", self._reduce_scatter_single, out, send, op=self._op, async_op=True)
+            work = self._call("a reduce-scatter", self._reduce_scatter_single, out, send, op=op, async_op=True)
 
         def wait() -> None:
             self._wait("a reduce-scatter", work)
-            if not self._averages:
-                out.div_(self.world_size)
+            if divisor != 1:
+                out.div_(divisor)
             if accumulate:
                 shard.add_(out)
             else:
@@ -69,15 +69,32 @@ class NativeCollectives(GroupCommunicator):
         return wait
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
+        op, divisor = self._begin_mean(values)
         with record_function("dist_asgd::all_reduce"):
-            work = self._call("an all-reduce", dist.all_reduce, values, op=self._op, async_op=True)
+            work = self._call("an all-reduce", dist.all_reduce, values, op=op, async_op=True)
 
         def wait() -> None:
             self._wait("an all-reduce", work)
-            if not self._averages:
-                values.div_(self.world_size)
+            if divisor != 1:
+                values.div_(divisor)
 
         return wait
+
+    def _begin_mean(self, values: Tensor) -> tuple[Any, float]:
+        """Return the operation that reduces ``values``, and what its result has to be divided by for the mean.
+
+        NCCL's own mean divides before it sums, and so do small float16 values vanish; a sum alone overflows where the
+        mean would not. As in FSDP2, both ends get half of the division: ``values`` are divided in place by about the
+        root of N here, which is a power of two.
+        """
+        if not self._averages:
+            return dist.ReduceOp.SUM, self.world_size
+        if values.dtype != torch.float16:
+            return dist.ReduceOp.AVG, 1
+        before = 1 << (self.world_size.bit_length() - 1) // 2
+        if before > 1:
+            values.div_(before)
+        return dist.ReduceOp.SUM, self.world_size / before
 
     def all_gather(self, flat: Tensor) -> Wait:
         mine = flat.view(self.world_size, -1)[self.rank]

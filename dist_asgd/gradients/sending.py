@@ -34,10 +34,7 @@ class SendBuffers:
             if collectives[bucket.device].contiguous:
                 self._layouts[id(bucket)] = whole_layout(bucket.layout)
             else:
-                # A gradient that is sent in another dtype has to be packed, however large it is.
-                sent_as_is = bucket.wire_dtype == bucket.dtype
-                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize if sent_as_is else sys.maxsize
-                self._layouts[id(bucket)] = send_layout(bucket.layout, direct_numel)
+                self._layouts[id(bucket)] = send_layout(bucket.layout, direct_numel(bucket))
         self.forget()
 
     def forget(self) -> None:
@@ -52,9 +49,14 @@ class SendBuffers:
     def take(self, bucket: Bucket, finish_oldest: Callable[[], None]) -> tuple[Tensor, Callable[[], None]]:
         """A free buffer for ``bucket``, and the call that gives it back once nothing reads it any more.
 
-        Calls ``finish_oldest``, which gives one back, while all are busy.
+        Calls ``finish_oldest``, which gives one back, while all are busy. RuntimeError while a CUDA graph is captured.
         """
         key = (bucket.device, bucket.wire_dtype)
+        if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "dist_asgd: a backward that a CUDA graph captures cannot reduce gradients: the exchanges between ranks "
+                "would not be replayed. Capture with stage=1, or leave backward outside of the graph."
+            )
         if key not in self._free:
             same_kind = [b for b in self._buckets if (b.device, b.wire_dtype) == key]
             numel = max(self.layout(b).packed_numel for b in same_kind)
@@ -66,6 +68,12 @@ class SendBuffers:
             finish_oldest()
         buffer = free.pop()
         return buffer, partial(free.append, buffer)
+
+
+def direct_numel(bucket: Bucket) -> int:
+    """From how many elements on a gradient of ``bucket`` is sent from its own memory, if the backend can."""
+    # A gradient that is sent in another dtype has to be packed, however large it is.
+    return DIRECT_BYTES // bucket.dtype.itemsize if bucket.wire_dtype == bucket.dtype else sys.maxsize
 
 
 def complete_in_background(waits: Sequence[Callable[[], object]]) -> None:
