@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint.load import load_checkpoint, read_extra
     from .checkpoint.manager import CheckpointManager, Restored
     from .checkpoint.save import PendingSave, async_save_checkpoint, save_checkpoint
+    from .planning.planner import Plan, plan
 
 __all__ = [
     "CheckpointError",
@@ -23,32 +24,36 @@ __all__ = [
     "MemoryReport",
     "PeerError",
     "PendingSave",
+    "Plan",
     "Restored",
     "ShardedASGD",
     "__version__",
     "async_save_checkpoint",
     "export_averaged",
     "load_checkpoint",
+    "plan",
     "read_extra",
     "save_checkpoint",
 ]
 
-# These names are loaded when first used: torch.distributed.checkpoint takes as long to import as half of torch.
-# Each belongs to a module of dist_asgd.checkpoint.
+# These names are loaded when first used, each from its module: torch.distributed.checkpoint takes as long to import as
+# half of torch.
 _ON_DEMAND = {
-    "CheckpointError": "format.manifest",
-    "CheckpointManager": "manager",
-    "PendingSave": "save",
-    "Restored": "manager",
-    "async_save_checkpoint": "save",
-    "export_averaged": "export",
-    "load_checkpoint": "load",
-    "read_extra": "load",
-    "save_checkpoint": "save",
+    "CheckpointError": "checkpoint.format.manifest",
+    "CheckpointManager": "checkpoint.manager",
+    "PendingSave": "checkpoint.save",
+    "Plan": "planning.planner",
+    "Restored": "checkpoint.manager",
+    "async_save_checkpoint": "checkpoint.save",
+    "export_averaged": "checkpoint.export",
+    "load_checkpoint": "checkpoint.load",
+    "plan": "planning.planner",
+    "read_extra": "checkpoint.load",
+    "save_checkpoint": "checkpoint.save",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".checkpoint.{_ON_DEMAND[name]}", __name__), name)
+    return getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)

@@ -1,41 +1,44 @@
-"""The command line, which inspects, verifies, converts and compares checkpoints in one process.
+"""The command line, which inspects, verifies, converts and compares checkpoints in one process, and plans jobs.
 
 Results go to standard output, progress and errors to standard error. The exit status is 0 if a command succeeded, and
 1 on an error, for a damaged checkpoint and for checkpoints that differ. As with diff(1), ``diff`` reports an error as
-2. A wrong command line is also 2. The work is done in ``checkpoint/offline``; this file parses and prints.
+2. A wrong command line is also 2. The work is done in ``checkpoint/offline``; this file parses and prints. ``plan`` is
+in ``planning/command.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import io
-import json
-import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from enum import StrEnum
-from textwrap import wrap
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.cells import cell_len
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
 
 from .checkpoint.format.layouts import prefix_of_text
 from .checkpoint.format.paths import AnyPath, as_path
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
-from .checkpoint.offline.contents import CheckpointContents, Progress
+from .checkpoint.offline.contents import CheckpointContents
 from .checkpoint.offline.diff import compare
 from .checkpoint.offline.inspect import Summary, finite, summarize
 from .checkpoint.offline.verify import total_bytes
 from .checkpoint.offline.verify import verify as verify_bytes
+from .console import (
+    abandon_output,
+    encodable,
+    no_output,
+    plain,
+    print_json,
+    print_table,
+    printing,
+    progress_bar,
+    reported,
+)
+from .planning.command import plan as plan_job
 from .version import __version__
 
 app = typer.Typer(
@@ -83,107 +86,6 @@ Prefix = Annotated[
 ]
 
 
-@contextmanager
-def _reported(status: int = 1) -> Iterator[None]:
-    """Report errors of files, memory and checkpoints in one line, with exit status ``status``.
-
-    Errors that are no fault of the user or the files keep their traceback.
-    """
-    try:
-        yield
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), status)
-    except MemoryError:
-        _fail("not enough memory.", status)
-    except (RuntimeError, ValueError) as error:
-        if not str(error).startswith("dist_asgd: "):
-            raise
-        _fail(str(error).removeprefix("dist_asgd: "), status)
-
-
-def _fail(message: str, status: int) -> None:
-    typer.echo(f"error: {_plain(message)}", err=True)
-    raise typer.Exit(status)
-
-
-def _plain(text: str) -> str:
-    """``text`` with escapes in place of control characters.
-
-    Names come from files that are not trusted, and must not move the cursor or change colours.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def _encodable(text: str) -> str:
-    """``text`` with ASCII in place of what standard output cannot encode (``PYTHONIOENCODING=ascii``)."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.replace("×", "x").encode(encoding, "backslashreplace").decode(encoding)
-    return text
-
-
-@contextmanager
-def _printing(status: int = 1) -> Iterator[None]:
-    """Report a standard output that cannot be written (a full disk, a closed pipe), with exit status ``status``."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        _abandon_output()
-        _fail(_no_output(error), status)
-
-
-def _no_output(error: OSError) -> str:
-    return f"cannot write to standard output: {error.strerror or error}. The output is not complete."
-
-
-def _abandon_output() -> None:
-    """Lead standard output nowhere: the interpreter writes what is left of it at its end, and would fail once more."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
-def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
-    """Print rows in columns, those in ``right`` aligned to the right; names are never cut or folded.
-
-    In a terminal that is too narrow each row becomes a block: the first column on a line, and below it the others.
-    """
-    cells = [[_encodable(_plain(cell)) for cell in row] for row in rows]
-    widths = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
-    console = Console()
-    if console.is_terminal and sum(widths) + 2 * (len(widths) - 1) > console.width:
-        for first, *others in cells:
-            named = [f"{header} {cell}" for header, cell in zip(headers[1:], others, strict=True) if cell]
-            typer.echo(first)
-            for line in wrap(", ".join(named), max(console.width - 4, 20), break_on_hyphens=False):
-                typer.echo(f"    {line}")
-        return
-    for row in (headers, *cells):
-        padded = []
-        for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            space = " " * (width - cell_len(cell))
-            padded.append(space + cell if index in right else cell + space)
-        typer.echo("  ".join(padded).rstrip())
-
-
-@contextmanager
-def _progress(label: str, total_bytes: int) -> Iterator[Progress]:
-    """Draw a progress bar on standard error if that is a terminal; yields the function that advances it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total_bytes)
-        yield lambda num_bytes: bar.advance(task, num_bytes)
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2))
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"dist-asgd {__version__}, torch {torch.__version__}")
@@ -196,7 +98,7 @@ def main(
         bool, typer.Option("--version", help="Print versions and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Inspect, verify, compare and convert checkpoints of sharded ASGD.
+    """Plan jobs with sharded ASGD, and inspect, verify, compare and convert their checkpoints.
 
     A checkpoint is a **directory** that `save_checkpoint` wrote, or FSDP2 with `torch.optim.ASGD` and
     `torch.distributed.checkpoint` (then add `--no-verify`). Any number of ranks may have written it. Every command
@@ -208,6 +110,9 @@ def main(
     """
 
 
+app.command("plan")(plan_job)
+
+
 @app.command()
 def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as_json: AsJson = False) -> None:
     """List the parameters in DIR with their shapes, dtypes and sizes, and with the progress of their averages.
@@ -216,22 +121,22 @@ def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as
     parameter's updates, *eta* is its present learning rate, and *mu* is the weight of the next iterate in the average.
     Averaging has begun if mu is not 1.
     """
-    with _reported():
+    with reported():
         path = as_path(directory)
         summary = summarize(CheckpointContents(path, verify=verify, prefix=prefix_of_text(prefix)))
-    with _printing():
+    with printing():
         if as_json:
-            _print_json(summary.as_dict())
+            print_json(summary.as_dict())
         else:
             _print_summary(summary)
 
 
 def _print_summary(summary: Summary) -> None:
-    typer.secho(_encodable(_plain(summary.path)), bold=True)
+    typer.secho(encodable(plain(summary.path)), bold=True)
     step = "step unknown (no manifest)" if summary.step is None else f"step {summary.step}"
     writer = "" if summary.written_by is None else f" with dist_asgd {summary.written_by}"
     typer.echo(
-        f"{step}, written by {summary.num_ranks} rank{'' if summary.num_ranks == 1 else 's'}{_plain(writer)}; "
+        f"{step}, written by {summary.num_ranks} rank{'' if summary.num_ranks == 1 else 's'}{plain(writer)}; "
         f"{summary.num_files} files, {decimal(summary.file_bytes)}, "
         + ("sizes and metadata match the manifest" if summary.verified else "not verified")
     )
@@ -241,14 +146,14 @@ def _print_summary(summary: Summary) -> None:
         averaging = "no state" if p.step is None else "begun" if p.averaging else "not begun"
         rows.append([p.name, _shape(p.shape), p.dtype or "-", decimal(p.bytes), p.ax_dtype or "-", *scalars, averaging])
     headers = ("parameter", "shape", "dtype", "size", "ax", "step", "eta", "mu", "averaging")
-    _print_table(headers, rows, right=(3, 5, 6, 7))
+    print_table(headers, rows, right=(3, 5, 6, 7))
     for title, entries in (("also in the model", summary.others), ("extra", summary.extra)):
         if entries:
             shown = ", ".join(f"{e.name} {_shape(e.shape)} {e.dtype}" if e.dtype else e.name for e in entries[:20])
             more = f", and {len(entries) - 20} more" if len(entries) > 20 else ""
-            typer.echo(_encodable(_plain(f"{title}: {shown}{more}")))
+            typer.echo(encodable(plain(f"{title}: {shown}{more}")))
     if summary.other_keys:
-        typer.echo(_encodable(_plain(f"other keys: {summary.other_keys}")))
+        typer.echo(encodable(plain(f"other keys: {summary.other_keys}")))
     typer.echo(
         f"{len(summary.parameters)} parameters, {summary.num_elements:,} elements; "
         f"model {decimal(summary.model_bytes)}, optimizer state {decimal(summary.state_bytes)}"
@@ -267,13 +172,13 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
     no file is missing, and that the metadata fits the data. It reports every problem, not only the first. Files that
     the manifest does not list are ignored, by this command and by all others.
     """
-    with _reported():
+    with reported():
         path = as_path(directory)
-        with _progress("verifying", total_bytes(path)) as progress:
+        with progress_bar("verifying", total_bytes(path)) as progress:
             verdict = verify_bytes(path, progress)
-    with _printing():
+    with printing():
         if as_json:
-            _print_json(
+            print_json(
                 {
                     "ok": not verdict.problems,
                     "files": verdict.num_files,
@@ -285,12 +190,12 @@ def verify(directory: Directory, as_json: AsJson = False) -> None:
             )
         elif not verdict.problems:
             size = f"{verdict.num_files} files, {verdict.num_chunks} chunks, {decimal(verdict.bytes)}"
-            typer.echo(f"{_encodable(_plain(directory))}: good ({size})")
+            typer.echo(f"{encodable(plain(directory))}: good ({size})")
     if verdict.ignored and not as_json:
         names = ", ".join(verdict.ignored[:20]) + (", ..." if len(verdict.ignored) > 20 else "")
-        typer.echo(f"note: not in the manifest, and ignored: {_encodable(_plain(names))}", err=True)
+        typer.echo(f"note: not in the manifest, and ignored: {encodable(plain(names))}", err=True)
     for problem in verdict.problems if not as_json else ():
-        typer.echo(f"error: {_plain(problem)}", err=True)
+        typer.echo(f"error: {plain(problem)}", err=True)
     if verdict.problems:
         raise typer.Exit(1)
 
@@ -314,11 +219,11 @@ def consolidate(
     **OUT.safetensors** has the same tensors under the checkpoint's keys (`model.…`, `optim.state.….ax`), written one at
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
     """
-    with _reported():
+    with reported():
         contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
-        with _progress("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
+        with progress_bar("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
             paths = convert.consolidate(contents, as_path(out), overwrite=force, progress=progress)
-    with _printing():
+    with printing():
         _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
 
@@ -351,20 +256,20 @@ def export(
 
     Large models become `OUT-00001-of-0000N.safetensors` with `OUT.safetensors.index.json`, as transformers loads them.
     """
-    with _reported():
+    with reported():
         contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
         plan = convert.plan_export(
             contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
         )
         total = sum(weight.spec.bytes for weight in plan.values())
-        with _progress("exporting", total) as progress:
+        with progress_bar("exporting", total) as progress:
             max_bytes = int(max_shard_gb * _GIGABYTE)
             to = as_path(out)
             paths = convert.export(contents, to, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
     if not last or dtype is not None:
         _note_ties(contents, ties_by_value)
     averaged = sum(weight.averaged for weight in plan.values())
-    with _printing():
+    with printing():
         _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
         typer.echo("note: averaging has not begun for any parameter: these are the last iterates.", err=True)
@@ -379,18 +284,18 @@ def _note_ties(contents: CheckpointContents, taken: bool) -> None:
     what = "were exported as that parameter" if taken else "were exported as they are"
     other = "--no-ties-by-value" if taken else "--ties-by-value"
     note = f"note: {contents.opened.path} does not record ties. Entries with the values of a parameter {what}: {shown}."
-    typer.echo(_plain(f"{note} Pass {other} if they {'only look alike' if taken else 'are tied'}."), err=True)
+    typer.echo(plain(f"{note} Pass {other} if they {'only look alike' if taken else 'are tied'}."), err=True)
 
 
 def _print_written(paths: list[AnyPath], as_json: bool, counts: dict[str, int]) -> None:
     """Report the files that were written, their size, and ``counts`` by name."""
     total = sum(path.stat().st_size for path in paths)
     if as_json:
-        _print_json({"files": [str(path) for path in paths], "bytes": total, **counts})
+        print_json({"files": [str(path) for path in paths], "bytes": total, **counts})
         return
     counted = ", ".join(f"{number} {name}" for name, number in counts.items())
     for path in paths:
-        typer.echo(_encodable(_plain(f"wrote {path}")))
+        typer.echo(encodable(plain(f"wrote {path}")))
     typer.echo(f"{decimal(total)}: {counted}")
 
 
@@ -406,21 +311,21 @@ def diff(
     The command compares names, shapes, dtypes, and every value to the bit. Different numbers of ranks may have written
     the two checkpoints.
     """
-    with _reported(2):
+    with reported(2):
         a, b = (CheckpointContents(as_path(path), verify=verify) for path in (first, second))
-        with _progress("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
+        with progress_bar("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
             differences = list(compare(a, b, progress))
-    with _printing(2):
+    with printing(2):
         if as_json:
             entries = [
                 {"key": d.key, "what": d.description, "num_different": d.num_different, "max_abs": finite(d.max_abs)}
                 for d in differences
             ]
-            _print_json({"same": not differences, "differences": entries})
+            print_json({"same": not differences, "differences": entries})
         else:
             rows = [[d.key, d.description, "" if d.max_abs is None else f"{d.max_abs:.3g}"] for d in differences]
             if differences:
-                _print_table(("key", "difference", "largest"), rows)
+                print_table(("key", "difference", "largest"), rows)
             typer.echo(f"{len(differences)} of {len({*a.tensors, *a.objects, *b.tensors, *b.objects})} keys differ")
     if differences:
         raise typer.Exit(1)
@@ -443,6 +348,6 @@ def run() -> None:
             sys.stdout.flush()
     except OSError as error:
         # Help, which is not printed by a command.
-        _abandon_output()
-        typer.echo(f"error: {_no_output(error)}", err=True)
+        abandon_output()
+        typer.echo(f"error: {no_output(error)}", err=True)
         raise SystemExit(1) from None

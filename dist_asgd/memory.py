@@ -18,6 +18,7 @@ class MemoryReport:
         padding_bytes: Bytes of ``parameter_bytes`` that belong to no parameter.
         state_bytes: Bytes of this rank's shards of ``ax``. The scalars take a few bytes per parameter group and are not
             counted.
+        master_bytes: Bytes of this rank's shards of float32 masters, without what 16-bit parameters hold of them.
         gradient_bytes: Bytes of the gradients that the parameters have now. In stage 2 also those of this rank's shards
             of the reduced gradients, which are kept between steps.
         in_flight_bytes: Bytes of the buffers for buckets that are being sent, and of the update's scratch memory. Both
@@ -29,6 +30,7 @@ class MemoryReport:
     parameter_bytes: int
     padding_bytes: int
     state_bytes: int
+    master_bytes: int
     gradient_bytes: int
     in_flight_bytes: int
     full_state_bytes: int
@@ -47,6 +49,7 @@ def report(state_buffers: Sequence[StateBuffer], in_flight_bytes: int) -> Memory
         parameter_bytes=separate + sum(buffer.layout.numel * buffer.dtype.itemsize for buffer in flat),
         padding_bytes=sum(buffer.layout.padding_numel * buffer.dtype.itemsize for buffer in flat),
         state_bytes=sum(buffer.average.nbytes for buffer in state_buffers),
+        master_bytes=sum(buffer.master.nbytes for buffer in state_buffers if buffer.master is not None),
         gradient_bytes=param_gradients + sum(gradient.nbytes for gradient in reduced if gradient is not None),
         in_flight_bytes=in_flight_bytes,
         full_state_bytes=sum(member.param.nbytes for member in members),

@@ -26,6 +26,8 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("registry",), "the parameters that the optimizer was built for, beside those that param_groups hold now"),
     (("optimizer",), "ShardedASGD"),
     (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
+    (("console",), "how commands print: tables, JSON, errors and exit statuses"),
+    (("planning",), "bytes and traffic of each mode, before anything is built: plan()"),
     (("__init__",), "the public names"),
     (("cli",), "the command line"),
     (("integrations",), "adapters for trainers, one module for each library"),

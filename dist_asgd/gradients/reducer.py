@@ -354,8 +354,7 @@ class Reducer(Gradients):
 
     def active(self, reports: RankReports) -> frozenset[int]:
         active = self.present(reports)
-        if active is not self._round.expected:
-            self._round.expect(active)
+        self._round.follow(active, self.communicators.host)
         self._used_by_step = True
         return active
 

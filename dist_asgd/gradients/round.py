@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..comm import Communicator
 from ..comm.agreement import Agreement, PendingReports
 from ..comm.rank_names import RankNames
 from ..comm.reports import DISCARDS, CollectiveCall, RankReports
@@ -14,7 +15,8 @@ class Round:
     """Which bucket the reducer launches next, and for how many gradients each bucket waits; no communication.
 
     ``position`` is that of the next bucket; the round is open if it is not 0. Buckets wait for the parameters in
-    ``expected``, which took part in the last step: an unused one delays nothing for long.
+    ``expected``, which took part in the last step: an unused one delays nothing for long. From the first step on
+    ``buckets`` are in the order in which the first backward filled them on rank 0.
     """
 
     def __init__(self) -> None:
@@ -24,11 +26,14 @@ class Round:
         # The parameters that are ready, and for how many each bucket still waits.
         self._ready: set[int] = set()
         self._waiting_for: dict[int, int] = {}
+        # The buckets that are full, in the order in which they became so; None once ranks have agreed on an order.
+        self._filled: list[int] | None = None
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
         """Take all buckets, in reduce order; each waits for all its parameters until a step has shown which come."""
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         self.expected = frozenset(member.index for bucket in self.buckets for member in bucket.members)
+        self._filled = []
         self.begin()
 
     def begin(self) -> None:
@@ -39,15 +44,25 @@ class Round:
         }
         self.position = 0
 
-    def expect(self, active: frozenset[int]) -> None:
-        """Wait for the ``active`` parameters, which took part in a step, from now on."""
+    def follow(self, active: frozenset[int], host: Communicator) -> None:
+        """Wait for the ``active`` parameters, which take part in this step, from now on.
+
+        Called in every step, with the same parameters on all ranks; collective in the first one that has any, in which
+        the ranks take over the order of buckets from rank 0.
+        """
         if not active:
             return
-        changed = active != self.expected
-        # Also if they are equal: the reducer asks only if it is another object.
-        self.expected = active
-        if changed:
-            self.begin()
+        if self._filled is not None:
+            filled, self._filled = self._filled, None
+            order = filled + [i for i in range(len(self.buckets)) if i not in filled]
+            # The others have nothing to say: the largest is that of rank 0.
+            agreed = host.largest(order if host.rank == 0 else [-1] * len(order))
+            self.buckets = [self.buckets[i] for i in agreed]
+        if active is not self.expected:
+            changed = active != self.expected
+            self.expected = active
+            if changed:
+                self.begin()
 
     @property
     def next(self) -> tuple[Bucket, int]:
@@ -62,6 +77,10 @@ class Round:
         if index not in self.expected:
             return False
         self._waiting_for[id(bucket)] -= 1
+        if self._filled is not None and not self._waiting_for[id(bucket)]:
+            position = next(i for i, known in enumerate(self.buckets) if known is bucket)
+            if position not in self._filled:
+                self._filled.append(position)
         return True
 
     def next_is_full(self) -> bool:

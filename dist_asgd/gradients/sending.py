@@ -34,10 +34,7 @@ class SendBuffers:
             if collectives[bucket.device].contiguous:
                 self._layouts[id(bucket)] = whole_layout(bucket.layout)
             else:
-                # A gradient that is sent in another dtype has to be packed, however large it is.
-                sent_as_is = bucket.wire_dtype == bucket.dtype
-                direct_numel = DIRECT_BYTES // bucket.dtype.itemsize if sent_as_is else sys.maxsize
-                self._layouts[id(bucket)] = send_layout(bucket.layout, direct_numel)
+                self._layouts[id(bucket)] = send_layout(bucket.layout, direct_numel(bucket))
         self.forget()
 
     def forget(self) -> None:
@@ -71,6 +68,12 @@ class SendBuffers:
             finish_oldest()
         buffer = free.pop()
         return buffer, partial(free.append, buffer)
+
+
+def direct_numel(bucket: Bucket) -> int:
+    """From how many elements on a gradient of ``bucket`` is sent from its own memory, if the backend can."""
+    # A gradient that is sent in another dtype has to be packed, however large it is.
+    return DIRECT_BYTES // bucket.dtype.itemsize if bucket.wire_dtype == bucket.dtype else sys.maxsize
 
 
 def complete_in_background(waits: Sequence[Callable[[], object]]) -> None:

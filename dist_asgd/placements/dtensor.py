@@ -90,6 +90,14 @@ def describe_placement(param: DTensor) -> str:
     )
 
 
+def chunk_of(size: int, count: int, rank: int) -> tuple[int, int]:
+    """The first index and the length of the chunk of ``rank`` in a dimension that ``Shard`` cuts into ``count``."""
+    # torch cuts a dimension into equal chunks, rounded up: the last ones may be shorter or empty.
+    chunk = -(-size // count)
+    first = min(rank * chunk, size)
+    return first, min(chunk, size - first)
+
+
 def row_major_start(param: DTensor) -> int | None:
     """The index of the first local element in the whole tensor, flattened in row-major order; 0 outside of the mesh.
 
@@ -107,11 +115,9 @@ def row_major_start(param: DTensor) -> int | None:
             # Cut along an inner dimension, the local tensor is one range for each index of the outer ones.
             if math.prod(sizes[:dim]) > 1:
                 return None
-            # torch cuts a dimension into equal chunks, rounded up: the last ones may be shorter or empty.
-            chunk = -(-sizes[dim] // count)
-            first = min(rank * chunk, sizes[dim])
+            first, length = chunk_of(sizes[dim], count, rank)
             start += first * math.prod(sizes[dim + 1 :])
-            sizes[dim] = min(chunk, sizes[dim] - first)
+            sizes[dim] = length
         elif not isinstance(placement, Replicate):
             return None
     local = local_tensor(param)

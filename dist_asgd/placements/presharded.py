@@ -353,6 +353,14 @@ def _numel(param: Tensor) -> int:
     return _local_tensor_of(param).numel() * (2 if param.is_complex() else 1)
 
 
+def fill_state_buffers(
+    numels: Sequence[int], itemsize: int, bucket_cap_mb: float, num_replicas: int
+) -> list[list[int]]:
+    """Put local tensors that one replica group shares into state buffers; returns the positions of each one's."""
+    cap_bytes = bucket_cap_bytes(bucket_cap_mb, sum(numels) * itemsize, MIN_BUCKETS[2], num_replicas)
+    return fill_buckets(numels, itemsize, cap_bytes)
+
+
 def build_presharded(
     params: Sequence[NamedParam],
     group_index: int,
@@ -382,9 +390,7 @@ def build_presharded(
         replicas = ReplicaGroup(ranks, ranks.index(communicators.ranks[communicators.rank]), communicators)
         # All ranks make their communicators now, in one order: if that fails, the constructor fails and not a step.
         replicas.on(device)
-        itemsize = dtype.to_real().itemsize
         numels = [_numel(param) for _, _, param in alike]
-        cap_bytes = bucket_cap_bytes(bucket_cap_mb, sum(numels) * itemsize, MIN_BUCKETS[2], len(ranks))
-        for chosen in fill_buckets(numels, itemsize, cap_bytes):
+        for chosen in fill_state_buffers(numels, dtype.to_real().itemsize, bucket_cap_mb, len(ranks)):
             state_buffers.append(PreshardedState([alike[i] for i in chosen], group_index, precision, replicas))
     return state_buffers

@@ -396,8 +396,8 @@ class Bucket(StateBuffer):
         return shards
 
     def reset_masters(self) -> None:
-        # One call for the whole shard, instead of one for each member.
-        if self.master is not None:
+        # One call for the whole shard, instead of one for each member. Buckets that are only planned have no values.
+        if self.master is not None and not self.flat.is_meta:
             masters.write(self.shard.float(), self.shard, self.master)
 
     def pack(self, gradients: Sequence[Tensor | None], packed: Sequence[tuple[int, int]], out: Tensor) -> None:

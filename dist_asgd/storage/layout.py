@@ -118,7 +118,21 @@ class SendLayout:
     packed_numel: int
 
 
-def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
+@dataclass(frozen=True, slots=True)
+class SendRuns:
+    """How a bucket is sent, before it is cut by rank: nothing here grows with the number of ranks.
+
+    runs          (start, stop, slot, source) of each range of the bucket, as in ``SendRange``
+    packed        (position of a slot, offset in the send buffer) for every small slot
+    packed_numel  the number of elements of the send buffer
+    """
+
+    runs: tuple[tuple[int, int, int | None, int], ...]
+    packed: tuple[tuple[int, int], ...]
+    packed_numel: int
+
+
+def send_runs(layout: BucketLayout, direct_numel: int) -> SendRuns:
     """Send slots of at least ``direct_numel`` elements from their own memory, and pack neighbouring smaller ones.
 
     For backends that send to each rank separately (Gloo). Empty slots are sent nowhere.
@@ -138,13 +152,19 @@ def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
             packed_numel = source + slot.stop - start
             packed.append((index, source + slot.offset - start))
             runs.append((start, slot.stop, None, source))
+    return SendRuns(tuple(runs), tuple(packed), packed_numel)
+
+
+def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
+    """The runs of ``send_runs``, cut by the ranks whose shards they lie in."""
+    runs = send_runs(layout, direct_numel)
     by_rank: list[list[SendRange]] = [[] for _ in range(layout.world_size)]
-    for start, stop, owner, source in runs:
+    for start, stop, owner, source in runs.runs:
         for rank in range(start // layout.shard_numel, (stop - 1) // layout.shard_numel + 1):
             first = rank * layout.shard_numel
             low, high = max(start, first), min(stop, first + layout.shard_numel)
             by_rank[rank].append(SendRange(low - first, high - first, owner, source + low - start))
-    return SendLayout(tuple(map(tuple, by_rank)), tuple(packed), packed_numel)
+    return SendLayout(tuple(map(tuple, by_rank)), runs.packed, runs.packed_numel)
 
 
 def whole_layout(layout: BucketLayout) -> SendLayout:

@@ -83,6 +83,19 @@ def tile_numel(device: torch.device) -> int:
     return CPU_TILE_NUMEL if device.type == "cpu" else ACCELERATOR_TILE_NUMEL
 
 
+def scratch_uses(buffer: StateBuffer, by_kernel: bool) -> set[tuple[torch.dtype, bool]]:
+    """The scratch memory that updates of ``buffer`` need: its dtypes, each with whether it has widened parameters.
+
+    ``by_kernel``: whether the compiled kernel of the CPU updates it. ``averaging.py`` needs scratch then, too.
+    """
+    if by_kernel:
+        return {(buffer.dtype, False)}
+    uses = {(dtype, False) for dtype in (buffer.dtype, buffer.average.dtype, buffer.gradient_dtype)}
+    if buffer.updates_in_float32:
+        uses |= {(torch.float32, False), (torch.float32, True)}
+    return uses
+
+
 class Updater:
     """Runs the rule over tiles, and keeps their scratch memory: one tile per device, dtype and use.
 
@@ -103,14 +116,8 @@ class Updater:
             if backend.of(buffer.device) is backend.TRITON:
                 continue
             numel = self.scratch_numel(buffer)
-            dtypes = {buffer.dtype}
-            if not cpu.can_update(buffer):
-                dtypes |= {buffer.average.dtype, buffer.gradient_dtype}
-                if buffer.updates_in_float32:
-                    dtypes.add(torch.float32)
-                    self._reserve((buffer.device, torch.float32, True), numel)
-            for dtype in dtypes:
-                self._reserve((buffer.device, dtype, False), numel)
+            for dtype, widened in scratch_uses(buffer, by_kernel=cpu.can_update(buffer)):
+                self._reserve((buffer.device, dtype, widened), numel)
 
     def _reserve(self, key: tuple[torch.device, torch.dtype, bool], numel: int) -> Tensor:
         if key not in self._scratch or self._scratch[key].numel() < numel:

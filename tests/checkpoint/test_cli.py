@@ -520,7 +520,7 @@ def test_commands_run_nothing_and_load_no_damage(one: Saved, tmp_path: Path, com
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", "plan", *COMMANDS])
 def test_help_teaches(command: str) -> None:
     """The help of each command explains the command and its options."""
     text = cli(*([command] if command else []), "--help").stdout
@@ -535,6 +535,7 @@ def test_help_teaches(command: str) -> None:
         "export": "--last",
         "diff": "Exit status",
         "inspect": "--no-verify",
+        "plan": "--gpu-memory",
     }
     assert options[command] in text
 
@@ -609,7 +610,7 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["inspect", "verify", "diff"])
 def test_an_output_that_cannot_be_written_is_said(one: Saved, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an exit status, and without a traceback."""
-    from dist_asgd import cli as module
+    from dist_asgd import console as module
 
     def full(*_: object, **options: object) -> None:
         if not options.get("err"):
@@ -617,7 +618,7 @@ def test_an_output_that_cannot_be_written_is_said(one: Saved, command: str, monk
         echo(*_, **options)
 
     echo = module.typer.echo
-    monkeypatch.setattr(module, "_abandon_output", lambda: None)
+    monkeypatch.setattr(module, "abandon_output", lambda: None)
     monkeypatch.setattr(module.typer, "echo", full)
     result = cli(command, one[0], *([one[0]] if command == "diff" else []), status=2 if command == "diff" else 1)
     assert "cannot write to standard output: No space left on device" in result.stderr
@@ -625,14 +626,14 @@ def test_an_output_that_cannot_be_written_is_said(one: Saved, command: str, monk
 
 def test_a_narrow_terminal_has_blocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Names stay whole, and every value has its header; a wide one has columns."""
-    from dist_asgd import cli as module
+    from dist_asgd import console as module
 
     name = "encoder.layers.11.self_attention.output_projection.weight"
     row = [name, "3\u00d74", "float32", "48 bytes", "float32", "12", "0.0123456", "0.25", "begun"]
     headers = ["parameter", "shape", "dtype", "size", "ax", "step", "eta", "mu", "averaging"]
     for width, lines in ((80, 3), (200, 2)):
         monkeypatch.setattr(module, "Console", partial(RichConsole, width=width, force_terminal=True))
-        module._print_table(headers, [row])
+        module.print_table(headers, [row])
         out = capsys.readouterr().out
         assert len(out.splitlines()) == lines
         assert name in out

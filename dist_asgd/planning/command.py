@@ -1,0 +1,119 @@
+"""``dist-asgd plan``: reads the command line, calls ``plan`` and prints what it returns."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import torch
+import typer
+
+from ..console import encodable, plain, print_json, printing, reported
+from .planner import plan as make_plan
+
+
+class Dtype(StrEnum):
+    """A dtype of parameters, averages or messages."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Backend(StrEnum):
+    """The backend of the process group."""
+
+    NCCL = "nccl"
+    GLOO = "gloo"
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A number of parameters (7B), a *.safetensors file, a model.safetensors.index.json, a config.json, or "
+            "a folder with one of them.",
+            show_default=False,
+        ),
+    ],
+    ranks: Annotated[int, typer.Option("--ranks", "-n", help="The number of GPUs.", show_default=False)],
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="How many of them share a node. Default: at most 8.", show_default=False)
+    ] = None,
+    mesh: Annotated[
+        str,
+        typer.Option(
+            metavar="RxS",
+            help="Replicas x shards of the modes on a mesh. Default: a replica on each of several nodes.",
+            show_default=False,
+        ),
+    ] = "",
+    gpu_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="The memory of a GPU: 80GiB, 40GB.", show_default=False)
+    ] = "",
+    activations: Annotated[
+        str, typer.Option(metavar="SIZE", help="What else lies there, such as activations.", show_default=False)
+    ] = "0",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="The parameters' dtype. Default: that of MODEL.", show_default=False)
+    ] = None,
+    average_dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="The dtype of ax. Default: the parameters', but float32 for 16 bits.", show_default=False),
+    ] = None,
+    master_weights: Annotated[bool, typer.Option("--master-weights", help="Keep float32 masters.")] = False,
+    reduce_dtype: Annotated[
+        Dtype | None, typer.Option(help="The dtype in which stage 2 sends gradients.", show_default=False)
+    ] = None,
+    bucket_cap_mb: Annotated[float, typer.Option(help="The largest bucket, in MiB.")] = 25.0,
+    gradient_as_bucket_view: Annotated[
+        bool, typer.Option(help="Whether DDP's gradients are views of its buckets.")
+    ] = True,
+    fused: Annotated[bool, typer.Option("--fused", help="Update with fused=True.")] = False,
+    backend: Annotated[Backend, typer.Option(help="nccl for GPUs, gloo for CPUs.")] = Backend.NCCL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Show what each mode holds on a rank and sends in a step for MODEL, what fits, and which mode to take.
+
+    Nothing is built: the command needs no GPU and no process group, and of files it reads headers only. For models in
+    Python call `dist_asgd.plan(module, ranks=...)`, also with a module on the meta device.
+
+    Exit status 0 also if no mode fits: the text says so, and `recommended` is null in the JSON document.
+    """
+    with reported():
+        found = make_plan(
+            model,
+            ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            mesh=_mesh(mesh),
+            gpu_memory=gpu_memory or None,
+            activations=activations,
+            dtype=_dtype(dtype),
+            average_dtype=_dtype(average_dtype),
+            master_weights=master_weights,
+            reduce_dtype=_dtype(reduce_dtype),
+            bucket_cap_mb=bucket_cap_mb,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            fused=fused,
+            backend=backend.value,
+        )
+    with printing():
+        if as_json:
+            print_json(found.as_dict())
+        else:
+            typer.echo(encodable(plain(found.table())))
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name.value)
+
+
+def _mesh(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    replicas, _, shards = text.lower().partition("x")
+    if not (replicas.strip().isdecimal() and shards.strip().isdecimal()):
+        raise ValueError(f"dist_asgd: --mesh must be replicas x shards, such as 4x8, got {text!r}.")
+    return int(replicas), int(shards)

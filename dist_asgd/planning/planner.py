@@ -1,0 +1,363 @@
+"""``dist_asgd.plan``: the bytes, the traffic and the mode to take, before anything is built."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ..storage.buffers import Precision
+from ..validation import check_options, check_precision_fits
+from . import choice, modes, traffic
+from .choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STAGE2, UNSHARDED
+from .modes import Layout, RankBytes
+from .setup import BACKENDS, Setup
+from .shapes import ModelShapes
+from .sources import Source, shapes_of
+from .traffic import Transfer
+
+RANKS_PER_NODE = 8
+# The most ranks of a plan, of which also those are tried that a model would fit on.
+MOST_RANKS = 1 << 20
+# The share of a GPU's memory that should be left for what a plan does not count: 3.2 GiB of 80 GiB.
+RESERVE = 0.04
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGTP]i?B)?\s*", re.IGNORECASE)
+_POWERS = {letter: power for power, letter in enumerate("BKMGTP")}
+
+ASSUMPTIONS = (
+    "A rank's bytes are an upper bound: all kinds are added, although not all are there at one time.",
+    "Activations are counted only as --activations (activations=) gives them. Not counted are the CUDA context, "
+    "buffers of NCCL, fragments of the allocator and buffers of torch.compile: a mode that leaves less than 4% for "
+    "them is tight, and is taken only if no other one fits.",
+    "Passing bytes are gradients of a bucket that were not sent yet (if backward follows registration order), DDP's "
+    "buckets without gradient_as_bucket_view, intermediate results of torch.optim.ASGD's foreach form, and what FSDP2 "
+    "gathers if each block and then the model is given to fully_shard; the last is an estimate.",
+    "A step has one backward, and neither clips nor scales: each of these adds an exchange. Bytes of DDP, FSDP2 and "
+    "NCCL are those of rings.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One mode in one precision.
+
+    Attributes:
+        mode: "torch.optim.ASGD", "stage 1", "stage 2", "FSDP2", or one of the last three on a mesh of (replicas,
+            shards): "stage 1, mesh", "stage 2, mesh", "FSDP2, mesh".
+        precision: The dtypes of parameters, masters and averages, as a text.
+        shards: Over how many ranks the state is cut; with FSDP2 the parameters. On a mesh its second dimension.
+        bytes: The bytes on a rank, by kind.
+        activations_bytes: What the caller of ``plan`` has added.
+        gpu_memory: The bytes of memory that a rank has; None if the plan was given none.
+        traffic: What a rank sends in a step, by kind; empty for a single rank.
+        notes: What has to be known of this mode.
+    """
+
+    mode: str
+    precision: str
+    shards: int
+    bytes: RankBytes
+    activations_bytes: int
+    gpu_memory: int | None
+    traffic: tuple[Transfer, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes on a rank, activations included."""
+        return self.bytes.total + self.activations_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether all of it fits the GPU; None if the plan was given no memory."""
+        return None if self.gpu_memory is None else self.total_bytes <= self.gpu_memory
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits, but leaves too little for what a plan does not count."""
+        return bool(self.fits) and self.gpu_memory is not None and self.total_bytes > (1 - RESERVE) * self.gpu_memory
+
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes that a rank sends in a step."""
+        return sum(transfer.sent_bytes for transfer in self.traffic)
+
+    @property
+    def across_bytes(self) -> int:
+        """Those of ``sent_bytes`` that leave the node."""
+        return sum(transfer.across_bytes for transfer in self.traffic)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``dist_asgd.plan`` returns; printed, it is a table.
+
+    Attributes:
+        model: What was planned.
+        num_params: The number of parameters (tensors), frozen ones included.
+        num_elements: The number of their elements.
+        ranks: The number of ranks.
+        ranks_per_node: How many of them share a node.
+        mesh: The mesh of the modes on one, (replicas, shards); None without such modes.
+        backend: "nccl" or "gloo".
+        gpu_memory: The bytes of memory that a rank has, or None.
+        rows: The modes in the precision that was asked for.
+        others: The same modes in other precisions, to compare: float32, bfloat16, and bfloat16 with masters.
+        recommended: The mode to take; None if no mode fits.
+        why: The reason.
+        assumptions: What the figures rest on, a sentence each.
+    """
+
+    model: str
+    num_params: int
+    num_elements: int
+    ranks: int
+    ranks_per_node: int
+    mesh: tuple[int, int] | None
+    backend: str
+    gpu_memory: int | None
+    rows: tuple[PlanRow, ...]
+    others: tuple[PlanRow, ...]
+    recommended: str | None
+    why: str
+    assumptions: tuple[str, ...]
+
+    def row(self, mode: str) -> PlanRow:
+        """The row of ``mode`` in the precision that was asked for; KeyError if the plan has none."""
+        found = {row.mode: row for row in self.rows}
+        if mode not in found:
+            raise KeyError(f"dist_asgd: this plan has no mode {mode!r}; it has {', '.join(found)}.")
+        return found[mode]
+
+    def table(self) -> str:
+        """The plan as text: bytes by mode, traffic by mode, other precisions, the mode to take, and assumptions."""
+        from .table import text_of
+
+        return text_of(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain values, as ``dist-asgd plan --json`` prints it."""
+        found = asdict(self)
+        for key, rows in (("rows", self.rows), ("others", self.others)):
+            for entry, row in zip(found[key], rows, strict=True):
+                for name in ("total_bytes", "fits", "is_tight", "sent_bytes", "across_bytes"):
+                    entry[name] = getattr(row, name)
+        return found
+
+
+def plan(
+    model: Source,
+    *,
+    ranks: int,
+    ranks_per_node: int | None = None,
+    mesh: tuple[int, int] | None = None,
+    gpu_memory: int | str | None = None,
+    activations: int | str = 0,
+    dtype: torch.dtype | None = None,
+    average_dtype: torch.dtype | None = None,
+    master_weights: bool = False,
+    reduce_dtype: torch.dtype | None = None,
+    bucket_cap_mb: float = 25.0,
+    gradient_as_bucket_view: bool = True,
+    fused: bool = False,
+    backend: str = "nccl",
+) -> Plan:
+    """Count the bytes on a rank and the traffic of a step in each mode, and name the mode to take. Not collective.
+
+    It needs no process group, no GPU and no memory of the model's size. For the same model and options the bytes are
+    those of ``ShardedASGD.memory_report()``, and what others hold beside the optimizer is added.
+
+    Args:
+        model: A module (also on the meta device); what optimizers take (parameters, named ones, groups); a
+            configuration as ``transformers`` has it, as a dict; a number of parameters, also as "7B"; or a path: a
+            safetensors file or index, a ``config.json``, or a folder with one of them.
+        ranks: The number of ranks.
+        ranks_per_node: How many of them share a node; by default at most 8.
+        mesh: (replicas, shards) for the modes on a mesh; by default one replica on each of several nodes.
+        gpu_memory: The memory of a GPU, in bytes or as "80GiB".
+        activations: What else lies there: bytes of activations, or a text such as "12GiB".
+        dtype: The dtype of the parameters; by default the model's own. A number of parameters is in float32.
+        average_dtype, master_weights, reduce_dtype, bucket_cap_mb, fused: As in ``ShardedASGD``.
+        gradient_as_bucket_view: As in ``DistributedDataParallel``; False adds the bytes of its buckets.
+        backend: "nccl" for GPUs, "gloo" for CPUs.
+
+    Raises:
+        ValueError: An argument is not supported, or the model has no shapes that can be read.
+        OSError: A file cannot be read.
+    """
+    shapes = shapes_of(model)
+    _check_dtype(dtype)
+    asked = shapes if dtype is None else shapes.as_dtype(dtype)
+    precision = Precision(average_dtype, master_weights, None, reduce_dtype)
+    check_options(2, bucket_cap_mb, True, precision, False)
+    check_precision_fits(precision, [{"params": [param.on_meta() for param in asked.trained]}])
+    per_node, grid, notes = _topology(ranks, ranks_per_node, mesh)
+    if backend not in BACKENDS:
+        raise ValueError(f"dist_asgd: backend must be {' or '.join(BACKENDS)}, got {backend!r}.")
+    setup = Setup(ranks, per_node, grid, precision, bucket_cap_mb, backend, gradient_as_bucket_view, fused)
+    memory = None if gpu_memory is None else bytes_of(gpu_memory, "gpu_memory", least=1)
+    extra = bytes_of(activations, "activations")
+    rows = tuple(_rows(asked, setup, memory, extra))
+    recommended, why = choice.choose(rows, ranks, memory)
+    if recommended is None and memory is not None:
+        why += _enough_ranks(asked, setup, memory - extra)
+    return Plan(
+        model=shapes.source,
+        num_params=sum(1 for _ in shapes.params),
+        num_elements=sum(param.numel for param in shapes.params),
+        ranks=ranks,
+        ranks_per_node=per_node,
+        mesh=grid,
+        backend=backend,
+        gpu_memory=memory,
+        rows=rows,
+        others=tuple(_other_precisions(asked, setup, memory, extra)),
+        recommended=recommended,
+        why=why,
+        assumptions=(*shapes.assumptions, *notes, *ASSUMPTIONS),
+    )
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+def bytes_of(value: int | str, what: str, least: int = 0) -> int:
+    """A number of bytes, or a text with a unit such as "80GiB"; ValueError names ``what``."""
+    found: float | None = None
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        # A bare "80" would be 80 bytes, which nobody means.
+        if match and (match[2] or float(match[1]) == 0):
+            unit = (match[2] or "B").upper()
+            found = float(match[1]) * (1024 if "I" in unit else 1000) ** _POWERS[unit[0]]
+    elif not isinstance(value, bool) and isinstance(value, int):
+        found = value
+    if found is None or found < least:
+        raise ValueError(
+            f"dist_asgd: {what} must be a number of bytes, or a text with a unit such as 80GiB or 80GB, got {value!r}."
+        )
+    return int(found)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"dist_asgd: dtype must be None, float32, float64, bfloat16 or float16, got {dtype!r}.")
+
+
+def _check_count(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"dist_asgd: {what} must be a whole number of at least 1, got {value!r}.")
+
+
+def _topology(
+    ranks: int, ranks_per_node: int | None, mesh: tuple[int, int] | None
+) -> tuple[int, tuple[int, int] | None, tuple[str, ...]]:
+    """The ranks on a node, the mesh, and what was assumed for them."""
+    _check_count(ranks, "ranks (the number of GPUs)")
+    if ranks > MOST_RANKS:
+        raise ValueError(
+            f"dist_asgd: ranks={ranks:,}: a plan is for at most {MOST_RANKS:,} ranks. Is the number right?"
+        )
+    per_node = min(RANKS_PER_NODE, ranks)
+    if ranks_per_node is not None:
+        _check_count(ranks_per_node, "ranks_per_node")
+        if ranks > ranks_per_node and ranks % ranks_per_node:
+            divisors = [n for n in range(1, min(ranks, 64) + 1) if ranks % n == 0]
+            raise ValueError(
+                f"dist_asgd: ranks_per_node={ranks_per_node} does not divide {ranks} ranks. Nodes have equally many "
+                f"ranks: take one of {', '.join(map(str, divisors))}, or another number of ranks."
+            )
+        per_node = min(ranks_per_node, ranks)
+    if mesh is not None:
+        if not isinstance(mesh, (tuple, list)) or len(mesh) != 2:
+            raise ValueError(f"dist_asgd: mesh must be two numbers, (replicas, shards), got {mesh!r}.")
+        for value, what in zip(mesh, ("replicas", "shards"), strict=True):
+            _check_count(value, f"mesh: the number of {what}")
+        if math.prod(mesh) != ranks:
+            raise ValueError(
+                f"dist_asgd: mesh={mesh[0]}x{mesh[1]} has {math.prod(mesh)} ranks, and there are {ranks}. The product "
+                f"of replicas and shards is the number of ranks."
+            )
+        return per_node, (mesh[0], mesh[1]), ()
+    if ranks <= per_node:
+        return per_node, None, ()
+    if ranks % per_node:
+        note = (
+            f"{per_node} ranks on a node, which is assumed, do not divide {ranks} ranks: modes on a mesh are left out. "
+            f"Give --ranks-per-node (ranks_per_node=) or --mesh (mesh=)."
+        )
+        return per_node, None, (note,)
+    return per_node, (ranks // per_node, per_node), ()
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def _layouts(model: ModelShapes, setup: Setup) -> Iterator[tuple[str, int, Layout, tuple[Transfer, ...]]]:
+    """Each mode with its number of shards, its layout and its traffic."""
+    ranks = setup.ranks
+    yield UNSHARDED, 1, modes.unsharded(model, setup), traffic.of_unsharded(model, setup)
+    for stage1, stage2, shards in ((STAGE1, STAGE2, ranks), (HYBRID1, HYBRID2, setup.mesh and setup.mesh[1])):
+        if shards is None:
+            continue
+        layout = modes.stage1(model, setup, shards)
+        yield stage1, shards, layout, traffic.of_stage1(model, layout, shards, setup)
+        layout = modes.stage2(model, setup, shards)
+        yield stage2, shards, layout, traffic.of_stage2(model, layout, shards, setup)
+    layout = modes.dtensors(model, setup, 1, ranks)
+    yield FSDP2, ranks, layout, traffic.of_dtensors(model, layout, ranks, setup)
+    if setup.mesh is not None:
+        replicas, shards = setup.mesh
+        layout = modes.dtensors(model, setup, replicas, shards)
+        yield HSDP, shards, layout, traffic.of_dtensors(model, layout, shards, setup)
+
+
+def _enough_ranks(model: ModelShapes, setup: Setup, memory: int) -> str:
+    """From how many ranks on FSDP2 fits, in powers of two times the ranks that there are; empty if it never does."""
+    for doublings in range(1, MOST_RANKS.bit_length()):
+        ranks = setup.ranks << doublings
+        if ranks > MOST_RANKS:
+            break
+        if modes.dtensors(model, replace(setup, ranks=ranks), 1, ranks).bytes.total <= memory:
+            return f" FSDP2 fits on {ranks:,} ranks, and on fewer than {ranks // 2:,} it does not."
+    return " FSDP2 fits on no number of ranks: what it gathers, and activations, are too large."
+
+
+def _rows(model: ModelShapes, setup: Setup, memory: int | None, activations: int) -> Iterator[PlanRow]:
+    text = precision_text(model, setup.precision)
+    for mode, shards, layout, transfers in _layouts(model, setup):
+        yield PlanRow(mode, text, shards, layout.bytes, activations, memory, transfers, layout.notes)
+
+
+def _other_precisions(model: ModelShapes, setup: Setup, memory: int | None, activations: int) -> Iterator[PlanRow]:
+    """The rows of float32, of bfloat16, and of bfloat16 with masters, but for the precision that was asked for."""
+    asked = precision_text(model, setup.precision)
+    for dtype, masters in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        other = model.as_dtype(dtype)
+        precision = replace(setup.precision, master_weights=masters)
+        if precision_text(other, precision) != asked and any(p.dtype == dtype for p in other.trained):
+            yield from _rows(other, replace(setup, precision=precision), memory, activations)
+
+
+def precision_text(model: ModelShapes, precision: Precision) -> str:
+    """The dtypes of parameters, masters, averages and messages as a text."""
+    dtypes = sorted({_name(param.dtype) for param in model.trained})
+    text = "+".join(dtypes)
+    if precision.master_weights:
+        text += ", masters"
+    if precision.average_dtype is not None:
+        text += f", ax {_name(precision.average_dtype)}"
+    if precision.reduce_dtype is not None:
+        text += f", sent in {_name(precision.reduce_dtype)}"
+    return text
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
