@@ -56,7 +56,7 @@ PRIVATE_TO_TORCH = {
     *("_cdata", "_schema"),  # storages and operators
     *("_disabled_torch_function_impl", "_version"),
     *("_current_graph_task_id", "_execution_engine"),  # autograd
-    *("_device_types", "_get_backend", "_timeout", "_world"),  # process groups
+    *("_Options", "_device_types", "_devices", "_get_backend", "_timeout", "_world"),  # process groups
     *("_local_tensor", "_spec"),  # DTensor
     *("_fsdp_flattened", "_is_flat_param"),  # FSDP1
     *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),

@@ -184,7 +184,7 @@ class Agreement:
             masks,
             self._mask_words,
         )
-        words = torch.tensor(report.summary, dtype=torch.int64, device="cpu")
+        words = report.summary
         if self._comm.world_size == 1:
             return PendingReports(lambda: self._reports(words, report))
         if self.iterations is not None:
@@ -192,15 +192,15 @@ class Agreement:
         pending = self._comm.summarise(words, NUM_LARGEST)
         return PendingReports(lambda: self._reports(self._wait(call, pending), report), pending.poll)
 
-    def _reports(self, summary: torch.Tensor, report: RankReport) -> RankReports:
+    def _reports(self, summary: list[int], report: RankReport) -> RankReports:
         def gather_rows() -> list[list[int]]:
             row = torch.tensor(report.row, dtype=torch.int64, device="cpu")
             return cast(list[list[int]], self._comm.exchange(row).tolist())
 
         return RankReports(summary, report.mask_words, self._comm.world_size, gather_rows)
 
-    def _wait(self, call: CollectiveCall, pending: PendingSummary) -> torch.Tensor:
-        return pending() if self._waiting is None else self._waiting.wait(call.text, pending)
+    def _wait(self, call: CollectiveCall, pending: PendingSummary) -> list[int]:
+        return pending() if self._waiting is None else self._waiting.wait(call, pending)
 
     def exchange(
         self,

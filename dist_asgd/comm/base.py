@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,18 +35,18 @@ class PeerError(RuntimeError):
 
 
 class PendingSummary:
-    """Words of all ranks, combined, that are on their way: calling it waits, and returns them ``(n,)``.
+    """Words of all ranks, combined, that are on their way: calling it waits, and returns them.
 
     PeerError if the wait fails. ``note_waiting`` and ``missing`` are for ranks that have waited for long, or in vain.
     """
 
     def __init__(
-        self, wait: Callable[[], Tensor], poll: Callable[[], None] | None = None, roll: Roll | None = None
+        self, wait: Callable[[], list[int]], poll: Callable[[], None] | None = None, roll: Roll | None = None
     ) -> None:
         """``roll`` is that of this exchange, if its ranks have one."""
         self._wait, self._poll, self._roll = wait, poll, roll
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> list[int]:
         words = self._wait()
         if self._roll is not None:
             with contextlib.suppress(RuntimeError):
@@ -164,8 +163,8 @@ class Communicator(ShardCollectives):
         """
 
     @abstractmethod
-    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
-        """Start to combine ``words`` ``(n,)``, int64 on the host, of all ranks.
+    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
+        """Start to combine ``words``, integers of 64 bits, of all ranks.
 
         The result has the largest of each of the first ``num_largest`` words, and the union of the bits of each other
         one. All ranks pass words of one length.
@@ -173,8 +172,7 @@ class Communicator(ShardCollectives):
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """Return the largest of each of ``values`` among all ranks: integers of 64 bits. Waits for all ranks."""
-        words = torch.tensor(values, dtype=torch.int64, device="cpu")
-        return cast(list[int], self.summarise(words, len(values))().tolist())
+        return self.summarise(values, len(values))()
 
     def any_of(self, value: bool) -> bool:
         """Return whether ``value`` is true on any rank. Waits for all ranks."""
@@ -186,9 +184,10 @@ class Communicator(ShardCollectives):
         Waits for all ranks. The words of ranks that do not take part do not count.
         """
         # The smallest is the complement of the largest complement.
-        both = torch.cat((words, ~words)) if takes_part else torch.full((2 * words.numel(),), -(1 << 63))
-        largest, complements = self.summarise(both, both.numel())().view(2, -1)
-        return cast(list[int], (largest != ~complements).nonzero().flatten().tolist())
+        count = words.numel()
+        both = [*words.tolist(), *(~words).tolist()] if takes_part else [-(1 << 63)] * (2 * count)
+        found = self.summarise(both, 2 * count)()
+        return [i for i in range(count) if found[i] != ~found[count + i]]
 
     @abstractmethod
     def exchange(self, words: Tensor) -> Tensor:
@@ -241,8 +240,8 @@ class SingleProcess(Communicator):
     def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
         return values
 
-    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
-        return PendingSummary(lambda: words)
+    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
+        return PendingSummary(lambda: list(words))
 
     def exchange(self, words: Tensor) -> Tensor:
         return words.unsqueeze(0)

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -70,6 +71,7 @@ class Hops:
         tag: int,
         outgoing: Sequence[Tensor],
         incoming: Sequence[Tensor],
+        statuses: Callable[[int], int],
         merge: Callable[[int], None] | None = None,
     ) -> None:
         """Start. Messages of all hops have the same ``tag``.
@@ -77,10 +79,11 @@ class Hops:
         Args:
             outgoing: the message of each hop, 1-D; only its first element may change once it is sent.
             incoming: memory for the message of each hop, which begins with a zero.
+            statuses: reads the first element of the incoming message of a hop.
             merge: prepares ``outgoing[k + 1]`` when ``incoming[k]`` has arrived; called once for each hop k.
         """
         self._messenger, self._tag = messenger, tag
-        self._outgoing, self._incoming, self._merge = outgoing, incoming, merge
+        self._outgoing, self._statuses, self._merge = outgoing, statuses, merge
         rank, world_size = messenger.rank, messenger.world_size
         self._ahead = [(rank + (1 << k)) % world_size for k in range(len(outgoing))]
         behind = [(rank - (1 << k)) % world_size for k in range(len(outgoing))]
@@ -93,7 +96,7 @@ class Hops:
 
     def poll(self) -> None:
         """Send on what has arrived, without waiting for what has not. Raises nothing: ``wait`` does."""
-        while self._receives and self._incoming[self._hop][0]:
+        while self._receives and self._statuses(self._hop):
             self._take()
 
     def wait(self) -> None:
@@ -116,14 +119,14 @@ class Hops:
     @property
     def _hop(self) -> int:
         """The hop whose message this rank waits for."""
-        return len(self._incoming) - len(self._receives)
+        return len(self._outgoing) - len(self._receives)
 
     def _take(self) -> None:
         """Wait for the message of a hop, and send that of the next."""
         hop = self._hop
         try:
             self._receives[0].wait()
-            if self._incoming[hop][0] == FAILED:
+            if self._statuses(hop) == FAILED:
                 raise RuntimeError("another rank's connection failed, or its wait timed out")
             if self._merge is not None:
                 self._merge(hop)
@@ -155,34 +158,35 @@ class Hops:
 class Summary:
     """An exchange of words that all ranks have combined at its end: maxima of the first ones, unions of the others."""
 
-    def __init__(self, messenger: Messenger, tag: int, words: Tensor, num_largest: int) -> None:
-        """Start. ``words`` ``(n,)`` int64 on the host; the first ``num_largest`` are compared, the others are bits."""
+    def __init__(self, messenger: Messenger, tag: int, words: Sequence[int], num_largest: int) -> None:
+        """Start. ``words`` are integers of 64 bits; the first ``num_largest`` are compared, the others are bits."""
         hops = num_hops(messenger.world_size)
-        known = words.new_empty((hops + 1, 1 + words.numel()))
+        # Arrays of numpy, because operators of torch cost several times as much on a few words.
+        known = np.empty((hops + 1, 1 + len(words)), np.int64)
         known[0, 0] = ARRIVED
         known[0, 1:] = words
-        arrived = torch.zeros_like(known[:hops])
+        arrived = np.zeros((hops, 1 + len(words)), np.int64)
         # The status is a maximum too, so that FAILED wins.
-        largest, bits = slice(0, 1 + num_largest), slice(1 + num_largest, None)
-        known_largest, arrived_largest = known[:, largest].unbind(), arrived[:, largest].unbind()
-        known_bits, arrived_bits = known[:, bits].unbind(), arrived[:, bits].unbind()
+        split = 1 + num_largest
 
-        # It refers to tensors only, so that the connections are freed with their last user, not by the collector.
+        # It refers to arrays only, so that the connections are freed with their last user, not by the collector.
         def combine(hop: int) -> None:
-            torch.maximum(known_largest[hop], arrived_largest[hop], out=known_largest[hop + 1])
-            torch.bitwise_or(known_bits[hop], arrived_bits[hop], out=known_bits[hop + 1])
+            before, new, after = known[hop], arrived[hop], known[hop + 1]
+            np.maximum(before[:split], new[:split], out=after[:split])
+            np.bitwise_or(before[split:], new[split:], out=after[split:])
 
         self._result = known[hops, 1:]
-        self._hops = Hops(messenger, tag, known[:hops].unbind(), arrived.unbind(), combine)
+        outgoing, incoming = torch.from_numpy(known).unbind()[:-1], torch.from_numpy(arrived).unbind()
+        self._hops = Hops(messenger, tag, outgoing, incoming, lambda hop: int(arrived[hop, 0]), combine)
 
     def poll(self) -> None:
         """Send on what has arrived, without waiting for what has not."""
         self._hops.poll()
 
-    def wait(self) -> Tensor:
-        """Wait for all ranks, and return the combined words ``(n,)``. PeerError if that fails."""
+    def wait(self) -> list[int]:
+        """Wait for all ranks, and return the combined words. PeerError if that fails."""
         self._hops.wait()
-        return self._result
+        return cast(list[int], self._result.tolist())
 
 
 def all_gather(messenger: Messenger, tag: int, own: Tensor, numels: Sequence[int]) -> list[Tensor]:
@@ -196,13 +200,12 @@ def all_gather(messenger: Messenger, tag: int, own: Tensor, numels: Sequence[int
     blocks = own.new_zeros(starts[-1])
     blocks[0] = ARRIVED
     blocks[1 : starts[1]] = own
-    outgoing, incoming = [], []
-    for k in range(num_hops(world_size)):
-        distance = 1 << k
-        count = min(distance, world_size - distance)
-        outgoing.append(blocks[: starts[count]])
-        incoming.append(blocks[starts[distance] : starts[distance + count]])
-    Hops(messenger, tag, outgoing, incoming).wait()
+    distances = [1 << k for k in range(num_hops(world_size))]
+    counts = [min(distance, world_size - distance) for distance in distances]
+    outgoing = [blocks[: starts[count]] for count in counts]
+    incoming = [blocks[starts[d] : starts[d + count]] for d, count in zip(distances, counts, strict=True)]
+    array = blocks.numpy()
+    Hops(messenger, tag, outgoing, incoming, lambda hop: int(array[starts[distances[hop]]])).wait()
     return [blocks[starts[j] + 1 : starts[j + 1]] for j in ((rank - r) % world_size for r in range(world_size))]
 
 

@@ -254,7 +254,7 @@ class Gloo(GroupCommunicator):
 
     # --- control words -----------------------------------------------------------------------------------
 
-    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
+    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
         self._num_summaries += 1
         summary = Summary(self, EXCHANGE, words, num_largest)
         roll = Roll(self._group.store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)

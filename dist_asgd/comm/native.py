@@ -136,18 +136,19 @@ class NativeCollectives(GroupCommunicator):
         self._wait("a reduction of norms", work)
         return values
 
-    def summarise(self, words: Tensor, num_largest: int) -> PendingSummary:
-        largest, bits = words[:num_largest].clone(), words[num_largest:].clone()
+    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
+        largest = torch.tensor(words[:num_largest], dtype=torch.int64, device="cpu")
+        bits = torch.tensor(words[num_largest:], dtype=torch.int64, device="cpu")
         works = [
             self._call("a control exchange", dist.all_reduce, values, op=op, async_op=True)
             for values, op in ((largest, dist.ReduceOp.MAX), (bits, dist.ReduceOp.BOR))
             if values.numel()
         ]
 
-        def wait() -> Tensor:
+        def wait() -> list[int]:
             for work in works:
                 self._wait("a control exchange", work)
-            return torch.cat((largest, bits))
+            return [*largest.tolist(), *bits.tolist()]
 
         return PendingSummary(wait)
 

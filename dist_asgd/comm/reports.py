@@ -14,8 +14,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-
-from torch import Tensor
+from functools import lru_cache
 
 # Where the words of the header lie in a row.
 CALL, DISCARDS, FLAGS, DIGEST = range(4)
@@ -82,6 +81,11 @@ def digest_of(values: object) -> int:
     return int.from_bytes(raw, "big") >> 2
 
 
+@lru_cache(maxsize=64)
+def _calls_in(bits: int) -> frozenset[CollectiveCall]:
+    return frozenset(call for call in CollectiveCall if bits >> call & 1)
+
+
 def _to_words(mask: int, num_words: int) -> list[int]:
     return [(mask >> (MASK_BITS * i)) & _MASK for i in range(num_words)]
 
@@ -141,16 +145,15 @@ class RankReports:
     """
 
     def __init__(
-        self, summary: Tensor, mask_words: int, world_size: int, gather_rows: Callable[[], list[list[int]]]
+        self, words: list[int], mask_words: int, world_size: int, gather_rows: Callable[[], list[list[int]]]
     ) -> None:
         """``gather_rows`` is collective, and called once at most."""
-        words: list[int] = summary.tolist()
         discards, discards_complement, digest, digest_complement, active_complement = words[:NUM_LARGEST]
         self._discards = (~discards_complement, discards) if discards != _NOTHING else (0, 0)
         self._digests = (~digest_complement, digest) if digest != _NOTHING else (0, 0)
         self.first_active = ~active_complement
         calls, self._flags = words[NUM_LARGEST : NUM_LARGEST + _NUM_UNIONS]
-        self.calls = frozenset(call for call in CollectiveCall if calls >> call & 1)
+        self.calls = _calls_in(calls)
         start = NUM_LARGEST + _NUM_UNIONS
         first, absent, second, both = (
             _to_mask(words[start + i * mask_words : start + (i + 1) * mask_words]) for i in range(4)

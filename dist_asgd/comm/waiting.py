@@ -13,10 +13,9 @@ import time
 import weakref
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from .base import PeerError, PendingSummary
 from .rank_names import RankNames
+from .reports import CollectiveCall
 
 # After how long a wait is worth a line in the log, and how often the thread looks.
 PATIENCE_S = 10.0
@@ -34,11 +33,11 @@ class Waiting:
         self._names = names
         self._rank = rank
         # Since when this rank waits, in which call, and for what: replaced as a whole, as another thread reads it.
-        self._current: tuple[float, str, PendingSummary] | None = None
-        self._told: set[str] = set()
+        self._current: tuple[float, CollectiveCall, PendingSummary] | None = None
+        self._told: set[CollectiveCall] = set()
         self._thread: threading.Thread | None = None
 
-    def wait(self, call: str, pending: PendingSummary) -> Tensor:
+    def wait(self, call: CollectiveCall, pending: PendingSummary) -> list[int]:
         """Return the words of all ranks, combined. PeerError names the ranks that did not make the ``call``."""
         if self._thread is None:
             self._thread = threading.Thread(
@@ -53,7 +52,7 @@ class Waiting:
             missing = _still_missing(pending)
             if not missing:
                 raise
-            raise PeerError(self._describe(call, missing, error)) from error.__cause__
+            raise PeerError(self._describe(call.text, missing, error)) from error.__cause__
         finally:
             self._current = None
 
@@ -84,7 +83,7 @@ class Waiting:
         _LOG.warning(
             "%s on %s has waited %.0f s for %s. Every rank must make this call: if a condition such as 'if rank == 0:' "
             "stands around it, call it on all ranks. Nothing is wrong if the others are only slow.",
-            call,
+            call.text,
             self._names.place(self._rank),
             time.monotonic() - since,
             self._names.describe(missing),

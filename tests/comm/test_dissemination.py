@@ -124,9 +124,9 @@ def test_a_summary(world_size: int) -> None:
         for _ in range(3):
             if random.random() < 0.2:
                 time.sleep(random.random() / 20)
-            summary = Summary(rank, 7, drawn(rank.rank, 6), 4)
+            summary = Summary(rank, 7, drawn(rank.rank, 6).tolist(), 4)
             summary.poll()
-            found.append(summary.wait().tolist())
+            found.append(summary.wait())
         return found
 
     words = torch.stack([drawn(rank, 6) for rank in range(world_size)])
@@ -171,7 +171,7 @@ def test_dead_ranks(world_size: int, what: str) -> None:
     def job(rank: Rank) -> None:
         own = drawn(rank.rank, 2)
         if what == "summary":
-            Summary(rank, 7, own, 1).wait()
+            Summary(rank, 7, own.tolist(), 1).wait()
         elif what == "all_gather":
             all_gather(rank, 7, own, [2] * world_size)
         else:
@@ -193,7 +193,9 @@ def test_a_rank_that_does_not_come() -> None:
     """All others raise after one timeout, not after one for each message."""
     network = Network(13)
     started = time.monotonic()
-    found = on_all(network, lambda rank: None if rank.rank == 5 else Summary(rank, 7, drawn(rank.rank, 2), 1).wait())
+    found = on_all(
+        network, lambda rank: None if rank.rank == 5 else Summary(rank, 7, drawn(rank.rank, 2).tolist(), 1).wait()
+    )
     assert [rank for rank, error in enumerate(found) if isinstance(error, PeerError)] == [
         rank for rank in range(13) if rank != 5
     ]
@@ -210,7 +212,7 @@ def reports_of(given: Sequence[RankReport]) -> RankReports:
     for row in words[:, NUM_LARGEST:]:
         bits |= row
     summary = torch.cat((words[:, :NUM_LARGEST].amax(0), bits))
-    return RankReports(summary, given[0].mask_words, len(given), lambda: [report.row for report in given])
+    return RankReports(summary.tolist(), given[0].mask_words, len(given), lambda: [report.row for report in given])
 
 
 @pytest.mark.parametrize("seed", range(200))
