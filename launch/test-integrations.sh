@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests with the libraries of trainers (accelerate, transformers, Lightning, torchtitan, peft), in an environment of
-# their own beside .venv, which it sees. Arguments go to pytest. With --latest the newest versions are taken instead of
-# the pinned ones, and failures are only reported: they show what the next pins will need.
+# their own beside .venv, which it sees. Arguments go to pytest; without any, all tests run, and the tables of scenarios
+# in docs/trainers have to say what they show. With --latest the newest versions are taken instead of the pinned ones,
+# and failures are only reported: they show what the next pins will need.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -28,6 +29,7 @@ if [ -n "$latest" ] || ! is_text_of "$stamp" "$(cat "$pins")"; then
     fi
 fi
 cd "$REPOSITORY"
+[ $# -gt 0 ] || set -- -p tests.integrations.scenarios
 status=0
 OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest tests/integrations -n 2 --dist loadfile --no-loadscope-reorder \
     "$@" || status=$?

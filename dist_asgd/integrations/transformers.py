@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .accelerate import prepare_model_stage2
-from .wrappers import sharded_asgd
+from .wrappers import saves_shards, sharded_asgd
 
 
 class ShardedASGDCallback(TrainerCallback):
@@ -25,13 +25,13 @@ class ShardedASGDCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a part of the state cannot be saved. With FSDP the Trainer saves by shards."""
-        if args.fsdp and self._saves:
+        if saves_shards() and self._saves:
             raise ValueError("dist_asgd: save_average=True does not work with FSDP. Call export_averaged() instead.")
-        sharded_asgd(kwargs["optimizer"]).whole_state_dicts_only = not args.fsdp
+        sharded_asgd(kwargs["optimizer"]).whole_state_dicts_only = not saves_shards()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Gather the state before a save, and put the averages in place before an evaluation."""
-        if self._averages is None and control.should_save and not args.save_only_model and not args.fsdp:
+        if self._averages is None and control.should_save and not args.save_only_model and not saves_shards():
             sharded_asgd(kwargs["optimizer"]).consolidate_state_dict(to=0)
         if self._averages is None and control.should_evaluate and self._evaluates:
             self._averages = sharded_asgd(kwargs["optimizer"]).averaged_parameters()
@@ -44,7 +44,7 @@ class ShardedASGDCallback(TrainerCallback):
         averages, self._averages = self._averages, None
         if averages is not None:
             averages.__exit__(None, None, None)
-        if args.save_strategy == "best" and not args.save_only_model and not args.fsdp and kwargs.get("optimizer"):
+        if args.save_strategy == "best" and not args.save_only_model and not saves_shards() and kwargs.get("optimizer"):
             sharded_asgd(kwargs["optimizer"]).consolidate_state_dict(to=0)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

@@ -32,7 +32,7 @@ def main(stage: int, folder: Path) -> None:
     count = STEPS * BATCH * accelerator.num_processes
     windows = corpus.batch(seed=0, step=0, batch_index=0, num_batches=1, windows=count, context=SHAPE.context)
     held_out = corpus.held_out_windows(windows=256, context=SHAPE.context)
-    for first, stop in ((0, 200), (200, STEPS)):
+    for first, stop in ((0, STEPS // 2), (STEPS // 2, STEPS)):
         torch.manual_seed(0)
         model = ByteTransformer(SHAPE)
         optimizer = ShardedASGD(model.named_parameters(), lr=2.0, t0=300, stage=stage)

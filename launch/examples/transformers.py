@@ -44,8 +44,13 @@ def main(stage: int, folder: Path) -> None:
     corpus = read_corpus(None, CONTEXT)
     train = Windows(corpus.batch(seed=0, step=0, batch_index=0, num_batches=1, windows=20_000, context=CONTEXT))
     held_out = Windows(corpus.held_out_windows(windows=256, context=CONTEXT))
-    options: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": 100}
-    options |= {"save_steps": 100, "load_best_model_at_end": True, "use_cpu": not torch.cuda.is_available()}
+    options: dict[str, Any] = {
+        "report_to": [],
+        "disable_tqdm": True,
+        "eval_strategy": "steps",
+        "eval_steps": STEPS // 4,
+    }
+    options |= {"save_steps": STEPS // 4, "load_best_model_at_end": True, "use_cpu": not torch.cuda.is_available()}
     for stop in (STEPS // 2, STEPS):
         # Before the optimizer: this makes the process group.
         args = TrainingArguments(str(folder), max_steps=stop, per_device_train_batch_size=16, **options)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,7 +39,8 @@ from tests.integrations.launched import launched
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 Bits = dict[str, Tensor]
 
-worlds = pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+worlds = pytest.mark.parametrize(("backend", "ranks"), [("none", 1), ("gloo", 2)])
+scenario = pytest.mark.scenario
 SETTINGS = {"lr": 0.1, "t0": 4, "weight_decay": 0.01}
 
 
@@ -49,16 +54,18 @@ class Case:
     scaler: bool = False
     fsdp: bool = False
     stage: int = 1
-    compiled: bool = False
+    lora: bool = False
 
 
+# By what the tables call them.
 CASES = {
-    "as documented": Case(),
+    "training as documented": Case(),
     "accumulation": Case(accumulate=3),
-    "clipped norm": Case(clip="norm", accumulate=2),
-    "clipped values": Case(clip="value"),
+    "clipping by norm": Case(clip="norm", accumulate=2),
+    "clipping by value": Case(clip="value"),
     "bf16": Case(precision="bf16", clip="norm"),
-    "fp16 scaler": Case(scaler=True, clip="norm", accumulate=2),
+    "fp16 with a scaler": Case(scaler=True, clip="norm", accumulate=2),
+    "LoRA by peft": Case(lora=True),
 }
 
 
@@ -76,13 +83,18 @@ def ours(model: nn.Module, stage: int = 1) -> torch.optim.Optimizer:
 def accelerated(rank: int, world_size: int, case: Case) -> Iterator[Accelerator]:
     """An Accelerator of these ranks, which a launcher would have started."""
     with launched(rank, world_size):
-        accelerator = Accelerator(cpu=True, mixed_precision=case.precision, gradient_accumulation_steps=case.accumulate)
+        plugin = None
         if case.fsdp:  # Accelerate takes the plugin on accelerators only, but all that it does then runs on a CPU, too.
-            for state in (PartialState(), accelerator.state):
-                state.distributed_type = DistributedType.FSDP
-            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+            plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10
             )
+        accelerator = Accelerator(
+            mixed_precision=case.precision,
+            gradient_accumulation_steps=case.accumulate,
+            fsdp_plugin=plugin,
+            cpu=not case.fsdp,
+        )
         if case.scaler:  # On a CPU Accelerate ignores fp16: this is what it makes on accelerators.
             accelerator.state._mixed_precision = "fp16"
             accelerator.native_amp = True
@@ -102,10 +114,13 @@ class Run:
     skipped: int = 0
 
     @classmethod
-    def of(cls, accelerator: Accelerator, make: Make) -> Run:
+    def of(cls, accelerator: Accelerator, make: Make, case: Case | None = None) -> Run:
         """All that the script prepares, in the documented order."""
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 1))
+        if case and case.lora:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "2"]))
         optimizer = make(model)
         loader = DataLoader(TensorDataset(torch.randn(48, 6)), batch_size=2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -160,7 +175,7 @@ def documented(rank: int, world_size: int, case: Case) -> int:
     wanted = None
     for make in (torchs, partial(ours, stage=case.stage)):
         with accelerated(rank, world_size, case) as accelerator:
-            script = Run.of(accelerator, make).train(case)
+            script = Run.of(accelerator, make, case).train(case)
             wanted, got = wanted or script.bits(), script.bits()
     if case.stage == 2 and case.clip == "norm":
         # The global norm adds up the squares in another order.
@@ -171,23 +186,31 @@ def documented(rank: int, world_size: int, case: Case) -> int:
     return script.skipped
 
 
+@scenario("{name}")
 @worlds
 @pytest.mark.parametrize("name", CASES)
-def test_prepare_as_documented(name: str, backend: str, world_size: int) -> None:
+def test_prepare_as_documented(name: str, backend: str, ranks: int) -> None:
     """No adapter; the same bits."""
-    skipped = run(backend, world_size, documented, CASES[name])
+    skipped = run(backend, ranks, documented, CASES[name])
     assert all(skipped) == CASES[name].scaler
 
 
+@scenario("stage 2: {name}", "with `prepare_stage2`")
 @worlds
 @pytest.mark.parametrize("name", CASES)
-def test_prepare_stage2(name: str, backend: str, world_size: int) -> None:
+def test_prepare_stage2(name: str, backend: str, ranks: int) -> None:
     """Beside DDP and torch.optim.ASGD."""
-    skipped = run(backend, world_size, documented, replace(CASES[name], stage=2))
+    skipped = run(backend, ranks, documented, replace(CASES[name], stage=2))
     assert all(skipped) == CASES[name].scaler
 
 
-@pytest.mark.parametrize("clip", ["", "norm"])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        pytest.param("", marks=scenario("FSDP2: training as documented", ranks=2)),
+        pytest.param("norm", marks=scenario("FSDP2: clipping by norm", ranks=2)),
+    ],
+)
 def test_fsdp2_plugin(clip: str) -> None:
     """Accelerate puts other parameters into ``param_groups``."""
     run("gloo", 2, documented, Case(fsdp=True, clip=clip))
@@ -213,6 +236,7 @@ def overflows(rank: int, world_size: int) -> int:
     return script.skipped
 
 
+@scenario("FSDP2: fp16 with a scaler", ranks=2)
 def test_skipped_steps_with_fsdp2() -> None:
     """On all ranks, as with torch.optim.ASGD."""
     assert run("gloo", 2, overflows) == [6, 6]
@@ -260,18 +284,33 @@ SAVED = {
     "plain": Case(),
     "clipped": Case(clip="norm", accumulate=2, precision="bf16"),
     "scaler": Case(scaler=True),
-    "stage 2": Case(stage=2),
 }
+moves = pytest.mark.parametrize(("before", "ranks"), [(1, 1), (2, 2), (2, 1), (1, 2)])
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
-@pytest.mark.parametrize("name", SAVED)
-def test_save_state_and_load_state(tmp_path: Path, name: str, before: int, after: int) -> None:
+def saves_and_resumes(case: Case, folder: Path, before: int, after: int) -> None:
     """On the same number of ranks as if nothing had happened; on another as with torch.optim.ASGD."""
     for world_size, job, args in ((before, saves, ()), (after, resumes, (before == after,))):
-        run("gloo" if world_size > 1 else "none", world_size, job, SAVED[name], tmp_path, *args)
+        run("gloo" if world_size > 1 else "none", world_size, job, case, folder, *args)
 
 
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", "with `save_whole_state`")
+@scenario("{before}-rank checkpoint resumed", "with `save_whole_state`")
+@moves
+@pytest.mark.parametrize("name", SAVED)
+def test_save_state_and_load_state(tmp_path: Path, name: str, before: int, ranks: int) -> None:
+    """``save_state`` is whole, and ``load_state`` goes on from it."""
+    saves_and_resumes(SAVED[name], tmp_path, before, ranks)
+
+
+@scenario("stage 2: {before}-rank checkpoint resumed", "with `prepare_stage2`, `save_whole_state`")
+@moves
+def test_save_state_and_load_state_in_stage2(tmp_path: Path, before: int, ranks: int) -> None:
+    """The same."""
+    saves_and_resumes(Case(stage=2), tmp_path, before, ranks)
+
+
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
 def test_save_state_with_fsdp2(tmp_path: Path) -> None:
     """Accelerate saves by torch.distributed.checkpoint there."""
     case = Case(fsdp=True)
@@ -287,31 +326,40 @@ def saves_alone(rank: int, world_size: int) -> None:
         script.optimizer.state_dict()
 
 
-def test_a_part_is_refused() -> None:
+@scenario(
+    "`state_dict()` by hand after `save_whole_state`",
+    "refused: Call consolidate_state_dict(to=0) on every rank",
+    ranks=2,
+)
+def test_a_part_is_refused(refusal: str) -> None:
     """On every rank, with the remedy."""
     for error in run_errors("gloo", 2, saves_alone):
-        assert "Call consolidate_state_dict(to=0) on every rank" in error.message
+        assert refusal in error.message
 
 
-def saves_a_part(rank: int, world_size: int, folder: Path) -> None:
+def saves_a_part(rank: int, world_size: int, folder: Path, message: str) -> None:
     """Job: ``save_state`` without ``save_whole_state``. The rank that writes raises."""
-    with error_of(rank), accelerated(rank, world_size, Case()) as accelerator:
+    with error_of(rank, message), accelerated(rank, world_size, Case()) as accelerator:
         Run.of(accelerator, ours)
         accelerator.save_state(str(folder))
 
 
-def error_of(rank: int) -> AbstractContextManager[object]:
-    """What the first rank raises as it saves a part."""
-    return (
-        pytest.raises(RuntimeError, match=r"accelerate.save_whole_state\(accelerator, optimizer\)")
-        if rank == 0
-        else nullcontext()
-    )
+def error_of(rank: int, message: str) -> AbstractContextManager[object]:
+    """What the first rank raises as it saves a part, with the line that makes it whole."""
+    line = "accelerate.save_whole_state(accelerator, optimizer)"
+    pattern = f"{re.escape(message)}.*{re.escape(line)}"
+    return pytest.raises(RuntimeError, match=pattern) if rank == 0 else nullcontext()
 
 
-def test_save_state_of_a_part_is_an_error(tmp_path: Path) -> None:
-    """With the line that makes it whole; one rank has the whole."""
-    run("gloo", 2, saves_a_part, tmp_path)
+@scenario("checkpoint without the adapter", ranks=1)
+@scenario(
+    "checkpoint without the adapter",
+    "refused: accelerate would save one rank's part of the optimizer's state as if it were the whole",
+    ranks=2,
+)
+def test_save_state_of_a_part_is_an_error(tmp_path: Path, refusal: str) -> None:
+    """One rank has the whole."""
+    run("gloo", 2, saves_a_part, tmp_path, refusal)
     with accelerated(0, 1, Case()) as accelerator:
         Run.of(accelerator, ours)
         accelerator.save_state(str(tmp_path / "whole"))
@@ -324,10 +372,13 @@ def saves_on_each_node(rank: int, world_size: int) -> None:
         save_whole_state(accelerator, Run.of(accelerator, ours).optimizer)
 
 
-def test_saving_on_each_node_is_refused() -> None:
+@scenario("`save_on_each_node=True`", ranks=1)
+@scenario("`save_on_each_node=True`", "refused: Save to a folder that all nodes share", ranks=2)
+def test_saving_on_each_node_is_refused(refusal: str) -> None:
     """The other nodes would get an empty file."""
+    run("none", 1, saves_on_each_node)
     for error in run_errors("gloo", 2, saves_on_each_node):
-        assert "Save to a folder that all nodes share" in error.message
+        assert refusal in error.message
 
 
 # --- models ----------------------------------------------------------------------------------------------------
@@ -360,11 +411,48 @@ def saves_models(rank: int, world_size: int, stage: int, folder: Path) -> None:
         assert buffers() is None
 
 
+MODELS, AVERAGE = "`save_model`, `unwrap_model`, `free_memory`", "average in the model, and exported"
+
+
 @worlds
-@pytest.mark.parametrize("stage", [1, 2])
-def test_save_model_unwrap_model_and_free_memory(tmp_path: Path, stage: int, backend: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(1, marks=[scenario(text) for text in (MODELS, AVERAGE)]),
+        pytest.param(2, marks=[scenario(f"stage 2: {text}", "with `prepare_stage2`") for text in (MODELS, AVERAGE)]),
+    ],
+)
+def test_save_model_unwrap_model_and_free_memory(tmp_path: Path, stage: int, backend: str, ranks: int) -> None:
     """The last iterate is what Accelerate saves, and the average is exported."""
-    run(backend, world_size, saves_models, stage, tmp_path)
+    run(backend, ranks, saves_models, stage, tmp_path)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "`launch/examples`, by torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # With --cpu it starts one process, whatever it is asked for.
+    "`accelerate launch --num_processes 2`": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+
+
+@scenario("{name}", "with `save_whole_state`", ranks=2)
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_example_runs(tmp_path: Path, name: str) -> None:
+    """With few steps: it trains, resumes, evaluates both weights, and exports the average."""
+    script = tmp_path / "short.py"
+    script.write_text(
+        "import pathlib, launch.examples.accelerate as example\n"
+        "example.STEPS, example.BATCH = 4, 2\n"
+        f"example.main(1, pathlib.Path({str(tmp_path)!r}))\n"
+    )
+    command = [sys.executable, "-m", *LAUNCHERS[name], str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "step 4: training loss" in ran.stdout
+    assert ran.stdout.count(", average ") == 1, "each process was alone"
+    assert (tmp_path / "averaged.safetensors").exists()
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------
@@ -379,11 +467,13 @@ def stage2_by_prepare(rank: int, world_size: int) -> None:
         optimizer.step()
 
 
-def test_stage2_by_prepare_is_an_error() -> None:
+@scenario("stage 2 without the adapter", ranks=1)
+@scenario("stage 2 without the adapter", "refused: With stage=2 do not wrap the model in DDP", ranks=2)
+def test_stage2_by_prepare_is_an_error(refusal: str) -> None:
     """On every rank; one rank has no DDP."""
     run("none", 1, stage2_by_prepare)
     for error in run_errors("gloo", 2, stage2_by_prepare):
-        assert "do not wrap the model in DDP" in error.message
+        assert refusal in error.message
 
 
 def prepares(_rank: int, _world_size: int, what: str) -> None:
@@ -395,9 +485,20 @@ def prepares(_rank: int, _world_size: int, what: str) -> None:
         prepare_stage2(accelerator, *([model, model] if what == "models" else [model]), optimizer)
 
 
-@pytest.mark.parametrize("what", ["stage 1", "models", "fsdp"])
-def test_what_prepare_stage2_does_not_take(what: str) -> None:
+ONE = "refused: prepare_stage2() takes one model and one ShardedASGD(stage=2) at a time"
+NO_FSDP = "refused: Use stage=1, and do not call prepare_stage2()"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("stage 1", marks=scenario("stage 1 with the adapter for stage 2", ONE, ranks=2)),
+        pytest.param("models", marks=scenario("`prepare_stage2` of two models", ONE, ranks=2)),
+        pytest.param("fsdp", marks=scenario("FSDP2: stage 2", NO_FSDP, ranks=2)),
+    ],
+)
+def test_what_prepare_stage2_does_not_take(what: str, refusal: str) -> None:
     """Named on every rank."""
     for error in run_errors("gloo", 2, prepares, what):
         assert error.type_name == "ValueError"
-        assert "prepare_stage2()" in error.message
+        assert refusal in error.message

@@ -22,6 +22,7 @@ from tests.harness.ranks import run
 from tests.integrations.lightning_runs import launched, loader, plain, sharded, stage2
 
 RANKS = pytest.mark.parametrize(("backend", "ranks"), [("none", 1), ("gloo", 2)], ids=["1", "2"])
+scenario = pytest.mark.scenario
 
 
 def fully(model: torch.nn.Module, mesh: Any) -> torch.nn.Module:
@@ -118,32 +119,50 @@ def loops(rank: int, ranks: int, make: Any, options: dict[str, Any], clip: dict[
         assert same_tree(ends[3], ends[0])
 
 
-CLIPS = {"": {}, "norm": {"max_norm": 0.1}, "value": {"clip_val": 0.05}}
+# By what the tables call them: options of Fabric, and of clip_gradients().
+CASES: dict[str, Any] = {
+    "training as documented": ({}, {}),
+    "clipping by norm": ({}, {"max_norm": 0.1}),
+    "clipping by value": ({}, {"clip_val": 0.05}),
+    "bf16": ({"precision": "bf16-mixed"}, {"max_norm": 0.1}),
+}
+ALONE = "with `setup_optimizers` alone"
 
 
+@scenario("{name}")
+@scenario("accumulation")
+@scenario("{ranks}-rank checkpoint resumed")
 @RANKS
-def test_setup_backward_clip_save_and_load(tmp_path: Path, backend: str, ranks: int) -> None:
-    """In float32 and bfloat16."""
-    for name, clip in CLIPS.items():
-        run(backend, ranks, loops, sharded, {}, clip, str(tmp_path / f"32{name}"))
-    run(backend, ranks, loops, sharded, {"precision": "bf16-mixed"}, CLIPS["norm"], str(tmp_path / "16"))
+@pytest.mark.parametrize("name", CASES)
+def test_setup_backward_clip_save_and_load(tmp_path: Path, name: str, backend: str, ranks: int) -> None:
+    """Gradients of two batches are accumulated in each case."""
+    run(backend, ranks, loops, sharded, *CASES[name], str(tmp_path))
 
 
-def test_fsdp2(tmp_path: Path) -> None:
-    """ModelParallelStrategy; clipping by norm and by value."""
-    for name in ("norm", "value"):
-        run("gloo", 2, loops, sharded, {"fsdp2": True}, CLIPS[name], str(tmp_path / name))
+@scenario("FSDP2: {name}", ranks=2)
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
+@pytest.mark.parametrize("name", ["clipping by norm", "clipping by value"])
+def test_fsdp2(tmp_path: Path, name: str) -> None:
+    """ModelParallelStrategy."""
+    run("gloo", 2, loops, sharded, {"fsdp2": True}, CASES[name][1], str(tmp_path))
 
 
-def test_stage_2(tmp_path: Path) -> None:
+@scenario("stage 2: {name}", ALONE, ranks=2)
+@scenario("stage 2: accumulation", ALONE, ranks=2)
+@scenario("stage 2: 2-rank checkpoint resumed", ALONE, ranks=2)
+@pytest.mark.parametrize("name", ["training as documented", "clipping by norm", "clipping by value"])
+def test_stage_2(tmp_path: Path, name: str) -> None:
     """The model is not set up; the optimizer is."""
-    for name, clip in CLIPS.items():
-        run("gloo", 2, loops, stage2, {}, clip, str(tmp_path / name))
+    run("gloo", 2, loops, stage2, *CASES[name], str(tmp_path))
 
 
-@pytest.mark.parametrize(("ranks", "other"), [(2, ("none", 1)), (1, ("gloo", 2))])
-def test_files_load_on_another_number_of_ranks(tmp_path: Path, ranks: int, other: tuple[str, int]) -> None:
-    """As with torch's own optimizer, which loads them as well."""
-    run("gloo" if ranks == 2 else "none", ranks, loops, sharded, {}, {}, str(tmp_path))
-    path = str(tmp_path / "sharded")
-    assert same_tree(run(*other, moved, path, sharded), run(*other, moved, path, plain))
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse")
+@scenario("{before}-rank checkpoint resumed")
+@pytest.mark.parametrize(("before", "backend", "ranks"), [(2, "none", 1), (1, "gloo", 2)])
+def test_files_load_on_another_number_of_ranks(tmp_path: Path, before: int, backend: str, ranks: int) -> None:
+    """As with torch's own optimizer; either loads the other's."""
+    run("gloo" if before == 2 else "none", before, loops, sharded, {}, {}, str(tmp_path))
+    ours, torchs = str(tmp_path / "sharded"), str(tmp_path / "plain")
+    expected = run(backend, ranks, moved, torchs, plain)
+    for path, make in ((ours, sharded), (ours, plain), (torchs, sharded)):
+        assert same_tree(run(backend, ranks, moved, path, make), expected)

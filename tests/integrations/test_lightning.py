@@ -39,6 +39,7 @@ from tests.integrations.lightning_runs import (
 )
 
 RANKS = pytest.mark.parametrize(("backend", "ranks"), [("none", 1), ("gloo", 2)], ids=["1", "2"])
+scenario = pytest.mark.scenario
 
 
 def same_as_plain(rank: int, ranks: int, kind: Any, module_options: dict[str, Any], options: dict[str, Any]) -> None:
@@ -48,29 +49,44 @@ def same_as_plain(rank: int, ranks: int, kind: Any, module_options: dict[str, An
         assert same_tree(fit(ranks, kind, sharded, module_options, **options), expected)
 
 
+# By what the tables call them.
 AUTOMATIC = {
-    "alone": {},
-    "clipped_by_norm": {"gradient_clip_val": 0.1},
-    "clipped_by_value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
-    "accumulated": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
-    "bf16_clipped": {"precision": "bf16-mixed", "gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
+    "training as documented": {},
+    "accumulation": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
+    "clipping by norm": {"gradient_clip_val": 0.1},
+    "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "bf16": {"precision": "bf16-mixed", "gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
 }
+MANUAL, TWO = "manual optimization, gradients accumulated by hand", "two optimizers, `toggle_optimizer`"
 
 
+@scenario("{name}")
 @RANKS
-def test_automatic_optimization(backend: str, ranks: int) -> None:
-    """Also with a scheduler, clipping, accumulation and bfloat16."""
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_automatic_optimization(name: str, backend: str, ranks: int) -> None:
+    """With and without a scheduler."""
+    for scheduler in (False, True):
+        run(backend, ranks, same_as_plain, Regression, {"scheduler": scheduler}, AUTOMATIC[name])
+
+
+@scenario("a frozen layer")
+@RANKS
+def test_frozen(backend: str, ranks: int) -> None:
+    """Its parameters are passed to the optimizer, too."""
     run(backend, ranks, same_as_plain, Regression, {"frozen": True}, {})
-    for options in AUTOMATIC.values():
-        for scheduler in (False, True):
-            run(backend, ranks, same_as_plain, Regression, {"scheduler": scheduler}, options)
 
 
 @RANKS
-def test_manual_optimization(backend: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options", "trainer_options"),
+    [
+        pytest.param(Manual, {"scheduler": True}, {}, marks=scenario(MANUAL)),
+        pytest.param(Two, {}, {"strategy": "ddp_find_unused_parameters_true"}, marks=scenario(TWO)),
+    ],
+)
+def test_manual_optimization(kind: Any, options: Any, trainer_options: Any, backend: str, ranks: int) -> None:
     """With accumulation by hand, and with two optimizers that take turns."""
-    run(backend, ranks, same_as_plain, Manual, {"scheduler": True}, {})
-    run(backend, ranks, same_as_plain, Two, {}, {"strategy": "ddp_find_unused_parameters_true"})
+    run(backend, ranks, same_as_plain, kind, options, trainer_options)
 
 
 def average_of_lightning(rank: int, ranks: int) -> None:
@@ -80,6 +96,7 @@ def average_of_lightning(rank: int, ranks: int) -> None:
         assert same_tree(found, expected)
 
 
+@scenario("`WeightAveraging` of Lightning")
 @RANKS
 def test_weight_averaging_of_lightning(backend: str, ranks: int) -> None:
     """It copies into the parameters and back between steps."""
@@ -118,6 +135,9 @@ def fsdp2(rank: int, ranks: int, folder: str, whole_files: bool) -> None:
         assert same_tree(*ends)
 
 
+@scenario("FSDP2: clipping by norm", ranks=2)
+@scenario("FSDP2: bf16", ranks=2)
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
 @pytest.mark.parametrize("whole_files", [False, True], ids=["distributed", "whole"])
 def test_fsdp2(tmp_path: Path, whole_files: bool) -> None:
     """ModelParallelStrategy with its two kinds of checkpoints."""
@@ -141,13 +161,20 @@ def resumed(rank: int, ranks: int, path: str, make: Any, options: dict[str, Any]
         return state_of(module, fitting)
 
 
-@pytest.mark.parametrize(("backend", "ranks", "other"), [("gloo", 2, ("none", 1)), ("none", 1, ("gloo", 2))])
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse")
+@scenario("{ranks}-rank checkpoint resumed", ranks=1)
+@scenario("{ranks}-rank checkpoint resumed", ranks=2)
+@scenario("stage 2: {ranks}-rank checkpoint resumed", "with `Stage2Strategy`", ranks=2)
+@pytest.mark.parametrize(("backend", "ranks", "other"), [("none", 1, ("gloo", 2)), ("gloo", 2, ("none", 1))])
 def test_resume(tmp_path: Path, backend: str, ranks: int, other: tuple[str, int]) -> None:
     """A checkpoint is whole: it resumes to the bit, on another number of ranks and by torch's own optimizer, too."""
+    run(backend, ranks, saved, str(tmp_path / "plain"), plain, {})
+    from_plain = run(backend, ranks, resumed, str(tmp_path / "plain" / "epoch=0.ckpt"), sharded, {})[0]
     end = run(backend, ranks, saved, str(tmp_path), sharded, {})[0]
     path = str(tmp_path / "epoch=0.ckpt")
     again = run(backend, ranks, resumed, path, sharded, {})[0]
     assert same_tree(again[:2], end[:2])
+    assert same_tree(from_plain, again)
     assert same_tree(run(backend, ranks, resumed, path, plain, {})[0], again)
     elsewhere = run(*other, resumed, path, plain, {})[0]
     assert same_tree(run(*other, resumed, path, sharded, {})[0], elsewhere)
@@ -217,12 +244,17 @@ def averaged(rank: int, ranks: int, folder: str, make: Any) -> None:
         assert same_tree(module.validated, validated[: len(module.validated)])
 
 
+AVERAGED = "average evaluated, saved, and picked as the best"
+
+
+@scenario(AVERAGED, "with `AveragedWeights`")
 @RANKS
 def test_averaged_weights(tmp_path: Path, backend: str, ranks: int) -> None:
     """They validate, are in checkpoints and stay in the model at the end, and training goes on from the iterates."""
     run(backend, ranks, averaged, str(tmp_path), sharded)
 
 
+@scenario(f"stage 2: {AVERAGED}", "with `Stage2Strategy`, `AveragedWeights`", ranks=2)
 def test_averaged_weights_in_stage_2(tmp_path: Path) -> None:
     """The same, with Stage2Strategy."""
     run("gloo", 2, averaged, str(tmp_path), stage2)
@@ -248,6 +280,7 @@ def averaged_fsdp2(rank: int, ranks: int, folder: str) -> None:
         assert same_tree(ends[1], ends[2])
 
 
+@scenario(f"FSDP2: {AVERAGED}", "with `AveragedWeights`, `save_distributed_checkpoint=False`", ranks=2)
 def test_averaged_weights_of_fsdp2(tmp_path: Path) -> None:
     """Whole files have the averages whole, and resume."""
     run("gloo", 2, averaged_fsdp2, str(tmp_path))
@@ -268,12 +301,32 @@ def stage2_as_ddp(rank: int, ranks: int, kind: Any, module_options: dict[str, An
         assert same_tree(found, expected)
 
 
-def test_stage_2() -> None:
+def distributed(rank: int, ranks: int, folder: str) -> None:
+    """Job: a distributed checkpoint with the average."""
+    with launched(rank, ranks):
+        module, strategy = Regression(sharded, fsdp2=True), ModelParallelStrategy(ranks, 1)
+        fitting = trainer(ranks, strategy=strategy, callbacks=[AveragedWeights()], max_epochs=1)
+        fitting.fit(module, loader(), loader(1))
+        fitting.save_checkpoint(Path(folder, "file"))
+
+
+@scenario(
+    f"FSDP2: {AVERAGED}, distributed checkpoints",
+    "refused: AveragedWeights cannot save distributed checkpoints",
+    ranks=2,
+)
+def test_distributed_checkpoints_cannot_have_the_average(tmp_path: Path, refusal: str) -> None:
+    """They would hold only one of the two."""
+    for error in run_errors("gloo", 2, distributed, str(tmp_path)):
+        assert refusal in error.message
+
+
+@scenario("stage 2: {name}", "with `Stage2Strategy`", ranks=2)
+@pytest.mark.parametrize("name", [*AUTOMATIC, MANUAL, TWO])
+def test_stage_2(name: str) -> None:
     """Stage2Strategy does what DDP does, in automatic and manual optimization."""
-    for options in AUTOMATIC.values():
-        run("gloo", 2, stage2_as_ddp, Regression, {"scheduler": True}, options)
-    run("gloo", 2, stage2_as_ddp, Manual, {}, {})
-    run("gloo", 2, stage2_as_ddp, Two, {}, {})
+    kind = {MANUAL: Manual, TWO: Two}.get(name, Regression)
+    run("gloo", 2, stage2_as_ddp, kind, {"scheduler": kind is Regression}, AUTOMATIC.get(name, {}))
 
 
 def half(rank: int, ranks: int, make: Any, scaler: Any, options: dict[str, Any]) -> Any:
@@ -288,12 +341,21 @@ def half(rank: int, ranks: int, make: Any, scaler: Any, options: dict[str, Any])
         assert same_tree(fit(ranks, Regression, make, {}, plugins=[own], **more, **options), expected)
 
 
-@pytest.mark.parametrize("scaler", [torch.amp.GradScaler, GradScaler], ids=["torch", "own"])
-@pytest.mark.parametrize("make", [sharded, stage2])
-def test_float16(make: Any, scaler: Any) -> None:
+SCALERS = {"fp16 with a scaler": torch.amp.GradScaler, "fp16 with `dist_asgd.GradScaler`": GradScaler}
+
+
+@pytest.mark.parametrize("name", SCALERS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(sharded, marks=scenario("{name}", ranks=2)),
+        pytest.param(stage2, marks=scenario("stage 2: {name}", "with `Stage2Strategy`", ranks=2)),
+    ],
+)
+def test_float16(make: Any, name: str) -> None:
     """Steps that overflow are skipped on all ranks; gradients are unscaled before they are clipped."""
-    run("gloo", 2, half, make, scaler, {})
-    run("gloo", 2, half, make, scaler, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"})
+    run("gloo", 2, half, make, SCALERS[name], {})
+    run("gloo", 2, half, make, SCALERS[name], {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"})
 
 
 class Failing(Regression):
@@ -318,6 +380,7 @@ def failing(rank: int, ranks: int) -> None:
         assert same_tree([p.detach() for p in module.parameters()], module.trained)
 
 
+@scenario("exception in an evaluation of the average", "with `AveragedWeights`")
 @RANKS
 def test_an_exception_in_a_validation(backend: str, ranks: int) -> None:
     """The averages do not stay in the model."""
@@ -339,21 +402,40 @@ def weights_only() -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "text"),
+    ("make", "options"),
     [
-        (plain, {"strategy": Stage2Strategy}, "Stage2Strategy with a ASGD that does not reduce gradients"),
-        (sharded, {"strategy": Stage2Strategy}, "Return ShardedASGD"),
-        (stage2, {"strategy": "ddp"}, "With stage=2 do not wrap the model in DDP"),
-        (plain, {"callbacks": AveragedWeights}, "AveragedWeights without a ShardedASGD"),
-        (sharded, {"callbacks": weights_only, "enable_checkpointing": True}, "Leave save_weights_only out"),
+        pytest.param(make, options, marks=scenario(text, f"refused: {message}", ranks=2))
+        for text, make, options, message in (
+            (
+                "stage 2 without the adapter",
+                *(stage2, {"strategy": "ddp"}, "With stage=2 do not wrap the model in DDP"),
+            ),
+            (
+                "stage 1 with the adapter for stage 2",
+                *(sharded, {"strategy": Stage2Strategy}, "Return ShardedASGD(..., stage=2) in configure_optimizers()"),
+            ),
+            (
+                "`torch.optim.ASGD` with the adapter for stage 2",
+                *(plain, {"strategy": Stage2Strategy}, "Stage2Strategy with a ASGD that does not reduce gradients"),
+            ),
+            (
+                "`AveragedWeights` with `torch.optim.ASGD`",
+                *(plain, {"callbacks": AveragedWeights}, "AveragedWeights without a ShardedASGD"),
+            ),
+            (
+                "`AveragedWeights` with `save_weights_only=True`",
+                *(sharded, {"callbacks": weights_only, "enable_checkpointing": True}, "Leave save_weights_only out"),
+            ),
+        )
     ],
 )
-def test_refusals(make: Any, options: dict[str, Any], text: str) -> None:
+def test_refusals(make: Any, options: dict[str, Any], refusal: str) -> None:
     """On every rank, with what to do."""
     for error in run_errors("gloo", 2, refused, make, options):
-        assert text in error.message
+        assert refusal in error.message
 
 
+@scenario("`launch/examples`, by torchrun", "with `AveragedWeights`", ranks=2)
 def test_the_example_runs(tmp_path: Path) -> None:
     """Under torchrun, with few steps: it trains, resumes, validates both weights, and exports the average."""
     code = "import pathlib, sys, launch.examples.lightning as example; example.STEPS_PER_EPOCH = 3; "

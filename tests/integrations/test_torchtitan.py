@@ -29,6 +29,8 @@ from tests.harness.ranks import run
 
 RANKS = pytest.mark.parametrize(("backend", "ranks"), [("none", 1), ("gloo", 2)], ids=["1", "2"])
 ROOT = Path(__file__).parent.parent.parent
+scenario = pytest.mark.scenario
+CONTAINER = "with `ASGDContainer`"
 
 
 class Plain(OptimizersContainer):
@@ -102,19 +104,23 @@ def resumed(_rank: int, ranks: int, folder: str, name: str, kind: Any) -> Any:
     return loop.state()
 
 
+@scenario("clipping by norm", CONTAINER)
+@scenario("{ranks}-rank checkpoint resumed", CONTAINER)
 @RANKS
 def test_the_container(tmp_path: Path, backend: str, ranks: int) -> None:
     """With schedulers, clipping, and checkpoints that resume: one rank without, two with FSDP2."""
     run(backend, ranks, trained, str(tmp_path))
 
 
-@pytest.mark.parametrize(("before", "after"), [(("gloo", 2), ("none", 1)), (("none", 1), ("gloo", 2))])
-def test_checkpoints_of_another_number_of_ranks(tmp_path: Path, before: Any, after: Any) -> None:
+@scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", CONTAINER)
+@scenario("{before}-rank checkpoint resumed", CONTAINER)
+@pytest.mark.parametrize(("before", "backend", "ranks"), [(2, "none", 1), (1, "gloo", 2)])
+def test_checkpoints_of_another_number_of_ranks(tmp_path: Path, before: int, backend: str, ranks: int) -> None:
     """As with torch's optimizer; and either loads the other's."""
-    run(*before, trained, str(tmp_path))
-    expected = run(*after, resumed, str(tmp_path), "Plain", Plain)
+    run("gloo" if before == 2 else "none", before, trained, str(tmp_path))
+    expected = run(backend, ranks, resumed, str(tmp_path), "Plain", Plain)
     for name, kind in (("ASGDContainer", ASGDContainer), ("Plain", ASGDContainer), ("ASGDContainer", Plain)):
-        assert same_tree(run(*after, resumed, str(tmp_path), name, kind), expected), (name, kind)
+        assert same_tree(run(backend, ranks, resumed, str(tmp_path), name, kind), expected), (name, kind)
 
 
 def fresh(_rank: int, ranks: int, folder: str) -> None:
@@ -130,6 +136,7 @@ def fresh(_rank: int, ranks: int, folder: str) -> None:
     assert same_tree(other.state(), untouched.state())
 
 
+@scenario("checkpoint before the first step", CONTAINER)
 @RANKS
 def test_a_save_before_the_first_step(tmp_path: Path, backend: str, ranks: int) -> None:
     """It changes nothing; ``torch.optim.ASGD`` keeps the step size of 0."""
@@ -150,12 +157,15 @@ def own_tools(_rank: int, ranks: int, folder: str) -> None:
     export_averaged(f"{folder}/averaged.safetensors", other.model, optimizer)
 
 
+@scenario("average in the model, and exported", CONTAINER)
+@scenario("checkpoint read by `dist_asgd.load_checkpoint`", CONTAINER)
 @RANKS
 def test_checkpoints_load_with_this_package(tmp_path: Path, backend: str, ranks: int) -> None:
     """``prefix`` says where torchtitan keeps model and optimizer."""
     run(backend, ranks, own_tools, str(tmp_path))
 
 
+@scenario("`launch/examples`, by torchrun", CONTAINER, ranks=2)
 def test_the_example_runs(tmp_path: Path) -> None:
     """Under torchrun, with few steps."""
     code = "import pathlib, sys, launch.examples.torchtitan as example; example.STEPS = 6; "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ from torch.utils.data import Dataset
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import (
@@ -34,7 +36,8 @@ from tests.harness.bits import assert_same_bits
 from tests.harness.ranks import run, run_errors
 from tests.integrations.launched import launched
 
-worlds = pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+worlds = pytest.mark.parametrize(("backend", "ranks"), [("none", 1), ("gloo", 2)])
+scenario = pytest.mark.scenario
 SETTINGS: dict[str, Any] = {"lr": 0.1, "t0": 3, "weight_decay": 0.01}
 
 
@@ -64,19 +67,22 @@ class Case:
     by_class: bool = False
     stage: int = 1
     lora: bool = False
+    on_accelerators: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
 
+# By what the tables call them. GPT-2 with tied weights is the model if none is named.
+BY_CLASS = "`optimizer_cls_and_kwargs=`"
 CASES = {
-    "gpt2": Case(),
-    "gpt2 untied, by class": Case(tied=False, by_class=True),
-    "llama": Case("llama", tied=False),
-    "llama tied, by class": Case("llama", by_class=True),
-    "accumulation, no clipping": Case(args={"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}),
-    "clipping": Case(args={"max_grad_norm": 0.05}),
-    "checkpointing": Case(args={"gradient_checkpointing": True}),
+    "training as documented": Case(),
+    f"{BY_CLASS}, GPT-2 untied": Case(tied=False, by_class=True),
+    "Llama untied": Case("llama", tied=False),
+    f"{BY_CLASS}, Llama tied": Case("llama", by_class=True),
+    "accumulation": Case(args={"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}),
+    "clipping by norm": Case(args={"max_grad_norm": 0.05}),
+    "gradient checkpointing": Case(args={"gradient_checkpointing": True}),
     "bf16": Case(args={"bf16": True}),
-    "lora": Case("llama", lora=True),
+    "LoRA by peft": Case("llama", lora=True),
 }
 
 
@@ -105,6 +111,8 @@ def trainer_of(
     args = TrainingArguments(
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2, **options
     )
+    if case.on_accelerators:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = build(case)
     made: dict[str, Any] = {"model": model, "args": args, "train_dataset": Tokens(48), "eval_dataset": Tokens(8)}
     kwargs = SETTINGS | ({"stage": case.stage} if ours else {"foreach": False})
@@ -154,25 +162,30 @@ def trains(rank: int, world_size: int, case: Case, folder: Path) -> None:
         assert sharded_asgd(trainer.optimizer).memory_report().full_state_bytes < 8 * trained
 
 
+@scenario("{name}")
 @worlds
 @pytest.mark.parametrize("name", CASES)
-def test_trainer_as_documented(tmp_path: Path, name: str, backend: str, world_size: int) -> None:
+def test_trainer_as_documented(tmp_path: Path, name: str, backend: str, ranks: int) -> None:
     """No adapter; the same bits and the same losses in the log."""
-    run(backend, world_size, trains, CASES[name], tmp_path)
+    run(backend, ranks, trains, CASES[name], tmp_path)
 
 
+@scenario("stage 2: {name}", "with `Stage2Mixin`")
 @worlds
-@pytest.mark.parametrize("name", ["gpt2", "llama tied, by class", "accumulation, no clipping", "lora"])
-def test_stage2_mixin(tmp_path: Path, name: str, backend: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    "name", ["training as documented", f"{BY_CLASS}, Llama tied", "accumulation", "clipping by norm", "LoRA by peft"]
+)
+def test_stage2_mixin(tmp_path: Path, name: str, backend: str, ranks: int) -> None:
     """Beside DDP and torch.optim.ASGD."""
-    case = CASES[name]
-    run(backend, world_size, trains, Case(**{**case.__dict__, "stage": 2}), tmp_path)
+    run(backend, ranks, trains, replace(CASES[name], stage=2), tmp_path)
 
 
-def test_torch_compile(tmp_path: Path) -> None:
+@scenario("`torch_compile=True`")
+@worlds
+def test_torch_compile(tmp_path: Path, backend: str, ranks: int) -> None:
     """Of the model; ``step()`` stays outside. (Inductor takes minutes on a CPU.)"""
     args = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
-    run("none", 1, trains, Case(args=args), tmp_path)
+    run(backend, ranks, trains, Case(args=args), tmp_path)
 
 
 # --- checkpoints and the average ---------------------------------------------------------------------------------
@@ -208,15 +221,30 @@ def resumes(rank: int, world_size: int, case: Case, folder: Path, same: bool) ->
         assert_same(got, wanted)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
-@pytest.mark.parametrize("name", ["gpt2", "llama tied, by class", "lora"])
-def test_resume_from_checkpoint(tmp_path: Path, name: str, before: int, after: int) -> None:
+CALLBACK = "with `ShardedASGDCallback`"
+RESUMED = [
+    scenario("checkpoint of `torch.optim.ASGD` resumed, and the reverse", CALLBACK),
+    scenario("{before}-rank checkpoint resumed", CALLBACK),
+]
+
+
+@pytest.mark.parametrize(("before", "ranks"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("training as documented", marks=RESUMED),
+        pytest.param(f"{BY_CLASS}, Llama tied", marks=RESUMED),
+        pytest.param("LoRA by peft", marks=scenario("{name}: {before}-rank checkpoint resumed", CALLBACK)),
+    ],
+)
+def test_resume_from_checkpoint(tmp_path: Path, name: str, before: int, ranks: int) -> None:
     """On the same number of ranks as if nothing had happened; on another as with torch.optim.ASGD."""
     case = CASES[name]
     run("gloo" if before > 1 else "none", before, saves, case, tmp_path)
-    run("gloo" if after > 1 else "none", after, resumes, case, tmp_path, before == after)
+    run("gloo" if ranks > 1 else "none", ranks, resumes, case, tmp_path, before == ranks)
 
 
+@scenario("stage 2: 2-rank checkpoint resumed", "with `Stage2Mixin`, `ShardedASGDCallback`", ranks=2)
 def test_resume_in_stage2(tmp_path: Path) -> None:
     """From its own checkpoint."""
     case = Case(stage=2, args={"max_grad_norm": 0.0})
@@ -224,32 +252,60 @@ def test_resume_in_stage2(tmp_path: Path) -> None:
     run("gloo", 2, resumes, case, tmp_path, True)
 
 
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+
+
 def fully_sharded(rank: int, world_size: int, folder: Path) -> None:
-    """Job: FSDP2 by the Trainer's plugin, without a break and resumed. Accelerate takes it on accelerators only."""
+    """Job: FSDP2 by the Trainer's arguments, without a break and resumed. Accelerate takes it on accelerators only."""
     found = []
-    case = Case("llama", tied=False)
-    for ours in (False, True):
-        for checkpoint in (None, str(folder / f"{ours}" / "checkpoint-3")):
+    case = Case("llama", tied=False, by_class=True, on_accelerators=True, args=FSDP)
+    for name, ours, callbacks in (("torch", False, []), ("ours", True, []), ("called", True, [ShardedASGDCallback()])):
+        for checkpoint in (None, str(folder / name / "checkpoint-3")):
             with launched(rank, world_size):
-                callbacks: list[TrainerCallback] = [ShardedASGDCallback()] if ours else []
-                trainer = trainer_of(case, folder / f"{ours}", ours, callbacks, **SAVES)
-                for state in (PartialState(), trainer.accelerator.state):
-                    state.distributed_type = DistributedType.FSDP
-                trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-                    fsdp_version=2,
-                    auto_wrap_policy="transformer_based_wrap",
-                    transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-                )
-                trainer.is_fsdp_enabled, trainer.args.fsdp = True, "fsdp"
+                trainer = trainer_of(case, folder / name, ours, callbacks, **SAVES)
                 trainer.train(resume_from_checkpoint=checkpoint)
+                assert (folder / name / "checkpoint-3" / "optimizer.bin").exists()
                 found.append({name: p.detach().full_tensor() for name, p in trainer.model.named_parameters()})
     for got in found[1:]:
         assert_same(got, found[0])
 
 
+@scenario("FSDP2: clipping by norm", ranks=2)
+@scenario("FSDP2: 2-rank checkpoint resumed", ranks=2)
 def test_fsdp2(tmp_path: Path) -> None:
-    """Checkpoints and resume included."""
+    """Checkpoints and resume included, without the callback and with it."""
     run("gloo", 2, fully_sharded, tmp_path)
+
+
+@scenario("FSDP2: `optimizers=`", "refused: Passing `optimizers` is not allowed if PyTorch FSDP is enabled", ranks=2)
+def test_fsdp2_wants_the_class(tmp_path: Path, refusal: str) -> None:
+    """The Trainer builds the optimizer after the model was sharded."""
+    case = Case("llama", tied=False, on_accelerators=True, args=FSDP)
+    for error in run_errors("gloo", 2, trains, case, tmp_path):
+        assert refusal in error.message
+
+
+def averages_fully_sharded(rank: int, world_size: int, folder: Path) -> None:
+    """Job: FSDP2, and the average beside each checkpoint."""
+    case = Case("llama", tied=False, by_class=True, on_accelerators=True, args=FSDP)
+    with launched(rank, world_size):
+        trainer_of(case, folder, True, [ShardedASGDCallback(save_average=True)], **SAVES).train()
+
+
+@scenario("FSDP2: `save_average=True`", "refused: save_average=True does not work with FSDP", ranks=2)
+def test_fsdp2_saves_no_average(tmp_path: Path, refusal: str) -> None:
+    """It would have to be gathered."""
+    for error in run_errors("gloo", 2, averages_fully_sharded, tmp_path):
+        assert refusal in error.message
+
+
+@scenario("`fsdp=True` on CPUs, which Accelerate ignores", CALLBACK, ranks=2)
+def test_fsdp_on_cpus(tmp_path: Path) -> None:
+    """The model is in DDP, so the checkpoint has to be made whole."""
+    run("gloo", 2, saves, Case("llama", tied=False, args=FSDP), tmp_path)
+    content = torch.load(tmp_path / "ours" / "checkpoint-3" / "optimizer.pt")
+    assert [type(entry["ax"]) for entry in content["state"].values()] == [Tensor] * len(content["state"])
+    assert content["state"]
 
 
 class Losses(TrainerCallback):
@@ -303,15 +359,25 @@ def picks_best(rank: int, world_size: int, case: Case, folder: Path, averaged: b
             assert (best / "optimizer.pt").exists()
 
 
+LAST, AVERAGE = "last iterate as the best model", "average evaluated, saved, and picked as the best"
+
+
 @worlds
-@pytest.mark.parametrize("averaged", [False, True])
-@pytest.mark.parametrize(("name", "strategy"), [("gpt2", "steps"), ("llama", "best"), ("lora", "steps")])
+@pytest.mark.parametrize("weights", [LAST, AVERAGE])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param("training as documented", "steps", marks=scenario("{weights}", CALLBACK)),
+        pytest.param("Llama untied", "best", marks=scenario("{weights}", CALLBACK)),
+        pytest.param("LoRA by peft", "steps", marks=scenario("{name}: {weights}", CALLBACK)),
+    ],
+)
 def test_load_best_model_at_end(
-    tmp_path: Path, name: str, strategy: str, averaged: bool, backend: str, world_size: int
+    tmp_path: Path, name: str, strategy: str, weights: str, backend: str, ranks: int
 ) -> None:
     """With the callback, evaluations and the best model are the average."""
-    case = Case(**{**CASES[name].__dict__, "args": {"save_strategy": strategy}})
-    run(backend, world_size, picks_best, case, tmp_path, averaged)
+    case = replace(CASES[name], args={"save_strategy": strategy})
+    run(backend, ranks, picks_best, case, tmp_path, weights == AVERAGE)
 
 
 class Ended(TrainerCallback):
@@ -321,18 +387,46 @@ class Ended(TrainerCallback):
         raise RuntimeError("ended by the launcher")
 
 
-def saves_a_part(rank: int, world_size: int, folder: Path) -> None:
-    """Job: the callback is missing. The rank that writes raises."""
-    advice = r"transformers.ShardedASGDCallback\(\) to the Trainer's callbacks"
+def saves_a_part(rank: int, world_size: int, folder: Path, message: str) -> None:
+    """Job: the callback is missing. The rank that writes raises, with the line that makes it whole."""
+    advice = f"{re.escape(message)}.*{re.escape('add dist_asgd.integrations.transformers.ShardedASGDCallback()')}"
     with launched(rank, world_size):
         trainer = trainer_of(Case(), folder, True, [Ended()], **SAVES)
         with pytest.raises(RuntimeError, match="ended by the launcher" if rank else advice):
             trainer.train()
 
 
-def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path) -> None:
-    """With the line that makes it whole."""
-    run("gloo", 2, saves_a_part, tmp_path)
+def saves_the_whole(rank: int, world_size: int, folder: Path) -> None:
+    """Job: the callback is missing, and the only rank has the whole."""
+    with launched(rank, world_size):
+        trainer_of(Case(), folder, True, **SAVES).train()
+
+
+@scenario("checkpoint without the adapter", ranks=1)
+@scenario(
+    "checkpoint without the adapter",
+    "refused: transformers would save one rank's part of the optimizer's state as if it were the whole",
+    ranks=2,
+)
+def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path, refusal: str) -> None:
+    """One rank has the whole."""
+    run("gloo", 2, saves_a_part, tmp_path, refusal)
+    run("none", 1, saves_the_whole, tmp_path)
+    assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
+
+
+@scenario("`launch/examples`, by torchrun", CALLBACK, ranks=2)
+def test_the_example_runs(tmp_path: Path) -> None:
+    """With few steps: it trains, resumes, evaluates the average, and exports it."""
+    code = "import pathlib, sys, launch.examples.transformers as example; example.STEPS = 4; "
+    code += "example.main(1, pathlib.Path(sys.argv[1]))"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*torchrun, sys.executable, "-c", code, str(tmp_path)]
+    root = Path(__file__).parent.parent.parent
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "best_average" in ran.stdout
+    assert (tmp_path / "last-average.safetensors").exists()
 
 
 # --- what cannot work ------------------------------------------------------------------------------------------
@@ -341,7 +435,7 @@ def test_a_checkpoint_of_a_part_is_an_error(tmp_path: Path) -> None:
 def wrong(rank: int, world_size: int, what: str, folder: Path) -> None:
     """Job: a script that cannot work."""
     with launched(rank, world_size):
-        if what == "stage 2 without the mixin":
+        if what == WITHOUT:
             case = Case(stage=2)
             trainer = trainer_of(case, folder, True)
             trainer = Trainer(
@@ -350,7 +444,7 @@ def wrong(rank: int, world_size: int, what: str, folder: Path) -> None:
                 train_dataset=Tokens(16),
                 optimizers=(sharded_asgd(trainer.optimizer), None),
             )
-        elif what == "the mixin in stage 1":
+        elif what == "the mixin":
             trainer = trainer_of(Case(), folder, True)
             trainer.__class__ = Stage2Trainer
         else:
@@ -358,15 +452,31 @@ def wrong(rank: int, world_size: int, what: str, folder: Path) -> None:
         trainer.train()
 
 
+WITHOUT = "stage 2 without the adapter"
+
+
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("what", "backend", "ranks"),
     [
-        ("stage 2 without the mixin", "With stage=2 do not wrap the model in DDP"),
-        ("the mixin in stage 1", "Stage2Mixin is for ShardedASGD(stage=2)"),
-        ("compiled in stage 2", "Call model.compile() instead"),
+        pytest.param(what, backend, ranks, marks=scenario(text, f"refused: {message}"))
+        for backend, ranks in (("none", 1), ("gloo", 2))
+        for what, text, message in (
+            (WITHOUT, WITHOUT, "With stage=2 do not wrap the model in DDP"),
+            ("the mixin", "stage 1 with the adapter for stage 2", "Stage2Mixin is for ShardedASGD(stage=2)"),
+            ("compiled", "stage 2: `torch_compile=True`", "Call model.compile() instead"),
+        )
+        if (what, ranks) != (WITHOUT, 1)
     ],
 )
-def test_what_cannot_work_is_an_error_on_every_rank(tmp_path: Path, what: str, message: str) -> None:
+def test_what_cannot_work_is_an_error_on_every_rank(
+    tmp_path: Path, what: str, backend: str, ranks: int, refusal: str
+) -> None:
     """With the remedy."""
-    for error in run_errors("gloo", 2, wrong, what, tmp_path):
-        assert message in error.message
+    for error in run_errors(backend, ranks, wrong, what, tmp_path):
+        assert refusal in error.message
+
+
+@scenario(WITHOUT, ranks=1)
+def test_one_rank_has_no_ddp(tmp_path: Path) -> None:
+    """So nothing has to be left out."""
+    run("none", 1, wrong, WITHOUT, tmp_path)
