@@ -202,9 +202,11 @@ class Averages:
     def _exchange_all(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
         """Put the averages in place of this rank's fragments of the parameters. Not collective."""
         self.is_swapped = True
+        # Once for each cohort: its scalars may be on a device, which the host waits for.
+        has_begun = {cohort: cohort.begun for cohort in set(cohort_of.values())}
         for buffer in state_buffers:
             # Cohorts are the same on all ranks, and so is the decision which state buffers are gathered.
-            begun = [member for member in buffer.members if cohort_of[member.index].begun]
+            begun = [member for member in buffer.members if has_begun[cohort_of[member.index]]]
             if not begun:
                 continue
             self._buffers.append(buffer)

@@ -43,7 +43,16 @@ COLLECTIVES = {
 
 # What this package reads of torch's internals, because torch has no public name for it.
 PRIVATE_TO_TORCH = {
-    *("_C", "_base", "_foreach_copy_", "_foreach_mul_", "_foreach_zero_", "_make_wrapper_subclass", "_to_copy"),
+    *(
+        "_C",
+        "_base",
+        "_foreach_copy_",
+        "_foreach_mul_",
+        "_foreach_norm",
+        "_foreach_zero_",
+        "_make_wrapper_subclass",
+        "_to_copy",
+    ),
     *("_cdata", "_schema"),  # storages and operators
     *("_disabled_torch_function_impl", "_version"),
     *("_current_graph_task_id", "_execution_engine"),  # autograd

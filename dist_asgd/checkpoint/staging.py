@@ -9,7 +9,7 @@ layout       shape, strides, dtype and placement of a tensor; its buffer is used
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ..placements.dtensor import dtensor_like, is_dtensor, local_tensor
 from ..placements.shard_tensor import shard_tensor_of
 from ..update.cpu import copy_bytes
 from .entries import State
+from .pinned import PinnedMemory
 
 Key = tuple[str, str]
 """The section of the state, and the key in it."""
@@ -49,12 +50,14 @@ class _Buffer:
 
     Attributes:
         layout: as in ``_Source``.
+        memory: what keeps page-locked memory locked; None for other memory.
         pointer: the address of the tensor in its copy range; None if the tensor is copied by itself.
         local: the memory, in the shape of ``_Source.local``.
         tensor: ``local`` as a tensor of the original kind, which is what gets saved.
     """
 
     layout: tuple[object, ...]
+    memory: PinnedMemory | None
     pointer: int | None
     local: Tensor
     tensor: Tensor
@@ -144,26 +147,34 @@ class StagingArea:
         self._ranges = [copy_range for copy_range in self._ranges if misfits.isdisjoint(copy_range.keys)]
         for key in misfits:
             self._buffers.pop(key, None)
+        alone: list[Key] = []
         shared: dict[tuple[int, int], dict[Key, Tensor]] = {}
         for key, source in sources.items():
             if key in self._buffers:
                 continue
             if _shares_storage(source.local):
                 shared.setdefault(_storage_of(source.local), {})[key] = source.local
+            elif _is_on_gpu(source.local) and _is_plain(source.local):
+                alone.append(key)
             else:
-                # Pinned, because only pinned memory is filled at the speed of the bus.
                 local = torch.empty_like(source.local, device="cpu", pin_memory=source.local.is_cuda)
-                self._buffers[key] = _Buffer(source.layout, None, local, source.wrap(local))
-        for storage, neighbours in shared.items():
-            for start, stop, keys in _copy_ranges(neighbours):
-                pinned = neighbours[keys[0]].is_cuda
-                buffer = torch.empty(stop - start, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-                self._ranges.append(CopyRange(keys, storage, start, buffer))
-                for key in keys:
-                    tensor, layout = neighbours[key], sources[key].layout
-                    first = _first_byte(tensor) - start
-                    local = buffer[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                    self._buffers[key] = _Buffer(layout, tensor.data_ptr(), local, sources[key].wrap(local))
+                self._buffers[key] = _Buffer(source.layout, None, None, local, source.wrap(local))
+        ranges = [(storage, *found) for storage, neighbours in shared.items() for found in _copy_ranges(neighbours)]
+        takers = [sources[key].local for key in alone] + [sources[keys[0]].local for *_, keys in ranges]
+        sizes_bytes = [sources[key].local.nbytes for key in alone] + [stop - start for _, start, stop, _ in ranges]
+        memory, buffers = _host_memory(takers, sizes_bytes)
+        for key, buffer in zip(alone, buffers, strict=False):
+            source = sources[key]
+            strides = torch.empty_like(source.local, device="meta").stride()
+            local = buffer.view(source.local.dtype).as_strided(source.local.shape, strides)
+            self._buffers[key] = _Buffer(source.layout, memory, None, local, source.wrap(local))
+        for (storage, start, _, keys), buffer in zip(ranges, buffers[len(alone) :], strict=True):
+            self._ranges.append(CopyRange(keys, storage, start, buffer))
+            for key in keys:
+                tensor, layout = sources[key].local, sources[key].layout
+                first = _first_byte(tensor) - start
+                local = buffer[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                self._buffers[key] = _Buffer(layout, memory, tensor.data_ptr(), local, sources[key].wrap(local))
 
     def _fill(self, sources: Mapping[Key, _Source]) -> None:
         """Copy every source into its buffer."""
@@ -177,6 +188,24 @@ class StagingArea:
         for key, target in self._buffers.items():
             if target.pointer is None and target.local.numel():
                 target.local.copy_(sources[key].local)
+
+
+def _host_memory(takers: Sequence[Tensor], sizes_bytes: Sequence[int]) -> tuple[PinnedMemory | None, list[Tensor]]:
+    """Host memory, 1-D uint8, of these sizes for copies of ``takers``: page-locked for those on a GPU.
+
+    Returned beside what keeps it locked, None if nothing is.
+    """
+    pinned = [position for position, taker in enumerate(takers) if _is_on_gpu(taker)]
+    memory = PinnedMemory([sizes_bytes[position] for position in pinned]) if pinned else None
+    given = dict(zip(pinned, memory.tensors, strict=True)) if memory is not None else {}
+    return memory, [
+        given[position] if position in given else torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
+        for position, size_bytes in enumerate(sizes_bytes)
+    ]
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _source_of(value: Any) -> _Source | None:
@@ -204,14 +233,14 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _shares_storage(local: Tensor) -> bool:
-    """Whether other data lies in its storage, and the tensor can be copied as bytes (no subclass, not lazily conj)."""
-    return (
-        type(local) in (Tensor, torch.nn.Parameter)
-        and local.layout is torch.strided
-        and local.untyped_storage().nbytes() > local.nbytes > 0
-        and local.is_contiguous()
-        and not (local.is_conj() or local.is_neg())
-    )
+    """Whether other data lies in its storage, and the tensor can be copied as bytes."""
+    return _is_plain(local) and local.untyped_storage().nbytes() > local.nbytes > 0 and local.is_contiguous()
+
+
+def _is_plain(local: Tensor) -> bool:
+    """Whether the tensor's memory has its elements as they are: it is no subclass, and not lazily conjugated."""
+    plain = type(local) in (Tensor, torch.nn.Parameter) and local.layout is torch.strided
+    return plain and not (local.is_conj() or local.is_neg())
 
 
 def _storage_of(tensor: Tensor) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +20,7 @@ from .roll import Roll
 
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
+ReduceScalars = Literal["sum", "max", "min"]
 # For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor). For backends that are
 # ``contiguous`` one range for all shards.
 SendList = Sequence[Sequence[tuple[int, Tensor]]]
@@ -126,10 +127,11 @@ class ShardCollectives(ABC):
         """
 
     @abstractmethod
-    def gather_rows(self, row: Tensor) -> Tensor:
-        """Return every rank's ``row`` ``(n,)``, a few numbers on the device, as ``(num_ranks, n)``.
+    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
+        """Return the sum, maximum or minimum of every rank's ``values`` ``(n,)``, the same bits on all ranks.
 
-        The result includes the ranks of other replicas. Clipping and gradient scalers call it.
+        ``values`` are a few numbers on the device, and may be overwritten. The result includes the ranks of other
+        replicas; nobody waits for a device. Clipping and gradient scalers call it.
         """
 
     def scratch_bytes(self) -> int:
@@ -235,8 +237,8 @@ class SingleProcess(Communicator):
         if places is not None:
             places[0].copy_(fragment)
 
-    def gather_rows(self, row: Tensor) -> Tensor:
-        return row.unsqueeze(0)
+    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
+        return values
 
     def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
         return PendingSummary(lambda: list(words))

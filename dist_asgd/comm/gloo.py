@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from . import dissemination
-from .base import GroupCommunicator, PendingSummary, SendList, Wait
+from .base import GroupCommunicator, PendingSummary, ReduceScalars, SendList, Wait
 from .dissemination import Message, Summary
 from .host_group import HostGroup
 from .roll import Roll
@@ -32,7 +32,7 @@ SUM_NUMEL = 1 << 16
 # The tags of one optimizer: first those of buckets in flight, then one for each other kind of message. Messages with
 # the same tag between the same two ranks keep their order.
 BUCKET_TAGS = (1 << 16) - 4
-ALL_GATHER, GATHER, GATHER_ROWS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
+ALL_GATHER, GATHER, REDUCE_SCALARS, EXCHANGE = range(BUCKET_TAGS, 1 << 16)
 
 
 class Gloo(GroupCommunicator):
@@ -245,11 +245,12 @@ class Gloo(GroupCommunicator):
         sends = [(target, fragment) for target in targets if target != self.rank and numels[self.rank]]
         self._wait("a gather", self.post("a gather", GATHER, receives, sends))
 
-    def gather_rows(self, row: Tensor) -> Tensor:
-        # As bits: the messages are of integers, and a row may be anything that is copied.
-        words = row.contiguous().view(torch.uint8)
-        rows = dissemination.all_gather(self, GATHER_ROWS, words, [words.numel()] * self.world_size)
-        return torch.stack(rows).view(row.dtype)
+    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
+        # As bits: the messages are of integers. Every rank combines the same rows in the same order.
+        words = values.contiguous().view(torch.uint8)
+        rows = dissemination.all_gather(self, REDUCE_SCALARS, words, [words.numel()] * self.world_size)
+        table = torch.stack(rows).view(values.dtype)
+        return table.sum(0) if op == "sum" else table.amax(0) if op == "max" else table.amin(0)
 
     # --- control words -----------------------------------------------------------------------------------
 

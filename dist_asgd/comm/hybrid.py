@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .base import Communicator, SendList, ShardCollectives, Wait
+from .base import Communicator, ReduceScalars, SendList, ShardCollectives, Wait
 
 
 class _Reduction:
@@ -38,8 +38,8 @@ class _Reduction:
 class Hybrid(ShardCollectives):
     """Reduce-scatters a bucket inside a replica, all-reduces the shard across replicas, and gathers inside.
 
-    ``rank`` and ``world_size`` count the shards of one replica. Tables of ``gather_rows`` have a row for every rank of
-    the mesh, replica by replica. Only a shard, 1 / ``world_size`` of the bytes, is sent across.
+    ``rank`` and ``world_size`` count the shards of one replica, and ``reduce_scalars`` reduces over all ranks of the
+    mesh. Only a shard, 1 / ``world_size`` of the bytes, is sent across.
     """
 
     def __init__(self, inside: Communicator, across: Communicator) -> None:
@@ -110,8 +110,10 @@ class Hybrid(ShardCollectives):
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         self._inside.gather(fragment, places, numels, to)
 
-    def gather_rows(self, row: Tensor) -> Tensor:
-        return self._across.gather_rows(self._inside.gather_rows(row).flatten()).view(-1, row.numel())
+    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
+        reduced = self._across.reduce_scalars(self._inside.reduce_scalars(values, op), op)
+        # Groups across may have added the same numbers in different orders: the largest sum is one that all ranks find.
+        return self._inside.reduce_scalars(reduced, "max") if op == "sum" else reduced
 
     def scratch_bytes(self) -> int:
         """Return the bytes of its own buffers; ``Communicators`` counts those of ``inside`` and ``across``."""

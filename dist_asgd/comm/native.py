@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import GroupCommunicator, PendingSummary, SendList, Wait
+from .base import GroupCommunicator, PendingSummary, ReduceScalars, SendList, Wait
 
 
 class NativeCollectives(GroupCommunicator):
@@ -129,10 +129,12 @@ class NativeCollectives(GroupCommunicator):
                 buffer = fragment if mine else fragment.new_empty(numel) if places is None else places[rank]
                 self._call("a gather", dist.broadcast, buffer, dist.get_global_rank(self.group, rank))
 
-    def gather_rows(self, row: Tensor) -> Tensor:
-        table = row.repeat(self.world_size, 1)
-        self._call("a gather of norms", dist.all_gather, list(table.unbind(0)), row)
-        return table
+    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
+        # NCCL reduces each element in one place and hands the result on, so all ranks have the same bits.
+        kind = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
+        work = self._call("a reduction of norms", dist.all_reduce, values, op=kind, async_op=True)
+        self._wait("a reduction of norms", work)
+        return values
 
     def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
         largest = torch.tensor(words[:num_largest], dtype=torch.int64, device="cpu")

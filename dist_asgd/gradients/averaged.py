@@ -18,7 +18,7 @@ from ..storage.buffers import Bucket, BucketParam, StateBuffer
 from ..storage.memory_order import flattened
 from ..storage.snapshots import NO_GRADIENTS, TensorSnapshot
 from .base import READ_GRADIENTS, Gradients, multiply, ranks_with
-from .checksums import checksum, hexadecimal
+from .checksums import checksum, digest, hexadecimal, on_host
 from .relay import Relay
 
 # Nothing on the parameters tells the two causes apart: the last sentence of errors names both.
@@ -174,11 +174,16 @@ class AveragedGradients(Gradients):
         members = sorted((m for m in self.members if m.index in present), key=lambda m: m.index)
         if not members:
             return
-        row = torch.zeros(len(members), dtype=torch.int64, device="cpu")
+        # One that has joined has gradients left over from its own last step.
         active = self.communicators.rank not in reports.joined
-        if active:
-            sums = [checksum(flattened(m.param.grad, m.strides)) for m in members if m.param.grad is not None]
-            row = torch.stack(sums).cpu()
+        mine = members if active else []
+        gradients = [flattened(m.param.grad, m.strides) for m in mine if m.param.grad is not None]
+        # One word first: the others are sent only to say which parameter differs.
+        if not self.communicators.host.differing(torch.tensor([digest(gradients)], device="cpu"), takes_part=active):
+            return
+        row = torch.zeros(len(members), dtype=torch.int64, device="cpu")
+        if gradients:
+            row = on_host([checksum(gradient) for gradient in gradients])
         differing = self.communicators.host.differing(row, takes_part=active)
         if not differing:
             return

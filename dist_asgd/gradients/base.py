@@ -49,6 +49,8 @@ class Gradients(ABC):
     ``scaling`` holds the factors that reduced gradients still have to be multiplied by; the update applies them.
     ``table`` lists the gradients of bucket parameters that ``agree`` saw on the parameters, by parameter index; it is
     empty outside of a step, so that it keeps no gradient alive.
+    ``counted_elsewhere`` has the parameters that the ranks of another mesh count in the global norm; None until the
+    first norm is taken (``clip.py``).
     """
 
     def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
@@ -56,15 +58,17 @@ class Gradients(ABC):
         self.communicators = communicators
         self.buckets: list[Bucket] = []
         self.presharded: list[PreshardedParam] = []
-        self._presharded_states: list[PreshardedState] = []
+        self.presharded_states: list[PreshardedState] = []
         self.scaling = UNSCALED
         self.table = NO_GRADIENTS
+        self.counted_elsewhere: frozenset[int] | None = None
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         """Take all buckets, in reduce order, and all presharded state; replaces what an earlier call gave."""
         self.buckets = list(buckets)
-        self._presharded_states = list(presharded)
+        self.presharded_states = list(presharded)
         self.presharded = [member for state_buffer in presharded for member in state_buffer.members]
+        self.counted_elsewhere = None
 
     @property
     def members(self) -> Iterator[BucketParam]:
@@ -151,7 +155,7 @@ class Gradients(ABC):
         the first problem with one of them.
         """
         present, misplaced, problem = 0, 0, None
-        for state_buffer in self._presharded_states:
+        for state_buffer in self.presharded_states:
             # A step begins with ``check_unchanged``, which has followed the local tensors; clipping does not.
             report = state_buffer.inspect_gradients(was_followed=call is CollectiveCall.STEP)
             present |= report.present
@@ -207,10 +211,20 @@ class Gradients(ABC):
     def held(self) -> list[Tensor]:
         """All gradients of which this rank holds elements: reduced shards, and tensors on the parameters."""
 
-    def overflowed(self) -> bool:
-        """Whether any gradient that this rank holds is not finite. Not collective; waits for the device."""
-        gradients = [gradient for gradient in self.held() if gradient.numel()]
-        return not all(torch.linalg.vector_norm(gradient, torch.inf).isfinite().cpu() for gradient in gradients)
+    def overflowed(self) -> Tensor:
+        """1 if any gradient that this rank holds is not finite, else 0: ``(1,)`` float32 on the gradients' device.
+
+        If they are on several, it is that of the first state buffer. Not collective; nobody waits for the device.
+        """
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for gradient in self.held():
+            if gradient.numel():
+                by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+        found = torch.zeros(1, device=next(buffer.device for buffer in (*self.buckets, *self.presharded_states)))
+        for same_kind in by_kind.values():
+            largest = torch.stack(torch._foreach_norm(same_kind, torch.inf))
+            found = torch.maximum(found, largest.isfinite().all().logical_not().to(found))
+        return found
 
 
 def check_gradient(member: ShardedParam, gradient: Tensor) -> None:

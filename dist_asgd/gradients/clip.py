@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..comm.reports import CollectiveCall
+from ..placements.presharded import DTensorParam
 from ..storage.buffers import ShardedParam
 from .base import Gradients
 
@@ -23,15 +25,6 @@ def fingerprint_of(max_norm: float, norm_type: float) -> tuple[Fingerprint, Exce
     return Fingerprint("arguments of clip_grad_norm_()", entries, "Pass the same on every rank."), None
 
 
-def _norm(fragment: Tensor, is_complex: bool, norm_type: float) -> Tensor:
-    """The norm of this rank's fragment of a gradient, ``(fragment_numel,)`` and real: 0-dim float64."""
-    if is_complex:
-        norm: Tensor = torch.linalg.vector_norm(torch.view_as_complex(fragment.view(-1, 2)), norm_type).double()
-    else:
-        norm = torch.linalg.vector_norm(fragment, norm_type, dtype=torch.float64)
-    return norm
-
-
 def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -> Tensor:
     """The norm over all active gradients, 0-dim float64 on their device, the same on all ranks. Collective.
 
@@ -41,39 +34,97 @@ def total_norm(gradients: Gradients, active: frozenset[int], norm_type: float) -
     if not members:
         return torch.zeros((), dtype=torch.float64, device="cpu")
     members.sort(key=lambda m: m.index)
-    total: Tensor = torch.linalg.vector_norm(param_norms(gradients, members, norm_type), norm_type)
-    return total
+    if norm_type == 0:
+        # The number of parameters that are not zero, for which it is not enough to know how many elements are not.
+        norms = param_norms(gradients, members, norm_type)
+        total: Tensor = torch.linalg.vector_norm(norms, norm_type)
+        return total
+    counted = _counted(gradients, members)
+    own = _norms(gradients, [m for m, counts in zip(members, counted, strict=True) if counts], norm_type)
+    device = members[0].bucket.device
+    if own:
+        # One number a rank: the norm of its fragments.
+        value = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in own]), norm_type)
+    else:
+        value = torch.full((), _neutral(norm_type), dtype=torch.float64, device=device)
+    return _over_ranks(gradients, value.reshape(1), norm_type)[0]
 
 
 def param_norms(gradients: Gradients, members: Sequence[ShardedParam], norm_type: float) -> Tensor:
     """The norm of the gradient of each of ``members``, ``(len(members),)`` float64, the same on all ranks. Collective.
 
-    ``members`` are not empty, in the order of their indices, the same on all ranks. Each fragment is summed in double
-    precision and fragments are combined in rank order, so that the result does not depend on timing.
+    ``members`` are not empty, and the same in the same order on all ranks. Each fragment is summed in double precision.
     """
     device = members[0].bucket.device
-    # One row a rank: the norms of its fragments, then which set of ranks counts each (0: not this rank's to count).
-    row = torch.zeros(2 * len(members), dtype=torch.float64, device=device)
-    counted = [member for member in members if member.norm_owner]
-    if counted:
-        own = [_norm(gradients.gradient_fragment(m), m.dtype.is_complex, norm_type) for m in counted]
-        if norm_type != 0:
-            own = [
-                n * f.to(n) if (f := gradients.pending_unscale(m)) is not None else n
-                for n, m in zip(own, counted, strict=True)
-            ]
-        owned = torch.tensor([bool(m.norm_owner) for m in members], device=device)
-        row[: len(members)][owned] = torch.stack([norm.to(device) for norm in own])
-    row[len(members) :] = torch.tensor([m.norm_owner for m in members], dtype=torch.float64, device=device)
-    communicators = gradients.communicators
-    communicator = communicators.host if device.type == "cpu" else communicators.on(device)
-    norms_by_rank, owners = communicator.gather_rows(row).chunk(2, 1)  # (ranks, len(members)) each
-    # If several meshes hold a parameter, the first of them counts it, on all ranks alike.
-    first = torch.where(owners > 0, owners, math.inf).amin(0)
-    neutral = math.inf if norm_type < 0 else 0.0
-    fragments = torch.where((owners == first) & (owners > 0), norms_by_rank, neutral)
-    norms: Tensor = fragments.sum(0) if norm_type == 0 else torch.linalg.vector_norm(fragments, norm_type, dim=0)
-    return norms
+    counted = _counted(gradients, members)
+    own = iter(_norms(gradients, [m for m, counts in zip(members, counted, strict=True) if counts], norm_type))
+    neutral = torch.full((), _neutral(norm_type), dtype=torch.float64, device=device)
+    values = torch.stack([next(own).to(device) if counts else neutral for counts in counted])
+    return _over_ranks(gradients, values, norm_type)
+
+
+def _norms(gradients: Gradients, members: Sequence[ShardedParam], norm_type: float) -> list[Tensor]:
+    """The norm of this rank's fragment of each gradient of ``members``: 0-dim float64 on the gradient's device."""
+    norms: list[Tensor | None] = [None] * len(members)
+    # One operator for all fragments of a kind: on accelerators it is a few launches, however many fragments there are.
+    kinds: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+    for position, member in enumerate(members):
+        fragment = gradients.gradient_fragment(member)
+        if member.dtype.is_complex:
+            complex_norm: Tensor = torch.linalg.vector_norm(torch.view_as_complex(fragment.view(-1, 2)), norm_type)
+            norms[position] = complex_norm.double()
+            continue
+        positions, fragments = kinds.setdefault((fragment.device, fragment.dtype), ([], []))
+        positions.append(position)
+        fragments.append(fragment)
+    for positions, fragments in kinds.values():
+        found = torch._foreach_norm(fragments, norm_type, dtype=torch.float64)
+        for position, norm in zip(positions, found, strict=True):
+            norms[position] = norm
+    return [
+        norm if norm_type == 0 or (factor := gradients.pending_unscale(member)) is None else norm * factor.to(norm)
+        for norm, member in zip(cast(list[Tensor], norms), members, strict=True)
+    ]
+
+
+def _neutral(norm_type: float) -> float:
+    """The norm that changes no other norm which it is combined with."""
+    return math.inf if norm_type < 0 else 0.0
+
+
+def _over_ranks(gradients: Gradients, norms: Tensor, norm_type: float) -> Tensor:
+    """The norms over all ranks, ``(n,)`` float64, of which ``norms`` are over this rank's elements. Collective."""
+    communicator = gradients.communicators.on(norms.device)
+    if math.isinf(norm_type):
+        return communicator.reduce_scalars(norms, "max" if norm_type > 0 else "min")
+    if norm_type == 0:
+        return communicator.reduce_scalars(norms, "sum")
+    return communicator.reduce_scalars(norms**norm_type, "sum") ** (1 / norm_type)
+
+
+def _counted(gradients: Gradients, members: Sequence[ShardedParam]) -> list[bool]:
+    """Whether this rank's fragment of each of ``members`` counts: every element of a gradient counts once.
+
+    Collective at the first call since the gradients were given their members.
+    """
+    if gradients.counted_elsewhere is None:
+        gradients.counted_elsewhere = _counted_elsewhere(gradients)
+    return [m.norm_owner > 0 and m.index not in gradients.counted_elsewhere for m in members]
+
+
+def _counted_elsewhere(gradients: Gradients) -> frozenset[int]:
+    """The parameters that the ranks of another mesh count. Collective.
+
+    If several meshes hold a parameter, as replicas of a model do that know nothing of each other, the first counts it.
+    """
+    members = [member for member in gradients.presharded if isinstance(member, DTensorParam)]
+    if not members:
+        return frozenset()
+    none = torch.iinfo(torch.int64).max
+    own = [member.norm_owner or none for member in members]
+    first = [-largest for largest in gradients.communicators.host.largest([-owner for owner in own])]
+    every = zip(members, own, first, strict=True)
+    return frozenset(member.index for member, owner, lowest in every if lowest < owner < none)
 
 
 def clip(

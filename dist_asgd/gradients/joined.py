@@ -44,6 +44,9 @@ def _unscale(gradients: Gradients, reports: RankReports) -> None:
     inverse, explicitly = gradients.lend(reports, None)
     reduces = isinstance(gradients, Reducer)
     # In stage 1 this rank's gradients are left over from its last step.
-    gradients.communicators.host.any_of(reduces and gradients.overflowed())
+    overflowed = gradients.overflowed()
+    if not reduces:
+        overflowed.zero_()
+    gradients.communicators.on(overflowed.device).reduce_scalars(overflowed, "max")
     if explicitly and reduces:
-        gradients.unscale(torch.tensor(inverse, dtype=torch.float32, device=gradients.buckets[0].device))
+        gradients.unscale(torch.full((), inverse, dtype=torch.float32, device=gradients.buckets[0].device))

@@ -68,7 +68,7 @@ class ScalerInfo:
         if device is None:
             return None
         found = torch.as_tensor(self.found_inf, dtype=torch.float32, device=device).reshape(1)
-        return communicators.on(device).gather_rows(found).amax(0)
+        return communicators.on(device).reduce_scalars(found.clone(), "max")
 
     def factors(self, pending: Scaling) -> Scaling:
         """What the update multiplies gradients by: the inverse of the scale, as torch takes it, and ``pending``."""
@@ -131,7 +131,9 @@ def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
     reports = gradients.agree(CollectiveCall.UNSCALE, problem=problem)
     if reports.joined:
         gradients.lend(reports, (float(inverse), explicitly))
-    found = gradients.communicators.host.any_of(gradients.overflowed())
+    # On the device, so that nobody waits for it who need not know here.
+    found = gradients.overflowed()
+    found = gradients.communicators.on(found.device).reduce_scalars(found, "max")[0]
     if explicitly:
         gradients.unscale(inverse.detach())
-    return torch.full((), float(found), dtype=torch.float32, device=inverse.device)
+    return found.to(inverse.device)

@@ -220,10 +220,11 @@ class PublishedGradients:
         if members:
             norms = clip.param_norms(reducer, members, norm_type).unbind()
             found = dict(zip((m.index for m in members), norms, strict=True))
-        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        for index, member in self._members.items():
+            if index not in found:
+                found[index] = torch.zeros((), dtype=torch.float64, device=member.bucket.device)
         self._norms[norm_type] = {
-            index: (member.bucket.gradient_shard()._version, found.get(index, zero))
-            for index, member in self._members.items()
+            index: (member.bucket.gradient_shard()._version, found[index]) for index, member in self._members.items()
         }
         return self._norms[norm_type]
 
@@ -233,9 +234,7 @@ class PublishedGradients:
         """See ``GradientReader``."""
         # Announced, so that a rank in another call is an error and not a wait.
         self._reducer.settle(always=True)
-        communicators = self._reducer.communicators
-        communicator = communicators.host if flag.device.type == "cpu" else communicators.on(flag.device)
-        return communicator.gather_rows(flag.reshape(1)).amax(0)
+        return self._reducer.communicators.on(flag.device).reduce_scalars(flag.reshape(1).clone(), "max")
 
 
 def _take_back(tensors: dict[int, GradientTensor], params: dict[int, weakref.ref[Tensor]]) -> None:

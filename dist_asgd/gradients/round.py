@@ -57,7 +57,8 @@ class Round:
             order = filled + [i for i in range(len(self.buckets)) if i not in filled]
             # The others have nothing to say: the largest is that of rank 0.
             agreed = host.largest(order if host.rank == 0 else [-1] * len(order))
-            self.buckets = [self.buckets[i] for i in agreed]
+            # In a group that moves nothing (torch's `fake` backend) no rank hears of rank 0, and each keeps its own.
+            self.buckets = [self.buckets[i] for i in (order if -1 in agreed else agreed)]
         if active is not self.expected:
             changed = active != self.expected
             self.expected = active

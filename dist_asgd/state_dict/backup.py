@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..comm import Communicators
 from ..gather import Gatherer
-from ..gradients.checksums import checksum
+from ..gradients.checksums import checksum, on_host
 from ..placements.presharded import PreshardedState
 from ..state import ParamShards, own_entries
 from ..storage.buffers import Bucket, StateBuffer
@@ -32,8 +32,7 @@ def find_unequal(buckets: Sequence[Bucket], communicators: Communicators) -> set
     """
     if communicators.world_size == 1 or not buckets:
         return set()
-    sums = torch.stack([checksum(bucket.flat).cpu() for bucket in buckets])
-    return set(communicators.host.differing(sums))
+    return set(communicators.host.differing(on_host([checksum(bucket.flat) for bucket in buckets])))
 
 
 class _BufferBackup:

@@ -14,6 +14,17 @@ from torch import Tensor
 ACCESS_BYTES = 16
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy ``values`` from the host to ``device``; nobody waits for an accelerator, unlike in ``values.to(device)``.
+
+    On the host ``values`` themselves are returned.
+    """
+    if device.type == "cpu":
+        return values
+    # The caching allocator keeps the pinned memory until the copy is over.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -58,8 +69,8 @@ class AddressColumn:
         aligned = not any(address % ACCESS_BYTES for address in rows)
         if capturing:
             return self._captured_column(addresses, rows), aligned
-        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=self._pinned)
-        self._latest = (addresses, (host.to(self._device, non_blocking=True), aligned))
+        host = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self._latest = (addresses, (to_device(host, self._device), aligned))
         return self._latest[1]
 
     def _captured_column(self, addresses: list[int], rows: list[int]) -> Tensor:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..storage.masters import NAN_BITS
 from . import rounding
-from .addresses import ACCESS_BYTES, AddressColumn
+from .addresses import ACCESS_BYTES, AddressColumn, to_device
 from .batch import Batch, StepContext
 from .schedule import scalar_dtype
 from .segments import KernelDtypes, Segment, SegmentGradients
@@ -327,11 +327,12 @@ class Launch:
         for s in self._segments:
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (s.param, s.average, s.master)]
             table.append([*addresses, s.numel, s.row, s.first, s.key, decay_bits])
-        self._table = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
+        # The set of parameters that step may change with every step (mixtures of experts), and so may the plan.
+        self._table = to_device(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
         counts = torch.tensor([-(-s.numel // block_numel) for s in self._segments], dtype=torch.int64, device="cpu")
         of_block = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         place = torch.arange(len(of_block), device="cpu") - (counts.cumsum(0) - counts)[of_block]
-        self._blocks = torch.stack([of_block, place], dim=1).to(device, torch.int32)
+        self._blocks = to_device(torch.stack([of_block, place], dim=1).to(torch.int32), device)
 
     def run(
         self,

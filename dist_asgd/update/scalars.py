@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .addresses import to_device
+
 if TYPE_CHECKING:
     from .schedule import Cohort, StepHyperparameters
 
@@ -43,8 +45,9 @@ class ScalarTable:
         row = len(self._cohorts)
         self._cohorts.append(cohort)
         cohort.initial = cohort.initial or cohort.fresh
-        scalars = [scalar.to(self._device, torch.float64) for scalar in (cohort.step, cohort.eta, cohort.mu)]
-        self._scalars[row].copy_(torch.stack(scalars))
+        # They are on the host before the first step, and on the device if the cohort was split off another one.
+        scalars = torch.stack([scalar.double() for scalar in (cohort.step, cohort.eta, cohort.mu)])
+        self._scalars[row].copy_(to_device(scalars, self._device) if scalars.is_cpu else scalars)
         cohort.step, cohort.eta, cohort.mu = self._scalars[row].unbind()
         cohort.row = row
         cohort.fresh = False
@@ -92,14 +95,11 @@ class ScalarTable:
         advance(self._scalars[:num_rows], self._hyper[:num_rows], self.factors[:num_rows], found_inf)
 
     def _upload(self, rows: Sequence[Sequence[float]]) -> None:
-        pinned = self._device.type == "cuda"
-        if pinned and torch.cuda.is_current_stream_capturing():
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "dist_asgd: hyperparameters, or which parameters have gradients, changed since the last step and "
                 "cannot be uploaded while a CUDA graph is captured. Take one step as it will be captured before the "
                 "capture; an lr that is to change between replays must be a CUDA tensor."
             )
-        # The caching allocator keeps the pinned memory until the copy is over.
-        host = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=pinned)
-        self._hyper[: len(rows)].copy_(host, non_blocking=True)
+        self._hyper[: len(rows)].copy_(to_device(torch.tensor(rows, dtype=torch.float64, device="cpu"), self._device))
         self._uploaded = [list(row) for row in rows]

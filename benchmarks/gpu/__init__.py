@@ -1,0 +1,1 @@
+"""What one GPU can show, in one report: ``benchmarks/gpu.sh``. ``benchmarks/README.md`` says what is measured."""
