@@ -190,6 +190,8 @@ class Agreement:
         if self.iterations is not None:
             self.iterations.before(call)
         pending = self._comm.summarise(words, NUM_LARGEST)
+        if self._waiting is not None:
+            self._waiting.watch(pending)
         return PendingReports(lambda: self._reports(self._wait(call, pending), report), pending.poll)
 
     def _reports(self, summary: list[int], report: RankReport) -> RankReports:

@@ -261,7 +261,7 @@ class GroupCommunicator(Communicator):
         self.ranks = list(ranks)
         self.rank, self.world_size = self.ranks.index(dist.get_rank()), len(self.ranks)
 
-    def peer_error(self, action: str, error: RuntimeError) -> PeerError:
+    def peer_error(self, action: str, error: BaseException) -> PeerError:
         """Return the PeerError for an ``error`` that the backend raised during ``action``; the caller raises it."""
         return PeerError(
             f"dist_asgd: {action} failed on {RankNames(self.ranks).place(self.rank)}: a peer has died, was cut off, or "

@@ -13,6 +13,7 @@ each rank hears of a dead peer as soon as one does, however few connections it h
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -49,7 +50,7 @@ class Messenger(Protocol):
         """Start messages; ``action`` names the collective in a PeerError."""
         ...
 
-    def peer_error(self, action: str, error: RuntimeError) -> PeerError:
+    def peer_error(self, action: str, error: BaseException) -> PeerError:
         """Return the error for what the backend raised."""
         ...
 
@@ -92,24 +93,26 @@ class Hops:
             "a control exchange", tag, list(zip(behind, incoming, strict=True)), [(self._ahead[0], outgoing[0])]
         )
         self._sends = [self._receives.pop()]
-        self._failure: PeerError | None = None
+        self._error: BaseException | None = None
+        # Held while a hop is taken: a thread polls for callers that are elsewhere.
+        self._lock = threading.Lock()
 
     def poll(self) -> None:
         """Send on what has arrived, without waiting for what has not. Raises nothing: ``wait`` does."""
-        while self._receives and self._statuses(self._hop):
-            self._take()
+        if self._lock.acquire(blocking=False):
+            try:
+                while self._receives and self._statuses(self._hop):
+                    self._take()
+            finally:
+                self._lock.release()
 
     def wait(self) -> None:
         """Wait until this rank knows of all ranks, and they have been sent what it knew. PeerError if that fails."""
-        while self._receives:
-            self._take()
-        if self._failure is not None:
-            # Kept nowhere: its traceback refers to this frame.
-            failure, self._failure = self._failure, None
-            try:
-                raise failure
-            finally:
-                del failure
+        with self._lock:
+            while self._receives:
+                self._take()
+        if self._error is not None:
+            raise self._messenger.peer_error("a control exchange", self._error) from self._error
         try:
             for work in self._sends:
                 work.wait()
@@ -137,8 +140,9 @@ class Hops:
         except RuntimeError as error:
             self._receives.clear()
             self._tell(hop)
-            self._failure = self._messenger.peer_error("a control exchange", error)
-            self._failure.__cause__ = error.__cause__ if isinstance(error, PeerError) else error
+            # Without its traceback, which refers to this object: every wait from now on raises it.
+            cause = error.__cause__ if isinstance(error, PeerError) else error
+            self._error = (cause or error).with_traceback(None)
 
     def _tell(self, hop: int) -> None:
         """Tell the ranks that still wait for this one that the exchange has failed, for a bounded time."""

@@ -17,9 +17,10 @@ from .base import PeerError, PendingSummary
 from .rank_names import RankNames
 from .reports import CollectiveCall
 
-# After how long a wait is worth a line in the log, and how often the thread looks.
+# After how long a wait is worth a line in the log, how often the thread looks, and how often it sends on.
 PATIENCE_S = 10.0
 _INTERVAL_S = 2.0
+_POLL_S = 0.25
 # Ranks that wait for the same one let each other know at about the same time: for how long at most nobody else has to
 # come before the rest counts as missing, and for how long ranks that have failed look.
 _QUIET_S, _LAST_LOOK_S = 0.5, 5.0
@@ -36,6 +37,21 @@ class Waiting:
         self._current: tuple[float, CollectiveCall, PendingSummary] | None = None
         self._told: set[CollectiveCall] = set()
         self._thread: threading.Thread | None = None
+        # An exchange that this rank has begun, and does not wait for.
+        self._begun: PendingSummary | None = None
+
+    def watch(self, pending: PendingSummary) -> None:
+        """Send on what arrives of an exchange, for ranks that wait for it while this one is elsewhere.
+
+        Called when an exchange starts; the one before has been waited for.
+        """
+        self._begun = pending
+
+    def poll(self) -> None:
+        """Send on what has arrived. Called by the thread."""
+        begun = self._begun
+        if begun is not None:
+            begun.poll()
 
     def wait(self, call: CollectiveCall, pending: PendingSummary) -> list[int]:
         """Return the words of all ranks, combined. PeerError names the ranks that did not make the ``call``."""
@@ -54,7 +70,7 @@ class Waiting:
                 raise
             raise PeerError(self._describe(call.text, missing, error)) from error.__cause__
         finally:
-            self._current = None
+            self._current = self._begun = None
 
     def _describe(self, call: str, missing: Sequence[int], error: PeerError) -> str:
         others, here = self._names.describe(missing), self._names.place(self._rank)
@@ -105,11 +121,15 @@ def _still_missing(pending: PendingSummary) -> list[int]:
 
 def _watch(of: weakref.ref[Waiting]) -> None:
     """Look at the waits of one optimizer until it is deleted."""
+    last_look = time.monotonic()
     while True:
-        time.sleep(_INTERVAL_S)
+        time.sleep(_POLL_S)
         waiting = of()
         if waiting is None:
             return
-        waiting.look()
+        waiting.poll()
+        if time.monotonic() - last_look >= _INTERVAL_S:
+            waiting.look()
+            last_look = time.monotonic()
         # Held only while it is looked at, so that the optimizer can be deleted.
         del waiting

@@ -97,7 +97,7 @@ class Reducer(Gradients):
 
     def __del__(self) -> None:
         """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
-        if self._in_flight:
+        if self._header.is_under_way or self._in_flight:
             complete_in_background([self._header.wait, *(wait for _, wait, _ in self._in_flight)])
 
     @property

@@ -102,6 +102,11 @@ class Header:
         self._agreement = agreement
         self._pending: PendingReports | None = None
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an exchange was sent and not taken yet."""
+        return self._pending is not None
+
     def send(self) -> None:
         """Start the exchange; the one before has been taken."""
         self._pending = self._agreement.start(CollectiveCall.ROUND)

@@ -85,7 +85,7 @@ class Rank:
             works.append(_Sent())
         return cast(list[dist.Work], works)
 
-    def peer_error(self, action: str, error: RuntimeError) -> PeerError:
+    def peer_error(self, action: str, error: BaseException) -> PeerError:
         """As ``Gloo`` makes it."""
         return PeerError(f"{action} failed on rank {self.rank}: {error}")
 
@@ -171,7 +171,11 @@ def test_dead_ranks(world_size: int, what: str) -> None:
     def job(rank: Rank) -> None:
         own = drawn(rank.rank, 2)
         if what == "summary":
-            Summary(rank, 7, own.tolist(), 1).wait()
+            summary = Summary(rank, 7, own.tolist(), 1)
+            with pytest.raises(PeerError):
+                summary.wait()
+            # Whoever waits again gets no words that nobody has sent.
+            summary.wait()
         elif what == "all_gather":
             all_gather(rank, 7, own, [2] * world_size)
         else:

@@ -1,9 +1,11 @@
 """Stage 2: buckets are launched in the order in which the first backward has filled them, the same on all ranks."""
 
+import time
 from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_asgd import ShardedASGD
@@ -80,3 +82,26 @@ def test_ranks_that_run_in_other_orders() -> None:
     for layers, _, same in run("gloo", 3, launched, orders):
         assert layers == orders[0][::-1]
         assert same
+
+
+def goes_elsewhere(rank: int, world_size: int) -> list[float]:
+    """Job: rank 1 runs a backward less, and waits for the others in a collective of the user's before the step."""
+    param = nn.Parameter(torch.ones(8))
+    optimizer = ShardedASGD([param], lr=1.0, lambd=0.0, stage=2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for _ in range(1 if rank == 1 else 2):
+            param.sum().backward()
+        dist.all_reduce(torch.ones(1))
+        optimizer.step()
+    assert world_size == 4
+    return param.detach().tolist()
+
+
+def test_ranks_that_are_elsewhere_send_exchanges_on() -> None:
+    """The others open another round only when they know of the first, of which they hear through a rank in no call."""
+    started = time.monotonic()
+    mean = (2 + 1 + 2 + 2) / 4
+    for found in run("gloo", 4, goes_elsewhere):
+        assert found == pytest.approx([1 - 2 * mean] * 8, rel=1e-3)
+    assert time.monotonic() - started < 15.0
