@@ -77,7 +77,7 @@ class ProcessPool:
         self._num_groups = 0
         self._open_groups = 0
         self._num_threads = 0
-        self._next_names: set[int] = set()
+        self._next_names: set[tuple[int, int]] = set()
         context = loaded_context()
         self._connections: list[Connection] = []
         self._processes = []
@@ -224,12 +224,13 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> N
                     dist.barrier()
                     dist.destroy_process_group()
                     return
-                # torch names a group by the number of those that this rank has made before.
-                next_name = dist.distributed_c10d._world.group_count
-                answer = pickle.dumps((value, None, dist.get_pg_count(), next_name, _count_threads()))
+                # torch names a group by the number of those that this rank has made before, or is in.
+                world = dist.distributed_c10d._world
+                next_name = (world.group_count, len(world.pg_names))
+                answer = pickle.dumps((value, None, len(world.pg_names), next_name, _count_threads()))
             except BaseException as raised:
                 error = RankError.of(rank, raised)
-                answer = pickle.dumps((None, error, 0, 0, 0))
+                answer = pickle.dumps((None, error, 0, (0, 0), 0))
             connection.send_bytes(answer)
 
 
