@@ -30,7 +30,7 @@ from .base import PeerError
 # The first element of each message. A buffer is zeros until a message arrives in it.
 ARRIVED, FAILED = 1, 2
 # How long a rank whose exchange has failed tries to say so to others, in seconds.
-_LAST_WORDS_S = 2.0
+LAST_WORDS_S = 1.0
 
 # A peer, and the tensor that is sent to it or received from it.
 Message = tuple[int, Tensor]
@@ -89,13 +89,19 @@ class Hops:
         self._ahead = [(rank + (1 << k)) % world_size for k in range(len(outgoing))]
         behind = [(rank - (1 << k)) % world_size for k in range(len(outgoing))]
         messenger.connect({*self._ahead, *behind})
-        self._receives = messenger.post(
-            "a control exchange", tag, list(zip(behind, incoming, strict=True)), [(self._ahead[0], outgoing[0])]
-        )
-        self._sends = [self._receives.pop()]
+        self._receives: list[dist.Work] = []
+        self._sends: list[dist.Work] = []
         self._error: BaseException | None = None
         # Held while a hop is taken: a thread polls for callers that are elsewhere.
         self._lock = threading.Lock()
+        try:
+            self._receives = messenger.post(
+                "a control exchange", tag, list(zip(behind, incoming, strict=True)), [(self._ahead[0], outgoing[0])]
+            )
+            self._sends.append(self._receives.pop())
+        except RuntimeError as error:
+            # A connection was known to be closed. ``wait`` raises; the ranks ahead must not wait for this one.
+            self._fail(-1, error)
 
     def poll(self) -> None:
         """Send on what has arrived, without waiting for what has not. Raises nothing: ``wait`` does."""
@@ -138,15 +144,15 @@ class Hops:
                 self._sends += self._messenger.post("a control exchange", self._tag, (), [message])
             del self._receives[0]
         except RuntimeError as error:
-            self._receives.clear()
-            self._tell(hop)
-            # Without its traceback, which refers to this object: every wait from now on raises it.
-            cause = error.__cause__ if isinstance(error, PeerError) else error
-            self._error = (cause or error).with_traceback(None)
+            self._fail(hop, error)
 
-    def _tell(self, hop: int) -> None:
-        """Tell the ranks that still wait for this one that the exchange has failed, for a bounded time."""
-        deadline = time.monotonic() + _LAST_WORDS_S
+    def _fail(self, hop: int, error: RuntimeError) -> None:
+        """Keep ``error`` for ``wait``, and tell the ranks that wait for a message after ``hop``, for a bounded time."""
+        self._receives.clear()
+        # Without its traceback, which refers to this object: every wait from now on raises it.
+        cause = error.__cause__ if isinstance(error, PeerError) else error
+        self._error = (cause or error).with_traceback(None)
+        deadline = time.monotonic() + LAST_WORDS_S
         last_words: list[dist.Work] = []
         for later in range(hop + 1, len(self._outgoing)):
             self._outgoing[later][0] = FAILED
@@ -231,8 +237,8 @@ def gather(messenger: Messenger, tag: int, own: Tensor, numels: Sequence[int], t
     distances = [1 << k for k in range(num_hops(covered))]
     arriving = [blocks[starts[d] : starts[min(2 * d, covered)]] for d in distances]
     peers = [(rank + distance) % world_size for distance in distances]
-    receives = messenger.post("a gather of messages", tag, list(zip(peers, arriving, strict=True)), ())
     try:
+        receives = messenger.post("a gather of messages", tag, list(zip(peers, arriving, strict=True)), ())
         for work, message in zip(receives, arriving, strict=True):
             work.wait()
             if message[0] == FAILED:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Sequence
 
 from .base import PeerError, PendingSummary
+from .dissemination import LAST_WORDS_S
 from .rank_names import RankNames
 from .reports import CollectiveCall
 
@@ -65,7 +66,8 @@ class Waiting:
             return pending()
         except PeerError as error:
             pending.note_waiting()
-            missing = _still_missing(pending)
+            # Others may be telling their neighbours of the failure before they let this one know of them.
+            missing = _still_missing(pending, LAST_WORDS_S + _QUIET_S)
             if not missing:
                 raise
             raise PeerError(self._describe(call.text, missing, error)) from error.__cause__
@@ -92,7 +94,7 @@ class Waiting:
         pending.note_waiting()
         if call in self._told or time.monotonic() - since < PATIENCE_S:
             return
-        missing = _still_missing(pending)
+        missing = _still_missing(pending, _QUIET_S)
         if not missing or self._current is not current:
             return
         self._told.add(call)
@@ -106,12 +108,12 @@ class Waiting:
         )
 
 
-def _still_missing(pending: PendingSummary) -> list[int]:
-    """Return the ranks that are missing, once nobody else has come for a while."""
+def _still_missing(pending: PendingSummary, quiet_s: float) -> list[int]:
+    """Return the ranks that are missing, once nobody else has come for ``quiet_s`` seconds."""
     missing = pending.missing()
     last_change = deadline = time.monotonic()
     deadline += _LAST_LOOK_S
-    while missing and time.monotonic() < min(deadline, last_change + _QUIET_S):
+    while missing and time.monotonic() < min(deadline, last_change + quiet_s):
         time.sleep(0.05)
         now = pending.missing()
         if now != missing:

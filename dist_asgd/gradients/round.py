@@ -26,14 +26,14 @@ class Round:
         # The parameters that are ready, and for how many each bucket still waits.
         self._ready: set[int] = set()
         self._waiting_for: dict[int, int] = {}
-        # The buckets that are full, in the order in which they became so; None once ranks have agreed on an order.
-        self._filled: list[int] | None = None
+        # The ids of buckets that are full, in the order in which they became so; None once ranks have agreed on one.
+        self._filled: dict[int, None] | None = None
 
     def extend(self, buckets: Sequence[Bucket]) -> None:
         """Take all buckets, in reduce order; each waits for all its parameters until a step has shown which come."""
         self.buckets = [bucket for bucket in buckets if bucket.trainable]
         self.expected = frozenset(member.index for bucket in self.buckets for member in bucket.members)
-        self._filled = []
+        self._filled = {}
         self.begin()
 
     def begin(self) -> None:
@@ -53,8 +53,10 @@ class Round:
         if not active:
             return
         if self._filled is not None:
-            filled, self._filled = self._filled, None
-            order = filled + [i for i in range(len(self.buckets)) if i not in filled]
+            position = {id(bucket): i for i, bucket in enumerate(self.buckets)}
+            # Buckets that no backward has filled come last, in the order in which they were.
+            order = [position[key] for key in dict.fromkeys((*self._filled, *position))]
+            self._filled = None
             # The others have nothing to say: the largest is that of rank 0.
             agreed = host.largest(order if host.rank == 0 else [-1] * len(order))
             # In a group that moves nothing (torch's `fake` backend) no rank hears of rank 0, and each keeps its own.
@@ -79,9 +81,7 @@ class Round:
             return False
         self._waiting_for[id(bucket)] -= 1
         if self._filled is not None and not self._waiting_for[id(bucket)]:
-            position = next(i for i, known in enumerate(self.buckets) if known is bucket)
-            if position not in self._filled:
-                self._filled.append(position)
+            self._filled[id(bucket)] = None
         return True
 
     def next_is_full(self) -> bool:

@@ -30,8 +30,10 @@ TIMEOUT_S = 2.0
 class Network:
     """Messages between threads, in order for each pair of ranks and tag; dead ranks close connections."""
 
-    def __init__(self, world_size: int, dead: Iterable[int] = ()) -> None:
+    def __init__(self, world_size: int, dead: Iterable[int] = (), noticed: bool = False) -> None:
+        """``noticed``: connections to dead ranks are known to be closed before anything is sent."""
         self.world_size = world_size
+        self.noticed = noticed
         self.dead = frozenset(dead)
         self.num_sent = [0] * world_size
         self.peers: list[set[int]] = [set() for _ in range(world_size)]
@@ -75,6 +77,10 @@ class Rank:
     def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
         """Start messages."""
         works: list[Any] = []
+        receives, sends = list(receives), list(sends)
+        for peer, _ in (*receives, *sends):
+            if self.network.noticed and peer in self.network.dead:
+                raise self.peer_error(action, RuntimeError("Connection closed by peer"))
         for peer, place in receives:
             self.network.peers[self.rank].add(peer)
             works.append(_Receive(self.network, peer, self.network.box(peer, self.rank, tag), place))
@@ -163,10 +169,11 @@ def test_the_rows_of_all_ranks(world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", SIZES)
 @pytest.mark.parametrize("what", ["summary", "all_gather", "gather"])
-def test_dead_ranks(world_size: int, what: str) -> None:
+@pytest.mark.parametrize("noticed", [False, True], ids=["while waiting", "before"])
+def test_dead_ranks(world_size: int, what: str, noticed: bool) -> None:
     """Every other rank hears of it at once, although most have no connection to the dead one."""
     dead = random.Random(world_size).sample(range(world_size), max(1, world_size // 10))
-    network = Network(world_size, dead)
+    network = Network(world_size, dead, noticed)
 
     def job(rank: Rank) -> None:
         own = drawn(rank.rank, 2)
@@ -302,21 +309,22 @@ def test_disagreements_of_eight_ranks(what: str, odd: int) -> None:
         assert text in shown, shown
 
 
-def dies(rank: int, _world_size: int, dead: int) -> None:
-    """Job: one rank is killed before a step of all others, which have no other collective to notice it in."""
+def dies(rank: int, _world_size: int, dead: int, seconds: float) -> None:
+    """Job: one rank ends before or while all others make a call, which have no other collective to notice it in."""
     param = nn.Parameter(torch.ones(64))
     optimizer = ShardedASGD([param])
     dist.barrier()
     if rank == dead:
         time.sleep(0.3)
         os._exit(9)
-    optimizer.zero_grad()
+    time.sleep(seconds)
     optimizer.consolidated_state_dict()
 
 
-def test_a_dead_rank_of_eight() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 1.0], ids=["while they wait", "before they call"])
+def test_a_dead_rank_of_eight(seconds: float) -> None:
     """Every other one raises in seconds, and names it."""
-    found = outcomes("gloo", 8, dies, 5)
+    found = outcomes("gloo", 8, dies, 5, seconds)
     for outcome in found:
         if outcome.rank != 5:
             assert outcome.error is not None
