@@ -27,6 +27,10 @@ class LateWork:
     def __init__(self, run: Callable[[], object]) -> None:
         self._run: Callable[[], object] | None = run
 
+    def is_completed(self) -> bool:
+        """Never: as late as may be."""
+        return False
+
     def wait(self) -> None:
         """Run the collective."""
         assert self._run is not None, "waited for twice"
