@@ -68,7 +68,7 @@ class Gatherer:
         communicator = replicas.on(buffer.device)
         if id(buffer) not in self._layouts:
             direct_numel = DIRECT_BYTES // buffer.dtype.itemsize
-            whole = communicator.contiguous
+            whole = communicator.gathers_contiguous
             shard_numel = buffer.layout.shard_numel
             self._layouts[id(buffer)] = (
                 whole_layout(buffer.layout) if whole else send_layout(buffer.layout, direct_numel, 0, shard_numel)

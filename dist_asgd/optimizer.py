@@ -93,6 +93,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         shard_replicated: True lets each rank of a replica group (HSDP, replicated parameters of tensor parallelism)
             update a fragment and keep the state of that; parameters are gathered among them. False lets each update
             and keep all of it, as torch does. The bits are the same.
+        shared_memory: True lets ranks of one host exchange gradients and parameters on CPUs through memory that they
+            share, where the system allows it. False sends messages (Gloo). The bits are the same.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -124,9 +126,10 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         stochastic_rounding: int | None = None,
         reduce_dtype: torch.dtype | None = None,
         shard_replicated: bool = True,
+        shared_memory: bool = True,
     ) -> None:
         JoinableOptimizer.__init__(self)
-        self.communicators = Communicators(process_group, mesh)
+        self.communicators = Communicators(process_group, mesh, shared_memory)
         self._agreement = Agreement(self.communicators.host)
         self._updater = Updater()
         self.gatherer = Gatherer(self.communicators)
@@ -135,7 +138,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self._stage = stage
         self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
         self._options = {"stage": stage, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb}
-        self._options |= {"shard_replicated": shard_replicated, **self._precision.options()}
+        self._options |= {"shard_replicated": shard_replicated, "shared_memory": shared_memory}
+        self._options |= self._precision.options()
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
         defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -105,6 +106,28 @@ class ShardCollectives(ABC):
         """Whether a reduce-scatter, when it starts, may wait for the one before it to arrive."""
         return False
 
+    @property
+    def gathers_contiguous(self) -> bool:
+        """The same as ``contiguous``, for ``Communicator.all_gather_uneven``."""
+        return self.contiguous
+
+    @property
+    def in_background(self) -> bool:
+        """Whether messages travel between a launch and its wait. If not, other ranks wait for this one's waits."""
+        return True
+
+    def prepare(self, send_bytes: int) -> None:
+        """Make room for send buffers of that size, if they are this object's. Collective; called before any is used."""
+        return
+
+    def send_buffer(self, numel: int, dtype: torch.dtype) -> Tensor | None:
+        """Return memory ``(numel,)`` to pack the next reduce-scatter in; None if it may be packed anywhere.
+
+        It may wait until the other ranks have read what was there. It is this object's again once the reduce-scatter
+        has started.
+        """
+        return None
+
     @abstractmethod
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
         """Start ``shard = mean over ranks of their sends to it``, or ``shard +=`` that if ``accumulate``.
@@ -169,8 +192,8 @@ class Communicator(ShardCollectives):
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
         """Start filling ``fragments[r]``, a list of 1-D tensors, on every rank with the ones that rank r has.
 
-        All ranks pass the same sizes. If ``contiguous``, the only tensor is one flat buffer, with one fragment of equal
-        size for each rank.
+        All ranks pass the same sizes. If ``gathers_contiguous``, the only tensor is one flat buffer, with one fragment
+        of equal size for each rank.
         """
 
     @abstractmethod

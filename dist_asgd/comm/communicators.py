@@ -17,10 +17,11 @@ import torch.distributed as dist
 from .axes import Axes, NotAMember, Ranks, timeout_of
 from .base import Communicator, ShardCollectives, SingleProcess
 from .gloo import Gloo
-from .host_group import HostGroup
+from .host_group import DEFAULT_TIMEOUT, HostGroup
 from .hybrid import Hybrid
 from .native import NativeCollectives
 from .rank_names import RankNames
+from .shared_memory import OUTBOX_BYTES, SharedMemory, make_ring
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -144,8 +145,11 @@ class Communicators:
     ``problem`` is the error in the constructor's arguments, if there is one: all ranks raise it together later.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, mesh: DeviceMesh | None = None, shares_memory: bool = True
+    ) -> None:
         """No communication. Raises NotAMember if this rank is not in the group or mesh."""
+        self._shares_memory = shares_memory
         self.problem: Exception | None = None
         try:
             axes = Axes.of(group, mesh)
@@ -239,7 +243,7 @@ class Communicators:
         host = self.host
         if device.type == "cpu" and isinstance(host, Gloo):
             # Parameters that are offloaded to the host are sent from there, even if the group was made for GPUs.
-            return host.among(ranks)
+            return self._on_host_of(host.among(ranks))
         backend = _fast_backend_for(self._group, device)
         # NCCL gets a group of its own: on the user's, one of our collectives could be paired with one of the user's if
         # ranks call them in different orders.
@@ -248,6 +252,14 @@ class Communicators:
             self._group if shared else _own_group(ranks, backend, self._group, host if isinstance(host, Gloo) else None)
         )
         return NativeCollectives(group, averages=backend == "nccl")
+
+    def _on_host_of(self, messages: Gloo) -> Communicator:
+        """Return a communicator that shares memory, if all ranks of ``messages`` can. Collective on them."""
+        if not self._shares_memory:
+            return messages
+        timeout = timeout_of(self._group) or DEFAULT_TIMEOUT
+        ring = make_ring(messages, OUTBOX_BYTES, timeout.total_seconds())
+        return messages if ring is None else SharedMemory(messages, ring, timeout.total_seconds())
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 from .axes import timeout_of
 from .reports import digest_of
 
-_DEFAULT_TIMEOUT = timedelta(minutes=30)
+DEFAULT_TIMEOUT = timedelta(minutes=30)
 # A tag that no communicator uses.
 _GREETING = 1
 
@@ -56,7 +56,7 @@ class HostGroup:
         store = PrefixStore(f"{key}/{parent.add(f'{key}/rank{rank}', 1)}", parent)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in the stub
         # Without it torch would take half an hour, whatever the user chose for `like`.
-        options._timeout = timeout_of(like) or _DEFAULT_TIMEOUT
+        options._timeout = timeout_of(like) or DEFAULT_TIMEOUT
         options._devices = [_device()]
         backend = dist.ProcessGroupGloo(store, list(ranks).index(rank), len(ranks), options)
         return cls(backend, list(ranks), store, set())

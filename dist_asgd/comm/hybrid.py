@@ -57,6 +57,16 @@ class Hybrid(ShardCollectives):
         return self._inside.contiguous
 
     @property
+    def in_background(self) -> bool:
+        return self._inside.in_background and self._across.in_background
+
+    def prepare(self, send_bytes: int) -> None:
+        self._inside.prepare(send_bytes)
+
+    def send_buffer(self, numel: int, dtype: torch.dtype) -> Tensor | None:
+        return self._inside.send_buffer(numel, dtype)
+
+    @property
     def waits_to_launch(self) -> bool:
         return True
 

@@ -84,6 +84,7 @@ class Reducer(Gradients):
         self._member_of = {member.index: member for member in self.members}
         self._round.extend(self.buckets)
         self._register_hooks()
+        self._transfers.wait_for_all()
         collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
         self._transfers = Transfers(self.buckets, collectives, self._header)
         self.published.extend(self.members, self._hooked)
@@ -253,7 +254,7 @@ class Reducer(Gradients):
             # No round changes the gradients of presharded parameters: one look is enough.
             present, misplaced, wrong = self.inspect_presharded(call)
         while True:
-            self._transfers.start_all()
+            self._transfers.before_exchange()
             pending = self._pending(keep)
             self.agreement.cleared = bool(self.published.cleared)
             problem = problem or self._mispaired or self._problem or wrong

@@ -28,7 +28,11 @@ class SendBuffers:
 
     def __init__(self, buckets: Sequence[Bucket], collectives: Mapping[torch.device, ShardCollectives]) -> None:
         self._buckets = buckets
+        self._collectives = collectives
         self._layouts = {id(bucket): send_layouts(bucket, collectives[bucket.device].contiguous) for bucket in buckets}
+        for device, on in collectives.items():
+            of_device = [bucket for bucket in buckets if bucket.device == device]
+            on.prepare(max(x.packed_numel * b.wire_dtype.itemsize for b in of_device for x in self.layouts(b)))
         self.forget()
 
     def forget(self) -> None:
@@ -40,11 +44,14 @@ class SendBuffers:
         """How the stripes of ``bucket`` are sent, one after the other."""
         return self._layouts[id(bucket)]
 
-    def take(self, bucket: Bucket) -> tuple[Tensor, Callable[[], None]]:
-        """A free buffer for a stripe of ``bucket``, and the call that gives it back once nothing reads it any more.
+    def take(self, bucket: Bucket, numel: int) -> tuple[Tensor, Callable[[], None]]:
+        """A free buffer of ``numel`` elements for ``bucket``, and the call that gives it back when nothing reads it.
 
         At most ``MAX_IN_FLIGHT`` are taken at a time.
         """
+        own = self._collectives[bucket.device].send_buffer(numel, bucket.wire_dtype)
+        if own is not None:
+            return own, _nothing
         key = (bucket.device, bucket.wire_dtype)
         if key not in self._free:
             same_kind = [b for b in self._buckets if (b.device, b.wire_dtype) == key]
@@ -53,7 +60,11 @@ class SendBuffers:
             self._free[key] = made
             self.nbytes += sum(buffer.nbytes for buffer in made)
         buffer = self._free[key].pop()
-        return buffer, partial(self._free[key].append, buffer)
+        return buffer[:numel], partial(self._free[key].append, buffer)
+
+
+def _nothing() -> None:
+    """What gives back a buffer of the communicator, which knows by itself."""
 
 
 def send_layouts(bucket: Bucket, contiguous: bool) -> list[SendLayout]:

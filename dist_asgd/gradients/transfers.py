@@ -67,6 +67,7 @@ class Transfers:
         self._collectives = collectives
         self._header = header
         self._send_buffers = SendBuffers(buckets, collectives)
+        self._in_background = all(on.in_background for on in collectives.values())
         self._streams = {device: stream_for(device, on.contiguous) for device, on in collectives.items()}
         self.forget()
 
@@ -138,12 +139,11 @@ class Transfers:
         if collectives.waits_to_launch:
             self._header.wait()
         shard = bucket.gradient_shard()[layout.start : layout.stop]
-        buffer, give_back = self._send_buffers.take(bucket)
+        packed, give_back = self._send_buffers.take(bucket, layout.packed_numel)
         gradients = launch.gradients
         was_torn, self.is_torn = self.is_torn, True
 
         def send() -> None:
-            packed = buffer[: layout.packed_numel]
             bucket.pack(gradients, layout, packed)
             # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
             sends = [[(part.start, source(gradients, packed, part)) for part in ranges] for ranges in layout.ranges]
@@ -187,11 +187,17 @@ class Transfers:
     def start_all(self) -> None:
         """Start every transfer, and wait for what that needs.
 
-        Called at the end of a backward and before an exchange of control words: other ranks may wait for transfers
-        before they take part in that.
+        Called at the end of a backward: other ranks may wait for transfers before they make their next call.
         """
         while self._waiting:
             self.finish_oldest()
+
+    def before_exchange(self) -> None:
+        """Get as far as no other rank needs this one any more before it takes part in an exchange of control words."""
+        if self._in_background:
+            self.start_all()
+        else:
+            self.wait_for_all()
 
     def wait_for(self, buffer: StateBuffer) -> None:
         """Wait until the shard of ``buffer`` is complete; on GPUs the computing stream does, and not the host."""

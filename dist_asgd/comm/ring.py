@@ -1,0 +1,125 @@
+"""Messages through shared pages: each rank has an outbox in them, which it fills in a circle and the others read.
+
+message  a range of every rank's outbox, the same range in each, with a number that counts from 1. All ranks make the
+         same messages in the same order, and each fills its own range, publishes it, and reads those of the others
+room     a rank may fill the range of a message once all others have read the earlier messages that lie there
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pages import LINE_BYTES, Pages, Processes, Signals
+
+ALIGN_BYTES = 64
+
+
+def header_bytes(world_size: int) -> int:
+    """The bytes before the outboxes: the proof, and two signals a rank, rounded up to whole pages of memory."""
+    return -(-(1 + 2 * world_size) * LINE_BYTES // 4096) * 4096
+
+
+def file_bytes(world_size: int, outbox_bytes: int) -> int:
+    """The size of the whole file."""
+    return header_bytes(world_size) + world_size * outbox_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Bytes ``[start, stop)`` of every outbox. ``after`` is the last message that has to be read before; 0 if none."""
+
+    number: int
+    start: int
+    stop: int
+    after: int
+
+
+class Ring:
+    """The outboxes of ``world_size`` ranks, of which this is ``rank``; ``outbox_bytes`` is the size of each."""
+
+    def __init__(
+        self, pages: Pages, rank: int, processes: Processes, world_size: int, outbox_bytes: int, timeout_s: float
+    ) -> None:
+        self.outbox_bytes = outbox_bytes
+        self.rank = rank
+        self._peers = [peer for peer in range(world_size) if peer != rank]
+        first = header_bytes(world_size)
+        self._outboxes = pages.memory[first:].view(world_size, outbox_bytes)
+        self._published = Signals(pages, LINE_BYTES, processes, timeout_s)
+        self._read = Signals(pages, (1 + world_size) * LINE_BYTES, processes, timeout_s)
+        self._number = 0
+        self._next_start = 0
+        # Messages whose bytes no later message has taken, oldest first.
+        self._last: deque[Message] = deque()
+
+    def message(self, nbytes: int) -> Message:
+        """Make the next message, of at most ``outbox_bytes`` bytes. All ranks make the same; nobody waits."""
+        size = -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+        assert 0 < size <= self.outbox_bytes
+        start = self._next_start if self._next_start + size <= self.outbox_bytes else 0
+        stop = start + size
+        overlapping = [other.number for other in self._last if other.start < stop and start < other.stop]
+        after = max(overlapping, default=0)
+        # Messages are read in order: with the last of them all earlier ones are.
+        while self._last and self._last[0].number <= after:
+            self._last.popleft()
+        self._number += 1
+        self._next_start = stop
+        made = Message(self._number, start, stop, after)
+        self._last.append(made)
+        return made
+
+    def has_room(self, message: Message) -> bool:
+        """Whether this rank may fill its range of ``message`` now."""
+        return not message.after or all(self._read.has(peer, message.after) for peer in self._peers)
+
+    def wait_for_room(self, message: Message) -> None:
+        """Wait until ``has_room``. RuntimeError if another rank has ended or is late."""
+        if message.after:
+            for peer in self._peers:
+                self._read.wait_for(peer, message.after)
+
+    def outbox(self, rank: int, message: Message) -> Tensor:
+        """The bytes of ``message`` in the outbox of ``rank``: ``(nbytes,)`` uint8, rounded up to 64 bytes."""
+        return self._outboxes[rank, message.start : message.stop]
+
+    def publish(self, message: Message) -> None:
+        """Let the other ranks read this rank's range, which is filled; in the order of messages."""
+        self._published.send(self.rank, message.number)
+
+    def is_published(self, message: Message) -> bool:
+        """Whether every other rank has published the message."""
+        return all(self._published.has(peer, message.number) for peer in self._peers)
+
+    def wait_for(self, peer: int, message: Message) -> None:
+        """Wait until ``peer`` has published the message. RuntimeError if it has ended or is late."""
+        self._published.wait_for(peer, message.number)
+
+    def mark_read(self, message: Message) -> None:
+        """Tell the other ranks that this one reads nothing of this message, and of those before it, any more."""
+        self._read.send(self.rank, message.number)
+
+
+def cut(fragments: Sequence[Tensor], nbytes: int) -> list[list[tuple[int, Tensor]]]:
+    """Cut ``fragments``, 1-D tensors one after the other, into runs of ``nbytes`` bytes.
+
+    Returns for each run its parts: where each begins in the run, and its bytes as a view, uint8.
+    """
+    runs: list[list[tuple[int, Tensor]]] = []
+    at = nbytes
+    for fragment in fragments:
+        left = fragment.view(torch.uint8)
+        while left.numel():
+            if at == nbytes:
+                runs.append([])
+                at = 0
+            part = left[: nbytes - at]
+            runs[-1].append((at, part))
+            at += part.numel()
+            left = left[part.numel() :]
+    return runs

@@ -1,0 +1,387 @@
+"""The collectives of ranks on one host, through memory that they share; their control words stay on Gloo.
+
+A gradient crosses a process in one copy and one sum, where Gloo takes it through the kernel twice. Nothing happens
+between a launch and its wait: a rank itself copies and sums. So all ranks end their collectives in the order of
+launches, and ``Reduction.is_done`` says when a wait would wait for nobody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
+from .gloo import SIXTEEN_BIT, SUM_NUMEL, Gloo
+from .pages import PageFile, Pages, Processes, host_of_this_process, library
+from .reports import digest_of
+from .ring import Message, Ring, cut, file_bytes
+
+ENVIRONMENT = "DIST_ASGD_SHARED_MEMORY"
+# Of gathers so many bytes are published at a time, so that they are read while they are in a cache.
+PIECE_BYTES = 1 << 19
+# The least that an outbox holds: some pieces of a gather.
+OUTBOX_BYTES = 4 * PIECE_BYTES
+# How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
+SEND_BUFFERS = 3
+
+
+@cache
+def _log_once(reason: str) -> None:
+    logging.getLogger("dist_asgd").warning(
+        "ranks of one host do not share memory: %s. Gradients and parameters go through Gloo's messages instead, with "
+        "the same bits and at about half the speed. %s=0 in the environment of all ranks asks for that.",
+        reason,
+        ENVIRONMENT,
+    )
+
+
+def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
+    """Make a ring for the ranks of ``messages``; None if they lie on several hosts, or cannot share memory.
+
+    Collective on these ranks, and the result is the same on all of them. The log says once what does not work.
+    """
+    problem = _why_not()
+    host = "" if problem else host_of_this_process()
+    words = torch.tensor([digest_of(host) >> 1], device="cpu")
+    if messages.any_of(problem is not None):
+        if problem:
+            _log_once(problem)
+        return None
+    if messages.differing(words):
+        return None
+    return _make_on_host(messages, host, outbox_bytes, timeout_s)
+
+
+def _why_not() -> str | None:
+    """Why this rank cannot share memory; empty if nobody wants it to; None if it can."""
+    if os.environ.get(ENVIRONMENT, "1").lower() in ("0", "false", "off", "no"):
+        return ""
+    loaded = library()
+    if isinstance(loaded, str):
+        return loaded
+    try:
+        host_of_this_process()
+    except OSError as error:
+        return f"the system does not tell which host this is ({error})"
+    return None
+
+
+def _make_on_host(messages: Gloo, host: str, outbox_bytes: int, timeout_s: float) -> Ring | None:
+    nbytes = file_bytes(messages.world_size, outbox_bytes)
+    pages: Pages | None = None
+    file: PageFile | None = None
+    problem: str | None = None
+    if messages.rank == 0:
+        try:
+            pages, file = Pages.new(nbytes)
+        except OSError as error:
+            problem = f"no memory file can be made ({error})"
+    # The processes' numbers are those of one namespace: ``host`` says so.
+    rows = messages.exchange_objects((host, os.getpid(), file))
+    numbers, found = [number for _, number, _ in rows], rows[0][2]
+    ring: Ring | None = None
+    if found is not None:
+        try:
+            if pages is None:
+                pages = Pages.of(found, nbytes)
+            processes = Processes(numbers)
+            ring = Ring(pages, messages.rank, processes, messages.world_size, outbox_bytes, timeout_s)
+        except OSError as error:
+            problem = f"memory of rank {messages.ranks[0]} cannot be opened ({error})"
+    failed = messages.any_of(ring is None)
+    # Only now all ranks have opened the file.
+    if pages is not None:
+        pages.close()
+    if failed:
+        if problem:
+            _log_once(problem)
+        return None
+    return ring
+
+
+# Takes from a message what its number i holds of each rank.
+Read = Callable[[int, Message], None]
+
+
+class _Operation(ABC):
+    """A collective that was launched; ``run`` ends it, in the order of launches."""
+
+    has_ended = False
+
+    @property
+    @abstractmethod
+    def is_published(self) -> bool:
+        """Whether all that this rank sends for it is published."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Wait for the other ranks, and do the rest of the work."""
+
+
+class _Mean(_Operation):
+    """A reduce-scatter, whose send buffer is published."""
+
+    is_published = True
+
+    def __init__(self, ring: Ring, message: Message, end: Callable[[Message], None]) -> None:
+        self._ring, self._message, self._end = ring, message, end
+
+    def run(self) -> None:
+        self._end(self._message)
+        self._ring.mark_read(self._message)
+
+
+class _Stream(_Operation):
+    """What each rank sends to all others, in pieces; ``own`` are this rank's, and ``read`` takes piece i of all."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        own: Sequence[Sequence[tuple[int, Tensor]]],
+        messages: Sequence[Message],
+        read: Read,
+        ahead: bool,
+    ) -> None:
+        """``ahead``: publish at once what there is room for."""
+        self._ring, self._own, self._messages, self._read = ring, own, messages, read
+        self._num_published = 0
+        if ahead:
+            self._publish_ahead()
+
+    @property
+    def is_published(self) -> bool:
+        return self._num_published == len(self._messages)
+
+    def _publish_ahead(self) -> None:
+        """Publish as much as there is room for."""
+        while not self.is_published and self._ring.has_room(self._messages[self._num_published]):
+            self._publish()
+
+    def _publish(self) -> None:
+        message = self._messages[self._num_published]
+        if self._num_published < len(self._own):
+            outbox = self._ring.outbox(self._ring.rank, message)
+            for at, part in self._own[self._num_published]:
+                outbox[at : at + part.numel()].copy_(part)
+        self._ring.publish(message)
+        self._num_published += 1
+
+    def run(self) -> None:
+        for i, message in enumerate(self._messages):
+            # Whoever waits for a piece has published its own before: so the first that waits is never waited for.
+            if self._num_published == i:
+                self._ring.wait_for_room(message)
+                self._publish()
+            self._publish_ahead()
+            self._read(i, message)
+            self._ring.mark_read(message)
+
+
+class SharedMemory(GroupCommunicator):
+    """The collectives of ranks of one host. Every sum is taken in rank order, with the bits of ``Gloo``'s."""
+
+    def __init__(self, messages: Gloo, ring: Ring, timeout_s: float) -> None:
+        """``messages`` are those of the same ranks, for control words. No communication."""
+        super().__init__(messages.ranks)
+        self._messages = messages
+        self._ring = ring
+        self._timeout_s = timeout_s
+        self._queue: deque[_Operation] = deque()
+        # Send buffers that are being packed, by their address.
+        self._packing: dict[int, Message] = {}
+        self._sums: dict[torch.dtype, Tensor] = {}
+        self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
+
+    @property
+    def contiguous(self) -> bool:
+        return True
+
+    @property
+    def gathers_contiguous(self) -> bool:
+        return False
+
+    @property
+    def in_background(self) -> bool:
+        return False
+
+    def scratch_bytes(self) -> int:
+        return self._ring.outbox_bytes + sum(buffer.nbytes for buffer in self._sums.values())
+
+    # --- the order of operations --------------------------------------------------------------------------
+
+    def _launch(self, action: str, operation: _Operation) -> Wait:
+        self._queue.append(operation)
+        return partial(self._end, action, operation)
+
+    def _end(self, action: str, operation: _Operation) -> None:
+        """End all operations up to this one."""
+        try:
+            while not operation.has_ended:
+                oldest = self._queue[0]
+                oldest.run()
+                oldest.has_ended = True
+                self._queue.popleft()
+        except RuntimeError as error:
+            raise self.peer_error(action, error) from error
+
+    # --- reductions ----------------------------------------------------------------------------------------
+
+    def prepare(self, send_bytes: int) -> None:
+        nbytes = SEND_BUFFERS * -(-send_bytes // 4096) * 4096
+        if nbytes > self._ring.outbox_bytes:
+            ring = make_ring(self._messages, nbytes, self._timeout_s)
+            if ring is None:
+                raise MemoryError(
+                    f"dist_asgd: {nbytes:,} bytes of memory that the ranks of this host share cannot be had, although "
+                    f"{self._ring.outbox_bytes:,} could. Set {ENVIRONMENT}=0 on all ranks, or pass a smaller "
+                    f"bucket_cap_mb."
+                )
+            self._ring = ring
+
+    def send_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        message = self._ring.message(numel * dtype.itemsize)
+        # Others may wait for what this rank has launched before, and not read this message's room free.
+        for operation in list(self._queue):
+            if not operation.is_published:
+                self._end("a gather", operation)
+        try:
+            self._ring.wait_for_room(message)
+        except RuntimeError as error:
+            raise self.peer_error("a reduce-scatter", error) from error
+        buffer = self._ring.outbox(self.rank, message).view(dtype)[:numel]
+        self._packing[buffer.data_ptr()] = message
+        return buffer
+
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
+        send = sends[0][0][1]
+        message = self._packing.pop(send.data_ptr())
+        with record_function("dist_asgd::reduce_scatter"):
+            self._ring.publish(message)
+        end = partial(self._mean_of, send.dtype, shard, accumulate)
+        mean = _Mean(self._ring, message, end)
+        ring = self._ring
+        return Reduction(self._launch("a reduce-scatter", mean), lambda: mean.has_ended or ring.is_published(message))
+
+    def _mean_of(self, dtype: torch.dtype, shard: Tensor, accumulate: bool, message: Message) -> None:
+        """``shard = mean`` of what all ranks have published of ``message`` for this one, or ``+=``."""
+        for peer in self._peers:
+            self._ring.wait_for(peer, message)
+        mine = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
+        values = [self._ring.outbox(rank, message).view(dtype)[mine] for rank in range(self.world_size)]
+        self._store_mean(values, shard, accumulate)
+
+    def _store_mean(self, values: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:
+        """``target = mean(values)``, or ``+=``: with the bits of ``Gloo``'s, and ``values`` are only read."""
+        dtype = values[0].dtype
+        loaded = library()
+        if not accumulate and target.dtype == dtype and dtype in (torch.float32, torch.float64):
+            assert not isinstance(loaded, str)
+            mean = loaded.dist_asgd_mean_float32 if dtype == torch.float32 else loaded.dist_asgd_mean_float64
+            addresses = (ctypes.c_void_p * len(values))(*(value.data_ptr() for value in values))
+            mean(target.data_ptr(), addresses, len(values), target.numel())
+            return
+        wide = torch.float32 if dtype in SIXTEEN_BIT else dtype
+        if wide not in self._sums:
+            self._sums[wide] = torch.empty(SUM_NUMEL, dtype=wide, device="cpu")
+        for first in range(0, target.numel(), SUM_NUMEL):
+            place = target[first : first + SUM_NUMEL]
+            total = self._sums[wide][: place.numel()]
+            for i, value in enumerate(values):
+                chunk = value[first : first + SUM_NUMEL]
+                if i:
+                    total.add_(chunk)
+                else:
+                    total.copy_(chunk)
+            total.div_(len(values))
+            if accumulate:
+                place.add_(total.to(place.dtype))
+            else:
+                place.copy_(total)
+
+    def all_reduce(self, values: Tensor, tag: int) -> Wait:
+        """Every rank publishes all of its values, and sums all."""
+        runs = cut([values], PIECE_BYTES)
+
+        def read(i: int, message: Message) -> None:
+            for peer in self._peers:
+                self._ring.wait_for(peer, message)
+            ((_, part),) = runs[i]
+            every = [self._ring.outbox(rank, message)[: part.numel()] for rank in range(self.world_size)]
+            self._store_mean([one.view(values.dtype) for one in every], part.view(values.dtype), False)
+
+        with record_function("dist_asgd::all_reduce"):
+            return self._stream("an all-reduce", runs, len(runs), read)
+
+    # --- gathers -------------------------------------------------------------------------------------------
+
+    def _stream(
+        self,
+        action: str,
+        own: Sequence[Sequence[tuple[int, Tensor]]],
+        num_pieces: int,
+        read: Read,
+    ) -> Wait:
+        messages = [self._ring.message(PIECE_BYTES) for _ in range(num_pieces)]
+        # What was launched before is published before.
+        operation = _Stream(self._ring, own, messages, read, ahead=all(other.is_published for other in self._queue))
+        return self._launch(action, operation)
+
+    def all_gather(self, flat: Tensor) -> Wait:
+        return self.all_gather_uneven([[shard] for shard in flat.view(self.world_size, -1)])
+
+    def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
+        with record_function("dist_asgd::all_gather"):
+            return self._gather("an all-gather", [cut(of_rank, PIECE_BYTES) for of_rank in fragments], reads=True)
+
+    def _gather(self, action: str, runs: Sequence[Sequence[Sequence[tuple[int, Tensor]]]], reads: bool) -> Wait:
+        """Fill ``runs[r]`` from what rank r has there."""
+
+        def read(i: int, message: Message) -> None:
+            for peer in self._peers if reads else ():
+                if i < len(runs[peer]):
+                    self._ring.wait_for(peer, message)
+                    outbox = self._ring.outbox(peer, message)
+                    for at, part in runs[peer][i]:
+                        part.copy_(outbox[at : at + part.numel()])
+
+        return self._stream(action, runs[self.rank], max(map(len, runs)), read)
+
+    def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
+        runs: list[list[list[tuple[int, Tensor]]]] = []
+        for rank, numel in enumerate(numels):
+            if rank == self.rank:
+                runs.append(cut([fragment], PIECE_BYTES))
+            elif places is not None:
+                runs.append(cut([places[rank]], PIECE_BYTES))
+            else:
+                runs.append([[]] * -(-numel * fragment.dtype.itemsize // PIECE_BYTES))
+        if places is not None:
+            places[self.rank].copy_(fragment)
+        self._gather("a gather", runs, reads=places is not None)()
+
+    # --- control words -------------------------------------------------------------------------------------
+
+    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
+        return self._messages.reduce_scalars(values, op)
+
+    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
+        return self._messages.summarise(words, num_largest)
+
+    def exchange(self, words: Tensor) -> Tensor:
+        return self._messages.exchange(words)
+
+    def exchange_objects(self, value: Any) -> list[Any]:
+        return self._messages.exchange_objects(value)
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        return self._messages.gather_objects(value, to)
