@@ -279,7 +279,7 @@ def check_new_group(
     for param in filter(held, group["params"]):
         if not (dtensor.is_dtensor(param) or fsdp1.is_managed(param)):
             # A device without a backend is an error now, not at the first step.
-            communicators.on(param.device)
+            communicators.check_device(param.device)
 
 
 def check_accelerators(

@@ -208,6 +208,13 @@ class Communicators:
                 self._background = NativeCollectives(group, averages=False)
         return self._background
 
+    def check_device(self, device: torch.device) -> None:
+        """ValueError if the group has no backend for tensors on ``device``. No communication."""
+        alone = self._group is None or self.world_size == 1
+        if not alone and not (device.type == "cpu" and isinstance(self.host, Gloo)):
+            assert self._group is not None
+            _fast_backend_for(self._group, device)
+
     def on(self, device: torch.device) -> ShardCollectives:
         """Return the collectives for shards on ``device``. ValueError if the group has no backend for it.
 

@@ -153,6 +153,8 @@ class Processes:
 
     def has_ended(self, rank: int) -> bool:
         """Whether the process of ``rank`` has ended, also if nobody has asked for its status yet."""
+        if self._descriptors[rank] < 0:
+            return False
         poll = select.poll()
         poll.register(self._descriptors[rank], select.POLLIN)
         return bool(poll.poll(0))

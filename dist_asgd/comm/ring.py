@@ -54,6 +54,8 @@ class Ring:
         self._read = Signals(pages, (1 + world_size) * LINE_BYTES, processes, timeout_s)
         self._number = 0
         self._next_start = 0
+        self._num_read = 0
+        self._after = 0
         # Messages whose bytes no later message has taken, oldest first.
         self._last: deque[Message] = deque()
 
@@ -64,22 +66,30 @@ class Ring:
         start = self._next_start if self._next_start + size <= self.outbox_bytes else 0
         stop = start + size
         overlapping = [other.number for other in self._last if other.start < stop and start < other.stop]
-        after = max(overlapping, default=0)
+        self._after = max(overlapping, default=self._after)
         # Messages are read in order: with the last of them all earlier ones are.
-        while self._last and self._last[0].number <= after:
+        while self._last and self._last[0].number <= self._after:
             self._last.popleft()
         self._number += 1
         self._next_start = stop
-        made = Message(self._number, start, stop, after)
+        made = Message(self._number, start, stop, self._after)
         self._last.append(made)
         return made
 
+    @property
+    def num_read(self) -> int:
+        """The last message that this rank has read."""
+        return self._num_read
+
     def has_room(self, message: Message) -> bool:
         """Whether this rank may fill its range of ``message`` now."""
-        return not message.after or all(self._read.has(peer, message.after) for peer in self._peers)
+        # This rank reads its own outbox, too.
+        own = self._num_read >= message.after
+        return own and (not message.after or all(self._read.has(peer, message.after) for peer in self._peers))
 
     def wait_for_room(self, message: Message) -> None:
-        """Wait until ``has_room``. RuntimeError if another rank has ended or is late."""
+        """Wait until the others have made room; this rank has. RuntimeError if another has ended or is late."""
+        assert self._num_read >= message.after
         if message.after:
             for peer in self._peers:
                 self._read.wait_for(peer, message.after)
@@ -102,6 +112,7 @@ class Ring:
 
     def mark_read(self, message: Message) -> None:
         """Tell the other ranks that this one reads nothing of this message, and of those before it, any more."""
+        self._num_read = message.number
         self._read.send(self.rank, message.number)
 
 

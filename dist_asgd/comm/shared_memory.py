@@ -28,7 +28,7 @@ from .ring import Message, Ring, cut, file_bytes
 
 ENVIRONMENT = "DIST_ASGD_SHARED_MEMORY"
 # Of gathers so many bytes are published at a time, so that they are read while they are in a cache.
-PIECE_BYTES = 1 << 19
+PIECE_BYTES = 1 << 18
 # The least that an outbox holds: some pieces of a gather.
 OUTBOX_BYTES = 4 * PIECE_BYTES
 # How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
@@ -59,7 +59,7 @@ def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | Non
         return None
     if messages.differing(words):
         return None
-    return _make_on_host(messages, host, outbox_bytes, timeout_s)
+    return _make_on_host(messages, outbox_bytes, timeout_s)
 
 
 def _why_not() -> str | None:
@@ -76,7 +76,8 @@ def _why_not() -> str | None:
     return None
 
 
-def _make_on_host(messages: Gloo, host: str, outbox_bytes: int, timeout_s: float) -> Ring | None:
+def _make_on_host(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
+    """Make a ring for ranks whose processes can name each other. Collective; None on all of them if one cannot."""
     nbytes = file_bytes(messages.world_size, outbox_bytes)
     pages: Pages | None = None
     file: PageFile | None = None
@@ -86,9 +87,8 @@ def _make_on_host(messages: Gloo, host: str, outbox_bytes: int, timeout_s: float
             pages, file = Pages.new(nbytes)
         except OSError as error:
             problem = f"no memory file can be made ({error})"
-    # The processes' numbers are those of one namespace: ``host`` says so.
-    rows = messages.exchange_objects((host, os.getpid(), file))
-    numbers, found = [number for _, number, _ in rows], rows[0][2]
+    rows = messages.exchange_objects((os.getpid(), file))
+    numbers, found = [number for number, _ in rows], rows[0][1]
     ring: Ring | None = None
     if found is not None:
         try:
@@ -239,7 +239,9 @@ class SharedMemory(GroupCommunicator):
     def prepare(self, send_bytes: int) -> None:
         nbytes = SEND_BUFFERS * -(-send_bytes // 4096) * 4096
         if nbytes > self._ring.outbox_bytes:
-            ring = make_ring(self._messages, nbytes, self._timeout_s)
+            if self._queue:
+                self._end("a gather", self._queue[-1])
+            ring = _make_on_host(self._messages, nbytes, self._timeout_s)
             if ring is None:
                 raise MemoryError(
                     f"dist_asgd: {nbytes:,} bytes of memory that the ranks of this host share cannot be had, although "
@@ -250,10 +252,9 @@ class SharedMemory(GroupCommunicator):
 
     def send_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
         message = self._ring.message(numel * dtype.itemsize)
-        # Others may wait for what this rank has launched before, and not read this message's room free.
-        for operation in list(self._queue):
-            if not operation.is_published:
-                self._end("a gather", operation)
+        # Others may wait for what this rank has launched before, and it may have to read what lies there itself.
+        while not all(operation.is_published for operation in self._queue) or self._ring.num_read < message.after:
+            self._end("a gather", self._queue[0])
         try:
             self._ring.wait_for_room(message)
         except RuntimeError as error:

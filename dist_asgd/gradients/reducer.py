@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from ..comm import Communicators
+from ..comm import Communicators, PeerError
 from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint
 from ..comm.masks import bit_mask, indices_in
 from ..comm.reports import CollectiveCall, RankReports
@@ -254,7 +254,11 @@ class Reducer(Gradients):
             # No round changes the gradients of presharded parameters: one look is enough.
             present, misplaced, wrong = self.inspect_presharded(call)
         while True:
-            self._transfers.before_exchange()
+            try:
+                self._transfers.before_exchange()
+            except PeerError as error:
+                # The others hear of it in the exchange that they wait for.
+                self.agreement.agree(call, fingerprint, problem=error)
             pending = self._pending(keep)
             self.agreement.cleared = bool(self.published.cleared)
             problem = problem or self._mispaired or self._problem or wrong

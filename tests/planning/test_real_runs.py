@@ -96,7 +96,7 @@ def trains(
         fully_shard(model, mesh=shards)
         grid = None
     stage = 2 if mode in (STAGE2, HYBRID2) else 1
-    optimizer = ShardedASGD(model.parameters(), lr=1e-3, stage=stage, mesh=grid, **options)
+    optimizer = ShardedASGD(model.parameters(), lr=1e-3, stage=stage, mesh=grid, shared_memory=False, **options)
     sent: Counter[str] = Counter()
     for step in range(STEPS):
         optimizer.zero_grad()
