@@ -120,6 +120,10 @@ class ShardCollectives(ABC):
         """Make room for send buffers of that size, if they are this object's. Collective; called before any is used."""
         return
 
+    def abandon(self) -> None:
+        """Let other ranks fail that wait for this one, which was interrupted; called before it tells them why."""
+        return
+
     def send_buffer(self, numel: int, dtype: torch.dtype) -> Tensor | None:
         """Return memory ``(numel,)`` to pack the next reduce-scatter in; None if it may be packed anywhere.
 

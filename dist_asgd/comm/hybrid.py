@@ -63,6 +63,10 @@ class Hybrid(ShardCollectives):
     def prepare(self, send_bytes: int) -> None:
         self._inside.prepare(send_bytes)
 
+    def abandon(self) -> None:
+        self._inside.abandon()
+        self._across.abandon()
+
     def send_buffer(self, numel: int, dtype: torch.dtype) -> Tensor | None:
         return self._inside.send_buffer(numel, dtype)
 

@@ -163,8 +163,18 @@ class Processes:
 class Signals:
     """Counters in pages: each rank has one of each kind, which it alone sends; a number never decreases."""
 
-    def __init__(self, pages: Pages, first_byte: int, processes: Processes, timeout_s: float) -> None:
-        """The counter of rank r lies ``r * LINE_BYTES`` after ``first_byte``."""
+    def __init__(
+        self,
+        pages: Pages,
+        first_byte: int,
+        processes: Processes,
+        timeout_s: float,
+        abandoned: Signals | None = None,
+    ) -> None:
+        """The counter of rank r lies ``r * LINE_BYTES`` after ``first_byte``.
+
+        ``abandoned`` has a 1 of each rank for which nobody should wait any more.
+        """
         loaded = library()
         assert not isinstance(loaded, str)
         self._library = loaded
@@ -172,6 +182,7 @@ class Signals:
         self._address = pages.memory.data_ptr() + first_byte
         self._processes = processes
         self._timeout_s = timeout_s
+        self._abandoned = abandoned
 
     def send(self, rank: int, number: int) -> None:
         """Set this rank's counter; what it has written before can be read by whoever sees the number."""
@@ -182,7 +193,7 @@ class Signals:
         return bool(self._library.dist_asgd_reached(self._address + rank * LINE_BYTES, number & 0xFFFFFFFF))
 
     def wait_for(self, rank: int, number: int) -> None:
-        """Wait until ``has``. RuntimeError if the process of ``rank`` ends, or the group's timeout passes."""
+        """Wait until ``has``. RuntimeError if ``rank`` ends or abandons it, or the group's timeout passes."""
         line, wanted = self._address + rank * LINE_BYTES, number & 0xFFFFFFFF
         if self._library.dist_asgd_await(line, wanted, SPIN_NS, SLICE_NS):
             return
@@ -192,5 +203,7 @@ class Signals:
             # Whoever has ended may have sent its last signal just before.
             if self._processes.has_ended(rank) and not self.has(rank, number):
                 raise RuntimeError(f"the process of rank {rank} has ended")
+            if self._abandoned is not None and self._abandoned.has(rank, 1) and not self.has(rank, number):
+                raise RuntimeError(f"rank {rank} was interrupted, or has failed, in such a call")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"timed out after {self._timeout_s:.0f} s of waiting for rank {rank}")

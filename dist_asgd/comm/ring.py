@@ -20,8 +20,8 @@ ALIGN_BYTES = 64
 
 
 def header_bytes(world_size: int) -> int:
-    """The bytes before the outboxes: the proof, and two signals a rank, rounded up to whole pages of memory."""
-    return -(-(1 + 2 * world_size) * LINE_BYTES // 4096) * 4096
+    """The bytes before the outboxes: the proof, and three signals a rank, rounded up to whole pages of memory."""
+    return -(-(1 + 3 * world_size) * LINE_BYTES // 4096) * 4096
 
 
 def file_bytes(world_size: int, outbox_bytes: int) -> int:
@@ -50,8 +50,9 @@ class Ring:
         self._peers = [peer for peer in range(world_size) if peer != rank]
         first = header_bytes(world_size)
         self._outboxes = pages.memory[first:].view(world_size, outbox_bytes)
-        self._published = Signals(pages, LINE_BYTES, processes, timeout_s)
-        self._read = Signals(pages, (1 + world_size) * LINE_BYTES, processes, timeout_s)
+        self._abandoned = Signals(pages, LINE_BYTES, processes, timeout_s)
+        self._published = Signals(pages, (1 + world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
+        self._read = Signals(pages, (1 + 2 * world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
         self._number = 0
         self._next_start = 0
         self._num_read = 0
@@ -97,6 +98,10 @@ class Ring:
     def outbox(self, rank: int, message: Message) -> Tensor:
         """The bytes of ``message`` in the outbox of ``rank``: ``(nbytes,)`` uint8, rounded up to 64 bytes."""
         return self._outboxes[rank, message.start : message.stop]
+
+    def abandon(self) -> None:
+        """Tell the other ranks that this one was interrupted: what they wait for it may never do."""
+        self._abandoned.send(self.rank, 1)
 
     def publish(self, message: Message) -> None:
         """Let the other ranks read this rank's range, which is filled; in the order of messages."""

@@ -232,7 +232,14 @@ class SharedMemory(GroupCommunicator):
                 oldest.has_ended = True
                 self._queue.popleft()
         except RuntimeError as error:
+            self.abandon()
             raise self.peer_error(action, error) from error
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        self._ring.abandon()
 
     # --- reductions ----------------------------------------------------------------------------------------
 

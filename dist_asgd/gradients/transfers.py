@@ -199,6 +199,11 @@ class Transfers:
         else:
             self.wait_for_all()
 
+    def abandon(self) -> None:
+        """Let other ranks fail that wait for transfers of this rank, which was interrupted."""
+        for collectives in self._collectives.values():
+            collectives.abandon()
+
     def wait_for(self, buffer: StateBuffer) -> None:
         """Wait until the shard of ``buffer`` is complete; on GPUs the computing stream does, and not the host."""
         while any(launch.bucket is buffer for launch in self._launches):

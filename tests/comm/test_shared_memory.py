@@ -27,6 +27,7 @@ from dist_asgd.comm.base import ShardCollectives
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.ring import Ring
 from dist_asgd.comm.shared_memory import ENVIRONMENT, PIECE_BYTES, SharedMemory
+from dist_asgd.storage.buffers import Bucket
 from tests.harness.bits import assert_same_bits
 from tests.harness.meshes import hybrid_mesh
 from tests.harness.models import mlp, mlp_loss
@@ -153,7 +154,7 @@ class History:
 
 def compares(rank: int, world_size: int, seed: int) -> None:
     """Job: a random history, both ways."""
-    History(rank, world_size, seed).run(60)
+    History(rank, world_size, seed).run(40)
 
 
 @pytest.mark.parametrize(("world_size", "seed"), [(2, 0), (2, 1), (3, 2), (4, 3), (5, 4)])
@@ -214,6 +215,27 @@ def test_a_killed_rank_is_an_error_on_all_others_in_seconds() -> None:
         assert found.error is not None
         assert found.error.type_name == "PeerError"
         assert found.seconds < 10
+
+
+def is_interrupted(rank: int, _world_size: int) -> None:
+    """Job: rank 1 is interrupted while it packs a bucket, and goes on."""
+    model = mlp(width=96)
+    with environment("1"):
+        optimizer = ShardedASGD(model.parameters(), lr=0.1, stage=2, bucket_cap_mb=0.01)
+    mlp_loss(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    interrupted = mock.patch.object(Bucket, "pack", side_effect=KeyboardInterrupt) if rank == 1 else None
+    with interrupted or contextlib.nullcontext(), contextlib.suppress(KeyboardInterrupt, PeerError):
+        mlp_loss(model, 1).backward()
+    optimizer.step()
+
+
+def test_an_interrupted_rank_is_an_error_on_all_in_seconds() -> None:
+    """They wait for gradients that it will never send, and hear so."""
+    for error in run_errors("gloo", 2, is_interrupted):
+        assert error.type_name in ("PeerError", "RuntimeError")
+        assert "interrupted" in error.message
 
 
 def stops(rank: int, _world_size: int) -> None:
