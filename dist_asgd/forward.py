@@ -311,7 +311,7 @@ class ForwardOverlap:
         in_flight = set(arrivals.keys)
         owners, covered = self._survey()
         buckets = [bucket for bucket in self._shards.buckets if id(bucket) in in_flight]
-        arrivals.wait_for(id(b) for b in buckets if any(id(member.param) not in covered for member in b.members))
+        arrivals.wait_for({id(b) for b in buckets if any(id(member.param) not in covered for member in b.members)})
         left = set(arrivals.keys)
         params = {id(bucket): [m.param for m in bucket.members] for bucket in buckets if id(bucket) in left}
         arrivals.defer(params, {bucket.device for bucket in buckets})

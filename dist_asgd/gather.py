@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -58,11 +58,11 @@ class Arrivals:
         self._deferred = dict(params)
         self._streams = {device: torch.cuda.current_stream(device) for device in devices if device.type == "cuda"}
 
-    def wait_for(self, keys: Iterable[int]) -> None:
+    def wait_for(self, keys: Container[int]) -> None:
         """Wait for the gathers of these buckets, as far as nobody has waited for them. PeerError if one fails."""
         with self._lock:
-            for key in keys:
-                if key in self._waits:
+            for key in self.keys:
+                if key in keys:
                     self._wait(key)
             for device, stream in self._streams.items():
                 if (current := torch.cuda.current_stream(device)) != stream:
