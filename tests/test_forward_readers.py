@@ -91,7 +91,7 @@ def copied(model: Model, _: ShardedASGD, __: Path) -> Any:
     return other(torch.ones(8)), copy.copy(model.uncalled).weight.sum()
 
 
-def kept(model: Model, optimizer: ShardedASGD, _: Path) -> Any:
+def kept(_: Model, optimizer: ShardedASGD, __: Path) -> Any:
     """Parameters that somebody holds, after the call for them."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     assert any(param.isnan().any() for param in params) is bool(optimizer.gatherer.arrivals.keys)
@@ -163,7 +163,7 @@ def flattened(value: Any) -> list[Tensor]:
     return [tensor for one in values for tensor in flattened(one)]
 
 
-def reads(rank: int, world_size: int, options: dict[str, Any], folder: str) -> None:
+def reads(_: int, __: int, options: dict[str, Any], folder: str) -> None:
     """Job: with and without the option."""
     with native_collectives(late=True):
         path = Path(folder)
