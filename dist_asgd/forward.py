@@ -41,35 +41,44 @@ def _of_own(name: str) -> Any:
 class ParametersInFlight(dict[str, Any]):
     """Stands in the place of ``module._parameters`` until somebody reads a parameter there, and waits then.
 
-    Names, their number and whether there is one can be read without a wait. ``arrivals`` are the gathers in flight, and
-    ``keys`` those of the buckets that ``module`` has parameters in.
+    It has no entries of its own: what reads them past these methods (guards of compiled code) finds none, and not one
+    that has not arrived. Names, their number and whether there is one can be read without a wait. ``arrivals`` are the
+    gathers in flight, and ``keys`` those of the buckets that ``module`` has parameters in.
     """
 
     def __init__(self, module: nn.Module, arrivals: Arrivals, keys: frozenset[int]) -> None:
-        self._own: dict[str, Any] = module._parameters
-        super().__init__(dict.items(self._own))
+        super().__init__()
+        self.own: dict[str, Any] = module._parameters
         self._module = weakref.ref(module)
         self._arrivals = arrivals
         self._keys = keys
 
-    @public_call
     def arrive(self) -> dict[str, Any]:
         """Wait for the parameters, and put the module's own dict back in its place; returns that."""
         self._arrivals.wait_for(self._keys)
         module = self._module()
         if module is not None and module._parameters is self:
-            _put(module, self._own)
-        return self._own
+            _put(module, self.own)
+        return self.own
 
     def is_of(self, arrivals: Arrivals) -> bool:
         """Whether it waits for these."""
         return self._arrivals is arrivals
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.own
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def keys(self) -> Any:
+        """As in a dict."""
+        return self.own.keys()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files get the module's own dict."""
         return dict, (self.arrive(),)
 
-    # Iteration is among them because C code reads the values of a dict by itself if that is the usual one.
     __iter__ = _of_own("__iter__")
     __getitem__ = _of_own("__getitem__")
     __setitem__ = _of_own("__setitem__")
@@ -224,14 +233,16 @@ class ForwardOverlap:
             if compiled is None and _is_compiled(module):
                 compiled = module
             waiting += [(child, compiled) for child in reversed(list(module.children()))]
-            parameters = module._parameters
+            parameters: dict[str, Any] = module._parameters
             if not parameters:
                 continue
             if type(parameters) not in (dict, OrderedDict, ParametersInFlight):
                 # That of a scripted module, for example, whose forward is not Python's.
                 unnoticed.update(map(id, parameters.values()))
                 continue
-            ids = [id(param) for param in dict.values(parameters)]
+            while isinstance(parameters, ParametersInFlight):
+                parameters = parameters.own
+            ids = [id(param) for param in parameters.values()]
             covered.update(ids)
             if keys := frozenset(key_of[i] for i in ids if i in key_of):
                 owners.append(Owner(module, keys, module if compiled is None else compiled))
