@@ -43,12 +43,13 @@ class ParametersInFlight(dict[str, Any]):
 
     It has no entries of its own: what reads them past these methods (guards of compiled code) finds none, and not one
     that has not arrived. Names, their number and whether there is one can be read without a wait. ``arrivals`` are the
-    gathers in flight, and ``keys`` those of the buckets that ``module`` has parameters in.
+    gathers in flight, and ``keys`` those of the buckets that ``module`` has parameters in. ``own`` is the module's own
+    dict, or one that waits for another optimizer.
     """
 
-    def __init__(self, module: nn.Module, arrivals: Arrivals, keys: frozenset[int]) -> None:
+    def __init__(self, module: nn.Module, own: dict[str, Any], arrivals: Arrivals, keys: frozenset[int]) -> None:
         super().__init__()
-        self.own: dict[str, Any] = module._parameters
+        self.own = own
         self._module = weakref.ref(module)
         self._arrivals = arrivals
         self._keys = keys
@@ -102,6 +103,14 @@ class ParametersInFlight(dict[str, Any]):
 def _put(module: nn.Module, parameters: dict[str, Any]) -> None:
     # Past __setattr__, in which torch and subclasses look for parameters and buffers of that name.
     module.__dict__["_parameters"] = parameters
+
+
+def _without(arrivals: Arrivals, parameters: dict[str, Any]) -> dict[str, Any]:
+    """``parameters`` of a module without a dict that waits for ``arrivals``."""
+    if not isinstance(parameters, ParametersInFlight):
+        return parameters
+    parameters.own = _without(arrivals, parameters.own)
+    return parameters.own if parameters.is_of(arrivals) else parameters
 
 
 class ArrivalHook:
@@ -330,11 +339,9 @@ class ForwardOverlap:
             if owner.keys.isdisjoint(left):
                 continue
             self._hook(owner.called)
-            parameters = owner.module._parameters
-            while isinstance(parameters, ParametersInFlight) and parameters.is_of(arrivals):
-                # Nobody has read it since the last step, and it has arrived.
-                parameters = parameters.arrive()
-            _put(owner.module, ParametersInFlight(owner.module, arrivals, owner.keys))
+            # What stands there since the last step, because nobody has read it, waits for nothing any more.
+            own = _without(arrivals, owner.module._parameters)
+            _put(owner.module, ParametersInFlight(owner.module, own, arrivals, owner.keys))
 
 
 def _is_compiled(module: nn.Module) -> bool:
