@@ -70,7 +70,7 @@ class Arrivals:
 
     def wait(self) -> None:
         """Wait for all of them."""
-        if self._waits:
+        if self._waits or self._streams:
             self.wait_for(self.keys)
 
     def _wait(self, key: int) -> None:
@@ -79,7 +79,7 @@ class Arrivals:
             # First, because a wait is called once.
             wait = self._waits.pop(key)
             with ExitStack() as stack:
-                for stream in self._streams.values():
+                for stream in self._streams.values() if deferred else ():
                     stack.enter_context(torch.cuda.stream(stream))
                 wait()
             if deferred:

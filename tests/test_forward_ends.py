@@ -223,11 +223,15 @@ def test_an_interruption_loses_nothing_or_is_said() -> None:
 def read_early(_: int, __: int) -> None:
     """Job: a parameter that was kept is used before it has arrived."""
     with native_collectives(late=True):
-        model = Layers([0, 1])
-        optimizer = ShardedASGD(model.parameters(), **OPTIONS)
+        model, free = Layers([0, 1]), nn.Parameter(torch.ones(3))
+        optimizer = ShardedASGD([{"params": model.parameters()}, {"params": [free]}], **OPTIONS)
         optimizer.overlap_forward(model)
         kept = model.layers[0].weight
+        free.grad = torch.ones(3)
         train(model, optimizer)
+        assert in_flight(optimizer) == 2
+        assert not free.isnan().any(), "step() waits for what no module has"
+        assert kept.isnan().any()
         # The gradient of the input is computed with the weight as it is in backward.
         loss = nn.functional.linear(torch.ones(2, WIDTH, requires_grad=True), kept).sum()
         model(torch.ones(2, WIDTH))
@@ -267,6 +271,26 @@ def test_refusals(what: str, type_name: str, text: str) -> None:
     for error in run_errors("gloo", 2, calls_wrongly, what):
         assert error.type_name == type_name
         assert text.replace("\\", "") in error.message
+
+
+def captures(_: int, __: int) -> None:
+    """Job: a model is called while a CUDA graph is captured, as far as that can be pretended without a device."""
+    model = Layers([0, 1])
+    optimizer = ShardedASGD(model.parameters(), **OPTIONS)
+    optimizer.overlap_forward(model)
+    train(model, optimizer)
+    for hook in optimizer._forward._hooks.values():
+        hook.on_cuda = True
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        pytest.raises(RuntimeError, match="a CUDA graph captures a call of Linear"),
+    ):
+        model(torch.ones(2, WIDTH))
+
+
+def test_a_captured_forward_is_refused() -> None:
+    """Its replays would not wait."""
+    run("gloo", 2, captures)
 
 
 # --- deletion ------------------------------------------------------------------------------------------------
@@ -323,10 +347,14 @@ def leaves_modules(_: int, __: int) -> None:
     model = Layers([0, 1])
     optimizer = ShardedASGD(model.parameters(), **OPTIONS)
     optimizer.overlap_forward(model)
-    train(model, optimizer)
-    optimizer.wait_for_parameters()
+    model(torch.ones(2, WIDTH)).square().sum().backward()
     assert all(layer._forward_pre_hooks for layer in model.layers)
-    assert any(isinstance(layer._parameters, ParametersInFlight) for layer in model.layers)
+    for _ in range(3):
+        # Nobody reads from the modules in between.
+        optimizer.step()
+    assert [type(layer._parameters) for layer in model.layers] == [ParametersInFlight] * 2
+    assert [type(layer._parameters.own) for layer in model.layers] == [dict] * 2
+    optimizer.wait_for_parameters()
     del optimizer
     assert not any(layer._forward_pre_hooks for layer in model.layers)
     model(torch.ones(2, WIDTH))
