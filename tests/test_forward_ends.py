@@ -282,7 +282,7 @@ def captures(_: int, __: int) -> None:
     for hook in optimizer._forward._hooks.values():
         hook.on_cuda = True
     with (
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
         pytest.raises(RuntimeError, match="a CUDA graph captures a call of Linear"),
     ):
         model(torch.ones(2, WIDTH))
