@@ -230,30 +230,32 @@ class ForwardOverlap:
         owners: list[Owner] = []
         covered: set[int] = set()
         unnoticed: set[int] = set()
-        seen: set[int] = set()
-        roots = [module for known in reversed(self._modules) if (module := known()) is not None]
-        waiting = [(root, root if _is_compiled(root) else None) for root in roots]
+        seen: set[nn.Module] = set()
+        waiting: list[tuple[nn.Module, nn.Module | None]] = []
+        waiting += [(module, None) for known in reversed(self._modules) if (module := known()) is not None]
         key_of = self._key_of
+        # Every step walks through all modules, as they may have become others: so this loop is not written for beauty.
         while waiting:
             module, compiled = waiting.pop()
-            if id(module) in seen:
+            if module in seen:
                 continue
-            seen.add(id(module))
+            seen.add(module)
             if compiled is None and _is_compiled(module):
                 compiled = module
-            waiting += [(child, compiled) for child in reversed(list(module.children()))]
+            if children := module._modules:
+                waiting += [(child, compiled) for child in reversed(children.values()) if child is not None]
             parameters: dict[str, Any] = module._parameters
             if not parameters:
                 continue
-            if type(parameters) not in (dict, OrderedDict, ParametersInFlight):
-                # That of a scripted module, for example, whose forward is not Python's.
-                unnoticed.update(map(id, parameters.values()))
-                continue
-            while isinstance(parameters, ParametersInFlight):
+            while type(parameters) is ParametersInFlight:
                 parameters = parameters.own
-            ids = [id(param) for param in parameters.values()]
+            ids = list(map(id, parameters.values()))
+            if type(parameters) is not dict and type(parameters) is not OrderedDict:
+                # That of a scripted module, for example, whose forward is not Python's.
+                unnoticed.update(ids)
+                continue
             covered.update(ids)
-            if keys := frozenset(key_of[i] for i in ids if i in key_of):
+            if keys := frozenset([key_of[i] for i in ids if i in key_of]):
                 owners.append(Owner(module, keys, module if compiled is None else compiled))
         return owners, covered - unnoticed
 
@@ -346,7 +348,7 @@ class ForwardOverlap:
 
 def _is_compiled(module: nn.Module) -> bool:
     """Whether calls of ``module`` run compiled code, in which hooks of submodules would break the graph."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return module.__dict__.get("_compiled_call_impl") is not None or "_orig_mod" in module._modules
 
 
 def _tear(shards: ParamShards | None) -> None:
