@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .comm import Communicators, Wait
 from .comm.base import ShardCollectives
-from .gradients.sending import complete_in_background
+from .gradients.sending import complete, complete_in_background
 from .placements.presharded import PreshardedState
 from .placements.replicas import ReplicaGroup
 from .storage.buffers import StateBuffer
@@ -39,10 +40,13 @@ class Arrivals:
         # Forwards may run in several threads, and none may take a gather for complete that another one waits for.
         self._lock = threading.RLock()
         self.on_failure: Callable[[], None] = lambda: None
+        # A step that waits ends only when the other ranks have everything, and so does a process now.
+        self._at_exit = weakref.finalize(self, _complete, self._waits)
 
     def __del__(self) -> None:
         """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
-        complete_in_background(list(self._waits.values()))
+        self._at_exit.detach()
+        complete_in_background(list(self._waits.values()), before_exit=True)
 
     def add(self, key: int, wait: Wait) -> None:
         """Add a gather that was launched just now."""
@@ -89,6 +93,11 @@ class Arrivals:
             if deferred:
                 self.on_failure()
             raise
+
+
+def _complete(waits: dict[int, Wait]) -> None:
+    """Wait for all gathers at the end of the process. Not a method, which would keep its object alive."""
+    complete(list(waits.values()))
 
 
 class Gatherer:
