@@ -14,7 +14,7 @@ WORLDS = [("none", 1, None), ("threads", 3, None), ("gloo", 2, None), ("gloo", 3
 
 
 @pytest.mark.parametrize("stage", [1, 2], ids=["stage1", "stage2"])
-@settings(max_examples=6)
+@settings(max_examples=3)
 @example(history=LAZY_ETA, world=WORLDS[2], form="fused")
 @example(history=EVERYTHING, world=WORLDS[2], form="forloop")
 @example(history=EVERYTHING, world=WORLDS[4], form="fused")

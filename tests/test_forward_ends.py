@@ -1,9 +1,14 @@
 """``overlap_forward``: the order of gathers, ranks that wait late or never, errors, interruptions and deletion."""
 
+import contextlib
 import gc
 import os
+import subprocess
+import sys
 import time
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,7 +23,7 @@ from dist_asgd import ShardedASGD
 from dist_asgd.comm import PeerError
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.forward import ParametersInFlight
-from dist_asgd.gather import Gatherer
+from dist_asgd.gather import Arrivals, Gatherer
 from dist_asgd.storage.buffers import StateBuffer
 from tests.harness.bits import assert_same_bits, same_bits
 from tests.harness.meshes import hybrid_mesh
@@ -293,6 +298,47 @@ def test_a_captured_forward_is_refused() -> None:
     run("gloo", 2, captures)
 
 
+class PretendedStream:
+    """Knows which streams it has waited for."""
+
+    def __init__(self) -> None:
+        self.followed: list[PretendedStream] = []
+
+    def wait_stream(self, other: "PretendedStream") -> None:
+        """Wait for all that the other one has been given."""
+        self.followed.append(other)
+
+
+def test_other_streams_follow_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective stops the stream of the step in each wait, and every stream that reads waits for that."""
+    of_step, second, third = (PretendedStream() for _ in range(3))
+    current = [of_step]
+
+    @contextlib.contextmanager
+    def entered(stream: PretendedStream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    stopped: list[PretendedStream] = []
+    arrivals = Arrivals()
+    for key in (1, 2):
+        arrivals.add(key, lambda: stopped.append(current[-1]))
+    arrivals.defer({1: [torch.ones(1)], 2: [torch.ones(1)]}, [torch.device("cuda", 0)])
+    with entered(second):
+        arrivals.wait_for({1})
+    assert (stopped, second.followed) == ([of_step], [of_step])
+    # Another stream, for a module whose bucket has arrived for the first one.
+    with entered(third):
+        arrivals.wait_for({1})
+    assert (len(stopped), third.followed) == (1, [of_step])
+    arrivals.wait()
+    assert stopped == [of_step] * 2
+    assert of_step.followed == []
+
+
 # --- deletion ------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +409,46 @@ def leaves_modules(_: int, __: int) -> None:
 def test_a_deleted_optimizer_leaves_no_hooks() -> None:
     """By reference counting."""
     run("gloo", 2, leaves_modules)
+
+
+SCRIPT = """
+import sys, time, torch, torch.distributed as dist
+from dist_asgd import ShardedASGD
+from dist_asgd.gather import Gatherer
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(0)
+model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(4)])
+optimizer = ShardedASGD(model.parameters(), lr=0.1, bucket_cap_mb=0.2)
+optimizer.overlap_forward(model)
+launch = Gatherer.launch
+
+def late(self, buffer):
+    time.sleep(0.4 * rank)
+    launch(self, buffer)
+
+Gatherer.launch = late
+model(torch.ones(2, 300)).square().sum().backward()
+optimizer.step()
+dist.destroy_process_group()
+if rank:
+    print("arrived", model(torch.ones(1, 300)).isfinite().all().item())
+"""
+
+
+def test_a_process_that_ends_early(tmp_path: Path) -> None:
+    """It ends after what it has sent has arrived, as one whose step has waited."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert outputs == ["", "arrived True\n"]
 
 
 # --- other company -------------------------------------------------------------------------------------------
