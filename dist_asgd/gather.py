@@ -78,7 +78,7 @@ class Arrivals:
             self.wait_for(self.keys)
 
     def _wait(self, key: int) -> None:
-        deferred = self._deferred.pop(key, None)
+        deferred = self._deferred.get(key)
         try:
             # First, because a wait is called once.
             wait = self._waits.pop(key)
@@ -93,6 +93,7 @@ class Arrivals:
             if deferred:
                 self.on_failure()
             raise
+        self._deferred.pop(key, None)
 
 
 def _complete(waits: dict[int, Wait]) -> None:
