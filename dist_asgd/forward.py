@@ -160,8 +160,8 @@ class Owner(NamedTuple):
 class ForwardOverlap:
     """Decides for one optimizer in which order buckets are updated and gathered, and who waits for which.
 
-    Without a module, in one process, and for the local tensors of replica groups, ``step()`` waits for all gathers. The
-    modules belong to the caller: one that is deleted counts no more.
+    Without a module, in one process, among ranks that share memory, and for the local tensors of replica groups,
+    ``step()`` waits for all gathers. The modules belong to the caller: one that is deleted counts no more.
     """
 
     def __init__(self, shards: ParamShards, communicators: Communicators, gatherer: Gatherer) -> None:
@@ -216,8 +216,13 @@ class ForwardOverlap:
 
     @property
     def _sends(self) -> bool:
-        """Whether gathers may be left in flight; the same on all ranks."""
-        return self._is_wanted and self._communicators.num_shards > 1
+        """Whether gathers may be left in flight; the same on all ranks.
+
+        In memory that ranks share nothing travels by itself: others would wait for this rank's forward.
+        """
+        devices = {bucket.device for bucket in self._shards.buckets} if self._is_wanted else ()
+        sends = self._is_wanted and self._communicators.num_shards > 1
+        return sends and all(self._communicators.on(device).in_background for device in devices)
 
     def _hook(self, module: nn.Module) -> None:
         if module not in self._handles:

@@ -93,8 +93,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         shard_replicated: True lets each rank of a replica group (HSDP, replicated parameters of tensor parallelism)
             update a fragment and keep the state of that; parameters are gathered among them. False lets each update
             and keep all of it, as torch does. The bits are the same.
-        shared_memory: True lets ranks of one host exchange gradients and parameters on CPUs through memory that they
-            share, where the system allows it. False sends messages (Gloo). The bits are the same.
+        shared_memory: False lets ranks of one host send messages (Gloo) on CPUs, instead of sharing memory. Same bits.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -138,8 +137,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self.is_differentiable = differentiable is True
         self._stage = stage
         self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
-        self._options = {"stage": stage, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb}
-        self._options |= {"shard_replicated": shard_replicated, "shared_memory": shared_memory}
+        flags = {"shard_replicated": shard_replicated, "shared_memory": shared_memory}
+        self._options = {"stage": stage, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb, **flags}
         self._options |= self._precision.options()
         self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
@@ -149,7 +148,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self._constructed = False
         problem = self.communicators.problem
         try:
-            check_options(stage, bucket_cap_mb, shard_replicated, self._precision, self.is_differentiable)
+            check_options(stage, bucket_cap_mb, flags, self._precision, self.is_differentiable)
             super().__init__(params, defaults)
             check_precision_fits(self._precision, self.param_groups)
         except Exception as error:
@@ -342,11 +341,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
 
         So does whoever else reads a parameter from a module, and the next call of this optimizer. Tensors that were
         taken from the modules before have to be read after ``wait_for_parameters()``. Collective; may be called once
-        more, for other modules too. ``step()`` still waits for parameters in none of them, and for DTensors of replica
-        groups.
-
-        Raises:
-            ValueError: ``module`` has no parameter of this optimizer; on every rank.
+        more, for other modules too. ``step()`` still waits for parameters in none of them, for DTensors of replica
+        groups, and among ranks that share memory. ValueError if ``module`` has no parameter of this optimizer.
         """
         self.adopt_params()
         problem = self._forward.problem(module, params_of(self.param_groups))
@@ -365,10 +361,9 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         """Put the averaged weights ``ax`` in place of the parameters inside the block, on every rank.
 
         Afterwards the parameters are back, bit for bit. Collective on entry and on exit, also when an exception leaves
-        the block. There is no second copy of the model: parameters and averages change places, DTensors where they lie.
-        If ``ax`` is wider than the parameters (16-bit ones), each rank sets its own shard of them aside. Parameters
-        whose averaging has not begun (step <= t0) stay as they are, and so do buffers of modules. Inside, ``step()``,
-        ``state_dict()`` and every other call that reads the state are refused.
+        the block. There is no second copy of the model: parameters and averages change places. If ``ax`` is wider than
+        the parameters (16-bit ones), each rank sets its own shard of them aside. Parameters whose averaging has not
+        begun (step <= t0) stay, and so do buffers of modules. Inside, calls that read the state are refused.
         """
         if self.is_differentiable:
             refuse_differentiable()

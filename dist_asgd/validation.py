@@ -53,9 +53,9 @@ def scalar(value: Any) -> float:
 
 
 def check_options(
-    stage: Any, bucket_cap_mb: Any, shard_replicated: Any, precision: Precision, differentiable: bool
+    stage: Any, bucket_cap_mb: Any, flags: Mapping[str, Any], precision: Precision, differentiable: bool
 ) -> None:
-    """Raise ValueError unless the constructor's own options are of their kind and in range."""
+    """Raise ValueError unless the constructor's own options are of their kind and in range; ``flags`` are bool."""
     if stage not in (1, 2) or isinstance(stage, bool):
         raise ValueError(
             f"dist_asgd: stage must be 1 (gradients arrive averaged, as from DDP) or 2 (this optimizer "
@@ -64,8 +64,9 @@ def check_options(
     number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
     if not number or not 0 < bucket_cap_mb < math.inf:
         raise ValueError(f"dist_asgd: bucket_cap_mb must be a positive number of MiB, got {bucket_cap_mb!r}.")
-    if not isinstance(shard_replicated, bool):
-        raise ValueError(f"dist_asgd: shard_replicated must be True or False, got {shard_replicated!r}.")
+    for key, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"dist_asgd: {key} must be True or False, got {flag!r}.")
     _check_kinds(precision)
     if precision.reduce_dtype is not None and stage != 2:
         raise ValueError(

@@ -30,7 +30,7 @@ from tests.harness.meshes import hybrid_mesh
 from tests.harness.native import native_collectives
 from tests.harness.ranks import outcomes, run, run_errors
 
-OPTIONS: dict[str, Any] = {"lr": 0.1, "t0": 1, "bucket_cap_mb": 1e-4}
+OPTIONS: dict[str, Any] = {"shared_memory": False, "lr": 0.1, "t0": 1, "bucket_cap_mb": 1e-4}
 WIDTH = 16
 
 
@@ -125,7 +125,7 @@ def test_no_rank_needs_the_wait_of_another(world_size: int, options: dict[str, A
     """What a rank sends is on its way when ``step()`` returns."""
     found = run("gloo", world_size, waits_late, options)
     model = Layers([0, 1, 2, 3])
-    optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=1)
+    optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=1, shared_memory=False)
     for _ in range(3):
         train(model, optimizer)
     for params in found:
@@ -379,7 +379,7 @@ def deleted(rank: int, _: int, what: str) -> list[Tensor]:
 def test_deletion_with_gathers_in_flight(what: str) -> None:
     """Other ranks get what was sent, and the forward waits for what has not arrived."""
     model = Layers([0, 1, 2, 3])
-    optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=1)
+    optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=1, shared_memory=False)
     train(model, optimizer)
     train(model, optimizer)
     wanted = [model(torch.ones(2, WIDTH)), *model.parameters()]
@@ -420,7 +420,7 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 torch.manual_seed(0)
 model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(4)])
-optimizer = ShardedASGD(model.parameters(), lr=0.1, bucket_cap_mb=0.2)
+optimizer = ShardedASGD(model.parameters(), lr=0.1, bucket_cap_mb=0.2, shared_memory=False)
 optimizer.overlap_forward(model)
 launch = Gatherer.launch
 

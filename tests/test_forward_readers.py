@@ -22,7 +22,7 @@ from tests.harness.bits import assert_same_bits
 from tests.harness.native import native_collectives
 from tests.harness.ranks import run
 
-OPTIONS: dict[str, Any] = {"lr": 0.1, "t0": 1, "bucket_cap_mb": 1e-4}
+OPTIONS: dict[str, Any] = {"shared_memory": False, "lr": 0.1, "t0": 1, "bucket_cap_mb": 1e-4}
 
 
 class Model(nn.Module):

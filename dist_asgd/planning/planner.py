@@ -196,7 +196,7 @@ def plan(
     _check_dtype(dtype)
     asked = shapes if dtype is None else shapes.as_dtype(dtype)
     precision = Precision(average_dtype, master_weights, None, reduce_dtype)
-    check_options(2, bucket_cap_mb, True, precision, False)
+    check_options(2, bucket_cap_mb, {}, precision, False)
     check_precision_fits(precision, [{"params": [param.on_meta() for param in asked.trained]}])
     per_node, grid, notes = _topology(ranks, ranks_per_node, mesh)
     if backend not in BACKENDS:

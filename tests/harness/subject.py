@@ -225,6 +225,8 @@ class Subject:
             stage=setting.stage,
             bucket_cap_mb=setting.bucket_cap_mb,
             shard_replicated=setting.shard_replicated,
+            # In memory that ranks share nothing overlaps.
+            shared_memory=not setting.overlap,
         )
         if setting.overlap:
             # Parameters of groups that are added later have no module, unless a reload comes after.
