@@ -1,0 +1,415 @@
+"""``python -m benchmarks.links``: steps over a cable of 1 and of 10 Gbit/s, beside what the cost model says of them.
+
+Two network namespaces stand for two hosts (``hosts.py``), each with one rank or two, which train the transformer of
+``model.py`` over Gloo: stage 1 under DDP with gradient views, stage 2, and hybrid sharding with a replica on each host.
+The model gets what a user of ``dist-asgd plan`` would measure: the links, by messages of 1 MiB between all ranks at
+once and by the fastest of many small ones; what messages take from the processor; forward and backward alone; the
+update.
+
+compute       forward and backward of every rank at once, without communication
+exposed       the step less ``compute``: what communication adds, with the update
+unoverlapped  ``step()`` on gradients that are already there: reduce, update and gather, and nothing beside them
+
+It needs root, ``ip`` and ``tc``, and about five minutes on 2 idle cores. It prints a Markdown report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.hosts import ENVIRONMENT, Hosts
+from benchmarks.measure import progress
+from benchmarks.model import Shape, batch_of, build_model, parameter_bytes
+from benchmarks.peers import HYPERPARAMETERS
+from benchmarks.ranks import Team
+from benchmarks.report import markdown_table, surroundings
+from dist_asgd import ShardedASGD
+from dist_asgd.planning import modes
+from dist_asgd.planning.links import GBIT, Links
+from dist_asgd.planning.setup import Setup
+from dist_asgd.planning.sources import shapes_of
+from dist_asgd.planning.timing import StepTime, StepTimer
+from dist_asgd.storage.buffers import Precision
+
+NUM_HOSTS = 2
+STAGE1, STAGE2, HYBRID, OVERLAP = "stage 1", "stage 2", "hybrid", "stage 2, overlap_forward"
+# By the number of ranks. One rank a host has no shards inside of it.
+MODES = {2: (STAGE1, STAGE2), 4: (STAGE1, STAGE2, HYBRID)}
+SHAPE = Shape(width=256, num_heads=4)
+# The ratio that is asked for: of a stage 2 step at 1 Gbit/s.
+GOAL, GOAL_GBIT = 0.4, 1.0
+# How far the model may be off.
+TOLERANCE = 0.2
+PROBE_BYTES, NUM_PROBES = 1 << 20, 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the report: a mode on a number of ranks, a cable and a batch."""
+
+    ranks: int
+    gbit: float
+    batch: int
+    mode: str
+
+
+class Rank:
+    """One rank: it builds each mode once, and measures on request. All methods are collective."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        alone = [dist.new_group([other]) for other in range(world_size)][rank]
+        self._plain = build_model(SHAPE)
+        # All of the update on one rank: a shard of it takes its share.
+        self._whole = ShardedASGD(self._plain.named_parameters(), **HYPERPARAMETERS, process_group=alone)
+        self._modes = {mode: self._build(mode) for mode in MODES[world_size]}
+
+    def _build(self, mode: str) -> tuple[nn.Module, ShardedASGD]:
+        model: nn.Module = build_model(SHAPE)
+        mesh = None
+        if mode == HYBRID:
+            shape = (NUM_HOSTS, self.world_size // NUM_HOSTS)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        stage = 1 if mode == STAGE1 else 2
+        optimizer = ShardedASGD(model.named_parameters(), **HYPERPARAMETERS, stage=stage, mesh=mesh)
+        if mode == OVERLAP:
+            optimizer.overlap_forward(model)
+        return (DistributedDataParallel(model, gradient_as_bucket_view=True) if stage == 1 else model), optimizer
+
+    def _batch(self, batch: int) -> Tensor:
+        return batch_of(replace(SHAPE, batch=batch), self.rank, 0)
+
+    # --- links ---------------------------------------------------------------------------------------------------
+
+    def probe(self, other_host: bool) -> dict[str, float]:
+        """Exchange messages with the rank in the same place on the other host, or with the next one on this host.
+
+        Seconds of a small message, and bytes per second of many large ones in each direction, by the clock and by this
+        rank's processor.
+        """
+        per_host = self.world_size // NUM_HOSTS
+        peer = (self.rank + per_host) % self.world_size if other_host else self.rank ^ 1
+        sent, received = torch.zeros(PROBE_BYTES // 4), torch.zeros(PROBE_BYTES // 4)
+
+        def swap(numel: int) -> list[dist.Work]:
+            works = (dist.irecv(received[:numel], peer), dist.isend(sent[:numel], peer))
+            return [work for work in works if work is not None]
+
+        small = []
+        for _ in range(60):
+            begin = time.perf_counter()
+            _wait(swap(1))
+            small.append(time.perf_counter() - begin)
+        dist.barrier()
+        begin, begin_processor = time.perf_counter(), time.process_time()
+        last: list[dist.Work] = []
+        for _ in range(NUM_PROBES):
+            works = swap(sent.numel())
+            _wait(last)
+            last = works
+        _wait(last)
+        nbytes = NUM_PROBES * sent.nbytes
+        found = {"rate": nbytes / (time.perf_counter() - begin)}
+        found["host_rate"] = nbytes / (time.process_time() - begin_processor)
+        # Processes that wait for a core are no latency of the link.
+        return found | {"latency": statistics.quantiles(small, n=10)[0]}
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def compute(self, batch: int, num: int) -> list[float]:
+        """Seconds of forward and backward alone."""
+        tokens = self._batch(batch)
+
+        def run() -> None:
+            self._plain.zero_grad()
+            self._plain(tokens).backward()
+
+        return self._timed(run, num)
+
+    def update(self, num: int) -> list[float]:
+        """Seconds of the update of all parameters on one rank."""
+        self.compute(1, 1)
+        return self._timed(self._whole.step, num)
+
+    def steps(self, mode: str, batch: int, num: int) -> list[float]:
+        """Seconds of whole steps, which follow one another: from the end of one ``step()`` to that of the next."""
+        module, optimizer = self._modes[mode]
+        tokens = self._batch(batch)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            module(tokens).backward()
+            optimizer.step()
+
+        seconds = self._timed(run, num)
+        # Whoever reads parameters waits for gathers that are still under way.
+        sum(float(param.detach().flatten()[0]) for param in module.parameters())
+        return seconds
+
+    def unoverlapped(self, mode: str, num: int) -> list[float]:
+        """Seconds of ``step()`` in stage 2 on gradients that were set by hand."""
+        module, optimizer = self._modes[mode]
+        seconds = []
+        for _ in range(num):
+            optimizer.zero_grad()
+            for param in module.parameters():
+                param.grad = torch.full_like(param, 1e-3)
+            seconds += self._timed(optimizer.step, 1)
+        return seconds
+
+    def _timed(self, call: Callable[[], object], num: int) -> list[float]:
+        """Seconds from the end of one call to the end of the next, from a barrier on."""
+        dist.barrier()
+        ends = [time.perf_counter()]
+        for _ in range(num):
+            call()
+            ends.append(time.perf_counter())
+        return [end - begin for begin, end in pairwise(ends)]
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def slowest(by_rank: Sequence[Sequence[float]], skip: int = 0) -> list[float]:
+    """Of each run the slowest rank's seconds; the first ``skip`` runs are left out."""
+    return [max(times) for times in zip(*by_rank, strict=True)][skip:]
+
+
+class Figures:
+    """What is measured on one number of ranks, collected over all rounds."""
+
+    def __init__(self, ranks: int, rates: Sequence[float], batches: Sequence[int]) -> None:
+        self.ranks, self.rates, self.batches = ranks, rates, batches
+        self.probes: dict[tuple[float, bool], list[dict[str, float]]] = {}
+        self.seconds: dict[tuple[Any, ...], list[float]] = {}
+
+    def add(self, key: tuple[Any, ...], seconds: Sequence[float]) -> None:
+        self.seconds.setdefault(key, []).extend(seconds)
+
+    def median(self, *key: Any) -> float:
+        return statistics.median(self.seconds[key])
+
+    def run(self, team: Team, hosts: Hosts, number: int) -> None:
+        """One round: everything once, on each cable."""
+        for gbit in self.rates:
+            hosts.set_rate(gbit)
+            for other_host in (True, False)[: 1 + (self.ranks > NUM_HOSTS)]:
+                self.probes.setdefault((gbit, other_host), []).extend(team.call("probe", other_host))
+            self.add(("update",), slowest(team.call("update", 3), 1))
+            for mode in MODES[self.ranks]:
+                if mode in (STAGE2, HYBRID):
+                    self.add(("unoverlapped", gbit, mode), slowest(team.call("unoverlapped", mode, 2)))
+            for batch in self.batches:
+                for mode in MODES[self.ranks]:
+                    progress(f"round {number}: {self.ranks} ranks, {gbit:g} Gbit/s, batch {batch}, {mode}")
+                    self.add(("compute", batch), slowest(team.call("compute", batch, 2), 1))
+                    self.add(("steps", gbit, batch, mode), slowest(team.call("steps", mode, batch, 4), 1))
+
+    def links(self, gbit: float) -> Links:
+        """The links as they were measured on this cable; a probe's rate is that of one rank."""
+        per_host = self.ranks // NUM_HOSTS
+
+        def of(other_host: bool, what: str) -> float:
+            return statistics.median(probe[what] for probe in self.probes[gbit, other_host])
+
+        inside = per_host > 1
+        # Ranks that share a core pass on as much less.
+        crowd = max(1.0, self.ranks / (os.cpu_count() or 1))
+        return Links(
+            link_gbit=of(True, "rate") * per_host / GBIT,
+            latency_us=of(True, "latency") * 1e6,
+            node_gbit=of(False, "rate") / GBIT if inside else 1.0,
+            node_latency_us=of(False, "latency") * 1e6 if inside else 0.0,
+            host_gbit=of(True, "host_rate") / GBIT / crowd,
+        )
+
+    def estimate(self, cell: Cell) -> StepTime:
+        """What the cost model says of ``cell``."""
+        per_host = cell.ranks // NUM_HOSTS
+        mesh = (NUM_HOSTS, per_host) if cell.mode == HYBRID else None
+        setup = Setup(cell.ranks, per_host, mesh, Precision(None, False, None, None), backend="gloo")
+        with torch.device("meta"):
+            model = shapes_of(build_model(SHAPE))
+        compute, update = self.median("compute", cell.batch), self.median("update") / cell.ranks
+        timer = StepTimer(model, setup, self.links(cell.gbit), compute, update)
+        shards = cell.ranks if mesh is None else per_host
+        if cell.mode == STAGE1:
+            return timer.stage1(modes.stage1(model, setup, shards), shards)
+        return timer.stage2(modes.stage2(model, setup, shards), shards)
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """The figures of one row of the report, in seconds."""
+        step, compute = self.median("steps", cell.gbit, cell.batch, cell.mode), self.median("compute", cell.batch)
+        estimate = self.estimate(cell)
+        added = estimate.exposed_overlapped if cell.mode == OVERLAP else estimate.exposed
+        assert added is not None
+        kind = STAGE2 if cell.mode == OVERLAP else cell.mode
+        alone = None if kind == STAGE1 else self.median("unoverlapped", cell.gbit, kind)
+        low, _, high = statistics.quantiles(self.seconds["steps", cell.gbit, cell.batch, cell.mode], n=4)
+        return asdict(cell) | {
+            "compute": compute,
+            "step": step,
+            "spread": (high - low) / step,
+            "estimate": estimate.compute + added,
+            "error": (estimate.compute + added) / step - 1,
+            "exposed": step - compute,
+            "unoverlapped": alone,
+            "share": None if alone is None else (step - compute) / alone,
+        }
+
+
+def measure(rates: Sequence[float], batches: Sequence[int], rounds: int) -> list[Figures]:
+    """Run all rounds on 2 and on 4 ranks."""
+    found = []
+    with Hosts() as hosts:
+        for ranks in MODES:
+            hosts.set_rate(max(rates))
+            figures = Figures(ranks, rates, batches)
+            with Team(Rank, ranks, environment=ENVIRONMENT, entrance=hosts.entrance(ranks // NUM_HOSTS)) as team:
+                team.wait_ready()
+                for mode in MODES[ranks]:
+                    team.call("steps", mode, 1, 2)
+                for number in range(rounds):
+                    figures.run(team, hosts, number + 1)
+            found.append(figures)
+    return found
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.0f}"
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report: the links, the steps beside the model, and the figure that is asked for."""
+    links = [
+        [
+            f"{entry['ranks']}",
+            f"{entry['gbit']:g}",
+            f"{entry['link_gbit']:.2f}",
+            f"{entry['latency_us']:.0f}",
+            f"{entry['node_gbit']:.1f}" if entry["ranks"] > NUM_HOSTS else "-",
+            f"{entry['node_latency_us']:.0f}" if entry["ranks"] > NUM_HOSTS else "-",
+            f"{entry['host_gbit']:.1f}",
+        ]
+        for entry in report["links"]
+    ]
+    steps = [
+        [
+            row["mode"],
+            f"{row['ranks']}",
+            f"{row['gbit']:g}",
+            f"{row['batch']}",
+            _ms(row["compute"]),
+            _ms(row["step"]),
+            f"{row['spread']:.0%}",
+            _ms(row["estimate"]),
+            f"{row['error']:+.0%}" + ("" if abs(row["error"]) <= TOLERANCE else " **no**"),
+            _ms(row["exposed"]),
+            _ms(row["unoverlapped"]),
+            "-" if row["share"] is None else f"{row['share']:.0%}",
+        ]
+        for row in report["rows"]
+    ]
+    within = sum(abs(row["error"]) <= TOLERANCE for row in report["rows"])
+    asked = [row for row in report["rows"] if row["ranks"] == 2 and row["gbit"] == GOAL_GBIT and row["share"]]
+    batch = max(row["batch"] for row in report["rows"])
+    shares = [f"{row['mode']} {row['share']:.0%}" for row in asked if row["batch"] == batch]
+    return "\n".join(
+        [
+            "# Steps over rate-limited links, and the cost model beside them",
+            "",
+            f"A transformer of {report['elements'] / 1e6:.1f}M fp32 parameters on two hosts, which are network "
+            "namespaces of one machine, with one rank or two on each; milliseconds, medians of the slowest rank's "
+            "steps. *Compute* is forward and backward of all ranks at once without communication. *Exposed* is the "
+            "step less compute. *Unoverlapped* is `step()` on gradients that are already there: reduce, update and "
+            "gather, with nothing beside them. *Model* is what `dist_asgd.planning.timing`, on which the times of "
+            "`dist-asgd plan` rest, says of the step, from the links below and from compute and update alone.",
+            "",
+            f"- The model is within {TOLERANCE:.0%} in {within} of {len(steps)} rows.",
+            f"- Exposed over unoverlapped, on 2 ranks at {GOAL_GBIT:g} Gbit/s with batch {batch}, where computation "
+            f"and communication take about as long: {', '.join(shares)}. Asked for: at most {GOAL:.0%}.",
+            "",
+            markdown_table(
+                [
+                    *("mode", "ranks", "Gbit/s", "batch", "compute", "step", "spread", "model", "off by"),
+                    *("exposed", "unoverlapped", "exposed / unoverlapped"),
+                ],
+                steps,
+            ),
+            "",
+            "The links that the model was given. They were measured by Gloo's own messages, of all ranks at once; "
+            "*processor* is the rate at which one rank's share of a core passes messages on.",
+            "",
+            markdown_table(
+                [
+                    *("ranks", "cable, Gbit/s", "link, Gbit/s", "latency, us", "in a host, Gbit/s", "latency, us"),
+                    "processor, Gbit/s",
+                ],
+                links,
+            ),
+            "",
+            markdown_table(["", ""], [[name, value] for name, value in report["about"].items()]),
+            "",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and print the report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=__doc__.splitlines()[0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 10.0], help="Gbit/s of the cable")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 16], help="sequences of a rank")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each with 3 steps a row (%(default)s)")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write all figures here")
+    options = parser.parse_args(arguments)
+    if os.geteuid():
+        parser.error("network namespaces need root")
+    about = surroundings("benchmarks.links")
+    begin = time.perf_counter()
+    found = measure(options.rates, options.batches, options.rounds)
+    about["load average at end"] = f"{os.getloadavg()[0]:.1f}"
+    about["time taken"] = f"{time.perf_counter() - begin:.0f} s"
+    report = {
+        "about": about,
+        "elements": parameter_bytes(build_model(SHAPE)) // 4,
+        "links": [{"ranks": f.ranks, "gbit": gbit, **asdict(f.links(gbit))} for f in found for gbit in options.rates],
+        "rows": [
+            f.row(Cell(f.ranks, gbit, batch, mode))
+            for f in found
+            for gbit in options.rates
+            for batch in options.batches
+            for mode in MODES[f.ranks]
+        ],
+    }
+    text = as_markdown(report)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
