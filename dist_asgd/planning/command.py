@@ -79,7 +79,7 @@ def plan(
     ] = None,
     latency_us: Annotated[
         float | None,
-        typer.Option(help="Microseconds of a message between nodes. Default: 20, gloo 100.", show_default=False),
+        typer.Option(help="Microseconds of a message between nodes. Default: 14, gloo 100.", show_default=False),
     ] = None,
     node_gbit: Annotated[
         float | None,
@@ -87,7 +87,7 @@ def plan(
     ] = None,
     node_latency_us: Annotated[
         float | None,
-        typer.Option(help="Microseconds of a message inside a node. Default: 5, gloo 50.", show_default=False),
+        typer.Option(help="Microseconds of a message inside a node. Default: 3.4, gloo 50.", show_default=False),
     ] = None,
     host_gbit: Annotated[
         float | None,

@@ -36,10 +36,10 @@ class Links:
     host_gbit: float | None = None
 
 
-# What is assumed where nothing is given. NCCL: NVLink at two thirds of what an H100 has, and messages of a ring's step.
-# Gloo: loopback.
+# What is assumed where nothing is given. NCCL: NVLink at two thirds of what an H100 has, and the latencies of a ring's
+# step in NCCL's own tuning model. Gloo: loopback.
 DEFAULTS = {
-    "nccl": Links(math.inf, 20.0, 2400.0, 5.0, None),
+    "nccl": Links(math.inf, 14.0, 2400.0, 3.4, None),
     "gloo": Links(math.inf, 100.0, 16.0, 50.0, 12.0),
 }
 
@@ -75,7 +75,8 @@ def timed(
     """A call of ``ranks`` ranks that are ``spacing`` numbers apart, in which each of them sends ``sent_bytes``.
 
     All ranks of a node make such calls at once, and share its link. In a ring messages wait for one another, once
-    around; without one (Gloo's messages of this package) they leave all at once. An all-reduce has two ``passes``.
+    around; without one (Gloo's messages of this package) they leave all at once. An all-reduce has two ``passes``, for
+    which NCCL takes trees between many nodes.
     """
     if ranks == 1 or not sent_bytes:
         return Call()
@@ -84,9 +85,12 @@ def timed(
     leaving = across_bytes_of(sent_bytes, ranks, spacing, setup, in_ring)
     # A ring passes all bytes on through every rank; those of the ranks at its ends leave the node, too.
     inside = 0 if in_node == 1 else sent_bytes if in_ring else sent_bytes - leaving
-    hops_across, hops_inside = (nodes if nodes > 1 else 0), ranks - nodes
+    # As NCCL's own tuning model counts them.
+    hops_across, hops_inside = nodes - 1, ranks - nodes
     if not in_ring:
         hops_across, hops_inside = min(hops_across, 1), int(nodes == 1)
+    elif setup.contiguous and passes == 2:
+        hops_across, hops_inside = num_hops(nodes), in_node - 1
     host = 0.0 if links.host_gbit is None else sent_bytes / (links.host_gbit * GBIT)
     return Call(
         inside / (links.node_gbit * GBIT),

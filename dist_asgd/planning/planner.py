@@ -36,10 +36,10 @@ ASSUMPTIONS = (
     "NCCL are those of rings.",
 )
 TIME_ASSUMPTIONS = (
-    "Times take every link for itself: no contention of switches, no slow rank, no jitter. A call takes its bytes over "
-    "the slowest link on its way and a latency for each message that waits for another, in rings once around (NCCL may "
-    "have trees, which wait less). Left out are the update, the launch of kernels, the input of data, and what NCCL's "
-    "kernels take from the computation. Computation is spread evenly over the elements, a third of it in forward.",
+    "Times take every link for itself: no contention in switches, no slow rank, no jitter. A call takes its bytes over "
+    "the slowest link on its way, and a latency for each message that waits for another: of NCCL in rings once around, "
+    "and for sums between nodes in trees. Left out are the update, launches of kernels, the input of data, and what "
+    "NCCL's kernels take from the computation, which is spread evenly over the elements, a third of it in forward.",
 )
 
 
@@ -203,9 +203,9 @@ def plan(
         backend: "nccl" for GPUs, "gloo" for CPUs.
         link_gbit: What a node sends to the others for all of its ranks, in Gbit/s, while it receives as much. With it
             (on a single node: with ``node_gbit``) the plan estimates times.
-        latency_us: The latency of a message between nodes, in microseconds; by default 20, with Gloo 100.
+        latency_us: The latency of a message between nodes, in microseconds; by default 14, with Gloo 100.
         node_gbit: What a rank sends to the others of its node; by default 2400, which is NVLink, with Gloo 16.
-        node_latency_us: The latency of a message inside a node; by default 5, with Gloo 50.
+        node_latency_us: The latency of a message inside a node; by default 3.4, with Gloo 50.
         host_gbit: The rate at which the processor that computes passes messages on, if it does; by default with Gloo
             12, and with NCCL not at all.
         compute_ms: Forward and backward of a step without communication, in milliseconds. With it the plan says how

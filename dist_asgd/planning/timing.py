@@ -51,8 +51,12 @@ class StepTime:
 
 @dataclass(slots=True)
 class _Clock:
-    """Seconds since the step began; ``communication`` adds up what the calls take alone."""
+    """Seconds since the step began; ``communication`` adds up what the calls take alone.
 
+    ``in_turn``: a call begins when the one before has arrived, as on a stream, and not when its bytes have left.
+    """
+
+    in_turn: bool
     now: float = 0.0
     inside: float = 0.0
     across: float = 0.0
@@ -62,10 +66,11 @@ class _Clock:
         """Start ``call``, behind the calls that are under way on its links; returns when it has arrived."""
         begin = max(self.now, self.inside if call.inside else 0.0, self.across if call.across else 0.0)
         end = begin + max(call.inside, call.across)
+        busy = end + call.latency if self.in_turn else end
         if call.inside:
-            self.inside = end
+            self.inside = busy
         if call.across:
-            self.across = end
+            self.across = busy
         self.communication += call.alone
         # Gloo's threads, and the copies of the kernel, take it from this rank's computation.
         self.now += call.host
@@ -157,7 +162,7 @@ class StepTimer:
 
     def stage2(self, layout: Layout, shards: int) -> StepTime:
         """Stage 2, with state and gradients sharded over ``shards`` ranks."""
-        clock, buckets = _Clock(self._forward), self._calls(layout, shards)
+        clock, buckets = _Clock(self._setup.contiguous, self._forward), self._calls(layout, shards)
         reductions = _Round(clock, buckets, self._setup.contiguous)
         for bucket in buckets:
             clock.now += self._backward * bucket.share
@@ -166,7 +171,7 @@ class StepTimer:
 
     def dtensors(self, layout: Layout, shards: int) -> StepTime:
         """FSDP2, which gathers one block ahead of the one that computes, and reduces one behind it."""
-        replicas, clock = self._setup.ranks // shards, _Clock()
+        replicas, clock = self._setup.ranks // shards, _Clock(self._setup.contiguous)
         blocks = dict(self._model.blocks())
         blocks.setdefault("", 0)
         total = sum(blocks.values())
@@ -205,7 +210,7 @@ class StepTimer:
 
     def _under_ddp(self) -> _Clock:
         """Forward and backward under DDP, which waits for all of its buckets at the end."""
-        clock, arrived = _Clock(self._forward), 0.0
+        clock, arrived = _Clock(self._setup.contiguous, self._forward), 0.0
         sizes = ddp_buckets(self._model.trained)
         for size in sizes:
             clock.now += self._backward * size / sum(sizes)
