@@ -11,11 +11,13 @@ clock    how far the rank has come, and until when its two links are busy
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..gradients.sending import MAX_IN_FLIGHT
-from ..storage.layout import DIRECT_BYTES, send_runs
+from ..gradients.transfers import MAX_LAUNCHED
+from ..storage.send_layout import DIRECT_BYTES, send_runs
 from .links import Call, Links, exchanged, timed
 from .modes import Layout
 from .setup import Setup
@@ -62,9 +64,9 @@ class _Clock:
     across: float = 0.0
     communication: float = 0.0
 
-    def send(self, call: Call) -> float:
+    def send(self, call: Call, after: float = 0.0) -> float:
         """Start ``call``, behind the calls that are under way on its links; returns when it has arrived."""
-        begin = max(self.now, self.inside if call.inside else 0.0, self.across if call.across else 0.0)
+        begin = max(self.now, after, self.inside if call.inside else 0.0, self.across if call.across else 0.0)
         end = begin + max(call.inside, call.across)
         busy = end + call.latency if self.in_turn else end
         if call.inside:
@@ -80,53 +82,105 @@ class _Clock:
         self.now = max(self.now, until)
 
 
-@dataclass(frozen=True, slots=True)
-class _BucketCalls:
-    """One bucket: its share of the elements, and its calls."""
+@dataclass(slots=True)
+class _Transfer:
+    """One reduce-scatter, and the sum across replicas that follows it; ``arrived`` is when its last call has."""
 
-    share: float
+    bucket: int
     reduce: Call
     across: Call
+    arrived: float = 0.0
+    is_across: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _BucketCalls:
+    """One bucket: its share of the elements, its transfers as (reduce-scatter, sum across), and its gather."""
+
+    share: float
+    transfers: tuple[tuple[Call, Call], ...]
     gather: Call
 
 
 @dataclass(slots=True)
 class _Round:
-    """The reductions of one backward, in the order in which ``Reducer`` launches them and waits for them."""
+    """The reductions of one backward, which start and end where ``Transfers`` starts and ends them."""
 
     clock: _Clock
-    buckets: Sequence[_BucketCalls]
     contiguous: bool
-    arrived: list[float] = field(default_factory=list)
-    num_across: int = 0
+    launches: deque[int] = field(default_factory=deque)
+    waiting: deque[_Transfer] = field(default_factory=deque)
+    started: deque[_Transfer] = field(default_factory=deque)
+    last: _Transfer | None = None
+    ends: dict[int, float] = field(default_factory=dict)
 
-    def launch(self) -> None:
-        """Launch the next bucket; waits for the one before last, whose send buffer it takes."""
-        self.finish(len(self.arrived) - MAX_IN_FLIGHT)
-        self._start_across(len(self.arrived) - 1)
-        self.arrived.append(self.clock.send(self.buckets[len(self.arrived)].reduce))
+    def launch(self, index: int, bucket: _BucketCalls) -> None:
+        """Launch a bucket; on the host it waits while too many are on their way."""
+        while len(self.launches) >= MAX_LAUNCHED:
+            self._finish_oldest()
+        self.launches.append(index)
+        self.waiting.extend(_Transfer(index, reduce, across) for reduce, across in bucket.transfers)
+        self._advance()
 
-    def _start_across(self, index: int) -> None:
-        """Wait for the reduce-scatter inside, and start the sum across replicas."""
-        if index < self.num_across:
+    def start_all(self) -> None:
+        """The end of backward."""
+        while self.waiting:
+            self._finish_oldest()
+
+    def wait_for(self, index: int) -> None:
+        """Wait until a bucket is reduced."""
+        while index in self.launches:
+            self._finish_oldest()
+        self.clock.wait(self.ends.pop(index, 0.0))
+
+    def _advance(self) -> None:
+        while self.waiting:
+            if len(self.started) < MAX_IN_FLIGHT:
+                self._start()
+            elif self._is_done(self.started[0]):
+                self._finish()
+            else:
+                return
+
+    def _is_done(self, transfer: _Transfer) -> bool:
+        # Nobody can tell of a sum across that the host waits for, where it is started.
+        return self.contiguous or (not transfer.across.alone and transfer.arrived <= self.clock.now)
+
+    def _start(self) -> None:
+        transfer = self.waiting.popleft()
+        if self.last is not None:
+            self._start_across(self.last)
+        transfer.arrived = self.clock.send(transfer.reduce)
+        self.last = transfer
+        self.started.append(transfer)
+
+    def _start_across(self, transfer: _Transfer) -> None:
+        if transfer.is_across or not transfer.across.alone:
             return
-        self.num_across = index + 1
-        across = self.buckets[index].across
-        if across.alone:
-            self.clock.wait(self.arrived[index])
-            self.arrived[index] = self.clock.send(across if self.contiguous else across.half())
+        transfer.is_across = True
+        if self.contiguous:
+            # A stream waits, and not the host.
+            transfer.arrived = self.clock.send(transfer.across, transfer.arrived)
+        else:
+            self.clock.wait(transfer.arrived)
+            transfer.arrived = self.clock.send(transfer.across.half())
 
-    def finish(self, index: int) -> None:
-        """Wait until a bucket is reduced; only the first call for it does something."""
-        if index < 0 or self.arrived[index] == 0:
-            return
-        self._start_across(index)
-        self.clock.wait(self.arrived[index])
-        across = self.buckets[index].across
-        if across.alone and not self.contiguous:
-            # Gloo's sums are sent on only by whoever waits for them.
-            self.clock.wait(self.clock.send(across.half()))
-        self.arrived[index] = 0.0
+    def _finish_oldest(self) -> None:
+        self._advance()
+        self._finish()
+        self._advance()
+
+    def _finish(self) -> None:
+        transfer = self.started.popleft()
+        self._start_across(transfer)
+        if not self.contiguous:
+            self.clock.wait(transfer.arrived)
+            if transfer.is_across:
+                # The sums are sent on only by whoever waits for them.
+                self.clock.wait(self.clock.send(transfer.across.half()))
+        self.ends[transfer.bucket] = max(self.ends.get(transfer.bucket, 0.0), transfer.arrived)
+        if not any(other.bucket == transfer.bucket for other in (*self.started, *self.waiting)):
+            self.launches.popleft()
 
 
 class StepTimer:
@@ -163,10 +217,11 @@ class StepTimer:
     def stage2(self, layout: Layout, shards: int) -> StepTime:
         """Stage 2, with state and gradients sharded over ``shards`` ranks."""
         clock, buckets = _Clock(self._setup.contiguous, self._forward), self._calls(layout, shards)
-        reductions = _Round(clock, buckets, self._setup.contiguous)
-        for bucket in buckets:
+        reductions = _Round(clock, self._setup.contiguous)
+        for index, bucket in enumerate(buckets):
             clock.now += self._backward * bucket.share
-            reductions.launch()
+            reductions.launch(index, bucket)
+        reductions.start_all()
         return self._ended(clock, buckets, reductions)
 
     def dtensors(self, layout: Layout, shards: int) -> StepTime:
@@ -223,15 +278,13 @@ class StepTimer:
         found = []
         for bucket in layout.buckets:
             numel, shard = sum(member.param.numel() for member in bucket.members), bucket.layout.shard_numel
-            wire_bytes = shard * bucket.wire_dtype.itemsize if bucket.trainable else 0
-            found.append(
-                _BucketCalls(
-                    numel / self._numel,
-                    self._own(shards, 1, (shards - 1) * wire_bytes),
-                    self._own(replicas, shards, ring_bytes(replicas, wire_bytes, "all-reduce"), 2),
-                    self._own(shards, 1, (shards - 1) * shard * bucket.dtype.itemsize),
-                )
-            )
+            transfers = []
+            for start, stop in bucket.layout.stripes if bucket.trainable else ():
+                nbytes = (stop - start) * bucket.wire_dtype.itemsize
+                across = self._own(replicas, shards, ring_bytes(replicas, nbytes, "all-reduce"), 2)
+                transfers.append((self._own(shards, 1, (shards - 1) * nbytes), across))
+            gather = self._own(shards, 1, (shards - 1) * shard * bucket.dtype.itemsize)
+            found.append(_BucketCalls(numel / self._numel, tuple(transfers), gather))
         return found
 
     def _ended(self, clock: _Clock, buckets: Sequence[_BucketCalls], reductions: _Round | None) -> StepTime:
@@ -241,7 +294,7 @@ class StepTimer:
         arrived = []
         for index, bucket in enumerate(buckets):
             if reductions is not None:
-                reductions.finish(index)
+                reductions.wait_for(index)
             clock.now += self._update * bucket.share
             arrived.append(clock.send(bucket.gather))
         clock.wait(max(arrived))
@@ -251,7 +304,7 @@ class StepTimer:
         """When the next forward would end, less its own time: what it needs first is updated and gathered first."""
         if reductions is not None:
             for index in range(len(buckets)):
-                reductions.finish(index)
+                reductions.wait_for(index)
         arrived = []
         for bucket in reversed(buckets):
             clock.now += self._update * bucket.share
