@@ -1,16 +1,17 @@
 """``python -m benchmarks.links``: steps over a cable of 1 and of 10 Gbit/s, beside what the cost model says of them.
 
-Two network namespaces stand for two hosts (``hosts.py``), each with one rank or two, which train the transformer of
-``model.py`` over Gloo: stage 1 under DDP with gradient views, stage 2, and hybrid sharding with a replica on each host.
-The model gets what a user of ``dist-asgd plan`` would measure: the links, by messages of 1 MiB between all ranks at
-once and by the fastest of many small ones; what messages take from the processor; forward and backward alone; the
-update.
+Two network namespaces stand for two hosts (``hosts.py``), each with one rank or two, which train over Gloo: stage 1
+under DDP with gradient views, stage 2, and hybrid sharding with a replica on each host. The model gets what a user of
+``dist-asgd plan`` would measure: the links, by messages of 1 MiB between all ranks at once and by the fastest of many
+small ones; what messages take from the processor; forward and backward alone; the update.
 
+computation   of an accelerator, which leaves the processor to the messages: layers that pause, and then have a
+              gradient. With ``--batches`` also of the processor: the transformer of ``model.py``
 compute       forward and backward of every rank at once, without communication
 exposed       the step less ``compute``: what communication adds, with the update
 unoverlapped  ``step()`` on gradients that are already there: reduce, update and gather, and nothing beside them
 
-It needs root, ``ip`` and ``tc``, and about five minutes on 2 idle cores. It prints a Markdown report.
+It needs root, ``ip`` and ``tc``, and about four minutes on 2 idle cores. It prints a Markdown report.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from dist_asgd.planning import modes
 from dist_asgd.planning.links import GBIT, Links
 from dist_asgd.planning.setup import Setup
 from dist_asgd.planning.sources import shapes_of
-from dist_asgd.planning.timing import StepTime, StepTimer
+from dist_asgd.planning.timing import FORWARD_SHARE, StepTime, StepTimer
 from dist_asgd.storage.buffers import Precision
 
 NUM_HOSTS = 2
@@ -52,6 +53,8 @@ STAGE1, STAGE2, HYBRID, OVERLAP = "stage 1", "stage 2", "hybrid", "stage 2, over
 # By the number of ranks. One rank a host has no shards inside of it.
 MODES = {2: (STAGE1, STAGE2), 4: (STAGE1, STAGE2, HYBRID)}
 SHAPE = Shape(width=256, num_heads=4)
+# As many elements as the transformer has, in equal layers.
+NUM_LAYERS, WIDTH = 28, 736
 # The ratio that is asked for: of a stage 2 step at 1 Gbit/s.
 GOAL, GOAL_GBIT = 0.4, 1.0
 # How far the model may be off.
@@ -60,28 +63,75 @@ PROBE_BYTES, NUM_PROBES = 1 << 20, 32
 
 
 @dataclass(frozen=True)
+class Work:
+    """The computation of a step: milliseconds of pauses, or sequences that the processor trains on."""
+
+    kind: str
+    amount: int
+
+    def __str__(self) -> str:
+        return f"{self.amount} ms" if self.kind == PAUSE else f"batch {self.amount}"
+
+
+PAUSE, BATCH = "pause", "batch"
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One row of the report: a mode on a number of ranks, a cable and a batch."""
+    """One row of the report: a mode on a number of ranks, a cable and a computation."""
 
     ranks: int
     gbit: float
-    batch: int
+    work: Work
     mode: str
+
+
+class _Pause(torch.autograd.Function):
+    """Computes nothing, for a time: an accelerator is at work."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        ctx.shape, ctx.seconds = weight.shape, seconds
+        time.sleep(FORWARD_SHARE * seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        time.sleep((1 - FORWARD_SHARE) * ctx.seconds)
+        return gradients[0], torch.full(ctx.shape, 1e-3), None
+
+
+class PausingLayer(nn.Module):
+    """A matrix, and a pause in its place in forward and in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+        self.seconds = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Pause.apply(x, self.weight, self.seconds)  # type: ignore[no-untyped-call]
+        return result
+
+
+def build(kind: str) -> nn.Module:
+    """The model that computes in this way; the same on every rank."""
+    return build_model(SHAPE) if kind == BATCH else nn.Sequential(*(PausingLayer() for _ in range(NUM_LAYERS)))
 
 
 class Rank:
     """One rank: it builds each mode once, and measures on request. All methods are collective."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, kinds: Sequence[str]) -> None:
         self.rank, self.world_size = rank, world_size
         alone = [dist.new_group([other]) for other in range(world_size)][rank]
-        self._plain = build_model(SHAPE)
+        self._plain = {kind: build(kind) for kind in kinds}
         # All of the update on one rank: a shard of it takes its share.
-        self._whole = ShardedASGD(self._plain.named_parameters(), **HYPERPARAMETERS, process_group=alone)
-        self._modes = {mode: self._build(mode) for mode in MODES[world_size]}
+        self._whole = ShardedASGD(self._plain[kinds[0]].named_parameters(), **HYPERPARAMETERS, process_group=alone)
+        self._modes = {(kind, mode): self._build(kind, mode) for kind in kinds for mode in MODES[world_size]}
 
-    def _build(self, mode: str) -> tuple[nn.Module, ShardedASGD]:
-        model: nn.Module = build_model(SHAPE)
+    def _build(self, kind: str, mode: str) -> tuple[nn.Module, ShardedASGD]:
+        model = build(kind)
         mesh = None
         if mode == HYBRID:
             shape = (NUM_HOSTS, self.world_size // NUM_HOSTS)
@@ -92,8 +142,13 @@ class Rank:
             optimizer.overlap_forward(model)
         return (DistributedDataParallel(model, gradient_as_bucket_view=True) if stage == 1 else model), optimizer
 
-    def _batch(self, batch: int) -> Tensor:
-        return batch_of(replace(SHAPE, batch=batch), self.rank, 0)
+    def _input(self, module: nn.Module, work: Work) -> Tensor:
+        if work.kind == BATCH:
+            return batch_of(replace(SHAPE, batch=work.amount), self.rank, 0)
+        for layer in module.modules():
+            if isinstance(layer, PausingLayer):
+                layer.seconds = work.amount * 1e-3 / NUM_LAYERS
+        return torch.zeros(())
 
     # --- links ---------------------------------------------------------------------------------------------------
 
@@ -132,29 +187,30 @@ class Rank:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def compute(self, batch: int, num: int) -> list[float]:
+    def compute(self, work: Work, num: int) -> list[float]:
         """Seconds of forward and backward alone."""
-        tokens = self._batch(batch)
+        plain = self._plain[work.kind]
+        inputs = self._input(plain, work)
 
         def run() -> None:
-            self._plain.zero_grad()
-            self._plain(tokens).backward()
+            plain.zero_grad()
+            plain(inputs).backward()
 
         return self._timed(run, num)
 
     def update(self, num: int) -> list[float]:
         """Seconds of the update of all parameters on one rank."""
-        self.compute(1, 1)
+        self.compute(Work(next(iter(self._plain)), 1), 1)
         return self._timed(self._whole.step, num)
 
-    def steps(self, mode: str, batch: int, num: int) -> list[float]:
+    def steps(self, mode: str, work: Work, num: int) -> list[float]:
         """Seconds of whole steps, which follow one another: from the end of one ``step()`` to that of the next."""
-        module, optimizer = self._modes[mode]
-        tokens = self._batch(batch)
+        module, optimizer = self._modes[work.kind, mode]
+        inputs = self._input(module, work)
 
         def run() -> None:
             optimizer.zero_grad()
-            module(tokens).backward()
+            module(inputs).backward()
             optimizer.step()
 
         seconds = self._timed(run, num)
@@ -162,9 +218,9 @@ class Rank:
         sum(float(param.detach().flatten()[0]) for param in module.parameters())
         return seconds
 
-    def unoverlapped(self, mode: str, num: int) -> list[float]:
+    def unoverlapped(self, mode: str, kind: str, num: int) -> list[float]:
         """Seconds of ``step()`` in stage 2 on gradients that were set by hand."""
-        module, optimizer = self._modes[mode]
+        module, optimizer = self._modes[kind, mode]
         seconds = []
         for _ in range(num):
             optimizer.zero_grad()
@@ -196,8 +252,8 @@ def slowest(by_rank: Sequence[Sequence[float]], skip: int = 0) -> list[float]:
 class Figures:
     """What is measured on one number of ranks, collected over all rounds."""
 
-    def __init__(self, ranks: int, rates: Sequence[float], batches: Sequence[int]) -> None:
-        self.ranks, self.rates, self.batches = ranks, rates, batches
+    def __init__(self, ranks: int, rates: Sequence[float], works: Sequence[Work]) -> None:
+        self.ranks, self.rates, self.works = ranks, rates, works
         self.probes: dict[tuple[float, bool], list[dict[str, float]]] = {}
         self.seconds: dict[tuple[Any, ...], list[float]] = {}
 
@@ -215,13 +271,13 @@ class Figures:
                 self.probes.setdefault((gbit, other_host), []).extend(team.call("probe", other_host))
             self.add(("update",), slowest(team.call("update", 3), 1))
             for mode in MODES[self.ranks]:
-                if mode in (STAGE2, HYBRID):
-                    self.add(("unoverlapped", gbit, mode), slowest(team.call("unoverlapped", mode, 2)))
-            for batch in self.batches:
+                for kind in sorted({work.kind for work in self.works}) if mode in (STAGE2, HYBRID) else ():
+                    self.add(("unoverlapped", gbit, mode, kind), slowest(team.call("unoverlapped", mode, kind, 2)))
+            for work in self.works:
                 for mode in MODES[self.ranks]:
-                    progress(f"round {number}: {self.ranks} ranks, {gbit:g} Gbit/s, batch {batch}, {mode}")
-                    self.add(("compute", batch), slowest(team.call("compute", batch, 2), 1))
-                    self.add(("steps", gbit, batch, mode), slowest(team.call("steps", mode, batch, 4), 1))
+                    progress(f"round {number}: {self.ranks} ranks, {gbit:g} Gbit/s, {work}, {mode}")
+                    self.add(("compute", work), slowest(team.call("compute", work, 2), 1))
+                    self.add(("steps", gbit, work, mode), slowest(team.call("steps", mode, work, 4), 1))
 
     def links(self, gbit: float) -> Links:
         """The links as they were measured on this cable; a probe's rate is that of one rank."""
@@ -247,8 +303,8 @@ class Figures:
         mesh = (NUM_HOSTS, per_host) if cell.mode == HYBRID else None
         setup = Setup(cell.ranks, per_host, mesh, Precision(None, False, None, None), backend="gloo")
         with torch.device("meta"):
-            model = shapes_of(build_model(SHAPE))
-        compute, update = self.median("compute", cell.batch), self.median("update") / cell.ranks
+            model = shapes_of(build(cell.work.kind))
+        compute, update = self.median("compute", cell.work), self.median("update") / cell.ranks
         timer = StepTimer(model, setup, self.links(cell.gbit), compute, update)
         shards = cell.ranks if mesh is None else per_host
         if cell.mode == STAGE1:
@@ -257,14 +313,15 @@ class Figures:
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """The figures of one row of the report, in seconds."""
-        step, compute = self.median("steps", cell.gbit, cell.batch, cell.mode), self.median("compute", cell.batch)
+        step, compute = self.median("steps", cell.gbit, cell.work, cell.mode), self.median("compute", cell.work)
         estimate = self.estimate(cell)
         added = estimate.exposed_overlapped if cell.mode == OVERLAP else estimate.exposed
         assert added is not None
         kind = STAGE2 if cell.mode == OVERLAP else cell.mode
-        alone = None if kind == STAGE1 else self.median("unoverlapped", cell.gbit, kind)
-        low, _, high = statistics.quantiles(self.seconds["steps", cell.gbit, cell.batch, cell.mode], n=4)
+        alone = None if kind == STAGE1 else self.median("unoverlapped", cell.gbit, kind, cell.work.kind)
+        low, _, high = statistics.quantiles(self.seconds["steps", cell.gbit, cell.work, cell.mode], n=4)
         return asdict(cell) | {
+            "work": str(cell.work),
             "compute": compute,
             "step": step,
             "spread": (high - low) / step,
@@ -276,17 +333,19 @@ class Figures:
         }
 
 
-def measure(rates: Sequence[float], batches: Sequence[int], rounds: int) -> list[Figures]:
+def measure(rates: Sequence[float], works: Sequence[Work], rounds: int) -> list[Figures]:
     """Run all rounds on 2 and on 4 ranks."""
     found = []
     with Hosts() as hosts:
         for ranks in MODES:
             hosts.set_rate(max(rates))
-            figures = Figures(ranks, rates, batches)
-            with Team(Rank, ranks, environment=ENVIRONMENT, entrance=hosts.entrance(ranks // NUM_HOSTS)) as team:
+            figures = Figures(ranks, rates, works)
+            kinds = sorted({work.kind for work in works})
+            with Team(Rank, ranks, kinds, environment=ENVIRONMENT, entrance=hosts.entrance(ranks // NUM_HOSTS)) as team:
                 team.wait_ready()
-                for mode in MODES[ranks]:
-                    team.call("steps", mode, 1, 2)
+                for kind in kinds:
+                    for mode in MODES[ranks]:
+                        team.call("steps", mode, Work(kind, 1), 2)
                 for number in range(rounds):
                     figures.run(team, hosts, number + 1)
             found.append(figures)
@@ -319,7 +378,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             row["mode"],
             f"{row['ranks']}",
             f"{row['gbit']:g}",
-            f"{row['batch']}",
+            row["work"],
             _ms(row["compute"]),
             _ms(row["step"]),
             f"{row['spread']:.0%}",
@@ -333,26 +392,33 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     within = sum(abs(row["error"]) <= TOLERANCE for row in report["rows"])
     asked = [row for row in report["rows"] if row["ranks"] == 2 and row["gbit"] == GOAL_GBIT and row["share"]]
-    batch = max(row["batch"] for row in report["rows"])
-    shares = [f"{row['mode']} {row['share']:.0%}" for row in asked if row["batch"] == batch]
+    # Of the computations that were asked for, the one that takes about as long as the communication.
+    nearest = min((abs(row["compute"] / row["unoverlapped"] - 1) for row in asked), default=0.0)
+    equal = [row for row in asked if abs(row["compute"] / row["unoverlapped"] - 1) <= nearest + 0.1]
+    shares = [f"{row['mode']} {row['share']:.0%}" for row in equal]
     return "\n".join(
         [
             "# Steps over rate-limited links, and the cost model beside them",
             "",
-            f"A transformer of {report['elements'] / 1e6:.1f}M fp32 parameters on two hosts, which are network "
-            "namespaces of one machine, with one rank or two on each; milliseconds, medians of the slowest rank's "
-            "steps. *Compute* is forward and backward of all ranks at once without communication. *Exposed* is the "
-            "step less compute. *Unoverlapped* is `step()` on gradients that are already there: reduce, update and "
-            "gather, with nothing beside them. *Model* is what `dist_asgd.planning.timing`, on which the times of "
-            "`dist-asgd plan` rest, says of the step, from the links below and from compute and update alone.",
+            f"{report['elements'] / 1e6:.1f}M fp32 parameters on two hosts, which are network namespaces of one "
+            "machine, with one rank or two on each; milliseconds, medians of the slowest rank's steps.",
+            "",
+            "- *Computation* in milliseconds stands for an accelerator: layers that pause and leave the processor to "
+            "the messages; a batch is a transformer that the processor itself trains.",
+            "- *Compute* is forward and backward of all ranks at once without communication, and *exposed* is the step "
+            "less compute.",
+            "- *Unoverlapped* is `step()` on gradients that are already there: reduce, update and gather, with nothing "
+            "beside them.",
+            "- *Model* is what `dist_asgd.planning.timing`, on which the times of `dist-asgd plan` rest, says of the "
+            "step, from the links below and from compute and update alone.",
             "",
             f"- The model is within {TOLERANCE:.0%} in {within} of {len(steps)} rows.",
-            f"- Exposed over unoverlapped, on 2 ranks at {GOAL_GBIT:g} Gbit/s with batch {batch}, where computation "
-            f"and communication take about as long: {', '.join(shares)}. Asked for: at most {GOAL:.0%}.",
+            f"- Exposed over unoverlapped, on 2 ranks at {GOAL_GBIT:g} Gbit/s where computation and communication "
+            f"take about as long: {', '.join(shares)}. Asked for: at most {GOAL:.0%}.",
             "",
             markdown_table(
                 [
-                    *("mode", "ranks", "Gbit/s", "batch", "compute", "step", "spread", "model", "off by"),
+                    *("mode", "ranks", "Gbit/s", "computation", "compute", "step", "spread", "model", "off by"),
                     *("exposed", "unoverlapped", "exposed / unoverlapped"),
                 ],
                 steps,
@@ -379,27 +445,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, and print the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=__doc__.splitlines()[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 10.0], help="Gbit/s of the cable")
-    parser.add_argument("--batches", type=int, nargs="+", default=[2, 16], help="sequences of a rank")
+    parser.add_argument("--pauses", type=int, nargs="+", default=[100, 550], help="milliseconds of computation")
+    parser.add_argument("--batches", type=int, nargs="+", default=[], help="sequences for the processor to train on")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with 3 steps a row (%(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report here")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write all figures here")
     options = parser.parse_args(arguments)
     if os.geteuid():
         parser.error("network namespaces need root")
+    works = [Work(PAUSE, ms) for ms in options.pauses] + [Work(BATCH, size) for size in options.batches]
     about = surroundings("benchmarks.links")
     begin = time.perf_counter()
-    found = measure(options.rates, options.batches, options.rounds)
+    found = measure(options.rates, works, options.rounds)
     about["load average at end"] = f"{os.getloadavg()[0]:.1f}"
     about["time taken"] = f"{time.perf_counter() - begin:.0f} s"
     report = {
         "about": about,
-        "elements": parameter_bytes(build_model(SHAPE)) // 4,
+        "elements": parameter_bytes(build(works[0].kind)) // 4,
         "links": [{"ranks": f.ranks, "gbit": gbit, **asdict(f.links(gbit))} for f in found for gbit in options.rates],
         "rows": [
-            f.row(Cell(f.ranks, gbit, batch, mode))
+            f.row(Cell(f.ranks, gbit, work, mode))
             for f in found
             for gbit in options.rates
-            for batch in options.batches
+            for work in works
             for mode in MODES[f.ranks]
         ],
     }

@@ -189,7 +189,7 @@ def in_process(*arguments: Any) -> dict[str, float]:
     """``measure`` in a new process: a fake group of another size leaves something behind."""
     context = multiprocessing.get_context("forkserver")
     # Each process starts as a copy of one that has imported everything and made nothing.
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "benchmarks.scale"])
+    context.set_forkserver_preload(["benchmarks.scale_plan"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure_in, args=(theirs, *arguments))
     process.start()
@@ -267,7 +267,7 @@ def as_markdown(about: dict[str, str], planned: list[dict[str, Any]], measured: 
             "",
             "On the rank in the middle, in milliseconds of its processor: the median of the steps, and in brackets how "
             "many times those of the smallest size. The rank has as many parameters as the model, in the buckets that "
-            f"the model has, and each of 64 elements; *{ONE_EACH}* is 291 parameters in as many buckets, more than any "
+            f"the model has, and each of 64 elements, so that no bucket is cut into stripes; *{ONE_EACH}* is 291 parameters in as many buckets, more than any "
             "model makes. Messages and bytes are those of all control exchanges of one step with clipping. Objects are "
             "what Python keeps of the optimizer.",
             "",
