@@ -71,6 +71,8 @@ class Hosts:
 
 def _enter(names: tuple[str, ...], ranks_per_host: int, rank: int) -> None:
     """Move this thread, and threads that it starts from now on, to the namespace of a rank."""
+    # Linux shares processors out by session: a rank gets one of its own, as torchrun makes it.
+    os.setsid()
     with Path("/var/run/netns", names[rank // ranks_per_host]).open() as namespace:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.setns(namespace.fileno(), _CLONE_NEWNET):

@@ -267,15 +267,14 @@ def as_markdown(about: dict[str, str], planned: list[dict[str, Any]], measured: 
             "",
             "On the rank in the middle, in milliseconds of its processor: the median of the steps, and in brackets how "
             "many times those of the smallest size. The rank has as many parameters as the model, in the buckets that "
-            f"the model has, and each of 64 elements, so that no bucket is cut into stripes; *{ONE_EACH}* is 291 parameters in as many buckets, more than any "
-            "model makes. Messages and bytes are those of all control exchanges of one step with clipping. Objects are "
-            "what Python keeps of the optimizer.",
+            "the model has, and each of 64 elements, so that no bucket is cut into stripes; "
+            f"*{ONE_EACH}* is {scale_plan.NUM_ONE_EACH} parameters in as many buckets. Messages and bytes are those of "
+            "all control exchanges of one step with clipping. Objects are what Python keeps of the optimizer.",
             "",
             markdown_table(head, rows),
             "",
             *scale_plan.sections(planned),
-            "What describes a checkpoint of 1,024 ranks, and what reading it costs them, is in "
-            "[checkpoint_scale.md](checkpoint_scale.md).",
+            "What describes a checkpoint of 1,024 ranks, and what reading it costs them, is in `checkpoint_scale.md`.",
             "",
             markdown_table(["", ""], [[name, value] for name, value in about.items()]),
         ]

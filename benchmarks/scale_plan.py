@@ -175,8 +175,8 @@ def sections(rows: Sequence[dict[str, Any]]) -> list[str]:
         f"Estimated for nodes of {PER_NODE} ranks with {LINK_GBIT:g} Gbit/s and {LATENCY_US:g} us between them, "
         f"{NODE_GBIT:g} Gbit/s and {NODE_LATENCY_US:g} us inside, and {TOKENS:,} tokens a rank at "
         f"{FLOPS / 1e12:g} Tflop/s, 6 operations a parameter and token. What the model leaves out is in "
-        "[Several nodes](../../docs/nodes.md#what-to-expect-of-a-link), and how close it comes to real runs in "
-        "[links.md](links.md). Seconds.",
+        "`docs/nodes.md`, and how close it comes to real runs in "
+        "`links.md`. Seconds.",
         "",
         markdown_table(
             ["model", "mode", "ranks", "compute", "communication", "exposed", "exposed, overlap_forward"],
