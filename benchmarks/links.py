@@ -49,7 +49,7 @@ from dist_asgd.planning.timing import FORWARD_SHARE, StepTime, StepTimer
 from dist_asgd.storage.buffers import Precision
 
 NUM_HOSTS = 2
-STAGE1, STAGE2, HYBRID, OVERLAP = "stage 1", "stage 2", "hybrid", "stage 2, overlap_forward"
+STAGE1, STAGE2, HYBRID = "stage 1", "stage 2", "hybrid"
 # By the number of ranks. One rank a host has no shards inside of it.
 MODES = {2: (STAGE1, STAGE2), 4: (STAGE1, STAGE2, HYBRID)}
 SHAPE = Shape(width=256, num_heads=4)
@@ -138,8 +138,6 @@ class Rank:
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
         stage = 1 if mode == STAGE1 else 2
         optimizer = ShardedASGD(model.named_parameters(), **HYPERPARAMETERS, stage=stage, mesh=mesh)
-        if mode == OVERLAP:
-            optimizer.overlap_forward(model)
         return (DistributedDataParallel(model, gradient_as_bucket_view=True) if stage == 1 else model), optimizer
 
     def _input(self, module: nn.Module, work: Work) -> Tensor:
@@ -155,8 +153,8 @@ class Rank:
     def probe(self, other_host: bool) -> dict[str, float]:
         """Exchange messages with the rank in the same place on the other host, or with the next one on this host.
 
-        Seconds of a small message, and bytes per second of many large ones in each direction, by the clock and by this
-        rank's processor.
+        Seconds of a small message, bytes per second of many large ones in each direction, by the clock and by this
+        rank's processor, and the share of a core that this rank gets while all of them are busy.
         """
         per_host = self.world_size // NUM_HOSTS
         peer = (self.rank + per_host) % self.world_size if other_host else self.rank ^ 1
@@ -182,6 +180,11 @@ class Rank:
         nbytes = NUM_PROBES * sent.nbytes
         found = {"rate": nbytes / (time.perf_counter() - begin)}
         found["host_rate"] = nbytes / (time.process_time() - begin_processor)
+        dist.barrier()
+        begin, begin_processor = time.perf_counter(), time.process_time()
+        while time.perf_counter() < begin + 0.2:
+            pass
+        found["share"] = (time.process_time() - begin_processor) / (time.perf_counter() - begin)
         # Processes that wait for a core are no latency of the link.
         return found | {"latency": statistics.quantiles(small, n=10)[0]}
 
@@ -287,14 +290,13 @@ class Figures:
             return statistics.median(probe[what] for probe in self.probes[gbit, other_host])
 
         inside = per_host > 1
-        # Ranks that share a core pass on as much less.
-        crowd = max(1.0, self.ranks / (os.cpu_count() or 1))
         return Links(
             link_gbit=of(True, "rate") * per_host / GBIT,
             latency_us=of(True, "latency") * 1e6,
             node_gbit=of(False, "rate") / GBIT if inside else 1.0,
             node_latency_us=of(False, "latency") * 1e6 if inside else 0.0,
-            host_gbit=of(True, "host_rate") / GBIT / crowd,
+            # Ranks that share a core, with one another or with other programs, pass on as much less.
+            host_gbit=of(True, "host_rate") * of(True, "share") / GBIT,
         )
 
     def estimate(self, cell: Cell) -> StepTime:
@@ -315,18 +317,15 @@ class Figures:
         """The figures of one row of the report, in seconds."""
         step, compute = self.median("steps", cell.gbit, cell.work, cell.mode), self.median("compute", cell.work)
         estimate = self.estimate(cell)
-        added = estimate.exposed_overlapped if cell.mode == OVERLAP else estimate.exposed
-        assert added is not None
-        kind = STAGE2 if cell.mode == OVERLAP else cell.mode
-        alone = None if kind == STAGE1 else self.median("unoverlapped", cell.gbit, kind, cell.work.kind)
+        alone = None if cell.mode == STAGE1 else self.median("unoverlapped", cell.gbit, cell.mode, cell.work.kind)
         low, _, high = statistics.quantiles(self.seconds["steps", cell.gbit, cell.work, cell.mode], n=4)
         return asdict(cell) | {
             "work": str(cell.work),
             "compute": compute,
             "step": step,
             "spread": (high - low) / step,
-            "estimate": estimate.compute + added,
-            "error": (estimate.compute + added) / step - 1,
+            "estimate": estimate.step,
+            "error": estimate.step / step - 1,
             "exposed": step - compute,
             "unoverlapped": alone,
             "share": None if alone is None else (step - compute) / alone,
