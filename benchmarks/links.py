@@ -49,9 +49,9 @@ from dist_asgd.planning.timing import FORWARD_SHARE, StepTime, StepTimer
 from dist_asgd.storage.buffers import Precision
 
 NUM_HOSTS = 2
-STAGE1, STAGE2, HYBRID = "stage 1", "stage 2", "hybrid"
+STAGE1, STAGE2, HYBRID, OVERLAP = "stage 1", "stage 2", "hybrid", "stage 2, overlap_forward"
 # By the number of ranks. One rank a host has no shards inside of it.
-MODES = {2: (STAGE1, STAGE2), 4: (STAGE1, STAGE2, HYBRID)}
+MODES = {2: (STAGE1, STAGE2, OVERLAP), 4: (STAGE1, STAGE2, OVERLAP, HYBRID)}
 SHAPE = Shape(width=256, num_heads=4)
 # As many elements as the transformer has, in equal layers.
 NUM_LAYERS, WIDTH = 28, 736
@@ -138,6 +138,8 @@ class Rank:
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
         stage = 1 if mode == STAGE1 else 2
         optimizer = ShardedASGD(model.named_parameters(), **HYPERPARAMETERS, stage=stage, mesh=mesh)
+        if mode == OVERLAP:
+            optimizer.overlap_forward(model)
         return (DistributedDataParallel(model, gradient_as_bucket_view=True) if stage == 1 else model), optimizer
 
     def _input(self, module: nn.Module, work: Work) -> Tensor:
@@ -257,7 +259,8 @@ class Figures:
 
     def __init__(self, ranks: int, rates: Sequence[float], works: Sequence[Work]) -> None:
         self.ranks, self.rates, self.works = ranks, rates, works
-        self.probes: dict[tuple[float, bool], list[dict[str, float]]] = {}
+        # By the other arguments of Cell, and whether the other host was probed.
+        self.probes: dict[tuple[float, Work, str, bool], list[dict[str, float]]] = {}
         self.seconds: dict[tuple[Any, ...], list[float]] = {}
 
     def add(self, key: tuple[Any, ...], seconds: Sequence[float]) -> None:
@@ -270,8 +273,6 @@ class Figures:
         """One round: everything once, on each cable."""
         for gbit in self.rates:
             hosts.set_rate(gbit)
-            for other_host in (True, False)[: 1 + (self.ranks > NUM_HOSTS)]:
-                self.probes.setdefault((gbit, other_host), []).extend(team.call("probe", other_host))
             self.add(("update",), slowest(team.call("update", 3), 1))
             for mode in MODES[self.ranks]:
                 for kind in sorted({work.kind for work in self.works}) if mode in (STAGE2, HYBRID) else ():
@@ -279,15 +280,25 @@ class Figures:
             for work in self.works:
                 for mode in MODES[self.ranks]:
                     progress(f"round {number}: {self.ranks} ranks, {gbit:g} Gbit/s, {work}, {mode}")
-                    self.add(("compute", work), slowest(team.call("compute", work, 2), 1))
+                    # Just before the steps: what else the machine does meets both.
+                    for other_host in (True, False)[: 1 + (self.ranks > NUM_HOSTS)]:
+                        key = (gbit, work, mode, other_host)
+                        self.probes.setdefault(key, []).extend(team.call("probe", other_host))
+                    self.add(("compute", gbit, work, mode), slowest(team.call("compute", work, 3), 1))
                     self.add(("steps", gbit, work, mode), slowest(team.call("steps", mode, work, 4), 1))
 
-    def links(self, gbit: float) -> Links:
-        """The links as they were measured on this cable; a probe's rate is that of one rank."""
+    def links(self, gbit: float, work: Work | None = None, mode: str | None = None) -> Links:
+        """The links as they were measured on this cable, before one mode's steps or all. A probe is of one rank."""
         per_host = self.ranks // NUM_HOSTS
 
         def of(other_host: bool, what: str) -> float:
-            return statistics.median(probe[what] for probe in self.probes[gbit, other_host])
+            found = [
+                probe[what]
+                for (rate, before, of_mode, other), probes in self.probes.items()
+                if (rate, other) == (gbit, other_host) and work in (None, before) and mode in (None, of_mode)
+                for probe in probes
+            ]
+            return statistics.median(found)
 
         inside = per_host > 1
         return Links(
@@ -306,8 +317,9 @@ class Figures:
         setup = Setup(cell.ranks, per_host, mesh, Precision(None, False, None, None), backend="gloo")
         with torch.device("meta"):
             model = shapes_of(build(cell.work.kind))
-        compute, update = self.median("compute", cell.work), self.median("update") / cell.ranks
-        timer = StepTimer(model, setup, self.links(cell.gbit), compute, update)
+        compute = self.median("compute", cell.gbit, cell.work, cell.mode)
+        update = self.median("update") / cell.ranks
+        timer = StepTimer(model, setup, self.links(cell.gbit, cell.work, cell.mode), compute, update)
         shards = cell.ranks if mesh is None else per_host
         if cell.mode == STAGE1:
             return timer.stage1(modes.stage1(model, setup, shards), shards)
@@ -315,17 +327,21 @@ class Figures:
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """The figures of one row of the report, in seconds."""
-        step, compute = self.median("steps", cell.gbit, cell.work, cell.mode), self.median("compute", cell.work)
+        key = (cell.gbit, cell.work, cell.mode)
+        step, compute = self.median("steps", *key), self.median("compute", *key)
         estimate = self.estimate(cell)
-        alone = None if cell.mode == STAGE1 else self.median("unoverlapped", cell.gbit, cell.mode, cell.work.kind)
+        added = estimate.exposed_overlapped if cell.mode == OVERLAP else estimate.exposed
+        assert added is not None
+        kind = STAGE2 if cell.mode == OVERLAP else cell.mode
+        alone = None if kind == STAGE1 else self.median("unoverlapped", cell.gbit, kind, cell.work.kind)
         low, _, high = statistics.quantiles(self.seconds["steps", cell.gbit, cell.work, cell.mode], n=4)
         return asdict(cell) | {
             "work": str(cell.work),
             "compute": compute,
             "step": step,
             "spread": (high - low) / step,
-            "estimate": estimate.step,
-            "error": estimate.step / step - 1,
+            "estimate": estimate.compute + added,
+            "error": (estimate.compute + added) / step - 1,
             "exposed": step - compute,
             "unoverlapped": alone,
             "share": None if alone is None else (step - compute) / alone,
@@ -423,8 +439,9 @@ def as_markdown(report: dict[str, Any]) -> str:
                 steps,
             ),
             "",
-            "The links that the model was given. They were measured by Gloo's own messages, of all ranks at once; "
-            "*processor* is the rate at which one rank's share of a core passes messages on.",
+            "The links that the model was given, which were measured before each mode's steps; these are the medians. "
+            "Gloo's own messages measure them, of all ranks at once; *processor* is the rate at which one rank's share "
+            "of a core passes messages on.",
             "",
             markdown_table(
                 [
