@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import pickle
 import random
 import sys
 import tempfile
@@ -33,8 +32,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from benchmarks.report import markdown_table, surroundings
 from dist_asgd.checkpoint.format.chunk_table import ChunkTable
-from dist_asgd.checkpoint.format.directory import metadata_of
-from dist_asgd.checkpoint.format.garbage import collections_paused
+from dist_asgd.checkpoint.format.file_report import described, packed, unpacked
+from dist_asgd.checkpoint.format.index import INDEX_NAME
 from dist_asgd.checkpoint.format.manifest import Chunk, FileEntry, Manifest, checked_bytes, hash_of
 from dist_asgd.checkpoint.format.metadata import METADATA_NAME
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
@@ -159,24 +158,24 @@ def _status(name: str) -> int:
 
 def save(layout: Layout, folder: Path) -> dict[str, Any]:
     """Play rank 0 in a save, and leave the checkpoint in ``folder``."""
-    own = layout.written(0)
-    others = [pickle.dumps(layout.written(rank)) for rank in range(1, layout.world_size)]
-    result: dict[str, Any] = {"gathered_bytes": sum(map(len, others))}
+    gathered = [packed(layout.written(rank)) for rank in range(layout.world_size)]
+    result: dict[str, Any] = {"gathered_bytes": sum(map(len, gathered[1:]))}
     with measured(result, "save"):
-        with collections_paused():
-            files = [own, *map(pickle.loads, others)]
-        metadata = metadata_of(folder, files)
-        entries = {file.name: file.file for file in files if file.file is not None}
-        entries[METADATA_NAME] = FileEntry(len(metadata), hash_of(metadata))
-        manifest = Manifest(STEP, layout.world_size, entries, {file.name: file.chunks for file in files})
-        data = checked_bytes(folder, manifest)
-    (folder / METADATA_NAME).write_bytes(metadata)
-    (folder / "manifest.json").write_bytes(data)
-    for file in files:
-        with (folder / file.name).open("wb") as sparse:
-            sparse.truncate(file.file.bytes if file.file else 0)
-    num_chunks = sum(len(file.rows) for file in files)
-    return {**result, "chunks": num_chunks, "metadata_bytes": len(metadata), "manifest_bytes": len(data)}
+        reports = unpacked(gathered)
+        found = described(folder, reports)
+        entries = {report.name: report.file for report in reports if report.file is not None}
+        for name, data in ((METADATA_NAME, found.metadata), (INDEX_NAME, found.index)):
+            entries[name] = FileEntry(len(data), hash_of(data))
+        manifest = checked_bytes(folder, Manifest(STEP, layout.world_size, entries))
+    (folder / METADATA_NAME).write_bytes(found.metadata)
+    (folder / INDEX_NAME).write_bytes(found.index)
+    (folder / "manifest.json").write_bytes(manifest)
+    for report in reports:
+        with (folder / report.name).open("wb") as sparse:
+            sparse.truncate(report.file.bytes if report.file else 0)
+    sizes = {"metadata": len(found.metadata), "index": len(found.index), "manifest": len(manifest)}
+    num_chunks = sum(len(report.rows) for report in reports)
+    return {**result, "chunks": num_chunks, **{f"{name}_bytes": size for name, size in sizes.items()}}
 
 
 def _find(opened: OpenCheckpoint, layout: Layout, rank: int) -> int:
@@ -242,7 +241,8 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
             f"{r['gathers']:,}",
             f"{r['chunks']:,}",
             mib(r["metadata_bytes"]),
-            mib(r["manifest_bytes"]),
+            mib(r["index_bytes"]),
+            f"{r['manifest_bytes'] / 1024:.0f}",
             mib(r["gathered_bytes"]),
             both(r, "save"),
             both(r, "first"),
@@ -257,7 +257,8 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         "gathers",
         "pieces",
         ".metadata (MiB)",
-        "manifest (MiB)",
+        "index (MiB)",
+        "manifest (KiB)",
         "to rank 0 (MiB)",
     ]
     header += ["save: rank 0", "load: rank 0", "from rank 0 (MiB)", "load: another rank"]

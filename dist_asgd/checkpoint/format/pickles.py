@@ -304,6 +304,11 @@ class Machine:
         values, self._stack = self._stack, self._below.pop()
         return _values_of(values)
 
+    def _discard(self) -> None:
+        if not self._below:
+            raise Refusal("a missing mark")
+        self._stack = self._below.pop()
+
     def _protocol(self) -> None:
         # 4 and 5 are what Python writes by default; the older ones have more opcodes than this machine.
         want(self._take(1)[0] in (4, 5), "a pickle protocol other than 4 and 5")
@@ -403,6 +408,7 @@ class Machine:
         ord("N"): lambda self: self._stack.append(None),
         0x88: lambda self: self._stack.append(True),
         0x89: lambda self: self._stack.append(False),
+        ord("1"): _discard,
         ord("t"): _tuple,
         0x85: lambda self: self._tuple_of(1),
         0x86: lambda self: self._tuple_of(2),
