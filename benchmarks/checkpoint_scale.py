@@ -38,6 +38,7 @@ from dist_asgd.checkpoint.format.manifest import Chunk, FileEntry, Manifest, che
 from dist_asgd.checkpoint.format.metadata import METADATA_NAME
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
 from dist_asgd.checkpoint.format.writer import Row, WrittenFile
+from dist_asgd.checkpoint.rows import row_range
 from dist_asgd.placements.shard_tensor import ShardTensor, row_major_regions
 from dist_asgd.state_dict.whole_tensors import MAX_STAGING_BYTES
 from dist_asgd.storage.layout import MIN_BUCKETS, BucketLayout, bucket_cap_bytes, fill_buckets, lay_out
@@ -66,6 +67,12 @@ def llama(hidden: int, ffn: int, layers: int, vocabulary: int) -> dict[str, tupl
 
 
 MODEL = llama(4096, 11008, 32, 32000)
+_POSITIONS = {name: position for position, name in enumerate(MODEL)}
+
+
+def _name_of(key: str) -> str:
+    """The name of the parameter in the key of a weight, or of an average."""
+    return key.removeprefix("model.") if key.startswith("model.") else key[len("optim.state.") : -len(".ax")]
 
 
 @dataclass
@@ -87,11 +94,21 @@ class Layout:
 
     def fragments(self, rank: int) -> Iterator[tuple[str, int, int]]:
         """The name, start and number of elements of every fragment of ``rank``."""
+        for name, start, stop, _ in self._fragments(rank):
+            yield name, start, stop - start
+
+    def saved_rows(self, rank: int) -> Iterator[tuple[str, int, int]]:
+        """The name, start and stop of what ``rank`` saves of each parameter: rows of which its shard has a part."""
+        for name, start, stop, shard_numel in self._fragments(rank):
+            yield name, *row_range(start, stop, MODEL[name], shard_numel, _POSITIONS[name] % 2 == 0)
+
+    def _fragments(self, rank: int) -> Iterator[tuple[str, int, int, int]]:
         for names, layout in self.buckets:
             for name, slot in zip(names, layout.slots, strict=True):
                 fragment = layout.fragment(slot, rank)
                 if fragment.numel:
-                    yield name, fragment.param_start, fragment.numel
+                    start = fragment.param_start
+                    yield name, start, start + fragment.numel, layout.shard_numel
 
     def num_gathers(self) -> int:
         """How many collectives bring the float32 averages of all buckets to rank 0, if the backend is NCCL."""
@@ -109,11 +126,13 @@ class Layout:
             offset += length
             return len(chunks) - 1
 
-        for name, start, numel in self.fragments(rank):
-            for key, dtype in ((f"model.{name}", torch.bfloat16), (f"optim.state.{name}.ax", torch.float32)):
-                for offsets, sizes in row_major_regions(start, start + numel, MODEL[name]):
-                    chunk = add(math.prod(sizes) * dtype.itemsize + FRAME_BYTES)
-                    rows.append(Row(key, chunk, dtype, MODEL[name], offsets, sizes))
+        ranges = [(f"model.{name}", torch.bfloat16, *rows) for name, *rows in self.saved_rows(rank)]
+        ranges += [(f"optim.state.{n}.ax", torch.float32, start, start + k) for n, start, k in self.fragments(rank)]
+        for key, dtype, start, stop in ranges:
+            shape = MODEL[_name_of(key)]
+            for offsets, sizes in row_major_regions(start, stop, shape):
+                chunk = add(math.prod(sizes) * dtype.itemsize + FRAME_BYTES)
+                rows.append(Row(key, chunk, dtype, shape, offsets, sizes))
         if not rank:
             values = {value: add(FRAME_BYTES) for value in (*SCALARS, *OPTIONS)}
             for name in MODEL:

@@ -24,7 +24,6 @@ from ..comm.reports import CollectiveCall
 from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
-from ..state_dict.sharded import ShardTensorCache
 from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
 from .format import folder
 from .format.file_report import Described, FileReport, described, packed, unpacked
@@ -32,6 +31,7 @@ from .format.folder import NewCheckpoint
 from .format.paths import AnyPath, UserPath, absolute, as_path
 from .format.room import check_room, least_bytes
 from .format.writer import Frames, RankFile, WrittenFile
+from .rows import FragmentCache
 from .staging import StagingArea
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ class Saver:
         self._agreement: Agreement | None = None
         self._staging = StagingArea()
         self._frames: Frames = {}
-        self._fragments: ShardTensorCache = {}
+        self._fragments = FragmentCache()
         self._pending: PendingSave | None = None
 
     @classmethod
