@@ -126,7 +126,7 @@ class Layout:
             offset += length
             return len(chunks) - 1
 
-        ranges = [(f"model.{name}", torch.bfloat16, *rows) for name, *rows in self.saved_rows(rank)]
+        ranges = [(f"model.{n}", torch.bfloat16, start, stop) for n, start, stop in self.saved_rows(rank)]
         ranges += [(f"optim.state.{n}.ax", torch.float32, start, start + k) for n, start, k in self.fragments(rank)]
         for key, dtype, start, stop in ranges:
             shape = MODEL[_name_of(key)]

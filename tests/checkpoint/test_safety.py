@@ -642,8 +642,8 @@ def test_a_manifest_has_one_form(sample: Path) -> None:
 
 def test_a_later_format_says_which_version_to_use(sample: Path) -> None:
     """A manifest of another format is an error that says so, and not damage."""
-    (sample / MANIFEST_NAME).write_bytes(dumped(changed(manifest_body(sample), "format", 2)))
-    with pytest.raises(CheckpointError, match="has format 2, this version reads 1: use the version of dist_asgd"):
+    (sample / MANIFEST_NAME).write_bytes(dumped(changed(manifest_body(sample), "format", 3)))
+    with pytest.raises(CheckpointError, match="has format 3, this version reads 1 and 2: use the version of dist_asgd"):
         OpenCheckpoint(sample)
 
 

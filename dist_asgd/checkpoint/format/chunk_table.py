@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .garbage import collections_paused
 from .manifest import Chunk
 from .metadata import index_of
 
@@ -61,7 +62,7 @@ class ChunkTable:
         ranges: number of the source, offset and length in bytes of each row, ``(rows, 3)``.
         hashes: the hash of each row's bytes, ``(rows, 16)``; None without a manifest.
         sources: the sources, each as a ``_StorageInfo`` of offset and length 0.
-        planner_data, storage_meta: as in DCP's metadata.
+        planner_data, storage_meta, version: as in DCP's metadata.
         saved_by: None without a manifest.
     """
 
@@ -73,6 +74,7 @@ class ChunkTable:
     sources: list[_StorageInfo]
     planner_data: dict[str, Any] | None
     storage_meta: StorageMeta | None
+    version: str | None
     saved_by: SavedBy | None
 
     @classmethod
@@ -123,6 +125,7 @@ class ChunkTable:
             sources,
             metadata.planner_data,
             metadata.storage_meta,
+            metadata.version,
             saved_by,
         )
 
@@ -136,7 +139,7 @@ class ChunkTable:
         (kind, cut, places), (other_kind, other_cut, other_places) = self._all_of(key), other._all_of(key)
         if kind != other_kind or places != other_places:
             return False
-        return cut is other_cut is None or (cut is not None and np.array_equal(cut, other_cut))
+        return np.array_equal(_NOTHING if cut is None else cut, _NOTHING if other_cut is None else other_cut)
 
     def _all_of(self, key: str) -> tuple[Any, Column | None, list[tuple[_StorageInfo, int, int]]]:
         """Return kind, cut and places of a key."""
@@ -167,12 +170,14 @@ class ChunkTable:
         """Return the table in a short form, which ranks of one job send to each other; it is no format of files."""
         columns = [narrow(column) for column in self.ranges.T]
         rest = replace(self, cuts=[narrow(cut) for cut in self.cuts], ranges=_NOTHING)
-        return zlib.compress(pickle.dumps((rest, columns)), 1)
+        with collections_paused():
+            return zlib.compress(pickle.dumps((rest, columns)), 1)
 
     @classmethod
     def unpack(cls, data: bytes) -> ChunkTable:
         """Return the table that another rank of this job has packed."""
-        rest, columns = pickle.loads(zlib.decompress(data))
+        with collections_paused():
+            rest, columns = pickle.loads(zlib.decompress(data))
         cuts = [cut.astype(np.int64) for cut in rest.cuts]
         ranges = np.stack([column.astype(np.int64) for column in columns], axis=1)
         return replace(cast(ChunkTable, rest), cuts=cuts, ranges=ranges)
@@ -229,7 +234,7 @@ class TableChunks:
             # The list of a single region is read for its only item in many places.
             chunks = list(regions) if len(regions) < 2 else cast(Any, regions)
             entries[key] = TensorStorageMetadata(*kind, chunks)
-        self.metadata = Metadata(entries, table.planner_data, self._storage, table.storage_meta)
+        self.metadata = Metadata(entries, table.planner_data, self._storage, table.storage_meta, table.version)
 
     def _place(self, index: MetadataIndex, row: int) -> None:
         """Add place and hash of a chunk, which is ``row`` of the table."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorProperties
 
 from .chunk_table import HASH_BYTES, ChunkTable, Column, Cuts, narrow
@@ -144,6 +144,7 @@ def table_of(path: AnyPath, reports: Sequence[FileReport]) -> ChunkTable:
         sources,
         paths,
         meta,
+        CURRENT_DCP_VERSION,
         None,
     )
 
@@ -190,17 +191,14 @@ def _cut_of(rows: _Rows, at: Column, shape: tuple[int, ...]) -> tuple[Column, Co
     width = 2 * len(shape)
     cut = rows.regions[rows.starts[at][:, None] + np.arange(width)].reshape(len(at), 2, len(shape))
     kept = np.arange(len(at))
-    whole = math.prod(shape)
     numels = cut[:, 1].prod(axis=1)
-    if not whole:
-        # Of an empty tensor every rank writes the same empty region.
+    if not shape:
         kept = kept[:1]
-    elif not numels.all():
-        kept = np.flatnonzero(numels)
-    if len(kept) > 1 and int(numels[kept].sum()) != whole:
-        # Several ranks have written the same region.
-        _, first = np.unique(cut[kept, 0], axis=0, return_index=True)
-        kept = kept[np.sort(first)]
+    elif len(kept) > 1 and (not numels.all() or int(numels.sum()) != math.prod(shape)):
+        # Several ranks may have written the same region, as all do of an empty tensor.
+        order = np.argsort(numels == 0, kind="stable")
+        _, first = np.unique(cut[order, 0], axis=0, return_index=True)
+        kept = np.sort(order[first])
     return cut[kept], kept
 
 
@@ -208,7 +206,8 @@ def _shown(kind: Kind | None) -> str:
     return "a value" if kind is None else f"{list(kind[1])} {str(kind[0]).removeprefix('torch.')}"
 
 
-class Described(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Described:
     """The bytes of the files that say what the data files hold: ``.metadata`` and the index."""
 
     metadata: bytes

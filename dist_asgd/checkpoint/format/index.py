@@ -35,7 +35,7 @@ INDEX_NAME = "chunks.index"
 MAX_INDEX_BYTES = 1 << 28
 _MAGIC = b"dist_asgd chunks\n"
 _LENGTH_BYTES = 8
-_HEADER = {"checkpoint_id", "columns", "cuts", "files", "keys", "paths", "save_id"}
+_HEADER = {"checkpoint_id", "columns", "cuts", "files", "keys", "paths", "save_id", "version"}
 _COLUMN_TYPES = ("u1", "u2", "u4", "u8")
 # The type of each column of rows; the regions come before them.
 _NUM_COLUMNS = 4
@@ -48,7 +48,8 @@ def encode(table: ChunkTable) -> bytes:
 
     Tables that differ have different bytes.
     """
-    assert table.hashes is not None and table.storage_meta is not None
+    assert table.hashes is not None
+    assert table.storage_meta is not None
     regions = np.concatenate([cut.ravel() for cut in table.cuts]) if table.cuts else np.empty(0, np.int64)
     columns = [narrow(column) for column in (regions, *table.ranges.T)]
     keys: list[Any] = [
@@ -68,6 +69,7 @@ def encode(table: ChunkTable) -> bytes:
         "keys": keys,
         "paths": paths,
         "save_id": table.storage_meta.save_id,
+        "version": table.version,
     }
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     little = [column.astype(column.dtype.newbyteorder("<"), copy=False).tobytes() for column in columns]
@@ -123,8 +125,9 @@ def _decode(data: bytes, files: Collection[str], saved_by: SavedBy | None) -> Ch
         numbers = 2 * count * dimensions
         cuts.append(regions[first : first + numbers].reshape(count, 2, dimensions))
         first += numbers
-    meta = header["checkpoint_id"], header["save_id"]
-    _want(all(type(text) is str for text in meta), "'checkpoint_id' and 'save_id' must be strings")
+    meta, version = (header["checkpoint_id"], header["save_id"]), header["version"]
+    ok = all(type(text) is str for text in (*meta, version))
+    _want(ok, "'checkpoint_id', 'save_id' and 'version' must be strings")
     return ChunkTable(
         kinds,
         cuts,
@@ -134,6 +137,7 @@ def _decode(data: bytes, files: Collection[str], saved_by: SavedBy | None) -> Ch
         [_StorageInfo(name, 0, 0) for name in names],
         _paths_of(header["paths"], list(kinds)),
         StorageMeta(*meta),
+        version,
         saved_by,
     )
 
@@ -201,9 +205,7 @@ def _kinds_of(
     return kinds, cut_of
 
 
-def _columns_of(
-    data: memoryview, types: list[Any], shapes: list[tuple[int, int]], num_rows: int
-) -> list[Any]:
+def _columns_of(data: memoryview, types: list[Any], shapes: list[tuple[int, int]], num_rows: int) -> list[Any]:
     """Return the columns, int64, and at the end the hashes ``(rows, 16)``."""
     ok = len(types) == _NUM_COLUMNS and all(type(kind) is str and kind in _COLUMN_TYPES for kind in types)
     _want(ok, f"'columns' must be {_NUM_COLUMNS} of {list(_COLUMN_TYPES)}")

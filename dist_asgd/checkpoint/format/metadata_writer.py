@@ -14,19 +14,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from .chunk_table import ChunkTable, Column
+from .opcodes import (
+    APPENDS,
+    BUILD,
+    CALL,
+    CREATE,
+    EMPTY_DICT,
+    EMPTY_LIST,
+    EMPTY_TUPLE,
+    FALSE,
+    MARK,
+    MEMOIZE,
+    NONE,
+    POP_MARK,
+    PROTOCOL,
+    SET_ITEMS,
+    STOP,
+    TUPLE,
+    TUPLES,
+    get_of,
+    name_of,
+    number_of,
+    text_of,
+    word_of,
+)
 
 _DCP = "torch.distributed.checkpoint."
 _MEMO_NUMBERS_OF_TWO_BYTES = 256
 _FRAME_BYTES = 1 << 16
 _ROWS_AT_ONCE = 1 << 15
-_PROTOCOL, _STOP, _MARK, _POP_MARK = b"\x80\x04", b".", b"(", b"1"
-_EMPTY_DICT, _SET_ITEMS, _EMPTY_LIST, _APPENDS, _NONE, _FALSE = b"}", b"u", b"]", b"e", b"N", b"\x89"
-_EMPTY_TUPLE, _TUPLE, _MEMOIZE, _GLOBAL, _CALL, _CREATE, _BUILD = b")", b"t", b"\x94", b"\x93", b"R", b"\x81", b"b"
-_TUPLES = (_EMPTY_TUPLE, b"\x85", b"\x86", b"\x87")
 _INDEX, _INFO, _SIZE, _REGION, _TENSOR, _OBJECT = range(6)
 _CLASSES = (
     (_DCP + "metadata", "MetadataIndex"),
@@ -54,24 +73,24 @@ class _Writer:
 
     def run(self) -> bytes:
         """Return all of it."""
-        self._pieces.append(_MARK)
+        self._pieces.append(MARK)
         self._prepare()
-        self._pieces += (_POP_MARK, _named(_DCP + "metadata", "Metadata"), _EMPTY_TUPLE, _CREATE, _EMPTY_DICT, _MARK)
-        self._pieces.append(_text("storage_data"))
+        self._pieces += (POP_MARK, name_of(_DCP + "metadata", "Metadata"), EMPTY_TUPLE, CREATE, EMPTY_DICT, MARK)
+        self._pieces.append(text_of("storage_data"))
         self._dict(self._places())
-        self._pieces.append(_text("state_dict_metadata"))
+        self._pieces.append(text_of("state_dict_metadata"))
         self._dict(self._entries())
-        self._pieces.append(_text("planner_data"))
+        self._pieces.append(text_of("planner_data"))
         self._dict(self._paths())
         # The identifier of the save comes last, where ``identity_of`` looks for it.
         meta = self._table.storage_meta
         assert meta is not None
-        self._pieces += (_text("storage_meta"), _named(_DCP + "metadata", "StorageMeta"), _EMPTY_TUPLE, _CREATE)
-        self._pieces += (_EMPTY_DICT, _MARK, _text("checkpoint_id"), _text(str(meta.checkpoint_id)))
-        self._pieces += (_text("save_id"), _text(str(meta.save_id)), _text("load_id"), _NONE)
-        self._pieces += (_text("modules"), _EMPTY_LIST, _SET_ITEMS, _BUILD)
-        self._pieces += (_text("version"), _text(CURRENT_DCP_VERSION), _SET_ITEMS, _BUILD, _STOP)
-        return _PROTOCOL + b"".join(_framed(self._pieces))
+        self._pieces += (text_of("storage_meta"), name_of(_DCP + "metadata", "StorageMeta"), EMPTY_TUPLE, CREATE)
+        self._pieces += (EMPTY_DICT, MARK, text_of("checkpoint_id"), text_of(str(meta.checkpoint_id)))
+        self._pieces += (text_of("save_id"), text_of(str(meta.save_id)), text_of("load_id"), NONE)
+        self._pieces += (text_of("modules"), EMPTY_LIST, SET_ITEMS, BUILD)
+        self._pieces += (text_of("version"), text_of(str(self._table.version)), SET_ITEMS, BUILD, STOP)
+        return PROTOCOL + b"".join(_framed(self._pieces))
 
     # --- what is used more than once -------------------------------------------------------------------------
 
@@ -80,25 +99,25 @@ class _Writer:
         if thing not in self._memo:
             self._memo[thing] = self._count
             self._count += 1
-            self._pieces += (opcodes, _MEMOIZE)
+            self._pieces += (opcodes, MEMOIZE)
 
     def _prepare(self) -> None:
         table = self._table
         for number, name in enumerate(_CLASSES):
-            self._remember(number, _named(*name))
-        self._remember(_OBJECT, _named(_DCP + "metadata", "BytesStorageMetadata") + _EMPTY_TUPLE + _CREATE)
+            self._remember(number, name_of(*name))
+        self._remember(_OBJECT, name_of(_DCP + "metadata", "BytesStorageMetadata") + EMPTY_TUPLE + CREATE)
         num_rows = dict(zip(table.kinds, np.diff(self._first_rows).tolist(), strict=True))
         keys = list(dict.fromkeys([*(table.planner_data or {}), *table.kinds]))
         frequent = sorted(keys, key=lambda key: -num_rows.get(key, 0))
         room = max(0, _MEMO_NUMBERS_OF_TWO_BYTES - self._count)
         for key in frequent[:room]:
-            self._remember(("text", key), _text(key))
+            self._remember(("text", key), text_of(key))
         for source in table.sources:
-            self._remember(("text", source.relative_path), _text(source.relative_path))
+            self._remember(("text", source.relative_path), text_of(source.relative_path))
         for key in frequent[room:]:
-            self._remember(("text", key), _text(key))
+            self._remember(("text", key), text_of(key))
         for path in (table.planner_data or {}).values():
-            self._remember(("text", path[0]), _text(str(path[0])))
+            self._remember(("text", path[0]), text_of(str(path[0])))
         for kind in table.kinds.values():
             if kind is not None:
                 self._size(tuple(kind[1]))
@@ -108,9 +127,9 @@ class _Writer:
     def _size(self, size: tuple[int, ...]) -> int:
         """Return the memo's number of a ``torch.Size``."""
         if size not in self._memo:
-            numbers = b"".join(map(_int, size))
-            made = numbers + _TUPLES[len(size)] if len(size) < len(_TUPLES) else _MARK + numbers + _TUPLE
-            self._remember(size, self._get(_SIZE) + made + _TUPLES[1] + _CALL)
+            numbers = b"".join(map(number_of, size))
+            made = numbers + TUPLES[len(size)] if len(size) < len(TUPLES) else MARK + numbers + TUPLE
+            self._remember(size, self._get(_SIZE) + made + TUPLES[1] + CALL)
         return self._memo[size]
 
     def _cut(self, number: int, cut: Column) -> Column:
@@ -118,19 +137,19 @@ class _Writer:
         numbers = [(self._size(tuple(offsets)), self._size(tuple(sizes))) for offsets, sizes in cut.tolist()]
         region, opcodes = self._get(_REGION), list[bytes]()
         for offsets_number, sizes_number in numbers:
-            opcodes += (region, _get(offsets_number), _get(sizes_number), _TUPLES[2], _CALL)
-        self._remember(("cut", number), _EMPTY_LIST + _MARK + b"".join(opcodes) + _APPENDS)
+            opcodes += (region, get_of(offsets_number), get_of(sizes_number), TUPLES[2], CALL)
+        self._remember(("cut", number), EMPTY_LIST + MARK + b"".join(opcodes) + APPENDS)
         return np.array([offsets_number for offsets_number, _ in numbers], np.int64)
 
     def _get(self, thing: Any) -> bytes:
-        return _get(self._memo[thing])
+        return get_of(self._memo[thing])
 
     # --- the dicts -------------------------------------------------------------------------------------------
 
     def _dict(self, items: Iterable[bytes]) -> None:
-        self._pieces.append(_EMPTY_DICT)
+        self._pieces.append(EMPTY_DICT)
         for some in items:
-            self._pieces += (_MARK, some, _SET_ITEMS)
+            self._pieces += (MARK, some, SET_ITEMS)
 
     def _places(self) -> Iterator[bytes]:
         """Yield the items of ``storage_data``: the index of a chunk, and the place of it."""
@@ -144,8 +163,8 @@ class _Writer:
             first, stop = self._first_rows[position], self._first_rows[position + 1]
             if number < 0:
                 source, offset, length = table.ranges[first].tolist()
-                place = _get(int(files[source])) + _int(offset) + _int(length)
-                objects += (index, self._get(("text", key)), _TUPLES[1], _CALL, info, place, _TUPLES[3], _CALL)
+                place = get_of(int(files[source])) + number_of(offset) + number_of(length)
+                objects += (index, self._get(("text", key)), TUPLES[1], CALL, info, place, TUPLES[3], CALL)
                 continue
             names.append(np.full(stop - first, self._memo["text", key], np.int64))
             starts.append(self._starts[number])
@@ -167,14 +186,14 @@ class _Writer:
                 yield name + self._get(_OBJECT)
                 continue
             parts = self._get(("properties", kind[0].dtype)), self._get(tuple(kind[1])), self._get(("cut", number))
-            yield name + tensor + b"".join(parts) + _TUPLES[3] + _CALL
+            yield name + tensor + b"".join(parts) + TUPLES[3] + CALL
 
     def _paths(self) -> Iterator[bytes]:
         """Yield the items of ``planner_data``: the path of each key."""
         for key, path in (self._table.planner_data or {}).items():
-            words = [self._get(("text", path[0])), *map(_word, path[1:])]
+            words = [self._get(("text", path[0])), *map(word_of, path[1:])]
             made = b"".join(words)
-            made = made + _TUPLES[len(words)] if len(words) < len(_TUPLES) else _MARK + made + _TUPLE
+            made = made + TUPLES[len(words)] if len(words) < len(TUPLES) else MARK + made + TUPLE
             yield self._get(("text", key)) + made
 
 
@@ -193,40 +212,13 @@ def _framed(pieces: Sequence[bytes]) -> Iterator[bytes]:
 # --- opcodes ---------------------------------------------------------------------------------------------
 
 
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return b"\x8c" + bytes([len(data)]) + data if len(data) < 256 else b"X" + len(data).to_bytes(4, "little") + data
-
-
-def _word(word: str | int) -> bytes:
-    return _text(word) if isinstance(word, str) else _int(word)
-
-
-def _named(module: str, name: str) -> bytes:
-    return _text(module) + _text(name) + _GLOBAL
-
-
-def _get(number: int) -> bytes:
-    return b"h" + bytes([number]) if number < 256 else b"j" + number.to_bytes(4, "little")
-
-
-def _int(number: int) -> bytes:
-    if 0 <= number < 256:
-        return b"K" + bytes([number])
-    if 0 <= number < 1 << 16:
-        return b"M" + number.to_bytes(2, "little")
-    if -(1 << 31) <= number < 1 << 31:
-        return b"J" + number.to_bytes(4, "little", signed=True)
-    return b"\x8a\x08" + number.to_bytes(8, "little", signed=True)
-
-
 def _properties(properties: TensorProperties) -> bytes:
     """Return what makes the properties of a dtype; all others are those that a tensor has by default."""
-    layout = _named("torch.serialization", "_get_layout") + _text(str(torch.strided)) + _TUPLES[1] + _CALL
-    memory_format = _named(_DCP + "metadata", "_MEM_FORMAT_ENCODING") + _int(0) + _TUPLES[1] + _CALL
-    dtype = _named("torch", str(properties.dtype).removeprefix("torch."))
-    state = _MARK + dtype + layout + _FALSE + memory_format + _FALSE + _TUPLE
-    return _named(_DCP + "metadata", "TensorProperties") + _EMPTY_TUPLE + _CREATE + state + _BUILD
+    layout = name_of("torch.serialization", "_get_layout") + text_of(str(torch.strided)) + TUPLES[1] + CALL
+    memory_format = name_of(_DCP + "metadata", "_MEM_FORMAT_ENCODING") + number_of(0) + TUPLES[1] + CALL
+    dtype = name_of("torch", str(properties.dtype).removeprefix("torch."))
+    state = MARK + dtype + layout + FALSE + memory_format + FALSE + TUPLE
+    return name_of(_DCP + "metadata", "TensorProperties") + EMPTY_TUPLE + CREATE + state + BUILD
 
 
 def _opcodes_of(
@@ -242,8 +234,8 @@ def _opcodes_of(
     num_rows = len(ranges)
     fields = [
         *(_constant(index, num_rows), *map(_gets, (np.concatenate(names), np.concatenate(starts)))),
-        *(_constant(_TUPLES[2] + _CALL + info, num_rows), _gets(files[ranges[:, 0]])),
-        *(_ints(ranges[:, 1]), _ints(ranges[:, 2]), _constant(_TUPLES[3] + _CALL, num_rows)),
+        *(_constant(TUPLES[2] + CALL + info, num_rows), _gets(files[ranges[:, 0]])),
+        *(_ints(ranges[:, 1]), _ints(ranges[:, 2]), _constant(TUPLES[3] + CALL, num_rows)),
     ]
     opcodes = np.concatenate([field for field, _ in fields], axis=1)
     wanted = [np.arange(field.shape[1]) < lengths[:, None] for field, lengths in fields]

@@ -68,6 +68,8 @@ class OpenCheckpoint:
         self.path = as_path(path)
         self.manifest: Manifest | None = None
         self.saved_by: SavedBy | None = None
+        self._table: ChunkTable | None = None
+        self._places: list[_StorageInfo] | None = None
         with collections_paused():
             self._open(verify, prefix)
         self._begin_reading()
@@ -104,7 +106,7 @@ class OpenCheckpoint:
         with collections_paused():
             chunks = TableChunks(table)
         self.metadata, self._hashes = chunks.metadata, chunks.hashes
-        self._table, self.saved_by, self._places = table, table.saved_by, None
+        self._table, self.saved_by = table, table.saved_by
 
     def _open(self, verify: bool, prefix: Prefix) -> None:
         # Raises if there is no such directory.
@@ -119,7 +121,6 @@ class OpenCheckpoint:
                 self._descriptions = [INDEX_NAME]
                 self._take(index)
                 return
-        self._table = None
         self._descriptions = [METADATA_NAME] if verify else description_names(names)
         self.metadata, where = read_description(self.path, self._descriptions, self.read_file, has_manifest=verify)
         check_extensions(self.metadata, where)
@@ -174,17 +175,18 @@ class OpenCheckpoint:
                 file.close()
         return sizes
 
-    def _chunk_hashes(self, index: ChunkTable | None) -> dict[tuple[str, int, int], str] | None:
+    def _chunk_hashes(self, table: ChunkTable | None) -> dict[tuple[str, int, int], str] | None:
         if self.manifest is None:
             return None
-        by_name = self.manifest.chunks if index is None else index.chunks()
+        by_name = self.manifest.chunks if table is None else table.chunks()
+        owner = self.path / (MANIFEST_NAME if table is None else INDEX_NAME)
         assert by_name is not None
         hashes = {(name, c.offset, c.length): c.xxh3_128 for name, chunks in by_name.items() for c in chunks}
         # Checked for all chunks now, so that a missing hash is never a chunk that is read without one.
         for index, info in self.metadata.storage_data.items():
             if (info.relative_path, info.offset, info.length) not in hashes:
                 raise CheckpointError(
-                    f"dist_asgd: {self.path / (MANIFEST_NAME if index is None else INDEX_NAME)} has no hash for {index.fqn}, at {info.offset} in "
+                    f"dist_asgd: {owner} has no hash for {index.fqn}, at {info.offset} in "
                     f"{info.relative_path}: it belongs to another checkpoint than {METADATA_NAME}."
                 )
         return hashes

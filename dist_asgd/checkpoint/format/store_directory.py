@@ -1,9 +1,9 @@
 """Checkpoints in object stores: written in place, and whole once their manifest is there.
 
 A store can neither rename a directory in one step nor lock it. So the data files of a save get names that no other save
-uses (``__0_0-<tag>.distcp``), the index, ``.metadata`` and ``manifest.json`` are created only if they are not there yet, and the
-manifest comes last. What a crash leaves has no manifest and an owner file (see ``locks``): it is no checkpoint, and the
-next save removes it. All functions are local, and only rank 0 calls those that change something.
+uses (``__0_0-<tag>.distcp``), the index, ``.metadata`` and ``manifest.json`` are created only if they are not there
+yet, and the manifest comes last. What a crash leaves has no manifest and an owner file (see ``locks``): it is no
+checkpoint, and the next save removes it. All functions are local, and only rank 0 calls those that change something.
 """
 
 from __future__ import annotations

@@ -59,23 +59,24 @@ def _check_cut(key: str, properties: TensorProperties, size: torch.Size, cut: Co
         # One object at a time, for an error that names the region.
         regions = [ChunkStorageMetadata(*map(torch.Size, region)) for region in cut.tolist()]
         check_regions(key, TensorStorageMetadata(properties, size, regions), where)
-        raise CheckpointError(f"dist_asgd: {where}: {key} has empty chunks, which no save writes.")
+        raise CheckpointError(f"dist_asgd: {where}: two chunks of {key} begin at one place.")
 
     shape, starts, sizes = np.array(size, np.int64), cut[:, 0], cut[:, 1]
     if (starts + sizes > shape).any():
         refuse()
-    numels = sizes.prod(axis=1, dtype=np.int64)
-    whole = math.prod(size)
-    # Of an empty tensor there is one region. A sum of Python's numbers, because it may be longer than 64 bits.
-    if (len(cut) != 1 if not whole else not numels.all()) or sum(numels.tolist()) != whole:
+    numels: Column = sizes.prod(axis=1, dtype=np.int64)
+    is_empty = numels == 0
+    # What has one offset is one chunk for DCP. A sum of Python's numbers, because it may be longer than 64 bits.
+    is_double = len(cut) > 1 and bool(is_empty.any()) and len(np.unique(starts, axis=0)) < len(cut)
+    if not len(cut) or is_double or sum(numels.tolist()) != math.prod(size):
         refuse()
-    if len(cut) > 1 and not _is_chain(shape, starts, sizes, numels):
+    if len(cut) > 1 and not _is_chain(shape, *(column[~is_empty] for column in (starts, sizes, numels))):
         _check_apart(key, properties, size, cut, where)
     return numels
 
 
 def _is_chain(shape: Column, starts: Column, sizes: Column, numels: Column) -> bool:
-    """Whether each region is a row-major range, and these follow each other; regions have as many elements as ``shape``.
+    """Whether each region is a row-major range, and these follow each other from the first element on.
 
     So do nearly all: the fragments of a bucket do.
     """
@@ -86,7 +87,7 @@ def _is_chain(shape: Column, starts: Column, sizes: Column, numels: Column) -> b
     first = (starts * inner).sum(axis=1)
     order = np.argsort(first, kind="stable")
     stops = (first + numels)[order]
-    return bool(first[order[0]] == 0 and (first[order[1:]] == stops[:-1]).all())
+    return bool((first[order] == np.append(0, stops)[:-1]).all())
 
 
 def _check_apart(key: str, properties: TensorProperties, size: torch.Size, cut: Column, where: str) -> None:
@@ -103,12 +104,21 @@ def _check_ranges(table: ChunkTable, sizes: Mapping[str, int], where: str) -> No
     order = np.lexsort((table.ranges[:, 2], table.ranges[:, 1], table.ranges[:, 0]))
     ranges, may_share = table.ranges[order], may_share[order]
     is_same = (ranges[1:] == ranges[:-1]).all(axis=1) & may_share[1:] & may_share[:-1]
-    kept = np.append(True, ~is_same)
-    order, ranges = order[kept], ranges[kept]
-    stops = ranges[:, 1] + ranges[:, 2]
 
     def key_of(row: int) -> str:
         return list(table.kinds)[int(np.searchsorted(firsts, order[row], "right")) - 1]
+
+    if table.hashes is not None:
+        hashes = table.hashes[order]
+        torn = np.flatnonzero(is_same & (hashes[1:] != hashes[:-1]).any(axis=1))
+        if len(torn):
+            row = int(torn[0])
+            raise CheckpointError(
+                f"dist_asgd: {where}: {key_of(row)} and {key_of(row + 1)} have the same bytes and different hashes."
+            )
+    kept = np.append(True, ~is_same)
+    order, ranges = order[kept], ranges[kept]
+    stops = ranges[:, 1] + ranges[:, 2]
 
     overlapping = np.flatnonzero((ranges[1:, 0] == ranges[:-1, 0]) & (ranges[1:, 1] < stops[:-1]))
     if len(overlapping):

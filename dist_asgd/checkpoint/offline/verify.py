@@ -24,6 +24,7 @@ from ..format.manifest import (
     FileEntry,
     Manifest,
     check_files,
+    hash_of,
     open_confined,
     read_manifest,
     read_whole,
@@ -32,6 +33,7 @@ from ..format.manifest import (
 from ..format.metadata import METADATA_NAME
 from ..format.paths import AnyPath
 from ..format.reader import OpenCheckpoint
+from ..format.table_extents import check_table
 from .contents import Progress, no_progress
 
 _BLOCK_BYTES = 1 << 22
@@ -98,8 +100,11 @@ def _chunks_of(path: AnyPath, manifest: Manifest) -> Mapping[str, Sequence[Chunk
     if manifest.chunks is not None:
         return manifest.chunks
     with suppress(CheckpointError):
-        data = read_whole(path, INDEX_NAME, MAX_INDEX_BYTES)
-        return decode(data, str(path / INDEX_NAME), manifest.files, None).chunks()
+        data, where = read_whole(path, INDEX_NAME, MAX_INDEX_BYTES), str(path / INDEX_NAME)
+        if INDEX_NAME in manifest.files and hash_of(data) == manifest.files[INDEX_NAME].xxh3_128:
+            table = decode(data, where, manifest.files, None)
+            check_table(table, {name: entry.bytes for name, entry in manifest.files.items()}, where)
+            return table.chunks()
     return {}
 
 
@@ -119,7 +124,8 @@ def _check_metadata(opened: OpenCheckpoint) -> None:
                 f"dist_asgd: {where} and {INDEX_NAME} say different things of {key}: one of them belongs to another "
                 f"checkpoint. This package loads what {INDEX_NAME} says, and DCP what {METADATA_NAME} says."
             )
-    if (table.planner_data, table.storage_meta) != (other.planner_data, other.storage_meta):
+    rest = [(one.planner_data, one.storage_meta, one.version) for one in (table, other)]
+    if rest[0] != rest[1]:
         raise CheckpointError(f"dist_asgd: {where} and {INDEX_NAME} belong to different checkpoints.")
 
 
