@@ -1,4 +1,4 @@
-"""The index of a checkpoint: it says what ``.metadata`` says, and whatever else it may hold is an error, and no crash."""
+"""The index of a checkpoint says what ``.metadata`` says, and whatever else it may hold is an error, and no crash."""
 
 import json
 import os
@@ -188,7 +188,8 @@ def test_a_file_that_is_not_whole_is_named(sample: Path, tmp_path: Path, what: s
     message = {"missing": "is missing", "short": "truncated", "long": "too long", "link": "symbolic link"}
     with pytest.raises(CheckpointError, match=f"{INDEX_NAME}.*{message.get(what, '')}"):
         OpenCheckpoint(sample)
-    assert not what == "unlisted" or verify(sample).problems
+    # It would read all of it.
+    assert what == "a terabyte" or verify(sample).problems
     # The tensors are still there for whoever wants no hashes.
     assert tensors_of(sample, verify=False)
 
@@ -230,11 +231,14 @@ def test_a_forged_index_is_an_error_or_the_truth(sample: Path) -> None:
         data = bytearray(good)
         data[place] ^= 1 << draw.randrange(8)
         write_index(sample, bytes(data))
+        refusal, found = "", dict[str, Tensor]()
         try:
             read_all(sample)
             found = tensors_of(sample)
         except CheckpointError as error:
-            assert str(sample) in str(error)
+            refusal = str(error)
+        if refusal:
+            assert str(sample) in refusal
             outcomes["refused"] += 1
             continue
         outcomes["read"] += 1
