@@ -12,7 +12,7 @@ from .comm.base import ShardCollectives
 from .placements.presharded import PreshardedState
 from .placements.replicas import ReplicaGroup
 from .storage.buffers import StateBuffer
-from .storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
+from .storage.send_layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
 
 # Buffers for packed local tensors: one arrives while the next is packed.
 MAX_PACKED = 2
@@ -69,12 +69,13 @@ class Gatherer:
         if id(buffer) not in self._layouts:
             direct_numel = DIRECT_BYTES // buffer.dtype.itemsize
             whole = communicator.contiguous
+            shard_numel = buffer.layout.shard_numel
             self._layouts[id(buffer)] = (
-                whole_layout(buffer.layout) if whole else send_layout(buffer.layout, direct_numel)
+                whole_layout(buffer.layout) if whole else send_layout(buffer.layout, direct_numel, 0, shard_numel)
             )
         layout = self._layouts[id(buffer)]
         packed = self._packed_buffer(buffer, layout.packed_numel)
-        small = [(buffer.members[position], at) for position, at in layout.packed]
+        small = [(buffer.members[piece.slot], piece.target) for piece in layout.pieces if piece.slot is not None]
         own = [(member, at + member.fragment.param_start) for member, at in small if member.fragment.numel]
         if own:
             torch._foreach_copy_(

@@ -51,7 +51,7 @@ def run(part: Part) -> None:
 def _collectives(part: Part, collectives: NativeCollectives) -> None:
     values = torch.arange(64.0, device=part.device)
     shard = torch.zeros_like(values)
-    collectives.reduce_scatter([[(0, values.clone())]], shard, False, 0)()
+    collectives.reduce_scatter([[(0, values.clone())]], shard, False, 0).wait()
     summed, gathered = values.clone(), values.clone()
     collectives.all_reduce(summed, 0)()
     collectives.all_gather(gathered)()

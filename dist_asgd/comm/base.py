@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -21,6 +22,16 @@ from .roll import Roll
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
 ReduceScalars = Literal["sum", "max", "min"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A reduce-scatter on its way: ``is_done`` says whether ``wait`` would return without waiting on the host."""
+
+    wait: Wait
+    is_done: Callable[[], bool]
+
+
 # For each rank, the ranges that go into its shard: (first element in that shard, 1-D tensor). For backends that are
 # ``contiguous`` one range for all shards.
 SendList = Sequence[Sequence[tuple[int, Tensor]]]
@@ -95,7 +106,7 @@ class ShardCollectives(ABC):
         return False
 
     @abstractmethod
-    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
         """Start ``shard = mean over ranks of their sends to it``, or ``shard +=`` that if ``accumulate``.
 
         Args:
@@ -215,14 +226,14 @@ class SingleProcess(Communicator):
     world_size = 1
     ranks = (0,)
 
-    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
         for start, source in sends[0]:
             target = shard[start : start + source.numel()]
             if accumulate:
                 target.add_(source)
             else:
                 target.copy_(source)
-        return _done
+        return Reduction(_done, lambda: True)
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         return _done

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from . import dissemination
-from .base import GroupCommunicator, PendingSummary, ReduceScalars, SendList, Wait
+from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
 from .dissemination import Message, Summary
 from .host_group import HostGroup
 from .roll import Roll
@@ -123,7 +123,7 @@ class Gloo(GroupCommunicator):
 
     # --- reductions --------------------------------------------------------------------------------------
 
-    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
         tag %= BUCKET_TAGS
         mine = sends[self.rank]
         numels = [source.numel() for _, source in mine]
@@ -155,7 +155,7 @@ class Gloo(GroupCommunicator):
             if inbox is not None:
                 self._inboxes[dtype].append(inbox)
 
-        return wait
+        return Reduction(wait, lambda: all(work.is_completed() for work in works))
 
     def _store_mean(self, values: list[Tensor], target: Tensor, accumulate: bool) -> None:
         """``target = mean(values)``, or ``+=``; ``values`` has one 1-D tensor per rank, summed in list order.

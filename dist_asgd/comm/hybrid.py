@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .base import Communicator, ReduceScalars, SendList, ShardCollectives, Wait
+from .base import Communicator, ReduceScalars, Reduction, SendList, ShardCollectives, Wait
 
 
-class _Reduction:
+class _Steps:
     """One shard on its way through the three steps of a hybrid reduction, each of which runs once.
 
     A step is dropped once it has run, so that the buffers it refers to can be freed.
@@ -48,7 +48,7 @@ class Hybrid(ShardCollectives):
         self._across = across
         self.rank = inside.rank
         self.world_size = inside.world_size
-        self._last: _Reduction | None = None
+        self._last: _Steps | None = None
         self._free: list[Tensor] = []
         self._bytes = 0
 
@@ -60,7 +60,7 @@ class Hybrid(ShardCollectives):
     def waits_to_launch(self) -> bool:
         return True
 
-    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
         """The result is the mean of the replicas' means."""
         # The previous bucket has had the time of this one's backward to arrive inside. It starts across here and not
         # when it is ready, because every rank must launch in the same order.
@@ -76,7 +76,7 @@ class Hybrid(ShardCollectives):
         in_place = not accumulate and dtype == shard.dtype
         buffer = shard if in_place else self._take_buffer(dtype, shard)
         partial = buffer[: shard.numel()]
-        wait_inside = self._inside.reduce_scatter(sends, partial, False, tag)
+        inside = self._inside.reduce_scatter(sends, partial, False, tag)
         # The steps must not refer to this object, which keeps the last reduction.
         across, free = self._across, self._free
 
@@ -90,8 +90,9 @@ class Hybrid(ShardCollectives):
                     shard[stretch].copy_(partial[stretch])
             free.append(buffer)
 
-        self._last = _Reduction(wait_inside, lambda: across.all_reduce(partial, tag), store)
-        return self._last.finish
+        self._last = _Steps(inside.wait, lambda: across.all_reduce(partial, tag), store)
+        # On the host the sum across is waited for where it is started, so nobody can tell before.
+        return Reduction(self._last.finish, lambda: shard.device.type == "cuda")
 
     def _take_buffer(self, dtype: torch.dtype, shard: Tensor) -> Tensor:
         """Return a buffer of ``shard``'s size at least: the smallest free one that fits, or a new one."""

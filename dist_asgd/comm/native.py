@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from .base import GroupCommunicator, PendingSummary, ReduceScalars, SendList, Wait
+from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
 
 
 class NativeCollectives(GroupCommunicator):
@@ -47,12 +47,16 @@ class NativeCollectives(GroupCommunicator):
         except RuntimeError as error:
             raise self.peer_error(action, error) from error
 
-    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Wait:
-        # NCCL reduces in place, into this rank's own range of the send buffer. Other backends may read that range
-        # after they have written it, so they get a tensor of their own.
+    def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
         send = sends[0][0][1]
-        mine = send.view(self.world_size, -1)[self.rank]
-        out = mine if self._averages else torch.empty_like(mine)
+        straight = not accumulate and send.dtype == shard.dtype
+        if straight:
+            out = shard
+        else:
+            # NCCL reduces in place, into this rank's own range of the send buffer. Other backends may read that range
+            # after they have written it, so they get a tensor of their own.
+            mine = send.view(self.world_size, -1)[self.rank]
+            out = mine if self._averages else torch.empty_like(mine)
         op, divisor = self._begin_mean(send)
         with record_function("dist_asgd::reduce_scatter"):
             work = self._call("a reduce-scatter", self._reduce_scatter_single, out, send, op=op, async_op=True)
@@ -63,10 +67,11 @@ class NativeCollectives(GroupCommunicator):
                 out.div_(divisor)
             if accumulate:
                 shard.add_(out)
-            else:
+            elif not straight:
                 shard.copy_(out)
 
-        return wait
+        # On GPUs a wait stops a stream, and never the host.
+        return Reduction(wait, lambda: out.is_cuda or work is None or work.is_completed())
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         op, divisor = self._begin_mean(values)

@@ -11,13 +11,12 @@ joining   a rank that finds in ``agree`` that another rank has opened a round ta
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
-from ..comm import Communicators, Wait
+from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint
 from ..comm.masks import bit_mask, indices_in
 from ..comm.reports import CollectiveCall, RankReports
@@ -28,7 +27,8 @@ from .base import READ_GRADIENTS, REBUILDING, Gradients, check_gradient, multipl
 from .hooks import BackwardHooks
 from .published import PublishedGradients
 from .round import Header, Round, mispairing
-from .sending import SendBuffers, complete_in_background, source
+from .sending import complete_in_background
+from .transfers import Transfers
 
 
 class Reducer(Gradients):
@@ -63,11 +63,9 @@ class Reducer(Gradients):
         self._hooks = BackwardHooks(self)
         self._hooked: set[int] = set()  # gradients of the others are reduced as if set by hand
         self.published = PublishedGradients(self)
-        self._send_buffers = SendBuffers((), {})
-        # Oldest first: reduce-scatters end in the order in which they were launched.
-        self._in_flight: deque[tuple[Bucket, Wait, Callable[[], None]]] = deque()
         self._round = Round()
         self._header = Header(agreement)
+        self._transfers = Transfers((), {}, self._header)
         # Since the last zero_grad(): the parameters this rank contributed to, and the buckets whose shard is valid.
         self._reduced_mask = 0
         self._buckets_with_shard: set[int] = set()
@@ -77,7 +75,7 @@ class Reducer(Gradients):
         self.backward_since_agree = False
         # The parameters with a gradient on any rank, as ``agree`` has found them.
         self._present_mask = 0
-        # Whether a bucket is being launched or finished, or such a call was interrupted: its gradients are torn then.
+        # Whether a bucket is being launched, or that was interrupted: its gradients are torn then.
         self._is_torn = False
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
@@ -86,8 +84,8 @@ class Reducer(Gradients):
         self._member_of = {member.index: member for member in self.members}
         self._round.extend(self.buckets)
         self._register_hooks()
-        self._collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
-        self._send_buffers = SendBuffers(self.buckets, self._collectives)
+        collectives = {bucket.device: self.communicators.on(bucket.device) for bucket in self.buckets}
+        self._transfers = Transfers(self.buckets, collectives, self._header)
         self.published.extend(self.members, self._hooked)
 
     def _register_hooks(self) -> None:
@@ -97,13 +95,13 @@ class Reducer(Gradients):
 
     def __del__(self) -> None:
         """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
-        if self._header.is_under_way or self._in_flight:
-            complete_in_background([self._header.wait, *(wait for _, wait, _ in self._in_flight)])
+        if self._header.is_under_way or not self._transfers.is_idle:
+            complete_in_background([self._header.wait, self._transfers.complete])
 
     @property
     def in_flight_bytes(self) -> int:
         """The bytes of the send buffers, which are kept between steps."""
-        return self._send_buffers.nbytes
+        return self._transfers.nbytes
 
     # --- during backward ------------------------------------------------------------------------------------
 
@@ -127,6 +125,7 @@ class Reducer(Gradients):
         ranks launch the same buckets in the same order, but nobody waits here.
         """
         bucket = self._member_of[index].bucket
+        self._transfers.advance()
         if not self.synchronising or index not in self._unpacked or not bucket.trainable:
             return
         if not self._round.note_ready(index, bucket):
@@ -139,6 +138,7 @@ class Reducer(Gradients):
 
     def note_end(self, busy: set[int]) -> None:
         """Publish all gradients but those that other threads are at work on, at the end of a backward."""
+        self._transfers.start_all()
         if self.synchronising:
             self.published.publish_all(busy)
 
@@ -161,34 +161,26 @@ class Reducer(Gradients):
             self._mispaired = mispairing(reports, self.agreement.names)
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
-        """Pack the bucket's gradients, free them, and start its reduce-scatter; waits for a send buffer only."""
+        """Hand the bucket's gradients over to its reduce-scatter; waits for that of the bucket before last only."""
         self._start_over_if_used()
         # A gradient that nobody waits for stays on its parameter while hooks on that run; it is reduced later.
         running = self._hooks.running()
         gradients = [None if member.index in running else self._checked(member) for member in bucket.members]
-        buffer, give_back = self._send_buffers.take(bucket, self._finish_oldest)
-        self._is_torn = True  # from here on, until the end
-        layout = self._send_buffers.layout(bucket)
-        packed = buffer[: layout.packed_numel]
-        bucket.pack(gradients, layout.packed, packed)
-        sends = [[(part.start, source(bucket, gradients, packed, part)) for part in ranges] for ranges in layout.ranges]
-        self.published.forget_norms()
-        for member, gradient in zip(bucket.members, gradients, strict=True):
-            if member.index not in running:
-                # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
-                self.published.publish(member, sent=True)
-                self._unpacked.discard(member.index)
-                self._reduced_mask |= (gradient is not None) << member.index
-        shard = bucket.gradient_shard()
+        self._transfers.make_room(bucket)
         accumulate = id(bucket) in self._buckets_with_shard
         if accumulate:
             # The shard must not be scaled together with what is added to it now.
             self.scale()
+        self._is_torn = True  # from here on, until the end
         self._buckets_with_shard.add(id(bucket))
-        if self._collectives[bucket.device].waits_to_launch:
-            self._header.wait()
-        wait = self._collectives[bucket.device].reduce_scatter(sends, shard, accumulate, tag)
-        self._in_flight.append((bucket, wait, give_back))
+        self._transfers.launch(bucket, gradients, accumulate, tag)
+        self.published.forget_norms()
+        for member, gradient in zip(bucket.members, gradients, strict=True):
+            if member.index not in running:
+                # What is not sent yet the transfers keep.
+                self.published.publish(member, sent=True)
+                self._unpacked.discard(member.index)
+                self._reduced_mask |= (gradient is not None) << member.index
         self._is_torn = False
 
     def _start_over_if_used(self) -> None:
@@ -209,14 +201,6 @@ class Reducer(Gradients):
                 self._problem = self._problem or error.with_traceback(None)  # whose frames refer to self
                 return None
         return gradient
-
-    def _finish_oldest(self) -> None:
-        self._header.wait()  # ranks that have not opened the round hear of it through this one
-        self._is_torn = True
-        _, wait, give_back = self._in_flight.popleft()
-        wait()
-        give_back()
-        self._is_torn = False
 
     # --- before a collective call ---------------------------------------------------------------------------
 
@@ -255,7 +239,7 @@ class Reducer(Gradients):
         ``keep``: gradients that are not reduced yet are announced to the other ranks; False if they are discarded.
         For parameters in buckets, the masks say: (1, 0) reduced, (1, 1) yet to be reduced, (0, 1) used by a step.
         """
-        if self._is_torn:
+        if self._is_torn or self._transfers.is_torn:
             # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
             self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
         if self._hooks.tasks:
@@ -269,6 +253,7 @@ class Reducer(Gradients):
             # No round changes the gradients of presharded parameters: one look is enough.
             present, misplaced, wrong = self.inspect_presharded(call)
         while True:
+            self._transfers.start_all()
             pending = self._pending(keep)
             self.agreement.cleared = bool(self.published.cleared)
             problem = problem or self._mispaired or self._problem or wrong
@@ -282,7 +267,7 @@ class Reducer(Gradients):
             self._check_pairing(reports)
         if CollectiveCall.STEP not in reports.calls:
             # A step waits bucket by bucket instead, and updates the first while the last are in flight.
-            self._wait_for_all()
+            self._transfers.wait_for_all()
         self._problem = self._mispaired = None
         self.backward_since_agree = False
         self.agreement.check(reports, fingerprint, problem)
@@ -345,7 +330,7 @@ class Reducer(Gradients):
                 # A second reduce-scatter must not write a shard that the first is still writing.
                 self.wait_for(bucket)
                 self._launch(bucket, position)
-        self._wait_for_all()
+        self._transfers.wait_for_all()
 
     def present(self, reports: RankReports) -> frozenset[int]:
         if self.presharded:
@@ -359,15 +344,10 @@ class Reducer(Gradients):
         return active
 
     def wait_for(self, buffer: StateBuffer) -> None:
-        while any(bucket is buffer for bucket, *_ in self._in_flight):
-            self._finish_oldest()
-
-    def _wait_for_all(self) -> None:
-        while self._in_flight:
-            self._finish_oldest()
+        self._transfers.wait_for(buffer)
 
     def end_step(self) -> None:
-        self._wait_for_all()
+        self._transfers.wait_for_all()
 
     # --- what becomes of reduced gradients ------------------------------------------------------------------
 
@@ -408,17 +388,16 @@ class Reducer(Gradients):
         Collective if a backward has run since ranks last agreed: a round that only some ranks opened must not be left
         for a later backward to be paired with.
         """
-        if self._is_torn and self.communicators.world_size == 1:
+        if (self._is_torn or self._transfers.is_torn) and self.communicators.world_size == 1:
             # Nobody else has a part of what was torn.
-            self._in_flight.clear()
-            self._send_buffers.forget()
+            self._transfers.forget()
             self._round.begin()
             self._is_torn = self.backward_since_agree = False
         if self.backward_since_agree:
             self._agree(CollectiveCall.ZERO_GRAD, NO_FINGERPRINT, None, keep=False)
         if self._hooks.tasks:
             self._hooks.forget()
-        self._wait_for_all()
+        self._transfers.wait_for_all()
         self._used_by_step = False
         self.scaling = UNSCALED
         self.published.discard_all(set_to_none)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..comm import Communicators
 from ..comm.reports import RankReports
 from ..storage.buffers import Bucket, BucketParam
-from ..storage.layout import whole_layout
+from ..storage.send_layout import whole_layout
 
 
 class Relay:
@@ -65,7 +65,7 @@ class Relay:
             flat = torch.empty(0, dtype=bucket.gradient_dtype, device=bucket.device)
         if self._rank == self._source:
             gradients = [member.param.grad if member.index in active else None for member in bucket.members]
-            bucket.pack(gradients, whole_layout(bucket.layout).packed, flat)
+            bucket.pack(bucket.flat_gradients(gradients), whole_layout(bucket.layout), flat)
         numel, empty = bucket.layout.shard_numel, flat[:0]
         everyone = self._communicators.among(tuple(self._communicators.ranks), bucket.device)
         numels = [numel if rank == self._source else 0 for rank in range(everyone.world_size)]

@@ -13,28 +13,22 @@ from torch import Tensor
 
 from ..comm.base import ShardCollectives
 from ..storage.buffers import Bucket
-from ..storage.layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
-from ..storage.memory_order import flattened
+from ..storage.send_layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
 
-# Buckets in flight at a time: one arrives while the next is packed.
+# Reduce-scatters in flight at a time: one arrives while the next is packed.
 MAX_IN_FLIGHT = 2
 
 
 class SendBuffers:
     """The send buffers of all buckets, by device and dtype, and how each bucket is sent.
 
-    A buffer is busy until the reduce-scatter that reads it has ended. It is kept for the next bucket: memory that is
+    A buffer is busy until the reduce-scatter that reads it has ended. It is kept for the next one: memory that is
     touched for the first time costs more than the copy into it. ``nbytes`` counts all buffers.
     """
 
     def __init__(self, buckets: Sequence[Bucket], collectives: Mapping[torch.device, ShardCollectives]) -> None:
         self._buckets = buckets
-        self._layouts: dict[int, SendLayout] = {}
-        for bucket in buckets:
-            if collectives[bucket.device].contiguous:
-                self._layouts[id(bucket)] = whole_layout(bucket.layout)
-            else:
-                self._layouts[id(bucket)] = send_layout(bucket.layout, direct_numel(bucket))
+        self._layouts = {id(bucket): send_layouts(bucket, collectives[bucket.device].contiguous) for bucket in buckets}
         self.forget()
 
     def forget(self) -> None:
@@ -42,32 +36,31 @@ class SendBuffers:
         self._free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self.nbytes = 0
 
-    def layout(self, bucket: Bucket) -> SendLayout:
-        """How ``bucket`` is sent."""
+    def layouts(self, bucket: Bucket) -> Sequence[SendLayout]:
+        """How the stripes of ``bucket`` are sent, one after the other."""
         return self._layouts[id(bucket)]
 
-    def take(self, bucket: Bucket, finish_oldest: Callable[[], None]) -> tuple[Tensor, Callable[[], None]]:
-        """A free buffer for ``bucket``, and the call that gives it back once nothing reads it any more.
+    def take(self, bucket: Bucket) -> tuple[Tensor, Callable[[], None]]:
+        """A free buffer for a stripe of ``bucket``, and the call that gives it back once nothing reads it any more.
 
-        Calls ``finish_oldest``, which gives one back, while all are busy. RuntimeError while a CUDA graph is captured.
+        At most ``MAX_IN_FLIGHT`` are taken at a time.
         """
         key = (bucket.device, bucket.wire_dtype)
-        if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "dist_asgd: a backward that a CUDA graph captures cannot reduce gradients: the exchanges between ranks "
-                "would not be replayed. Capture with stage=1, or leave backward outside of the graph."
-            )
         if key not in self._free:
             same_kind = [b for b in self._buckets if (b.device, b.wire_dtype) == key]
-            numel = max(self.layout(b).packed_numel for b in same_kind)
+            numel = max(layout.packed_numel for b in same_kind for layout in self.layouts(b))
             made = [torch.empty(numel, dtype=bucket.wire_dtype, device=bucket.device) for _ in range(MAX_IN_FLIGHT)]
             self._free[key] = made
             self.nbytes += sum(buffer.nbytes for buffer in made)
-        free = self._free[key]
-        while not free:
-            finish_oldest()
-        buffer = free.pop()
-        return buffer, partial(free.append, buffer)
+        buffer = self._free[key].pop()
+        return buffer, partial(self._free[key].append, buffer)
+
+
+def send_layouts(bucket: Bucket, contiguous: bool) -> list[SendLayout]:
+    """How each stripe of ``bucket`` is sent; ``contiguous`` is that of the collectives."""
+    if contiguous:
+        return [whole_layout(bucket.layout, *stripe) for stripe in bucket.layout.stripes]
+    return [send_layout(bucket.layout, direct_numel(bucket), *stripe) for stripe in bucket.layout.stripes]
 
 
 def direct_numel(bucket: Bucket) -> int:
@@ -92,10 +85,10 @@ def _complete(waits: Sequence[Callable[[], object]]) -> None:
             wait()
 
 
-def source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, send_range: SendRange) -> Tensor:
+def source(gradients: Sequence[Tensor | None], packed: Tensor, send_range: SendRange) -> Tensor:
     """The elements that are sent for ``send_range``, 1-D: a view of the packed buffer, or of the gradient as it lies.
 
-    Zeros if the parameter has no gradient.
+    ``gradients`` are as in ``Bucket.pack``. Zeros if the parameter has no gradient.
     """
     numel = send_range.stop - send_range.start
     if send_range.slot is None:
@@ -103,5 +96,4 @@ def source(bucket: Bucket, gradients: Sequence[Tensor | None], packed: Tensor, s
     gradient = gradients[send_range.slot]
     if gradient is None:
         return packed.new_zeros(numel)
-    flat = flattened(gradient, bucket.members[send_range.slot].strides)
-    return flat[send_range.source : send_range.source + numel]
+    return gradient[send_range.source : send_range.source + numel]

@@ -15,7 +15,7 @@ import torch
 from ..comm.gloo import SIXTEEN_BIT, SUM_NUMEL
 from ..gradients.sending import MAX_IN_FLIGHT, direct_numel
 from ..storage.buffers import Bucket
-from ..storage.layout import send_runs
+from ..storage.send_layout import send_runs
 
 # The free buffers of a pool are the same at the end of each step from the second or third step on.
 _STEPS = 3
@@ -48,7 +48,7 @@ class _Step:
         self._inside, self._across, self._partial = _Pool(), _Pool(), _Pool()
         self._sums: dict[str, int] = {}
         # Calls that end what is in flight, oldest first; and the reduction that has yet to start across replicas.
-        self._in_flight: deque[tuple[torch.dtype, Callable[[], None]]] = deque()
+        self._in_flight: deque[Callable[[], None]] = deque()
         self._last: Callable[[], None] | None = None
 
     @property
@@ -62,27 +62,28 @@ class _Step:
         for bucket in buckets:
             if not bucket.trainable:
                 continue
-            # A send buffer is free again once the bucket that was sent from it has arrived.
-            while sum(dtype == bucket.wire_dtype for dtype, _ in self._in_flight) >= MAX_IN_FLIGHT:
-                self._in_flight.popleft()[1]()
-            self._in_flight.append((bucket.wire_dtype, self._launch(bucket)))
+            for stripe in bucket.layout.stripes:
+                # A send buffer is free again once what was sent from it has arrived.
+                while len(self._in_flight) >= MAX_IN_FLIGHT:
+                    self._in_flight.popleft()()
+                self._in_flight.append(self._launch(bucket, *stripe))
         while self._in_flight:
-            self._in_flight.popleft()[1]()
+            self._in_flight.popleft()()
 
-    def _launch(self, bucket: Bucket) -> Callable[[], None]:
+    def _launch(self, bucket: Bucket, start: int, stop: int) -> Callable[[], None]:
         in_place = bucket.wire_dtype == bucket.gradient_dtype
         if self._replicas == 1:
-            return self._reduce_scatter(bucket, in_place)
+            return self._reduce_scatter(bucket, start, stop, in_place)
         if self._last is not None:
             self._last()
-        give_back = None if in_place else self._partial.take(bucket.wire_dtype, bucket.layout.shard_numel)
-        end_inside = self._reduce_scatter(bucket, True)
+        give_back = None if in_place else self._partial.take(bucket.wire_dtype, stop - start)
+        end_inside = self._reduce_scatter(bucket, start, stop, True)
         ends: list[Callable[[], None]] = []
 
         def start_across() -> None:
             if not ends:
                 end_inside()
-                ends.append(self._all_reduce(bucket))
+                ends.append(self._all_reduce(bucket, stop - start))
 
         def finish() -> None:
             start_across()
@@ -93,19 +94,19 @@ class _Step:
         self._last = start_across
         return finish
 
-    def _reduce_scatter(self, bucket: Bucket, in_place: bool) -> Callable[[], None]:
+    def _reduce_scatter(self, bucket: Bucket, start: int, stop: int, in_place: bool) -> Callable[[], None]:
         if self._shards == 1:
             return lambda: None
-        shard = bucket.layout.shard_numel
         runs = send_runs(bucket.layout, direct_numel(bucket)).runs
-        numel = sum(min(stop, shard) - start for start, stop, *_ in runs if start < shard)
+        # What of the first rank's stripe lies in runs.
+        numel = sum(max(0, min(last, stop) - max(first, start)) for first, last, *_ in runs)
         self._note_sum("inside", bucket)
         rows = self._shards - 1 - in_place
         return self._inside.take(bucket.wire_dtype, rows * numel) if rows * numel else lambda: None
 
-    def _all_reduce(self, bucket: Bucket) -> Callable[[], None]:
+    def _all_reduce(self, bucket: Bucket, numel: int) -> Callable[[], None]:
         self._note_sum("across", bucket)
-        own = -(-bucket.layout.shard_numel // self._replicas)
+        own = -(-numel // self._replicas)
         return self._across.take(bucket.wire_dtype, self._replicas * own)
 
     def _note_sum(self, where: str, bucket: Bucket) -> None:

@@ -16,11 +16,13 @@ from torch import Tensor
 from .. import memory
 from ..gather import MAX_PACKED
 from ..gradients.sending import MAX_IN_FLIGHT, direct_numel
+from ..gradients.transfers import MAX_LAUNCHED
 from ..placements.dtensor import chunk_of
 from ..placements.presharded import fill_state_buffers
 from ..storage.bucketing import build_buckets, reduce_order
 from ..storage.buffers import Bucket, StateBuffer
-from ..storage.layout import DIRECT_BYTES, MIN_BUCKETS, BucketLayout, bucket_cap_bytes, lay_out, send_runs
+from ..storage.layout import MIN_BUCKETS, BucketLayout, bucket_cap_bytes, lay_out
+from ..storage.send_layout import DIRECT_BYTES, send_runs
 from ..update import cpu
 from ..update.operators import scratch_uses, tile_numel
 from ..update.segments import KernelDtypes
@@ -184,7 +186,7 @@ def update_bytes(buffers: Iterable[StateBuffer], setup: Setup) -> int:
 
 
 def send_buffer_bytes(buckets: Sequence[Bucket], setup: Setup) -> int:
-    """The send buffers of stage 2, as ``SendBuffers`` keeps them: of the longest bucket's length, for each dtype."""
+    """The send buffers of stage 2, as ``SendBuffers`` keeps them: as long as the longest stripe, for each dtype."""
     longest: dict[torch.dtype, int] = {}
     for bucket in buckets:
         numel = packed_numel(bucket.layout, setup, direct_numel(bucket))
@@ -193,24 +195,25 @@ def send_buffer_bytes(buckets: Sequence[Bucket], setup: Setup) -> int:
 
 
 def packed_numel(layout: BucketLayout, setup: Setup, direct: int) -> int:
-    """The elements that are packed to be sent: all of a bucket, or what is smaller than ``direct`` elements."""
-    return layout.numel if setup.contiguous else send_runs(layout, direct).packed_numel
+    """The elements that are packed to be sent: a stripe of a bucket, or what is smaller than ``direct`` elements."""
+    return layout.stripe_numel * layout.world_size if setup.contiguous else send_runs(layout, direct).packed_numel
 
 
 def _unsent_bytes(buckets: Sequence[Bucket], setup: Setup) -> int:
     """The gradients that lie on parameters until their bucket is sent, if backward follows registration order.
 
-    They are those of one bucket, which fills; with Gloo large ones are sent from where they lie, by every bucket that
-    is in flight.
+    They are those of one bucket, which fills, and of the buckets before it that are on their way: of those that are
+    cut into stripes, and with Gloo of all, because large gradients are sent from where they lie.
     """
-    sizes = [sum(member.param.nbytes for member in bucket.members) for bucket in buckets]
-    if setup.contiguous:
-        return max(sizes, default=0)
-    window = deque(maxlen=1 + MAX_IN_FLIGHT)  # type: deque[int]
+    window = deque(maxlen=MAX_LAUNCHED)  # type: deque[int]
     most = 0
-    for size in sizes:
+    for bucket in buckets:
+        size = sum(member.param.nbytes for member in bucket.members)
+        most = max(most, size + sum(window))
+        if setup.contiguous and len(bucket.layout.stripes) == 1:
+            # It is packed at once.
+            size = 0
         window.append(size)
-        most = max(most, sum(window))
     return most
 
 

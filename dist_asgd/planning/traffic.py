@@ -13,7 +13,8 @@ from ..comm.dissemination import num_hops
 from ..comm.reports import MASK_BITS, CollectiveCall, RankReport
 from ..gradients.sending import direct_numel
 from ..storage.buffers import Bucket, StateBuffer
-from ..storage.layout import DIRECT_BYTES, MIB, send_runs
+from ..storage.layout import MIB
+from ..storage.send_layout import DIRECT_BYTES, send_runs
 from .modes import Layout
 from .setup import Setup
 from .shapes import ModelShapes
@@ -100,15 +101,15 @@ def _reduce_scatter(buckets: Iterable[Bucket], shards: int, setup: Setup) -> Ite
     for bucket in buckets:
         if not bucket.trainable:
             continue
-        calls += 1
+        calls += len(bucket.layout.stripes)
         shard, itemsize = bucket.layout.shard_numel, bucket.wire_dtype.itemsize
         if setup.contiguous:
             sent += (shards - 1) * shard * itemsize
             continue
-        for start, stop, *_ in send_runs(bucket.layout, direct_numel(bucket)).runs:
-            # Of the first rank's messages: one to each shard that the run reaches into, but its own.
-            sent += (stop - max(start, min(stop, shard))) * itemsize
-            messages += (stop - 1) // shard - start // shard + (start >= shard)
+        runs = send_runs(bucket.layout, direct_numel(bucket))
+        messages += runs.num_messages(bucket.layout)
+        # What lies in the first rank's own shard is not sent.
+        sent += sum(stop - max(start, min(stop, shard)) for start, stop, *_ in runs.runs) * itemsize
     found = None if setup.contiguous else messages
     yield from _transfer("reduce-scatter", "dist_asgd", shards, 1, calls, found, sent, setup)
 
@@ -119,15 +120,17 @@ def _all_reduce_across(buckets: Iterable[Bucket], shards: int, replicas: int, se
     for bucket in buckets:
         if not bucket.trainable:
             continue
-        calls += 1
-        shard, itemsize = bucket.layout.shard_numel, bucket.wire_dtype.itemsize
-        if setup.contiguous:
-            sent += _ring(replicas, shard * itemsize, "all-reduce")
-            continue
-        # A chunk of the shard to each of the others, and then the sum of the own chunk; the first ones are longer.
-        chunks = [shard // replicas + (rank < shard % replicas) for rank in range(replicas)]
-        sent += (shard - chunks[0] + (replicas - 1) * chunks[0]) * itemsize
-        messages += sum(chunk > 0 for chunk in chunks[1:]) + (replicas - 1) * (chunks[0] > 0)
+        itemsize = bucket.wire_dtype.itemsize
+        for start, stop in bucket.layout.stripes:
+            calls += 1
+            numel = stop - start
+            if setup.contiguous:
+                sent += _ring(replicas, numel * itemsize, "all-reduce")
+                continue
+            # A chunk of the stripe to each of the others, and then the sum of the own chunk; the first ones are longer.
+            chunks = [numel // replicas + (rank < numel % replicas) for rank in range(replicas)]
+            sent += (numel - chunks[0] + (replicas - 1) * chunks[0]) * itemsize
+            messages += sum(chunk > 0 for chunk in chunks[1:]) + (replicas - 1) * (chunks[0] > 0)
     found = None if setup.contiguous else messages
     yield from _transfer("all-reduce", "dist_asgd", replicas, shards, calls, found, sent, setup)
 

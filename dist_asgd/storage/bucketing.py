@@ -40,7 +40,7 @@ def build_buckets(
         itemsize = dtype.itemsize // reals
         numels = [params[position][2].numel() * reals for position in positions]
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
-            layout = lay_out([numels[i] for i in chosen], itemsize, world_size)
+            layout = lay_out([numels[i] for i in chosen], itemsize, world_size, cap_bytes)
             bucket = Bucket(layout, params[positions[chosen[0]]][2], group_index, rank, replica, precision)
             # A parameter's old memory is freed as it moves: at most one bucket of parameters exists twice.
             for i, slot in zip(chosen, layout.slots, strict=True):

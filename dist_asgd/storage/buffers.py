@@ -27,6 +27,7 @@ from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
 from .published import own_storage
+from .send_layout import SendLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,30 +401,39 @@ class Bucket(StateBuffer):
         if self.master is not None and not self.flat.is_meta:
             masters.write(self.shard.float(), self.shard, self.master)
 
-    def pack(self, gradients: Sequence[Tensor | None], packed: Sequence[tuple[int, int]], out: Tensor) -> None:
-        """Copy gradients to ``out``, a send buffer; called by the reducer before it sends the bucket.
+    def flat_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of all members as 1-D reals in memory order: views, or copies of those in another order."""
+        return [
+            None if gradient is None else flattened(gradient, member.strides)
+            for gradient, member in zip(gradients, self.members, strict=True)
+        ]
 
-        ``gradients`` has one entry for each member, of any strides. ``packed`` has (position of a member, offset in
-        ``out``) pairs in the order of offsets; gradients that are None, and the gaps, become zeros.
+    def pack(self, gradients: Sequence[Tensor | None], layout: SendLayout, out: Tensor) -> None:
+        """Copy gradients to ``out``, a send buffer; called by the reducer before it sends a stripe of the bucket.
+
+        ``gradients`` has one entry for each member, as ``flat_gradients`` makes them. The pieces of ``layout`` say what
+        goes where; gradients that are None, and the padding, become zeros.
         """
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         zeros: list[Tensor] = []
-        filled = 0
-        for position, offset in packed:
-            member, gradient = self.members[position], gradients[position]
-            stop = offset + member.slot.numel
-            if offset > filled:
-                zeros.append(out[filled:offset])
-            if gradient is None:
-                zeros.append(out[offset:stop])
+        bucket_row, row = layout.row_numels
+        for piece in layout.pieces:
+            if piece.rows == 1:
+                target = out[piece.target : piece.target + piece.numel]
             else:
-                targets.append(out[offset:stop])
-                sources.append(flattened(gradient, member.strides))
-            filled = stop
-        # Stale values in the gaps would be summed into the padding of the shards.
-        if filled < out.numel():
-            zeros.append(out[filled:])
+                target = out.as_strided((piece.rows, piece.numel), (row, 1), out.storage_offset() + piece.target)
+            gradient = None if piece.slot is None else gradients[piece.slot]
+            if piece.slot is None or gradient is None:
+                # Stale values would be summed into the padding of the shards.
+                zeros.append(target)
+                continue
+            targets.append(target)
+            if piece.rows == 1:
+                sources.append(gradient[piece.source : piece.source + piece.numel])
+            else:
+                start = gradient.storage_offset() + piece.source
+                sources.append(gradient.as_strided((piece.rows, piece.numel), (bucket_row, 1), start))
         # One operator for all members: a bucket may have hundreds of small ones.
         if targets:
             torch._foreach_copy_(targets, sources)

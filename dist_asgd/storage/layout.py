@@ -5,7 +5,7 @@ slot        where one parameter lies in its bucket
 shard       the equal, contiguous range of a bucket that one rank owns and updates
 fragment    the elements of one parameter that lie in one rank's shard
 padding     elements of a bucket that belong to no parameter
-send range  a range of a shard that is sent in one message: from the gradient itself, or packed with its neighbours
+stripe      one range of every rank's shard: what one reduce-scatter moves. Most buckets have one
 
 The sizes of buckets are decided here, by ``bucket_cap_bytes`` and ``fill_buckets``. All counts are in real elements: a
 complex parameter of n elements counts 2·n.
@@ -19,9 +19,6 @@ from dataclasses import dataclass
 # A cache line: no two parameters share one, and vector instructions of any width start aligned.
 ALIGN_BYTES = 64
 MIB = 1 << 20
-# A gradient of at least this size is sent from its own memory if the backend can; smaller ones are packed, because a
-# message costs more than a copy of this size.
-DIRECT_BYTES = 1 << 18
 # Up to how many ranks a user's cap is taken as it is.
 CAP_WORLD_SIZE = 400
 # A bucket with less than this is no message of its own: what it holds (norms, biases) rides with a large neighbour.
@@ -29,6 +26,8 @@ LONE_BYTES = MIB
 # How many buckets a model makes at least, by stage. In stage 2 the gradients of a few buckets are in flight, and they
 # should be small beside the shards. In stage 1 one bucket is gathered while another is updated.
 MIN_BUCKETS = {1: 4, 2: 20}
+# By how much a bucket may exceed the cap before it is cut into stripes.
+STRIPE_SLACK = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,16 @@ class Fragment:
 
 @dataclass(frozen=True, slots=True)
 class BucketLayout:
-    """The slots of a bucket, in order, and its cut into ``world_size`` equal shards, each a multiple of 64 bytes."""
+    """The slots of a bucket, in order, and its cut into ``world_size`` equal shards, each a multiple of 64 bytes.
+
+    ``stripe_numel`` elements of each shard are reduced at a time, so that the buffers for messages need not be as large
+    as the largest parameter.
+    """
 
     slots: tuple[Slot, ...]
     shard_numel: int
     world_size: int
+    stripe_numel: int
 
     @property
     def numel(self) -> int:
@@ -71,6 +75,12 @@ class BucketLayout:
     @property
     def padding_numel(self) -> int:
         return self.numel - sum(slot.numel for slot in self.slots)
+
+    @property
+    def stripes(self) -> list[tuple[int, int]]:
+        """The range (start, stop) of every shard that is reduced at a time, one after the other."""
+        starts = range(0, self.shard_numel, self.stripe_numel)
+        return [(start, min(start + self.stripe_numel, self.shard_numel)) for start in starts]
 
     def fragment(self, slot: Slot, rank: int) -> Fragment:
         """The fragment of ``slot`` in the shard of ``rank``; empty if that rank owns no element of it."""
@@ -90,92 +100,6 @@ class BucketLayout:
                 yield rank, self.fragment(slot, rank)
 
 
-@dataclass(frozen=True, slots=True)
-class SendRange:
-    """The elements ``[start, stop)`` of a shard that go into one message, and where their gradient is read.
-
-    ``slot`` is the position of a large parameter, whose gradient is sent from its own memory, from element ``source``
-    on. It is None for small parameters, which are packed: ``source`` counts in the send buffer then.
-    """
-
-    start: int
-    stop: int
-    slot: int | None
-    source: int
-
-
-@dataclass(frozen=True, slots=True)
-class SendLayout:
-    """How a bucket is sent, by every rank to every other; gathers of replica groups use it in the other direction.
-
-    ranges        the send ranges of each rank's shard, by rank; of ``whole_layout`` one for all shards
-    packed        (position of a slot, offset in the send buffer) for every small slot
-    packed_numel  the number of elements of the send buffer
-    """
-
-    ranges: tuple[tuple[SendRange, ...], ...]
-    packed: tuple[tuple[int, int], ...]
-    packed_numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class SendRuns:
-    """How a bucket is sent, before it is cut by rank: nothing here grows with the number of ranks.
-
-    runs          (start, stop, slot, source) of each range of the bucket, as in ``SendRange``
-    packed        (position of a slot, offset in the send buffer) for every small slot
-    packed_numel  the number of elements of the send buffer
-    """
-
-    runs: tuple[tuple[int, int, int | None, int], ...]
-    packed: tuple[tuple[int, int], ...]
-    packed_numel: int
-
-
-def send_runs(layout: BucketLayout, direct_numel: int) -> SendRuns:
-    """Send slots of at least ``direct_numel`` elements from their own memory, and pack neighbouring smaller ones.
-
-    For backends that send to each rank separately (Gloo). Empty slots are sent nowhere.
-    """
-    runs: list[tuple[int, int, int | None, int]] = []
-    packed: list[tuple[int, int]] = []
-    packed_numel = 0
-    for index, slot in enumerate(layout.slots):
-        if slot.numel >= direct_numel:
-            runs.append((slot.offset, slot.stop, index, 0))
-        elif slot.numel:
-            # Runs of small slots include the padding between them, so that a run stays one message for each rank.
-            if runs and runs[-1][2] is None:
-                start, _, _, source = runs.pop()
-            else:
-                start, source = slot.offset, packed_numel
-            packed_numel = source + slot.stop - start
-            packed.append((index, source + slot.offset - start))
-            runs.append((start, slot.stop, None, source))
-    return SendRuns(tuple(runs), tuple(packed), packed_numel)
-
-
-def send_layout(layout: BucketLayout, direct_numel: int) -> SendLayout:
-    """The runs of ``send_runs``, cut by the ranks whose shards they lie in."""
-    runs = send_runs(layout, direct_numel)
-    by_rank: list[list[SendRange]] = [[] for _ in range(layout.world_size)]
-    for start, stop, owner, source in runs.runs:
-        for rank in range(start // layout.shard_numel, (stop - 1) // layout.shard_numel + 1):
-            first = rank * layout.shard_numel
-            low, high = max(start, first), min(stop, first + layout.shard_numel)
-            by_rank[rank].append(SendRange(low - first, high - first, owner, source + low - start))
-    return SendLayout(tuple(map(tuple, by_rank)), runs.packed, runs.packed_numel)
-
-
-def whole_layout(layout: BucketLayout) -> SendLayout:
-    """Pack everything, padding included, with one send range for the shards of all ranks together.
-
-    For backends whose collectives take one contiguous buffer (NCCL): nothing here has an entry for each rank.
-    """
-    packed = tuple((index, slot.offset) for index, slot in enumerate(layout.slots) if slot.numel)
-    return SendLayout(((SendRange(0, layout.numel, None, 0),),), packed, layout.numel)
-
-
 def round_up(numel: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is at least ``numel``."""
     return -(-numel // multiple) * multiple
@@ -192,8 +116,10 @@ def bucket_cap_bytes(bucket_cap_mb: float, total_bytes: int, min_buckets: int, w
     return int(min(cap_bytes, max(min(MIB, cap_bytes), total_bytes // min_buckets)))
 
 
-def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayout:
+def lay_out(numels: Sequence[int], itemsize: int, world_size: int, max_stripe_bytes: int | None = None) -> BucketLayout:
     """The layout of one bucket of parameters with these numbers of elements, in this order.
+
+    A bucket of much more than ``max_stripe_bytes`` is cut into stripes of at most about that size; None: it is not.
 
     Every parameter starts on a 64-byte boundary, for vector instructions, and every shard is a multiple of 64 bytes.
     The padding is therefore below ``64 · (parameters + world_size)`` bytes. A bucket is never empty: shards have at
@@ -207,7 +133,13 @@ def lay_out(numels: Sequence[int], itemsize: int, world_size: int) -> BucketLayo
         offset += round_up(numel, align)
     # Equal shards: collectives that gather or reduce uneven ones are slow, or missing in some backends.
     shard_numel = round_up(-(-max(offset, 1) // world_size), align)
-    return BucketLayout(tuple(slots), shard_numel, world_size)
+    stripe_numel = shard_numel
+    nbytes = shard_numel * world_size * itemsize
+    # A bucket with a few small neighbours above the cap is one message, as if it were at the cap.
+    if max_stripe_bytes is not None and nbytes > max_stripe_bytes * STRIPE_SLACK:
+        num_stripes = -(-nbytes // max_stripe_bytes)
+        stripe_numel = round_up(-(-shard_numel // num_stripes), align)
+    return BucketLayout(tuple(slots), shard_numel, world_size, stripe_numel)
 
 
 def fill_buckets(numels: Sequence[int], itemsize: int, cap_bytes: int) -> list[list[int]]:
@@ -215,7 +147,7 @@ def fill_buckets(numels: Sequence[int], itemsize: int, cap_bytes: int) -> list[l
 
     A bucket is closed before it would exceed ``cap_bytes``, unless it holds little: less than 1 MiB and than an eighth
     of the cap. A parameter is never cut by a bucket boundary: one that is larger than the cap has a bucket for itself
-    and a few small neighbours.
+    and a few small neighbours, whose gradients are sent in stripes (``lay_out``).
     """
     buckets: list[list[int]] = []
     used_bytes = 0

@@ -20,7 +20,7 @@ from dist_asgd.comm.native import NativeCollectives
 from tests.harness.bits import assert_same_bits, same_bits
 from tests.harness.cases import every_value
 from tests.harness.meshes import hybrid_mesh
-from tests.harness.native import LateCollectives, native_collectives
+from tests.harness.native import LateCollectives, late_streams, native_collectives
 from tests.harness.ranks import run
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "t0": 3, "weight_decay": 0.01, "bucket_cap_mb": 0.003}
@@ -60,6 +60,14 @@ def clip_in_double(params: list[nn.Parameter], max_norm: float) -> Tensor:
     for gradient in given:
         gradient.mul_(torch.clamp(max_norm / (total + 1e-6), max=1.0))
     return total
+
+
+def trains_on_late_streams(rank: int, world_size: int, mode: str, folder: str) -> None:
+    """Job: the same with gradients that travel on a stream which is behind that of the computation."""
+    with late_streams() as made:
+        trains(rank, world_size, mode, {"foreach": False}, {"averages": True, "late": True}, folder)
+    assert made
+    assert any(one.num_run for one in made)
 
 
 def trains(rank: int, world_size: int, mode: str, options: dict[str, Any], how: dict[str, bool], folder: str) -> None:
@@ -165,6 +173,12 @@ def test_training_is_torch_to_the_bit(mode: str, averages: bool, late: bool, tmp
 def test_late_collectives_in_other_implementations(mode: str, options: dict[str, Any], tmp_path: Path) -> None:
     """The foreach implementation, and gradients that are sent in another dtype than they are kept in."""
     run("gloo", 4, trains, mode, options, {"averages": True, "late": True}, str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["stage2", "hybrid", "replicas"])
+def test_gradients_on_a_stream_of_their_own(mode: str, tmp_path: Path) -> None:
+    """Nobody reads a shard before it has waited for the stream, nor overwrites what the stream has yet to read."""
+    run("gloo", 4, trains_on_late_streams, mode, str(tmp_path))
 
 
 def replicas_train(rank: int, _world_size: int, late: bool) -> None:

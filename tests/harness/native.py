@@ -8,7 +8,9 @@ its launch and its wait. Here, with ``late``, it runs in the wait, and what it w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,6 +21,8 @@ from torch import Tensor
 from dist_asgd.comm import Communicators
 from dist_asgd.comm.base import Communicator, SingleProcess
 from dist_asgd.comm.native import NativeCollectives
+from dist_asgd.comm.streams import Stream
+from dist_asgd.gradients import transfers
 
 
 class LateWork:
@@ -26,6 +30,10 @@ class LateWork:
 
     def __init__(self, run: Callable[[], object]) -> None:
         self._run: Callable[[], object] | None = run
+
+    def is_completed(self) -> bool:
+        """Never: as late as may be."""
+        return False
 
     def wait(self) -> None:
         """Run the collective."""
@@ -67,6 +75,48 @@ def poison(tensor: Tensor) -> None:
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether the bits of two 1-D tensors are equal; those of NaNs count."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+class LateStream(Stream):
+    """A stream that runs nothing before somebody waits for it.
+
+    What it reads may then have been overwritten, and what it writes may have been read before: values come out wrong,
+    as on a GPU whose computing stream is ahead. ``num_run`` counts what has run.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[Callable[[], None]] = deque()
+        self.num_run = 0
+
+    def run(self, work: Callable[[], None], reads: Iterable[Tensor] = ()) -> None:
+        """Put ``work`` off."""
+        self._queue.append(work)
+
+    def mark(self) -> Callable[[], None]:
+        """The call runs all that was put off before this one."""
+        return partial(self._run_until, self.num_run + len(self._queue))
+
+    def synchronize(self) -> None:
+        """Run everything."""
+        self._run_until(self.num_run + len(self._queue))
+
+    def _run_until(self, number: int) -> None:
+        while self.num_run < number:
+            self.num_run += 1
+            self._queue.popleft()()
+
+
+@contextlib.contextmanager
+def late_streams() -> Iterator[list[LateStream]]:
+    """Inside, the gradients of each device travel on a ``LateStream``; yields the list of those."""
+    made: list[LateStream] = []
+
+    def make(_: torch.device, __: bool) -> Stream:
+        made.append(LateStream())
+        return made[-1]
+
+    with mock.patch.object(transfers, "stream_for", make):
+        yield made
 
 
 @contextlib.contextmanager
