@@ -4,8 +4,8 @@ A Llama of 7B parameters is laid out on 1,024 ranks, as ``ShardedASGD`` would la
 files are sparse, of the right size. Three ranks are then played, each in a process of its own, with the package's own
 functions.
 
-save         rank 0 takes what all ranks report, and makes ``.metadata`` and ``manifest.json``
-load, first  rank 0 reads and checks both, and finds the chunks of its own fragments
+save         rank 0 takes what all ranks report, and makes ``.metadata``, the index and ``manifest.json``
+load, first  rank 0 reads and checks the index and the manifest, and finds the chunks of its own fragments
 load, other  any other rank does what it has to do before it reads data: it finds the chunks of its fragments
 
 Time is of the processor, in one thread. Memory is the peak above what the process held before (``VmHWM``). What travels
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan
 
 from benchmarks.report import markdown_table, surroundings
 from dist_asgd.checkpoint.format.chunk_table import ChunkTable
@@ -197,10 +198,10 @@ def save(layout: Layout, folder: Path) -> dict[str, Any]:
     return {**result, "chunks": num_chunks, **{f"{name}_bytes": size for name, size in sizes.items()}}
 
 
-def _find(opened: OpenCheckpoint, layout: Layout, rank: int) -> int:
-    """Find the chunks of the fragments of ``rank``; returns how many it reads."""
+def _find(opened: OpenCheckpoint, layout: Layout, rank: int) -> LoadPlan:
+    """Find the chunks of the fragments of ``rank``."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    return len(CheckedReader.of(opened).plan(layout.targets(rank), planner).items)
+    return CheckedReader.of(opened).plan(layout.targets(rank), planner)
 
 
 def load_first(layout: Layout, folder: Path) -> dict[str, Any]:
@@ -214,13 +215,14 @@ def load_first(layout: Layout, folder: Path) -> dict[str, Any]:
 
 
 def load_other(layout: Layout, folder: Path) -> dict[str, Any]:
-    """Play another rank in a load."""
+    """Play another rank in a load; whole chunks are read, also if another rank wants a part of them too."""
     result: dict[str, Any] = {}
     packed = (folder / _SENT).read_bytes()
     with measured(result, "other"):
         opened = OpenCheckpoint.of_table(folder, ChunkTable.unpack(packed))
-        result["reads"] = _find(opened, layout, int(layout.world_size * OTHER))
-    return result
+        plan = _find(opened, layout, int(layout.world_size * OTHER))
+    infos = [opened.storage_info(index) for index in {item.storage_index for item in plan.items}]
+    return {**result, "read_chunks": len(infos), "read_bytes": sum(info.length for info in infos)}
 
 
 def _in_process(play: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
@@ -267,6 +269,7 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
             both(r, "first"),
             mib(r["sent_bytes"]),
             both(r, "other"),
+            f"{r['read_chunks']:,}, {mib(r['read_bytes'])}",
         ]
         for r in results
     ]
@@ -280,7 +283,7 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         "manifest (KiB)",
         "to rank 0 (MiB)",
     ]
-    header += ["save: rank 0", "load: rank 0", "from rank 0 (MiB)", "load: another rank"]
+    header += ["save: rank 0", "load: rank 0", "from rank 0 (MiB)", "load: another rank", "it reads (chunks, MiB)"]
     fields = [[name, str(value)] for name, value in surroundings("benchmarks.checkpoint_scale").items()]
     numel = sum(map(math.prod, MODEL.values()))
     fields.append(["model", f"Llama, {numel / 1e9:.2f}B bfloat16 parameters in {len(MODEL)} tensors, float32 averages"])
@@ -290,7 +293,9 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
             markdown_table(["field", "value"], fields),
             "Processor time of one thread, and the peak of memory above what the process held before. *gathers*:\n"
             "collectives of an export with NCCL. *pieces*: regions of tensors, and values. *to rank 0*: what all\n"
-            "ranks report of their files in a save. *from rank 0*: what each rank gets of it in a load.",
+            "ranks report of their files in a save. *from rank 0*: what each rank gets of it in a load. *it reads*:\n"
+            "the data of that rank, in whole pieces; a rank's share of all data is "
+            f"{6 * sum(map(math.prod, MODEL.values())) / results[0]['world_size'] / MIB:.0f} MiB.",
             markdown_table(header, rows),
         ]
     )
