@@ -51,8 +51,9 @@ FRAME_BYTES = 1200
 SCALARS = ("step", "eta", "mu")
 OPTIONS = ("lr", "lambd", "alpha", "t0", "weight_decay", "foreach", "maximize", "differentiable", "capturable")
 _SENT = "sent"
-# The rank that plays "load, other": neither the first nor the last, whose shards may be shorter.
-OTHER = 0.5
+# The rank that plays "load, other": neither the first nor the last, whose shards may be shorter, nor the one in the
+# middle, whose shards may begin with rows.
+OTHER = 0.49
 
 
 def llama(hidden: int, ffn: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
