@@ -34,7 +34,8 @@ class FragmentCache:
 
     def __init__(self) -> None:
         self.fragments: ShardTensorCache = {}
-        self._rows: dict[int, tuple[ShardTensor, ShardTensor]] = {}
+        # The fragment of which rows were made, the elements of a shard, and the rows.
+        self._rows: dict[int, tuple[ShardTensor, int, ShardTensor]] = {}
 
     def rows(self, optimizer: Optimizer, fragments: Mapping[int, ShardTensor]) -> dict[int, ShardTensor]:
         """Return what this rank saves of each parameter, by its ``id()``: rows, or the fragment where rows are long.
@@ -49,12 +50,12 @@ class FragmentCache:
                 fragment = saved.get(id(member.param))
                 if fragment is None:
                     continue
+                shard_numel = bucket.layout.shard_numel // (2 if member.param.is_complex() else 1)
                 known = self._rows.get(member.index)
-                if known is None or known[0] is not fragment:
-                    shard_numel = bucket.layout.shard_numel // (2 if member.param.is_complex() else 1)
+                if known is None or known[0] is not fragment or known[1] != shard_numel:
                     rows = rows_of(fragment, member.param, shard_numel, member.index % 2 == 0)
-                    known = self._rows[member.index] = fragment, rows
-                saved[id(member.param)] = known[1]
+                    known = self._rows[member.index] = fragment, shard_numel, rows
+                saved[id(member.param)] = known[2]
         return saved
 
 
