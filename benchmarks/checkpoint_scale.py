@@ -102,7 +102,7 @@ class Layout:
     def saved_rows(self, rank: int) -> Iterator[tuple[str, int, int]]:
         """The name, start and stop of what ``rank`` saves of each parameter: rows of which its shard has a part."""
         for name, start, stop, shard_numel in self._fragments(rank):
-            yield name, *row_range(start, stop, MODEL[name], shard_numel, _POSITIONS[name] % 2 == 0)
+            yield name, *row_range(start, stop, MODEL[name], shard_numel, 2, _POSITIONS[name] % 2 == 0)
 
     def _fragments(self, rank: int) -> Iterator[tuple[str, int, int, int]]:
         for names, layout in self.buckets:

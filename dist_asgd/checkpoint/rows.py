@@ -3,7 +3,9 @@
 A rank has to save its fragment of an average, and the fragment of a matrix that begins and ends inside rows is three
 regions. A parameter in a bucket is whole on every rank, so that of it each rank may save whole rows, one region: those
 whose middle lies in its fragment, or in every other parameter those whose beginning does. All ranks together save every
-row once, nearly as many bytes each, and nothing is sent or held for it.
+row once, nearly as many bytes each, and nothing is sent or held for it. A load reads regions whole, and a fragment lies
+in two or three of them then; so this is done where shards are short, as those of hundreds of ranks are: there the
+number of regions counts, and not their bytes.
 
 row    the elements with one index along the outermost dimension, in memory order; of a tensor of more dimensions whose
        rows are long, those with one index along several
@@ -24,6 +26,7 @@ from ..state_dict.sharded import ShardTensorCache
 # A shard has at least so many rows: then a rank writes at most a quarter more than its share of a parameter, and as
 # neighbouring ones are cut at other places, an eighth more of all.
 _LEAST_ROWS = 4
+_MAX_SHARD_BYTES = 1 << 17
 
 
 class FragmentCache:
@@ -63,20 +66,22 @@ def rows_of(fragment: ShardTensor, whole: Tensor, shard_numel: int, by_middle: b
     """Return the rows of ``whole`` that belong to ``fragment``, as a view; the fragment itself if rows are too long."""
     shape, strides, start, numel = fragment.extent
     in_memory = [shape[dim] for dim in memory_order(shape, strides)]
-    first, stop = row_range(start, start + numel, in_memory, shard_numel, by_middle)
+    first, stop = row_range(start, start + numel, in_memory, shard_numel, whole.element_size(), by_middle)
     if (first, stop) == (start, start + numel):
         return fragment
     rows = whole.detach().as_strided((stop - first,), (1,), whole.storage_offset() + first)
     return ShardTensor(rows, shape, strides, first)
 
 
-def row_range(start: int, stop: int, shape: Sequence[int], shard_numel: int, by_middle: bool) -> tuple[int, int]:
+def row_range(
+    start: int, stop: int, shape: Sequence[int], shard_numel: int, itemsize: int, by_middle: bool
+) -> tuple[int, int]:
     """Return the elements of the rows whose middle, or beginning, is in the fragment ``[start, stop)``.
 
     All ranks pass the same ``shard_numel``, the elements of a shard, so that their rows are as long. If a shard has
-    too few rows, these are the elements of the fragment.
+    too few rows, or too many bytes, these are the elements of the fragment.
     """
-    row_numel = _row_numel(shape, shard_numel)
+    row_numel = 1 if shard_numel * itemsize > _MAX_SHARD_BYTES else _row_numel(shape, shard_numel)
     point = row_numel // 2 if by_middle else 0
     first, end = (-(-(at - point) // row_numel) * row_numel for at in (start, stop))
     return first, end

@@ -35,7 +35,7 @@ def test_every_row_is_saved_by_one_rank(world_size: int, itemsize: int) -> None:
             if not fragment.numel:
                 continue
             start = fragment.param_start
-            first, end = row_range(start, start + fragment.numel, shape, layout.shard_numel, number % 2 == 0)
+            first, end = row_range(start, start + fragment.numel, shape, layout.shard_numel, itemsize, number % 2 == 0)
             assert (first, end >= first) == (stop, True), (shape, rank)
             stop = end
             assert end - first < fragment.numel + max(layout.shard_numel // 4, 1), (shape, rank)
@@ -45,6 +45,13 @@ def test_every_row_is_saved_by_one_rank(world_size: int, itemsize: int) -> None:
                 assert parts <= 1, (shape, rank)
         assert stop == math.prod(shape)
     assert shorter > 0 or world_size == 1
+
+
+def test_of_long_shards_the_fragment_is_saved() -> None:
+    """A load reads regions whole, and would read those of neighbours too for the sake of a few regions less."""
+    shape = (1000, 100)
+    assert row_range(150, 30_150, shape, 30_000, 4, by_middle=False) == (200, 30_200)
+    assert row_range(150, 60_150, shape, 60_000, 4, by_middle=False) == (150, 60_150)
 
 
 def test_ranks_save_nearly_as_much_as_each_other() -> None:
