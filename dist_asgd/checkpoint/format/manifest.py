@@ -7,8 +7,8 @@ chunk     one serialized region of a tensor, or one serialized object: a byte ra
           ``.metadata`` gives as offset and length
 hash      xxh3_128, 32 hex digits. It finds damage, and files that belong to another step; it is not a signature
 own hash  the last entry of the manifest, the hash of all other entries, so that damage to the manifest is recognised
-format    2 since version 0.2: the hashes of chunks are in the index (see ``index``). A manifest of format 1 has them
-          itself
+format    2: the hashes of chunks are in the index (see ``index``). Of format 1, which was written before there was an
+          index, the manifest has them itself
 """
 
 from __future__ import annotations
