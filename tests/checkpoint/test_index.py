@@ -188,8 +188,8 @@ def test_a_file_that_is_not_whole_is_named(sample: Path, tmp_path: Path, what: s
     message = {"missing": "is missing", "short": "truncated", "long": "too long", "link": "symbolic link"}
     with pytest.raises(CheckpointError, match=f"{INDEX_NAME}.*{message.get(what, '')}"):
         OpenCheckpoint(sample)
-    # It would read all of it.
-    assert what == "a terabyte" or verify(sample).problems
+    # Of a terabyte too, which it does not read.
+    assert any(INDEX_NAME in problem for problem in verify(sample).problems)
     # The tensors are still there for whoever wants no hashes.
     assert tensors_of(sample, verify=False)
 
