@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .comm import PeerError, public_call
-from .comm.agreement import CallsDiffer
+from .comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
+from .comm.reports import CollectiveCall
 from .gather import Gatherer
 from .state import ParamShards
 from .storage.buffers import ShardedParam, StateBuffer
@@ -140,19 +142,25 @@ class Averages:
             f"state holds the parameters. Call it after the with block."
         )
 
+    def refuse_inside(self, call: str) -> None:
+        """Raise RuntimeError if ``call`` is made while the averages are in place of the parameters."""
+        if self.is_swapped:
+            raise self.refusal(call)
+
     @contextmanager
     def in_place(
         self,
         shards: ParamShards,
-        enter: Agree,
-        leave: Agree,
+        agree: Callable[[CollectiveCall, Fingerprint, Exception | None], object],
         find_problem: Callable[[], Exception | None],
     ) -> Iterator[None]:
         """Inside the block, the parameters are the averages. Entering and leaving are collective.
 
-        ``enter`` and ``leave`` make all ranks agree that they enter or leave. ``find_problem`` looks for what is wrong
+        ``agree`` makes all ranks agree that they enter or leave. ``find_problem`` looks for what is wrong
         on this rank before anything is exchanged. If entering raises, every rank's parameters are as they were before.
         """
+        enter = partial(agree, CollectiveCall.AVERAGED_PARAMETERS, NO_FINGERPRINT)
+        leave = partial(agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS, NO_FINGERPRINT)
         # Published averages that are moved inside the block are followed before they are exchanged back.
         self._find_moved = shards.state_problem
         if self._exit_failed:

@@ -2,20 +2,103 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from .comm import Communicators, Wait
 from .comm.base import ShardCollectives
+from .gradients.sending import complete, complete_in_background
 from .placements.presharded import PreshardedState
 from .placements.replicas import ReplicaGroup
 from .storage.buffers import StateBuffer
 from .storage.send_layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
+from .storage.snapshots import mark_written
 
 # Buffers for packed local tensors: one arrives while the next is packed.
 MAX_PACKED = 2
+
+
+class Arrivals:
+    """The gathers of buckets that nobody has waited for yet, by the id of the bucket, oldest first.
+
+    A step waits for those that it does not *defer*. Modules wait for the others, perhaps when the optimizer is no more,
+    and ``on_failure`` is called if such a wait fails or is interrupted. On a device all waits are waits of the stream
+    that was current in the step, and other streams that are current in a wait follow it.
+    """
+
+    def __init__(self) -> None:
+        self._waits: dict[int, Wait] = {}
+        # The parameters of deferred buckets.
+        self._deferred: dict[int, Sequence[Tensor]] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        # Forwards may run in several threads, and none may take a gather for complete that another one waits for.
+        self._lock = threading.RLock()
+        self.on_failure: Callable[[], None] = lambda: None
+        # A step that waits ends only when the other ranks have everything, and so does a process now.
+        self._at_exit = weakref.finalize(self, _complete, self._waits)
+
+    def __del__(self) -> None:
+        """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
+        self._at_exit.detach()
+        complete_in_background(list(self._waits.values()), before_exit=True)
+
+    def add(self, key: int, wait: Wait) -> None:
+        """Add a gather that was launched just now."""
+        self._waits[key] = wait
+
+    @property
+    def keys(self) -> list[int]:
+        """Those of the gathers in flight, oldest first."""
+        return list(self._waits)
+
+    def defer(self, params: Mapping[int, Sequence[Tensor]], devices: Iterable[torch.device]) -> None:
+        """Leave the gathers in flight to those who read parameters: ``params`` of each, which lie on ``devices``."""
+        self._deferred = dict(params)
+        self._streams = {device: torch.cuda.current_stream(device) for device in devices if device.type == "cuda"}
+
+    def wait_for(self, keys: Container[int]) -> None:
+        """Wait for the gathers of these buckets, as far as nobody has waited for them. PeerError if one fails."""
+        with self._lock:
+            for key in self.keys:
+                if key in keys:
+                    self._wait(key)
+            for device, stream in self._streams.items():
+                if (current := torch.cuda.current_stream(device)) != stream:
+                    current.wait_stream(stream)
+
+    def wait(self) -> None:
+        """Wait for all of them."""
+        if self._waits or self._streams:
+            self.wait_for(self.keys)
+
+    def _wait(self, key: int) -> None:
+        deferred = self._deferred.get(key)
+        try:
+            # First, because a wait is called once.
+            wait = self._waits.pop(key)
+            with ExitStack() as stack:
+                for stream in self._streams.values() if deferred else ():
+                    stack.enter_context(torch.cuda.stream(stream))
+                wait()
+            if deferred:
+                # Whoever has read one before, past the modules, hears of it in backward.
+                mark_written(deferred)
+        except BaseException:
+            if deferred:
+                self.on_failure()
+            raise
+        self._deferred.pop(key, None)
+
+
+def _complete(waits: dict[int, Wait]) -> None:
+    """Wait for all gathers at the end of the process. Not a method, which would keep its object alive."""
+    complete(list(waits.values()))
 
 
 class Gatherer:
@@ -27,8 +110,9 @@ class Gatherer:
     def __init__(self, communicators: Communicators) -> None:
         self._communicators = communicators
         self._collectives: dict[torch.device, ShardCollectives] = {}
-        # Oldest first: gathers end in the order in which they were launched.
-        self._in_flight: deque[Wait] = deque()
+        self.arrivals = Arrivals()
+        # Those among replicas, oldest first: they end in the order in which they were launched.
+        self._among: deque[Wait] = deque()
         self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         self._num_packed = 0
         self._layouts: dict[int, SendLayout] = {}
@@ -51,14 +135,19 @@ class Gatherer:
         if buffer.flat is not None:
             if buffer.device not in self._collectives:
                 self._collectives[buffer.device] = self._communicators.on(buffer.device)
-            self._in_flight.append(self._collectives[buffer.device].all_gather(buffer.flat))
+            self.arrivals.add(id(buffer), self._collectives[buffer.device].all_gather(buffer.flat))
         elif isinstance(buffer, PreshardedState) and buffer.replicas is not None:
             self._launch_among(buffer, buffer.replicas)
 
     def wait(self) -> None:
-        """Wait for every gather launched so far."""
-        while self._in_flight:
-            self._in_flight.popleft()()
+        """Wait for every gather launched so far, also for those that a step has left to modules."""
+        self.arrivals.wait()
+        self.wait_among_replicas()
+
+    def wait_among_replicas(self) -> None:
+        """Wait for the gathers of local tensors that replica groups share."""
+        while self._among:
+            self._among.popleft()()
 
     def _launch_among(self, buffer: PreshardedState, replicas: ReplicaGroup) -> None:
         """Gather the local tensors that ``replicas`` share. Collective on these ranks.
@@ -93,15 +182,15 @@ class Gatherer:
                     [packed[at : at + member.slot.numel] for member, at in small],
                 )
 
-        self._in_flight.append(unpack)
+        self._among.append(unpack)
 
     def _packed_buffer(self, buffer: StateBuffer, numel: int) -> Tensor:
         """Memory ``(numel,)`` for packed local tensors; ``MAX_PACKED`` such buffers take turns."""
         if not numel:
             return torch.empty(0, dtype=buffer.dtype, device=buffer.device)
         # The buffer that comes next is free once the gather before the last has ended and was unpacked.
-        while len(self._in_flight) >= MAX_PACKED:
-            self._in_flight.popleft()()
+        while len(self._among) >= MAX_PACKED:
+            self._among.popleft()()
         self._num_packed += 1
         key = (buffer.device, buffer.dtype, self._num_packed % MAX_PACKED)
         if key not in self._buffers or self._buffers[key].numel() < numel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,27 +20,27 @@ from .averaging import Averages, average_from_now, refuse_differentiable
 from .comm import CollectiveCall, Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, public_call
 from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
+from .forward import ForwardOverlap
 from .gather import Gatherer
 from .gradients import clip
 from .gradients.averaged import AveragedGradients
 from .gradients.base import Gradients
 from .gradients.joined import shadow
-from .gradients.loss_scaling import ScalerInfo
+from .gradients.loss_scaling import ScalerInfo, factors_of_step
 from .gradients.reducer import Reducer
-from .joining import JoinableOptimizer, share_step
+from .joining import JoinableOptimizer, method_of_torch, refuse_pickling, share_step
 from .placements import fsdp1
 from .placements.leaves import naming_non_leaves
 from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict.state_dicts import StateDicts
 from .storage.buffers import Precision
-from .storage.frozen import REQUIRES_GRAD, is_held
+from .storage.frozen import is_held
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
 from .update.batch import StepContext
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
-from .update.segments import UNSCALED
 from .validation import check_new_group, check_options, check_precision_fits, params_of
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
 
     # True for trainers that save on rank 0 alone: several ranks then need consolidate_state_dict() before state_dict().
     whole_state_dicts_only = False
+    __getstate__ = refuse_pickling
 
     def __init__(
         self,
@@ -161,6 +162,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
         self.registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
         self._add_storage(0)
+        self._forward = ForwardOverlap(self.shards, self.communicators, self.gatherer)
         sharded = None if differentiable else self.shards
         self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
 
@@ -173,7 +175,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             # The base constructor adds the first groups one by one; ranks compare them all at once, later.
             self._add_checked(param_group)
             return
-        self._refuse_inside_averages("add_param_group()")
+        self.averages.refuse_inside("add_param_group()")
         self.adopt_params()
         first, problem = len(self.param_groups), None
         try:
@@ -189,7 +191,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
         with naming_non_leaves(param_group, len(self.param_groups)):
-            _base("add_param_group")(self, param_group)
+            method_of_torch("add_param_group")(self, param_group)
         options = self.communicators, self._precision, self.is_differentiable, self._stage
         check_new_group(self.param_groups, *options, partial(is_held, state=self.state))
 
@@ -203,15 +205,14 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         if not self.is_differentiable:
             self.registry.add_groups(self.param_groups, first_group)
             return
-        for group in self.param_groups[first_group:]:
-            for param in filter(REQUIRES_GRAD, group["params"]):
-                self.state[param] = differentiable.init_state(param, group["lr"])
+        differentiable.init_states(self.param_groups[first_group:], self.state)
 
     def adopt_params(self) -> None:
         """Take parameters and ``param_groups`` as they are now; see ``registry.py``. Collective if they were changed.
 
         Called first in every call that uses the parameters, also by ``checkpoint``.
         """
+        self.gatherer.wait()
         if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
             return
         self._state_dicts.forget_averages()
@@ -241,10 +242,11 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         # Reduce: all ranks agree on which parameters have a gradient. In stage 2 the last ones are in flight.
         active, scaler = self._reduce(ScalerInfo.of(self) if hasattr(self, "found_inf") else None, has_joined)
         # Update: one state buffer after the other, as soon as its gradient is reduced.
+        self._forward.agree(active)
         step = self._begin_update(active, scaler)
         if step is not None:
             self.shards.torn_by = "step()"
-            for buffer, batches in self.shards.plan(active, step.hypers):
+            for buffer, batches in self._forward.in_order(self.shards.plan(active, step.hypers)):
                 self.gradients.wait_for(buffer)
                 for batch in batches:
                     batch.run(step)
@@ -252,12 +254,12 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
                 self.gatherer.launch(buffer)
             self.shards.cohorts.end_step(active, step.hypers)
         self.gradients.end_step()
-        self.gatherer.wait()
+        self._forward.end_step()
         self.shards.torn_by = None
 
     def _reduce(self, scaler: ScalerInfo | None, has_joined: bool) -> tuple[frozenset[int], ScalerInfo | None]:
         """The parameters that step, once every rank agrees that nothing is wrong. Collective; raises on all ranks."""
-        self._refuse_inside_averages("step()")
+        self.averages.refuse_inside("step()")
         self.adopt_params()
         self._state_dicts.consolidated = None
         if self.shards.on_cuda:
@@ -290,16 +292,13 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     def _begin_update(self, active: frozenset[int], scaler: ScalerInfo | None) -> StepContext | None:
         """Everything that the update of this step reads; None if gradients overflowed and no rank steps."""
         hypers = step_hyperparameters(self.param_groups, self.shards.leads)
-        # Pending factors are for gradients that are reduced here: those on parameters were multiplied in place.
-        pending, others, found_inf = self.gradients.scaling, UNSCALED, None
-        if scaler is not None:
-            if scaler.skips_on_host(hypers, self.communicators):
-                return None
-            found_inf = scaler.skip_on_device(hypers, self.communicators)
-            pending, others = scaler.factors(pending), scaler.factors(others)
+        factors = factors_of_step(scaler, self.gradients.scaling, hypers, self.communicators)
+        if factors is None:
+            return None
+        pending, others, found_inf = factors
         self.shards.begin_update(active, hypers)
-        rows, factors = self.shards.cohorts.scalars(active, hypers, found_inf)
-        return StepContext(self._updater, hypers, rows, factors, pending, others, self.gradients.table, found_inf)
+        rows, scalars = self.shards.cohorts.scalars(active, hypers, found_inf)
+        return StepContext(self._updater, hypers, rows, scalars, pending, others, self.gradients.table, found_inf)
 
     @public_call
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -308,7 +307,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         In stage 2 it is collective if a backward has run since the last step: all ranks have to skip the same steps.
         """
         self.gradients.clear(set_to_none)
-        _base("zero_grad")(self, set_to_none)
+        method_of_torch("zero_grad")(self, set_to_none)
 
     def keep_gradients(self) -> None:
         """Let the backward after a ``step()`` add to the gradients of that step in stage 2; called on every rank."""
@@ -330,8 +329,30 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self.adopt_params()
         if self.is_differentiable or not (self.reduces_gradients or self.gradients.presharded):
             return torch.nn.utils.clip_grad_norm_(params_of(self.param_groups), max_norm, norm_type, error_if_nonfinite)
-        self._refuse_inside_averages("clip_grad_norm_()")
+        self.averages.refuse_inside("clip_grad_norm_()")
         return clip.clip_grad_norm(self.gradients, max_norm, norm_type, error_if_nonfinite)
+
+    @public_call
+    def overlap_forward(self, module: torch.nn.Module) -> None:
+        """Let ``step()`` return while parameters travel; calls of ``module`` and its parts wait for what they need.
+
+        So does whoever else reads a parameter from a module, and the next call of this optimizer. Tensors that were
+        taken from the modules before have to be read after ``wait_for_parameters()``. Collective; may be called once
+        more, for other modules too. ``step()`` still waits for parameters in none of them, and for DTensors of replica
+        groups.
+
+        Raises:
+            ValueError: ``module`` has no parameter of this optimizer; on every rank.
+        """
+        self.adopt_params()
+        problem = self._forward.problem(module, params_of(self.param_groups))
+        self.gradients.agree(CollectiveCall.OVERLAP_FORWARD, NO_FINGERPRINT, problem)
+        self._forward.add(module)
+
+    @public_call
+    def wait_for_parameters(self) -> None:
+        """Wait until all parameters have arrived here, for those who read them past the modules. Not collective."""
+        self.gatherer.wait()
 
     # --- the average ---------------------------------------------------------------------------------------
 
@@ -349,16 +370,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             refuse_differentiable()
         self.adopt_params()
         fsdp1.refuse("averaged_parameters()", params_of(self.param_groups), fsdp1.LOAD_AVERAGES)
-        enter, leave = (
-            partial(self.gradients.agree, call, NO_FINGERPRINT)
-            for call in (CollectiveCall.AVERAGED_PARAMETERS, CollectiveCall.END_OF_AVERAGED_PARAMETERS)
-        )
-        with self.averages.in_place(self.shards, enter, leave, self._problem):
+        with self.averages.in_place(self.shards, self.gradients.agree, self._problem):
             yield
-
-    def _refuse_inside_averages(self, call: str) -> None:
-        if self.averages.is_swapped:
-            raise self.averages.refusal(call)
 
     def start_averaging(self) -> None:
         """Set ``t0`` of every group to its current step, so that averaging begins now.
@@ -366,7 +379,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         No communication; call it at the same step on every rank. The next step still copies the parameters (mu is
         stored), and ``ax`` is the mean of the iterates from the step after it on.
         """
-        self._refuse_inside_averages("start_averaging()")
+        self.averages.refuse_inside("start_averaging()")
         average_from_now(self.param_groups, self.state)
 
     # --- state ---------------------------------------------------------------------------------------------
@@ -387,7 +400,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
 
     def live_state(self, fresh: bool = False) -> dict[str, Any]:
         """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped."""
-        self._refuse_inside_averages("state_dict()")
+        self.averages.refuse_inside("state_dict()")
         self.adopt_params()
         return self._state_dicts.sharded(partial(self.gradients.agree, CollectiveCall.STATE_DICT), fresh)
 
@@ -402,7 +415,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         It is returned on rank ``to`` of the process group (None: on all ranks), where state-dict hooks run; the other
         ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
         """
-        self._refuse_inside_averages("consolidated_state_dict()")
+        self.averages.refuse_inside("consolidated_state_dict()")
         self.adopt_params()
         fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), fsdp1.CALL_FSDP1)
         if not self.is_differentiable:
@@ -418,7 +431,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         narrower dtype, and ``state_dict`` is not changed. If any rank raises, all do, and nothing changes.
         Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
         """
-        self._refuse_inside_averages("load_state_dict()")
+        self.averages.refuse_inside("load_state_dict()")
         self.adopt_params()
         problem = self._problem(before_load=True)
         loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
@@ -433,17 +446,4 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     def memory_report(self) -> memory.MemoryReport:
         """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""
         in_flight = self._updater.scratch_bytes + self.communicators.scratch_bytes() + self.gatherer.scratch_bytes
-        in_flight += self.gradients.in_flight_bytes if isinstance(self.gradients, Reducer) else 0
-        return memory.report(self.shards.state_buffers, in_flight)
-
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "dist_asgd: ShardedASGD cannot be pickled or deep-copied: it holds a process group and views of the "
-            "model's storage. Save consolidated_state_dict() and load it into a new optimizer."
-        )
-
-
-def _base(name: str) -> Callable[..., None]:
-    """A method of torch's ``Optimizer`` without the wrapper that imports the compiler: 1 s and 70 MB."""
-    method = getattr(torch.optim.Optimizer, name)
-    return cast(Callable[..., None], getattr(method, "__wrapped__", method))
+        return memory.report(self.shards.state_buffers, in_flight + self.gradients.in_flight_bytes)

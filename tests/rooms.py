@@ -21,7 +21,10 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("validation",), "what the constructor and add_param_group() accept"),
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
     (("fingerprints", "gather", "memory", "state"), "what a step needs beside gradients and the update"),
-    (("averaging", "state_dict"), "the averages in place of the parameters; state dicts, sharded and full"),
+    (
+        ("averaging", "forward", "state_dict"),
+        "the averages in place of the parameters; the forward that begins before gathers have ended; state dicts",
+    ),
     (("joining",), "uneven inputs: what torch's Join calls on ranks that have no inputs left"),
     (("registry",), "the parameters that the optimizer was built for, beside those that param_groups hold now"),
     (("optimizer",), "ShardedASGD"),

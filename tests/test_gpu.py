@@ -136,8 +136,32 @@ def _rank(rank: int, world_size: int, store: str) -> None:
     for stage in (1, 2):
         train_both(torch.device("cuda", rank), torch.float32, "foreach", stage)
         train_both(torch.device("cuda", rank), torch.float32, "fused", stage)
+        overlapped, plain = (
+            trained_in_streams(torch.device("cuda", rank), stage, overlaps) for overlaps in (True, False)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(overlapped, plain, strict=True))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def trained_in_streams(device: torch.device, stage: int, overlaps: bool) -> list[torch.Tensor]:
+    """Train with a forward in other streams now and then; every rank has the same data."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(8)]).to(device)
+    optimizer = ShardedASGD(model.parameters(), **HYPERPARAMETERS, stage=stage, bucket_cap_mb=4)
+    if overlaps:
+        optimizer.overlap_forward(model)
+    side = torch.cuda.Stream(device)
+    found: list[torch.Tensor] = []
+    for _ in range(4):
+        model(torch.ones(8, 1024, device=device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            found.append(model(torch.ones(8, 1024, device=device)))
+        torch.cuda.current_stream().wait_stream(side)
+    return [*found, *model.parameters()]
 
 
 @pytest.mark.multi_gpu

@@ -7,6 +7,7 @@ may. The next call then finds parameters and state as they were, or raises and s
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import dist_asgd
 from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from dist_asgd.gather import Arrivals
 from tests.harness.bits import same_bits
 from tests.harness.ranks import run
 
@@ -173,6 +175,32 @@ def test_an_interrupted_step_is_no_step_or_is_said(options: dict[str, Any]) -> N
         set_gradients(params, 5)
         line += 1
     assert torn > 10
+
+
+def test_an_interrupted_wait_is_said_or_comes_again() -> None:
+    """Whichever line of a module's wait for parameters is interrupted; no wait is called twice."""
+    line = 1
+    while True:
+        arrivals, called, failures = Arrivals(), [0, 0], []
+        arrivals.on_failure = lambda found=failures: found.append(1)
+
+        def wait(key: int, counts: list[int] = called) -> None:
+            counts[key] += 1
+
+        for key in range(2):
+            arrivals.add(key, partial(wait, key))
+        params = [torch.ones(1), torch.ones(1)]
+        versions = [param._version for param in params]
+        arrivals.defer({key: [param] for key, param in enumerate(params)}, [])
+        if not interrupted(lambda found=arrivals: found.wait(), line, Interruption):  # type: ignore[misc]
+            break
+        if not failures:
+            arrivals.wait()
+            assert called == [1, 1], f"line {line}"
+            assert [param._version for param in params] == [version + 1 for version in versions], f"line {line}"
+        assert max(called) <= 1
+        line += 1
+    assert line > 10
 
 
 def test_an_interrupted_load_is_said(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class CollectiveCall(IntEnum):
     JOINED = 21
     END_OF_JOIN = 22
     STATE_DICT = 23
+    OVERLAP_FORWARD = 24
 
     @property
     def text(self) -> str:

@@ -71,6 +71,11 @@ class Gradients(ABC):
         self.counted_elsewhere = None
 
     @property
+    def in_flight_bytes(self) -> int:
+        """The bytes of buffers for gradients in flight, which are kept between steps."""
+        return 0
+
+    @property
     def members(self) -> Iterator[BucketParam]:
         """Every parameter of every bucket."""
         return (member for bucket in self.buckets for member in bucket.members)

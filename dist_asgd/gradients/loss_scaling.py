@@ -16,7 +16,7 @@ from ..comm import Communicators, public_call
 from ..comm.reports import CollectiveCall
 from ..placements.dtensor import has_spec_of, is_dtensor, same_placement
 from ..update.schedule import StepHyperparameters
-from ..update.segments import Scaling
+from ..update.segments import UNSCALED, Scaling
 from .base import Gradients
 from .reducer import Reducer
 
@@ -76,6 +76,22 @@ class ScalerInfo:
             return pending
         inverse = self.grad_scale.double().reciprocal().float()
         return Scaling(inverse if pending.unscale is None else inverse * pending.unscale, pending.clip)
+
+
+def factors_of_step(
+    scaler: ScalerInfo | None, pending: Scaling, hypers: Sequence[StepHyperparameters], communicators: Communicators
+) -> tuple[Scaling, Scaling, Tensor | None] | None:
+    """What the update multiplies gradients by, and ``skip_on_device``; None if no rank steps. Collective.
+
+    The first factors are for gradients that are reduced here, which ``pending`` are for; those on parameters, which the
+    second ones are for, were multiplied by them in place.
+    """
+    if scaler is None:
+        return pending, UNSCALED, None
+    if scaler.skips_on_host(hypers, communicators):
+        return None
+    found_inf = scaler.skip_on_device(hypers, communicators)
+    return scaler.factors(pending), scaler.factors(UNSCALED), found_inf
 
 
 def _scalar_device(hypers: Sequence[StepHyperparameters]) -> torch.device | None:

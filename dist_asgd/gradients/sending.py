@@ -69,17 +69,19 @@ def direct_numel(bucket: Bucket) -> int:
     return DIRECT_BYTES // bucket.dtype.itemsize if bucket.wire_dtype == bucket.dtype else sys.maxsize
 
 
-def complete_in_background(waits: Sequence[Callable[[], object]]) -> None:
+def complete_in_background(waits: Sequence[Callable[[], object]], *, before_exit: bool = False) -> None:
     """Wait for transfers in a thread of their own, which keeps their memory; for an optimizer that is deleted.
 
-    A transfer that is dropped before it has arrived would leave the other ranks waiting.
+    A transfer that is dropped before it has arrived would leave the other ranks waiting. ``before_exit``: the process
+    ends after them, because the other ranks have started them too.
     """
     if waits and not sys.is_finalizing():
-        threading.Thread(target=_complete, args=(waits,), name="dist_asgd transfers", daemon=True).start()
+        daemon = not before_exit
+        threading.Thread(target=complete, args=(waits,), name="dist_asgd transfers", daemon=daemon).start()
 
 
-def _complete(waits: Sequence[Callable[[], object]]) -> None:
-    # A peer that has gone is no error any more: nobody needs the result.
+def complete(waits: Sequence[Callable[[], object]]) -> None:
+    """Wait for transfers that nobody on this rank needs. A peer that has gone is no error any more."""
     with contextlib.suppress(RuntimeError):
         for wait in waits:
             wait()

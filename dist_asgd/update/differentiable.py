@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage.frozen import REQUIRES_GRAD
 from . import reference
 from .schedule import Cohort, Implementation, StepHyperparameters
 
@@ -20,6 +21,13 @@ def init_state(param: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
     cohort = Cohort.new(lr, ())
     average = torch.zeros_like(param, memory_format=torch.preserve_format).detach()
     return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": average}
+
+
+def init_states(groups: Sequence[dict[str, Any]], state: Any) -> None:
+    """Put the state of new ``groups`` into ``state``, which is ``optimizer.state``; frozen parameters have none."""
+    for group in groups:
+        for param in filter(REQUIRES_GRAD, group["params"]):
+            state[param] = init_state(param, group["lr"])
 
 
 @torch.enable_grad()

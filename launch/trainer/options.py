@@ -89,6 +89,9 @@ class TrainOptions:
         int,
         _option("Ranks", "fsdp2, hsdp: ranks that share each layer, attention by heads, on the same data.", minimum=1),
     ] = 1
+    overlap_forward: Annotated[
+        bool, _option("Ranks", "Gather parameters while the next step's forward runs (zero1, zero2, hybrid).")
+    ] = False
     lr: Annotated[float, _option("Optimizer", "Learning rate.", minimum=0)] = 0.3
     lambd: Annotated[float, _option("Optimizer", "ASGD's decay term.", minimum=0)] = 1e-4
     alpha: Annotated[float, _option("Optimizer", "ASGD's power for the decay of eta.", minimum=0)] = 0.75

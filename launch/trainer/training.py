@@ -69,6 +69,8 @@ class Training:
             bucket_cap_mb=options.bucket_cap_mb,
             **self._spread.optimizer_options,
         )
+        if options.overlap_forward:
+            self._optimizer.overlap_forward(self._model)
         self._scheduler = LambdaLR(self._optimizer, options.lr_factor)
 
     @property

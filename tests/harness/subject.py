@@ -44,7 +44,10 @@ from tests.harness.placements import Placements, held, loads_in_full, placed_lik
 
 @dataclass(frozen=True)
 class Setting:
-    """The optimizer's options in a history. ``placement`` is one of ``placements.KINDS``; None: plain parameters."""
+    """The optimizer's options in a history. ``placement`` is one of ``placements.KINDS``; None: plain parameters.
+
+    ``overlap``: the parameters are read through modules, which wait for gathers that ``step()`` has left in flight.
+    """
 
     stage: int = 1
     form: str = "forloop"
@@ -53,6 +56,7 @@ class Setting:
     mesh: tuple[int, int] | None = None
     placement: str | None = None
     shard_replicated: bool = True
+    overlap: bool = False
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -157,6 +161,9 @@ class Subject:
 
     def compare_params(self, when: str) -> None:
         """Assert that this rank's data of every parameter has the oracle's bits, on every replica."""
+        if self.setting.overlap:
+            for module in self.modules:
+                assert module.param is not None  # which waits for it
         for index, (found, expected) in enumerate(zip(self.params, self.oracle.params, strict=True)):
             if found.dtype != expected.dtype:
                 expected = _rounded(expected.detach(), found.dtype)
@@ -209,7 +216,7 @@ class Subject:
         narrow = {s.dtype for g in (*self.history.groups, *added) for s in g.params} & {"bfloat16", "float16"}
         # The dtype of torch's average, so that its bits come back; beside masters the average is float32.
         average_dtype = DTYPES[narrow.pop()] if narrow and not setting.masters else None
-        return ShardedASGD(
+        optimizer = ShardedASGD(
             groups,
             mesh=self.mesh,
             average_dtype=average_dtype,
@@ -219,6 +226,11 @@ class Subject:
             bucket_cap_mb=setting.bucket_cap_mb,
             shard_replicated=setting.shard_replicated,
         )
+        if setting.overlap:
+            # Parameters of groups that are added later have no module, unless a reload comes after.
+            self.modules = nn.ModuleList([_Leaf(param) for param in self.params])
+            optimizer.overlap_forward(self.modules)
+        return optimizer
 
     def _reload(self, event: Reload) -> None:
         # Fragments fit the same buckets only, and those of a new optimizer follow what is trained now.
@@ -282,7 +294,10 @@ class Subject:
             is_last = number == event.num_backwards - 1
             silent = event.no_sync and not is_last
             with self.optimizer.no_sync() if silent else contextlib.nullcontext():
-                backward(self.params, part_of)
+                params = list(self.params)
+                if self.setting.overlap:
+                    params[: len(self.modules)] = [module() for module in self.modules]
+                backward(params, part_of)
         for index, share in by_hand.items():
             self.params[index].grad = share
 
@@ -303,6 +318,18 @@ class Subject:
     def _mean(self, index: int, *, dyadic: bool) -> Tensor:
         param = self.params[index]
         return mean_gradient(param, self.history.seed, self.oracle.num_steps, index, dyadic=dyadic)
+
+
+class _Leaf(nn.Module):
+    """A module of one parameter, which its forward returns."""
+
+    def __init__(self, param: Tensor) -> None:
+        super().__init__()
+        self.param = param
+
+    def forward(self) -> Tensor:
+        """The parameter."""
+        return self.param
 
 
 def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
