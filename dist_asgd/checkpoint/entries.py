@@ -87,6 +87,8 @@ def state_to_save(
     # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).
     if isinstance(optimizer, ShardedASGD):
         optimizer.shards.check_whole()
+        # Of each parameter rows are saved that other ranks have updated.
+        optimizer.wait_for_parameters()
     saved = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
     cache = cache or FragmentCache()
     parts = cache.rows(optimizer, param_fragments(optimizer, saved, cache.fragments))

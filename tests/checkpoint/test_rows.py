@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benchmarks.checkpoint_scale import Layout
-from dist_asgd import CheckpointManager, ShardedASGD, load_checkpoint
+from dist_asgd import CheckpointManager, ShardedASGD, load_checkpoint, save_checkpoint
 from dist_asgd.checkpoint.format.reader import OpenCheckpoint
 from dist_asgd.checkpoint.rows import row_range
 from dist_asgd.placements.shard_tensor import row_major_regions
 from dist_asgd.storage.layout import lay_out
 from tests.harness.bits import assert_same_bits
+from tests.harness.native import native_collectives
 from tests.harness.ranks import run
 
 SHAPES = [(97, 7), (64, 5), (33, 3, 3), (3, 50, 4), (2, 3, 400), (1000,), (1, 1000), (1000, 1), (5, 1), (0, 4), (4, 0)]
@@ -145,6 +146,30 @@ def test_rows_load_to_the_bit(stage: int, others: int, tmp_path: Path) -> None:
         for begin, end in (("model.", ""), ("optim.state.", ".ax"))
     )
     assert weights < averages
+
+
+def save_in_flight(_rank: int, _world_size: int, folder: str) -> None:
+    """Job: save right after a step, whose gathers run in the wait for them: until then there is no number."""
+    with native_collectives(late=True):
+        model, optimizer = trained(0, 1)
+        optimizer.overlap_forward(model)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert optimizer.gatherer.arrivals.keys
+        save_checkpoint(f"{folder}/saved", model, optimizer, step=3)
+        assert not optimizer.gatherer.arrivals.keys
+        found = {name: value.clone() for name, value in model.state_dict().items()}
+        other, other_optimizer = trained(1, 1)
+        load_checkpoint(f"{folder}/saved", other, other_optimizer)
+        for name, value in other.state_dict().items():
+            assert_same_bits(value, found[name], name)
+            assert value.isfinite().all()
+
+
+def test_rows_of_other_ranks_have_arrived_before_they_are_saved(tmp_path: Path) -> None:
+    """With ``overlap_forward`` a step returns before them."""
+    run("gloo", 2, save_in_flight, str(tmp_path))
 
 
 def whole_model(_rank: int, _world_size: int, stage: int) -> dict[str, torch.Tensor]:
