@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -469,6 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if os.geteuid():
         parser.error("network namespaces need root")
+    # Ended from outside, it still removes its hosts.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     works = [Work(PAUSE, ms) for ms in options.pauses] + [Work(BATCH, size) for size in options.batches]
     about = surroundings("benchmarks.links")
     begin = time.perf_counter()
