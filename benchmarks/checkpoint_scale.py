@@ -4,8 +4,8 @@ A Llama of 7B parameters is laid out on 1,024 ranks, as ``ShardedASGD`` would la
 files are sparse, of the right size. Three ranks are then played, each in a process of its own, with the package's own
 functions.
 
-save         rank 0 takes what all ranks report, and makes ``.metadata`` and ``manifest.json``
-load, first  rank 0 reads and checks both, and finds the chunks of its own fragments
+save         rank 0 takes what all ranks report, and makes ``.metadata``, the index and ``manifest.json``
+load, first  rank 0 reads and checks the index and the manifest, and finds the chunks of its own fragments
 load, other  any other rank does what it has to do before it reads data: it finds the chunks of its fragments
 
 Time is of the processor, in one thread. Memory is the peak above what the process held before (``VmHWM``). What travels
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import pickle
 import random
 import sys
 import tempfile
@@ -30,15 +29,17 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan
 
 from benchmarks.report import markdown_table, surroundings
 from dist_asgd.checkpoint.format.chunk_table import ChunkTable
-from dist_asgd.checkpoint.format.directory import metadata_of
-from dist_asgd.checkpoint.format.garbage import collections_paused
+from dist_asgd.checkpoint.format.file_report import described, packed, unpacked
+from dist_asgd.checkpoint.format.index import INDEX_NAME
 from dist_asgd.checkpoint.format.manifest import Chunk, FileEntry, Manifest, checked_bytes, hash_of
 from dist_asgd.checkpoint.format.metadata import METADATA_NAME
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
 from dist_asgd.checkpoint.format.writer import Row, WrittenFile
+from dist_asgd.checkpoint.rows import row_range
 from dist_asgd.placements.shard_tensor import ShardTensor, row_major_regions
 from dist_asgd.state_dict.whole_tensors import MAX_STAGING_BYTES
 from dist_asgd.storage.layout import MIN_BUCKETS, BucketLayout, bucket_cap_bytes, fill_buckets, lay_out
@@ -50,8 +51,9 @@ FRAME_BYTES = 1200
 SCALARS = ("step", "eta", "mu")
 OPTIONS = ("lr", "lambd", "alpha", "t0", "weight_decay", "foreach", "maximize", "differentiable", "capturable")
 _SENT = "sent"
-# The rank that plays "load, other": neither the first nor the last, whose shards may be shorter.
-OTHER = 0.5
+# The rank that plays "load, other": neither the first nor the last, whose shards may be shorter, nor the one in the
+# middle, whose shards may begin with rows.
+OTHER = 0.49
 
 
 def llama(hidden: int, ffn: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
@@ -67,6 +69,12 @@ def llama(hidden: int, ffn: int, layers: int, vocabulary: int) -> dict[str, tupl
 
 
 MODEL = llama(4096, 11008, 32, 32000)
+_POSITIONS = {name: position for position, name in enumerate(MODEL)}
+
+
+def _name_of(key: str) -> str:
+    """The name of the parameter in the key of a weight, or of an average."""
+    return key.removeprefix("model.") if key.startswith("model.") else key[len("optim.state.") : -len(".ax")]
 
 
 @dataclass
@@ -88,11 +96,21 @@ class Layout:
 
     def fragments(self, rank: int) -> Iterator[tuple[str, int, int]]:
         """The name, start and number of elements of every fragment of ``rank``."""
+        for name, start, stop, _ in self._fragments(rank):
+            yield name, start, stop - start
+
+    def saved_rows(self, rank: int) -> Iterator[tuple[str, int, int]]:
+        """The name, start and stop of what ``rank`` saves of each parameter: rows of which its shard has a part."""
+        for name, start, stop, shard_numel in self._fragments(rank):
+            yield name, *row_range(start, stop, MODEL[name], shard_numel, 2, _POSITIONS[name] % 2 == 0)
+
+    def _fragments(self, rank: int) -> Iterator[tuple[str, int, int, int]]:
         for names, layout in self.buckets:
             for name, slot in zip(names, layout.slots, strict=True):
                 fragment = layout.fragment(slot, rank)
                 if fragment.numel:
-                    yield name, fragment.param_start, fragment.numel
+                    start = fragment.param_start
+                    yield name, start, start + fragment.numel, layout.shard_numel
 
     def num_gathers(self) -> int:
         """How many collectives bring the float32 averages of all buckets to rank 0, if the backend is NCCL."""
@@ -110,11 +128,13 @@ class Layout:
             offset += length
             return len(chunks) - 1
 
-        for name, start, numel in self.fragments(rank):
-            for key, dtype in ((f"model.{name}", torch.bfloat16), (f"optim.state.{name}.ax", torch.float32)):
-                for offsets, sizes in row_major_regions(start, start + numel, MODEL[name]):
-                    chunk = add(math.prod(sizes) * dtype.itemsize + FRAME_BYTES)
-                    rows.append(Row(key, chunk, dtype, MODEL[name], offsets, sizes))
+        ranges = [(f"model.{n}", torch.bfloat16, start, stop) for n, start, stop in self.saved_rows(rank)]
+        ranges += [(f"optim.state.{n}.ax", torch.float32, start, start + k) for n, start, k in self.fragments(rank)]
+        for key, dtype, start, stop in ranges:
+            shape = MODEL[_name_of(key)]
+            for offsets, sizes in row_major_regions(start, stop, shape):
+                chunk = add(math.prod(sizes) * dtype.itemsize + FRAME_BYTES)
+                rows.append(Row(key, chunk, dtype, shape, offsets, sizes))
         if not rank:
             values = {value: add(FRAME_BYTES) for value in (*SCALARS, *OPTIONS)}
             for name in MODEL:
@@ -159,30 +179,30 @@ def _status(name: str) -> int:
 
 def save(layout: Layout, folder: Path) -> dict[str, Any]:
     """Play rank 0 in a save, and leave the checkpoint in ``folder``."""
-    own = layout.written(0)
-    others = [pickle.dumps(layout.written(rank)) for rank in range(1, layout.world_size)]
-    result: dict[str, Any] = {"gathered_bytes": sum(map(len, others))}
+    gathered = [packed(layout.written(rank)) for rank in range(layout.world_size)]
+    result: dict[str, Any] = {"gathered_bytes": sum(map(len, gathered[1:]))}
     with measured(result, "save"):
-        with collections_paused():
-            files = [own, *map(pickle.loads, others)]
-        metadata = metadata_of(folder, files)
-        entries = {file.name: file.file for file in files if file.file is not None}
-        entries[METADATA_NAME] = FileEntry(len(metadata), hash_of(metadata))
-        manifest = Manifest(STEP, layout.world_size, entries, {file.name: file.chunks for file in files})
-        data = checked_bytes(folder, manifest)
-    (folder / METADATA_NAME).write_bytes(metadata)
-    (folder / "manifest.json").write_bytes(data)
-    for file in files:
-        with (folder / file.name).open("wb") as sparse:
-            sparse.truncate(file.file.bytes if file.file else 0)
-    num_chunks = sum(len(file.rows) for file in files)
-    return {**result, "chunks": num_chunks, "metadata_bytes": len(metadata), "manifest_bytes": len(data)}
+        reports = unpacked(gathered)
+        found = described(folder, reports)
+        entries = {report.name: report.file for report in reports if report.file is not None}
+        for name, data in ((METADATA_NAME, found.metadata), (INDEX_NAME, found.index)):
+            entries[name] = FileEntry(len(data), hash_of(data))
+        manifest = checked_bytes(folder, Manifest(STEP, layout.world_size, entries))
+    (folder / METADATA_NAME).write_bytes(found.metadata)
+    (folder / INDEX_NAME).write_bytes(found.index)
+    (folder / "manifest.json").write_bytes(manifest)
+    for report in reports:
+        with (folder / report.name).open("wb") as sparse:
+            sparse.truncate(report.file.bytes if report.file else 0)
+    sizes = {"metadata": len(found.metadata), "index": len(found.index), "manifest": len(manifest)}
+    num_chunks = sum(len(report.rows) for report in reports)
+    return {**result, "chunks": num_chunks, **{f"{name}_bytes": size for name, size in sizes.items()}}
 
 
-def _find(opened: OpenCheckpoint, layout: Layout, rank: int) -> int:
-    """Find the chunks of the fragments of ``rank``; returns how many it reads."""
+def _find(opened: OpenCheckpoint, layout: Layout, rank: int) -> LoadPlan:
+    """Find the chunks of the fragments of ``rank``."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    return len(CheckedReader.of(opened).plan(layout.targets(rank), planner).items)
+    return CheckedReader.of(opened).plan(layout.targets(rank), planner)
 
 
 def load_first(layout: Layout, folder: Path) -> dict[str, Any]:
@@ -196,13 +216,14 @@ def load_first(layout: Layout, folder: Path) -> dict[str, Any]:
 
 
 def load_other(layout: Layout, folder: Path) -> dict[str, Any]:
-    """Play another rank in a load."""
+    """Play another rank in a load; whole chunks are read, also if another rank wants a part of them too."""
     result: dict[str, Any] = {}
     packed = (folder / _SENT).read_bytes()
     with measured(result, "other"):
         opened = OpenCheckpoint.of_table(folder, ChunkTable.unpack(packed))
-        result["reads"] = _find(opened, layout, int(layout.world_size * OTHER))
-    return result
+        plan = _find(opened, layout, int(layout.world_size * OTHER))
+    infos = [opened.storage_info(index) for index in {item.storage_index for item in plan.items}]
+    return {**result, "read_chunks": len(infos), "read_bytes": sum(info.length for info in infos)}
 
 
 def _in_process(play: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
@@ -242,12 +263,14 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
             f"{r['gathers']:,}",
             f"{r['chunks']:,}",
             mib(r["metadata_bytes"]),
-            mib(r["manifest_bytes"]),
+            mib(r["index_bytes"]),
+            f"{r['manifest_bytes'] / 1024:.0f}",
             mib(r["gathered_bytes"]),
             both(r, "save"),
             both(r, "first"),
             mib(r["sent_bytes"]),
             both(r, "other"),
+            f"{r['read_chunks']:,}, {mib(r['read_bytes'])}",
         ]
         for r in results
     ]
@@ -257,10 +280,11 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         "gathers",
         "pieces",
         ".metadata (MiB)",
-        "manifest (MiB)",
+        "index (MiB)",
+        "manifest (KiB)",
         "to rank 0 (MiB)",
     ]
-    header += ["save: rank 0", "load: rank 0", "from rank 0 (MiB)", "load: another rank"]
+    header += ["save: rank 0", "load: rank 0", "from rank 0 (MiB)", "load: another rank", "it reads (chunks, MiB)"]
     fields = [[name, str(value)] for name, value in surroundings("benchmarks.checkpoint_scale").items()]
     numel = sum(map(math.prod, MODEL.values()))
     fields.append(["model", f"Llama, {numel / 1e9:.2f}B bfloat16 parameters in {len(MODEL)} tensors, float32 averages"])
@@ -270,7 +294,9 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
             markdown_table(["field", "value"], fields),
             "Processor time of one thread, and the peak of memory above what the process held before. *gathers*:\n"
             "collectives of an export with NCCL. *pieces*: regions of tensors, and values. *to rank 0*: what all\n"
-            "ranks report of their files in a save. *from rank 0*: what each rank gets of it in a load.",
+            "ranks report of their files in a save. *from rank 0*: what each rank gets of it in a load. *it reads*:\n"
+            "the data of that rank, in whole pieces; a rank's share of all data is "
+            f"{6 * sum(map(math.prod, MODEL.values())) / results[0]['world_size'] / MIB:.0f} MiB.",
             markdown_table(header, rows),
         ]
     )

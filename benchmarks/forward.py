@@ -72,7 +72,12 @@ class Turn(Trainer):
 def measure(key: str, shape: Shape, num_rounds: int) -> list[list[str]]:
     """The rows of the table for one peer, without and with the overlap, on 2 ranks."""
     without, overlapping = pair(key)
-    with Team(Turn, 2, without, shape) as one, Team(Turn, 2, overlapping, shape) as other:
+    # In memory that ranks share nothing overlaps: messages are what is measured.
+    messages = {"DIST_ASGD_SHARED_MEMORY": "0"}
+    with (
+        Team(Turn, 2, without, shape, environment=messages) as one,
+        Team(Turn, 2, overlapping, shape, environment=messages) as other,
+    ):
         for team in (one, other):
             team.wait_ready()
             team.call("turn")

@@ -32,7 +32,8 @@ TIMEOUT = timedelta(seconds=120)
 class Team:
     """``world_size`` rank processes, each with one actor. A team is a context manager, which ends its processes.
 
-    ``environment`` is set before the processes start, since glibc reads its ``MALLOC_*`` variables only then.
+    ``environment`` is set before the processes start, since glibc reads its ``MALLOC_*`` variables only then. Each
+    process first calls ``entrance`` with its rank, before it joins the group.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Team:
         world_size: int,
         *args: Any,
         environment: Mapping[str, str] | None = None,
+        entrance: Callable[[int], None] | None = None,
     ) -> None:
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="dist_asgd_bench_")
@@ -51,7 +53,7 @@ class Team:
                 ours, theirs = context.Pipe()
                 process = context.Process(
                     target=_rank_main,
-                    args=(theirs, self._folder.name, factory, rank, world_size, args),
+                    args=(theirs, self._folder.name, factory, rank, world_size, args, entrance),
                     daemon=True,
                 )
                 process.start()
@@ -115,10 +117,13 @@ def _rank_main(
     rank: int,
     world_size: int,
     args: tuple[Any, ...],
+    entrance: Callable[[int], None] | None,
 ) -> None:
     """The main function of a rank: join the group, build the actor, run calls, and leave with the other ranks."""
     torch.set_num_threads(1)
     try:
+        if entrance is not None:
+            entrance(rank)
         store = dist.FileStore(str(Path(folder, "store")), world_size)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         actor = factory(rank, world_size, *args)

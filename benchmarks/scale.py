@@ -1,9 +1,13 @@
 """``python -m benchmarks.scale``: what a rank of thousands does on its host, by world size, without the others.
 
-Every figure comes from a process of its own, on torch's ``fake`` process group: it has the number and the place of a
-rank, and its collectives move nothing. What is timed is this package's Python and torch's dispatch, with the strategy
-that NCCL takes (collectives on flat buffers) and control messages that are posted and never sent. There is no network
-and no kernel in it. It prints a Markdown report; ``benchmarks/README.md`` describes the method.
+Models of 7B, 70B and 405B parameters are first planned (``scale_plan.py``), which gives their buckets, bytes and
+messages. Then a rank is measured that has as many parameters, in the same buckets, of 64 elements each; and one with
+291 parameters in as many buckets.
+
+Every measured figure comes from a process of its own, on torch's ``fake`` process group: it has the number and the
+place of a rank, and its collectives move nothing. What is timed is this package's Python and torch's dispatch, with the
+strategy that NCCL takes (collectives on flat buffers) and control messages that are posted and never sent. There is no
+network and no kernel in it. It prints a Markdown report; ``benchmarks/README.md`` describes the method.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -24,8 +29,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks import scale_plan
 from benchmarks.measure import progress
 from benchmarks.report import markdown_table, surroundings
+from benchmarks.scale_plan import DTENSOR, HYBRID, MODES, ONE_EACH, STAGE2
 from dist_asgd import ShardedASGD
 from dist_asgd.comm import communicators
 from dist_asgd.comm.base import Communicator, SingleProcess
@@ -33,8 +40,8 @@ from dist_asgd.comm.dissemination import Message
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.host_group import HostGroup
 from dist_asgd.comm.native import NativeCollectives
+from dist_asgd.storage import bucketing
 
-MODES = ("stage 2", "stage 1", "DTensor")
 PHASES = ("backward", "clip", "step")
 
 
@@ -69,11 +76,14 @@ def _host(group: HostGroup, ranks: Any) -> Gloo:
 def _among(_communicators: Any, ranks: Any, _device: torch.device) -> Communicator:
     if len(ranks) == 1 or dist.group.WORLD is None:
         return SingleProcess()
-    return Instant(dist.group.WORLD, averages=True)
+    found = Instant(dist.group.WORLD, averages=True)
+    # The world stands in for the group of some of its ranks, too: nothing is sent.
+    found.rank, found.world_size = list(ranks).index(dist.get_rank()), len(ranks)
+    return found
 
 
 class Parameters(nn.Module):
-    """``num_params`` vectors of 64 elements, each in a bucket of its own: what counts is how many there are."""
+    """``num_params`` vectors of 64 elements: what counts is how many there are."""
 
     def __init__(self, num_params: int) -> None:
         super().__init__()
@@ -83,8 +93,11 @@ class Parameters(nn.Module):
         return torch.stack([weight.sum() for weight in self.weights]).sum()
 
 
-def measure(world_size: int, mode: str, num_params: int, num_steps: int) -> dict[str, float]:
-    """Build an optimizer as the rank in the middle of ``world_size``, and take steps: milliseconds, MiB, messages."""
+def measure(world_size: int, mode: str, groups: list[list[int]], num_steps: int) -> dict[str, float]:
+    """Build an optimizer as the rank in the middle of ``world_size``, and take steps: milliseconds, MiB, messages.
+
+    ``groups`` has, for each bucket, the positions of its parameters in reverse registration order.
+    """
     torch.set_num_threads(1)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -93,20 +106,29 @@ def measure(world_size: int, mode: str, num_params: int, num_steps: int) -> dict
     communicators._with_own_tags = _host
     communicators._backend_for = lambda *_: "gloo"
     communicators.Communicators._make_among = _among  # type: ignore[method-assign, assignment]
+    bucketing.fill_buckets = lambda *_: groups  # type: ignore[attr-defined]
+    num_params = sum(map(len, groups))
     model = Parameters(num_params)
-    if mode == "DTensor":
+    if mode == DTENSOR:
         _distribute(model, world_size)
+    mesh = None
+    if mode == HYBRID:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        shards = scale_plan.shards_of(mode, world_size)
+        ranks = torch.arange(world_size).view(-1, shards)
+        mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("replicate", "shard"), _init_backend=False)
     figures: dict[str, float] = {}
 
     def build() -> ShardedASGD:
-        stage = 2 if mode == "stage 2" else 1
-        return ShardedASGD(model.named_parameters(), lr=0.1, stage=stage, bucket_cap_mb=1e-9)
+        stage = 2 if mode in (STAGE2, HYBRID) else 1
+        return ShardedASGD(model.named_parameters(), lr=0.1, stage=stage, mesh=mesh)
 
     figures["construct"], optimizer = _timed(build)
     runs = []
     for step in range(num_steps + 1):
         Echo.num_messages = Echo.num_bytes = 0
-        if mode == "DTensor":
+        if mode == DTENSOR:
             # As FSDP2 leaves them: backward and its communication are torch's own.
             _give_gradients(model)
             times = {"backward": float("nan")}
@@ -121,7 +143,7 @@ def measure(world_size: int, mode: str, num_params: int, num_steps: int) -> dict
     figures |= {"messages": Echo.num_messages, "bytes": Echo.num_bytes}
     tracemalloc.start()
     other = Parameters(num_params)
-    if mode == "DTensor":
+    if mode == DTENSOR:
         _distribute(other, world_size)
     before = tracemalloc.get_traced_memory()[0]
     model = other
@@ -165,7 +187,9 @@ def _measure_in(connection: Any, *arguments: Any) -> None:
 
 def in_process(*arguments: Any) -> dict[str, float]:
     """``measure`` in a new process: a fake group of another size leaves something behind."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Each process starts as a copy of one that has imported everything and made nothing.
+    context.set_forkserver_preload(["benchmarks.scale_plan"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure_in, args=(theirs, *arguments))
     process.start()
@@ -178,61 +202,79 @@ def in_process(*arguments: Any) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and print the report."""
+    """Plan, measure, and print the report."""
+    names = (ONE_EACH, *scale_plan.MODELS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 64, 1024, 4096, 16384], help="world sizes")
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--params", type=int, default=291, help="parameters, each a bucket (%(default)s)")
     parser.add_argument("--steps", type=int, default=7, help="steps, of which the median is reported (%(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report here")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write all figures here")
     options = parser.parse_args(arguments)
     about = surroundings("benchmarks.scale")
-    figures: dict[str, dict[int, dict[str, float]]] = {}
-    for mode in options.modes:
-        for size in options.sizes:
-            progress(f"{mode}, {size:,} ranks")
-            figures.setdefault(mode, {})[size] = in_process(size, mode, options.params, options.steps)
-    report = as_markdown(about, figures, options.params)
+    planned = []
+    for model in options.models:
+        for size in options.sizes if model != ONE_EACH else ():
+            progress(f"planning {model}, {size:,} ranks")
+            planned += scale_plan.planned(model, size, options.modes)
+    measured: list[dict[str, Any]] = []
+    for model in options.models:
+        for mode in options.modes:
+            first: dict[str, float] | None = None
+            for size in options.sizes:
+                progress(f"{model}, {mode}, {size:,} ranks")
+                found = in_process(size, mode, scale_plan.groups_of(model, mode, size), options.steps)
+                first = first or found
+                ratios = {phase: found[phase] / first[phase] for phase in PHASES}
+                measured.append({"model": model, "mode": mode, "ranks": size, **found, "ratios": ratios})
+    about["load average at end"] = f"{os.getloadavg()[0]:.1f}"
+    report = as_markdown(about, planned, measured)
     print(report)
     if options.markdown:
         options.markdown.write_text(report + "\n")
     if options.json:
-        options.json.write_text(json.dumps({"about": about, "figures": figures}, indent=1) + "\n")
+        found_all = {"about": about, "planned": planned, "measured": measured}
+        options.json.write_text(json.dumps(found_all, indent=1) + "\n")
 
 
-def _beside(value: float, first: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f} ({value / first:.2f})"
-
-
-def as_markdown(about: dict[str, str], figures: dict[str, dict[int, dict[str, float]]], num_params: int) -> str:
-    """The report: where it ran, and one table of all modes and sizes."""
+def as_markdown(about: dict[str, str], planned: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:
+    """The report: what was planned, what was measured, and where."""
     rows = []
-    for mode, by_size in figures.items():
-        first = next(iter(by_size.values()))
-        for size, found in by_size.items():
-            phases = [_beside(found[phase], first[phase]) for phase in PHASES]
-            rows.append(
-                [
-                    mode,
-                    f"{size:,}",
-                    f"{found['construct']:.0f}",
-                    *phases,
-                    f"{found['messages']:.0f}",
-                    f"{found['bytes'] / 1e3:.1f}",
-                    f"{found['objects MiB']:.1f}",
-                ]
-            )
-    head = ["mode", "ranks", "construct", *PHASES, "messages", "kB sent", "objects, MiB"]
+    for found in measured:
+        phases = [
+            "-" if math.isnan(found[phase]) else f"{found[phase]:.1f} ({found['ratios'][phase]:.2f})"
+            for phase in PHASES
+        ]
+        rows.append(
+            [
+                found["model"],
+                found["mode"],
+                f"{found['ranks']:,}",
+                f"{found['construct']:.0f}",
+                *phases,
+                f"{found['messages']:.0f}",
+                f"{found['bytes'] / 1e3:.1f}",
+                f"{found['objects MiB']:.1f}",
+            ]
+        )
+    head = ["model", "mode", "ranks", "construct", *PHASES, "messages", "kB sent", "objects, MiB"]
     return "\n".join(
         [
-            "# Host time by the number of ranks",
+            "# One rank of 8 to 16,384",
             "",
-            f"{num_params} parameters in as many buckets, on the rank in the middle; milliseconds of its processor, "
-            "the median of the steps, and in brackets how many times those of the smallest size. Messages and bytes: "
+            "## Host time (measured)",
+            "",
+            "On the rank in the middle, in milliseconds of its processor: the median of the steps, and in brackets how "
+            "many times those of the smallest size. The rank has as many parameters as the model, in the buckets that "
+            "the model has, and each of 64 elements, so that no bucket is cut into stripes; "
+            f"*{ONE_EACH}* is {scale_plan.NUM_ONE_EACH} parameters in as many buckets. Messages and bytes are those of "
             "all control exchanges of one step with clipping. Objects are what Python keeps of the optimizer.",
             "",
             markdown_table(head, rows),
+            "",
+            *scale_plan.sections(planned),
+            "What describes a checkpoint of 1,024 ranks, and what reading it costs them, is in `checkpoint_scale.md`.",
             "",
             markdown_table(["", ""], [[name, value] for name, value in about.items()]),
         ]

@@ -29,6 +29,7 @@ from tests.harness.ranks import run
 
 FILES = Path(__file__).parent / "fixtures" / "v0_1"
 CHECKPOINTS = FILES / "checkpoints"
+FORMAT_1 = FILES.with_name("format_1")
 MANAGED = Path("managed", f"step-{NUM_STEPS:08}")
 CHECKPOINT_NAMES = (*TWO_RANK_CHECKPOINTS, str(MANAGED))
 # What pickles of 0.1 name of this package, by the file in which it is.
@@ -216,6 +217,18 @@ def test_masters_in_checkpoints_load() -> None:
     for loaded, _, extra in loads("masters", NUM_RANKS, "masters"):
         assert_whole_state(loaded, expected("masters"))
         assert extra["epoch"] == 7
+
+
+@pytest.mark.parametrize(("name", "kind"), [("stage2", "fsdp2"), ("masters", "masters")])
+def test_the_last_checkpoints_of_format_1_load(name: str, kind: str) -> None:
+    """Those of 0.1 have the manifest of format 1 too; these also have the order of ``.metadata`` of its last days."""
+    path = str(FORMAT_1 / name)
+    for rank, (loaded, _, extra) in enumerate(loads(path, NUM_RANKS, kind)):
+        assert_whole_state(loaded, expected(name))
+        assert extra == {"epoch": 7, "rank": rank}
+    assert invoke("verify", path) == 0
+    assert invoke("diff", path, str(CHECKPOINTS / name)) == 0
+    assert json.loads((FORMAT_1 / name / "manifest.json").read_text())["format"] == 1
 
 
 def test_a_folder_of_checkpoints_is_managed_on() -> None:

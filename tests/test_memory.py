@@ -31,7 +31,9 @@ def largest_allocation(call: Callable[[], Any]) -> int:
     return max([size for size in sizes if size > 0], default=0)
 
 
-def make(stage: int, form: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, ShardedASGD]:
+def make(
+    stage: int, form: str, dtype: torch.dtype = torch.float32, bucket_mb: float = BUCKET_MB
+) -> tuple[torch.nn.Module, ShardedASGD]:
     """A model of about 2 MB in about 50 tensors."""
     model = mlp(WIDTH, DEPTH).to(dtype)
     return model, ShardedASGD(
@@ -43,7 +45,7 @@ def make(stage: int, form: str, dtype: torch.dtype = torch.float32) -> tuple[tor
         stage=stage,
         foreach=form == "foreach",
         fused=form == "fused",
-        bucket_cap_mb=BUCKET_MB,
+        bucket_cap_mb=bucket_mb,
     )
 
 
@@ -117,8 +119,8 @@ def test_consolidating_dtensors_gives_the_whole_to_the_target_only() -> None:
 
 
 def loading_reads(_rank: int, _world_size: int, stage: int, path: str) -> tuple[int, int]:
-    """Job: the bytes that this rank reads to load, and those of the parameters."""
-    model, optimizer = make(stage, "fused")
+    """Job: the bytes that this rank reads to load, and those of the parameters; in buckets of usual size."""
+    model, optimizer = make(stage, "fused", bucket_mb=25)
     save_checkpoint(path, model, optimizer, step=0)
     before = bytes_read()
     load_checkpoint(path, model, optimizer)

@@ -39,6 +39,7 @@ from . import own_entries
 from .containers import CONTAINERS, take_apart
 from .format.writer import ChunkToWrite, KeyPath, Serialized
 from .names import names_of
+from .rows import FragmentCache
 from .source_record import SOURCES, record_of
 from .sources import traced
 from .values import CONSTANTS, check_option, plain, savable_object, savable_tensor
@@ -67,7 +68,7 @@ def state_to_save(
     extra: Any,
     rank: int,
     replica: int = 0,
-    cache: ShardTensorCache | None = None,
+    cache: FragmentCache | None = None,
 ) -> State:
     """Return what this rank has to save of ``model`` and ``optimizer``, and its ``extra``; tensors are the live ones.
 
@@ -75,7 +76,7 @@ def state_to_save(
 
     Args:
         replica: which copy of the shards this rank holds, in hybrid sharding; only the first copy is saved.
-        cache: fragments of parameters from the last call, by the parameter's index, which are used again.
+        cache: what was made of the fragments of parameters in the last call, which is used again.
     """
     for name, buffer in model.named_buffers():
         if is_lazy(buffer):
@@ -86,14 +87,17 @@ def state_to_save(
     # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).
     if isinstance(optimizer, ShardedASGD):
         optimizer.shards.check_whole()
+        # Of each parameter rows are saved that other ranks have updated.
+        optimizer.wait_for_parameters()
     saved = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
-    fragments = param_fragments(optimizer, saved, {} if cache is None else cache)
+    cache = cache or FragmentCache()
+    parts = cache.rows(optimizer, param_fragments(optimizer, saved, cache.fragments))
     model_state: dict[str, Any] = {}
     for key, value in live.items():
-        # Every rank has the whole parameter and writes the fragment that it updates.
-        fragment = fragments.get(id(value))
-        if fragment is not None:
-            value = fragment
+        # Every rank has the whole parameter and writes about as much of it as it updates.
+        part = parts.get(id(value))
+        if part is not None:
+            value = part
         elif isinstance(value, Tensor):
             value = value.detach()
         if not rank or _is_own(value, replica):

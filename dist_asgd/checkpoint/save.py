@@ -9,7 +9,6 @@ of its own, while training goes on.
 from __future__ import annotations
 
 import atexit
-import pickle
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,15 +24,14 @@ from ..comm.reports import CollectiveCall
 from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..optimizer import ShardedASGD
-from ..state_dict.sharded import ShardTensorCache
 from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
 from .format import folder
-from .format.directory import metadata_of
+from .format.file_report import Described, FileReport, described, packed, unpacked
 from .format.folder import NewCheckpoint
-from .format.garbage import collections_paused
 from .format.paths import AnyPath, UserPath, absolute, as_path
 from .format.room import check_room, least_bytes
 from .format.writer import Frames, RankFile, WrittenFile
+from .rows import FragmentCache
 from .staging import StagingArea
 
 T = TypeVar("T")
@@ -113,7 +111,7 @@ class Saver:
         self._agreement: Agreement | None = None
         self._staging = StagingArea()
         self._frames: Frames = {}
-        self._fragments: ShardTensorCache = {}
+        self._fragments = FragmentCache()
         self._pending: PendingSave | None = None
 
     @classmethod
@@ -254,9 +252,9 @@ class Saver:
             new = begin(path)
             return new.path.name, new.tag
 
-        def finish(written: Sequence[WrittenFile], metadata: bytes) -> None:
+        def finish(reports: Sequence[FileReport], found: Described) -> None:
             assert new is not None
-            new.finish(step, written, metadata, self.communicators.names.describe([0]))
+            new.finish(step, reports, found, self.communicators.names.describe([0]))
             commit(new)
 
         def discard() -> None:
@@ -295,7 +293,7 @@ class Saver:
         tag: str,
         path: AnyPath,
         state: FlatState,
-        finish: Callable[[Sequence[WrittenFile], bytes], None],
+        finish: Callable[[Sequence[FileReport], Described], None],
     ) -> None:
         """Write all files into ``temporary``, and let rank 0 finish it. Collective in the background group.
 
@@ -304,7 +302,7 @@ class Saver:
         assert self._background is not None
         local = LocalChunks([], {})
         written: WrittenFile | None = None
-        metadata, problem = b"", None
+        found, problem = Described(b"", b""), None
         try:
             local = local_chunks(state, self.world_size)
         except Exception as error:
@@ -322,14 +320,13 @@ class Saver:
             except Exception as error:
                 problem = _save_error(path, error)
             self._agree_in_background(call, problem)
-            files: list[WrittenFile] = []
-            packed = self._background.gather_objects(pickle.dumps(written), 0)
+            reports: list[FileReport] = []
+            gathered = self._background.gather_objects(packed(written), 0)
             try:
                 # Before sync(), because the disks are still at work on what was written.
-                if packed is not None:
-                    with collections_paused():
-                        files = list(map(pickle.loads, packed))
-                    metadata = metadata_of(path, files)
+                if gathered is not None:
+                    reports = unpacked(gathered)
+                    found = described(path, reports)
                 file.sync()
             except Exception as error:
                 problem = _save_error(path, error)
@@ -337,7 +334,7 @@ class Saver:
 
         def complete() -> None:
             try:
-                finish(files, metadata)
+                finish(reports, found)
             except Exception as error:
                 raise _save_error(path, error) from error
 

@@ -108,7 +108,7 @@ class ShardCollectives(ABC):
 
     @property
     def gathers_contiguous(self) -> bool:
-        """The same as ``contiguous``, for ``Communicator.all_gather_uneven``."""
+        """Whether gathers are fastest for equal parts of all ranks; ``all_gather_uneven`` takes one flat buffer then."""
         return self.contiguous
 
     @property

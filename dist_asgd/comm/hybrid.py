@@ -57,6 +57,10 @@ class Hybrid(ShardCollectives):
         return self._inside.contiguous
 
     @property
+    def gathers_contiguous(self) -> bool:
+        return self._inside.gathers_contiguous
+
+    @property
     def in_background(self) -> bool:
         return self._inside.in_background and self._across.in_background
 

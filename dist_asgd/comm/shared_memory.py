@@ -30,7 +30,7 @@ ENVIRONMENT = "DIST_ASGD_SHARED_MEMORY"
 # Of gathers so many bytes are published at a time, so that they are read while they are in a cache.
 PIECE_BYTES = 1 << 18
 # The least that an outbox holds: some pieces of a gather.
-OUTBOX_BYTES = 4 * PIECE_BYTES
+OUTBOX_BYTES = 2 * PIECE_BYTES
 # How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
 SEND_BUFFERS = 3
 

@@ -5,9 +5,12 @@ model's size: the classes that the optimizer itself is made of lay out parameter
 
 sources.py   what a plan can be made of: modules, parameters, safetensors files, configurations, numbers of parameters
 shapes.py    the result of reading one: names, shapes and dtypes
+arguments.py the arguments of ``plan``, checked and completed
 setup.py     what does not depend on the model: ranks, nodes, options, and how the backend sends
 modes.py     the bytes on a rank in each mode
 traffic.py   what a rank sends in a step in each mode
+links.py     latency and bandwidth of the links, and how long one call takes on them
+timing.py    the time of a step in each mode, and how much of its communication is exposed
 choice.py    which mode to take, and why
 planner.py   ``plan`` and the ``Plan`` that it returns
 table.py     a plan as text

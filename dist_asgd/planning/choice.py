@@ -47,9 +47,9 @@ def choose(rows: Sequence[PlanRow], ranks: int, gpu_memory: int | None) -> tuple
         )
     reason = f"{why_not}; FSDP2 shards the parameters too, and needs"
     mesh = fitting.get(HSDP)
-    across = None if mesh is None else _less_across(fitting[FSDP2], mesh)
-    if mesh is not None and across is not None:
-        return HSDP, f"{reason} {_need(mesh, gpu_memory)}. {across}"
+    better = None if mesh is None else _for_mesh(fitting[FSDP2], mesh)
+    if mesh is not None and better is not None:
+        return HSDP, f"{reason} {_need(mesh, gpu_memory)}. {better}"
     return FSDP2, f"{reason} {_need(fitting[FSDP2], gpu_memory)}."
 
 

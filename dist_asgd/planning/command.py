@@ -73,6 +73,34 @@ def plan(
     ] = True,
     fused: Annotated[bool, typer.Option("--fused", help="Update with fused=True.")] = False,
     backend: Annotated[Backend, typer.Option(help="nccl for GPUs, gloo for CPUs.")] = Backend.NCCL,
+    link_gbit: Annotated[
+        float | None,
+        typer.Option(help="Gbit/s that a node sends to others, for all of its GPUs: adds times.", show_default=False),
+    ] = None,
+    latency_us: Annotated[
+        float | None,
+        typer.Option(help="Microseconds of a message between nodes. Default: 14, gloo 100.", show_default=False),
+    ] = None,
+    node_gbit: Annotated[
+        float | None,
+        typer.Option(help="Gbit/s of a GPU to others of its node. Default: 2400, gloo 16.", show_default=False),
+    ] = None,
+    node_latency_us: Annotated[
+        float | None,
+        typer.Option(help="Microseconds of a message inside a node. Default: 3.4, gloo 50.", show_default=False),
+    ] = None,
+    host_gbit: Annotated[
+        float | None,
+        typer.Option(
+            help="Gbit/s that the computing processor passes on, if it does. Default: gloo 12.", show_default=False
+        ),
+    ] = None,
+    compute_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="Milliseconds of forward and backward alone: shows what communication adds.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
     """Show what each mode holds on a rank and sends in a step for MODEL, what fits, and which mode to take.
@@ -98,6 +126,12 @@ def plan(
             gradient_as_bucket_view=gradient_as_bucket_view,
             fused=fused,
             backend=backend.value,
+            link_gbit=link_gbit,
+            latency_us=latency_us,
+            node_gbit=node_gbit,
+            node_latency_us=node_latency_us,
+            host_gbit=host_gbit,
+            compute_ms=compute_ms,
         )
     with printing():
         if as_json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,20 +11,18 @@ import torch
 from ..storage.buffers import Precision
 from ..validation import check_options, check_precision_fits
 from . import choice, modes, traffic
+from .arguments import MOST_RANKS, bytes_of, check_dtype, links_of, topology
 from .choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STAGE2, UNSHARDED
+from .links import Links
 from .modes import Layout, RankBytes
 from .setup import BACKENDS, Setup
 from .shapes import ModelShapes
 from .sources import Source, shapes_of
+from .timing import StepTime, StepTimer
 from .traffic import Transfer
 
-RANKS_PER_NODE = 8
-# The most ranks of a plan, of which also those are tried that a model would fit on.
-MOST_RANKS = 1 << 20
 # The share of a GPU's memory that should be left for what a plan does not count: 3.2 GiB of 80 GiB.
 RESERVE = 0.04
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGTP]i?B)?\s*", re.IGNORECASE)
-_POWERS = {letter: power for power, letter in enumerate("BKMGTP")}
 
 ASSUMPTIONS = (
     "A rank's bytes are an upper bound: all kinds are added, although not all are there at one time.",
@@ -38,6 +34,12 @@ ASSUMPTIONS = (
     "gathers if each block and then the model is given to fully_shard; the last is an estimate.",
     "A step has one backward, and neither clips nor scales: each of these adds an exchange. Bytes of DDP, FSDP2 and "
     "NCCL are those of rings.",
+)
+TIME_ASSUMPTIONS = (
+    "Times take every link for itself: no contention in switches, no slow rank, no jitter. A call takes its bytes over "
+    "the slowest link on its way, and a latency for each message that waits for another: of NCCL in rings once around, "
+    "and for sums between nodes in trees. Left out are the update, launches of kernels, the input of data, and what "
+    "NCCL's kernels take from the computation, which is spread evenly over the elements, a third of it in forward.",
 )
 
 
@@ -55,6 +57,7 @@ class PlanRow:
         gpu_memory: The bytes of memory that a rank has; None if the plan was given none.
         traffic: What a rank sends in a step, by kind; empty for a single rank.
         notes: What has to be known of this mode.
+        time: The estimated time of a step; None if the plan was given no link, and in other precisions.
     """
 
     mode: str
@@ -65,6 +68,7 @@ class PlanRow:
     gpu_memory: int | None
     traffic: tuple[Transfer, ...]
     notes: tuple[str, ...]
+    time: StepTime | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -105,6 +109,7 @@ class Plan:
         mesh: The mesh of the modes on one, (replicas, shards); None without such modes.
         backend: "nccl" or "gloo".
         gpu_memory: The bytes of memory that a rank has, or None.
+        links: The links that times are estimated for; None without them.
         rows: The modes in the precision that was asked for.
         others: The same modes in other precisions, to compare: float32, bfloat16, and bfloat16 with masters.
         recommended: The mode to take; None if no mode fits.
@@ -120,6 +125,7 @@ class Plan:
     mesh: tuple[int, int] | None
     backend: str
     gpu_memory: int | None
+    links: Links | None
     rows: tuple[PlanRow, ...]
     others: tuple[PlanRow, ...]
     recommended: str | None
@@ -149,6 +155,8 @@ class Plan:
             for entry, row in zip(found[key], rows, strict=True):
                 for name in ("total_bytes", "fits", "is_tight", "sent_bytes", "across_bytes"):
                     entry[name] = getattr(row, name)
+                if row.time is not None:
+                    entry["time"]["step"] = row.time.step
         return found
 
 
@@ -168,6 +176,12 @@ def plan(
     gradient_as_bucket_view: bool = True,
     fused: bool = False,
     backend: str = "nccl",
+    link_gbit: float | None = None,
+    latency_us: float | None = None,
+    node_gbit: float | None = None,
+    node_latency_us: float | None = None,
+    host_gbit: float | None = None,
+    compute_ms: float | None = None,
 ) -> Plan:
     """Count the bytes on a rank and the traffic of a step in each mode, and name the mode to take. Not collective.
 
@@ -187,24 +201,43 @@ def plan(
         average_dtype, master_weights, reduce_dtype, bucket_cap_mb, fused: As in ``ShardedASGD``.
         gradient_as_bucket_view: As in ``DistributedDataParallel``; False adds the bytes of its buckets.
         backend: "nccl" for GPUs, "gloo" for CPUs.
+        link_gbit: What a node sends to the others for all of its ranks, in Gbit/s, while it receives as much. With it
+            (on a single node: with ``node_gbit``) the plan estimates times.
+        latency_us: The latency of a message between nodes, in microseconds; by default 14, with Gloo 100.
+        node_gbit: What a rank sends to the others of its node; by default 2400, which is NVLink, with Gloo 16.
+        node_latency_us: The latency of a message inside a node; by default 3.4, with Gloo 50.
+        host_gbit: The rate at which the processor that computes passes messages on, if it does; by default with Gloo
+            12, and with NCCL not at all.
+        compute_ms: Forward and backward of a step without communication, in milliseconds. With it the plan says how
+            much of the communication is exposed.
 
     Raises:
         ValueError: An argument is not supported, or the model has no shapes that can be read.
         OSError: A file cannot be read.
     """
     shapes = shapes_of(model)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     asked = shapes if dtype is None else shapes.as_dtype(dtype)
     precision = Precision(average_dtype, master_weights, None, reduce_dtype)
     check_options(2, bucket_cap_mb, {}, precision, False)
     check_precision_fits(precision, [{"params": [param.on_meta() for param in asked.trained]}])
-    per_node, grid, notes = _topology(ranks, ranks_per_node, mesh)
+    per_node, grid, notes = topology(ranks, ranks_per_node, mesh)
     if backend not in BACKENDS:
         raise ValueError(f"dist_asgd: backend must be {' or '.join(BACKENDS)}, got {backend!r}.")
     setup = Setup(ranks, per_node, grid, precision, bucket_cap_mb, backend, gradient_as_bucket_view, fused)
     memory = None if gpu_memory is None else bytes_of(gpu_memory, "gpu_memory", least=1)
     extra = bytes_of(activations, "activations")
-    rows = tuple(_rows(asked, setup, memory, extra))
+    given = {
+        "link_gbit": link_gbit,
+        "latency_us": latency_us,
+        "node_gbit": node_gbit,
+        "node_latency_us": node_latency_us,
+        "host_gbit": host_gbit,
+        "compute_ms": compute_ms,
+    }
+    links = links_of(setup, given)
+    timer = None if links is None else StepTimer(asked, setup, links, (compute_ms or 0.0) * 1e-3)
+    rows = tuple(_rows(asked, setup, memory, extra, timer))
     recommended, why = choice.choose(rows, ranks, memory)
     if recommended is None and memory is not None:
         why += _enough_ranks(asked, setup, memory - extra)
@@ -217,106 +250,40 @@ def plan(
         mesh=grid,
         backend=backend,
         gpu_memory=memory,
+        links=links,
         rows=rows,
         others=tuple(_other_precisions(asked, setup, memory, extra)),
         recommended=recommended,
         why=why,
-        assumptions=(*shapes.assumptions, *notes, *ASSUMPTIONS),
+        assumptions=(*shapes.assumptions, *notes, *ASSUMPTIONS, *(() if links is None else TIME_ASSUMPTIONS)),
     )
-
-
-# --- arguments ---------------------------------------------------------------------------------------------------
-
-
-def bytes_of(value: int | str, what: str, least: int = 0) -> int:
-    """A number of bytes, or a text with a unit such as "80GiB"; ValueError names ``what``."""
-    found: float | None = None
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
-        # A bare "80" would be 80 bytes, which nobody means.
-        if match and (match[2] or float(match[1]) == 0):
-            unit = (match[2] or "B").upper()
-            found = float(match[1]) * (1024 if "I" in unit else 1000) ** _POWERS[unit[0]]
-    elif not isinstance(value, bool) and isinstance(value, int):
-        found = value
-    if found is None or found < least:
-        raise ValueError(
-            f"dist_asgd: {what} must be a number of bytes, or a text with a unit such as 80GiB or 80GB, got {value!r}."
-        )
-    return int(found)
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ValueError(f"dist_asgd: dtype must be None, float32, float64, bfloat16 or float16, got {dtype!r}.")
-
-
-def _check_count(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"dist_asgd: {what} must be a whole number of at least 1, got {value!r}.")
-
-
-def _topology(
-    ranks: int, ranks_per_node: int | None, mesh: tuple[int, int] | None
-) -> tuple[int, tuple[int, int] | None, tuple[str, ...]]:
-    """The ranks on a node, the mesh, and what was assumed for them."""
-    _check_count(ranks, "ranks (the number of GPUs)")
-    if ranks > MOST_RANKS:
-        raise ValueError(
-            f"dist_asgd: ranks={ranks:,}: a plan is for at most {MOST_RANKS:,} ranks. Is the number right?"
-        )
-    per_node = min(RANKS_PER_NODE, ranks)
-    if ranks_per_node is not None:
-        _check_count(ranks_per_node, "ranks_per_node")
-        if ranks > ranks_per_node and ranks % ranks_per_node:
-            divisors = [n for n in range(1, min(ranks, 64) + 1) if ranks % n == 0]
-            raise ValueError(
-                f"dist_asgd: ranks_per_node={ranks_per_node} does not divide {ranks} ranks. Nodes have equally many "
-                f"ranks: take one of {', '.join(map(str, divisors))}, or another number of ranks."
-            )
-        per_node = min(ranks_per_node, ranks)
-    if mesh is not None:
-        if not isinstance(mesh, (tuple, list)) or len(mesh) != 2:
-            raise ValueError(f"dist_asgd: mesh must be two numbers, (replicas, shards), got {mesh!r}.")
-        for value, what in zip(mesh, ("replicas", "shards"), strict=True):
-            _check_count(value, f"mesh: the number of {what}")
-        if math.prod(mesh) != ranks:
-            raise ValueError(
-                f"dist_asgd: mesh={mesh[0]}x{mesh[1]} has {math.prod(mesh)} ranks, and there are {ranks}. The product "
-                f"of replicas and shards is the number of ranks."
-            )
-        return per_node, (mesh[0], mesh[1]), ()
-    if ranks <= per_node:
-        return per_node, None, ()
-    if ranks % per_node:
-        note = (
-            f"{per_node} ranks on a node, which is assumed, do not divide {ranks} ranks: modes on a mesh are left out. "
-            f"Give --ranks-per-node (ranks_per_node=) or --mesh (mesh=)."
-        )
-        return per_node, None, (note,)
-    return per_node, (ranks // per_node, per_node), ()
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def _layouts(model: ModelShapes, setup: Setup) -> Iterator[tuple[str, int, Layout, tuple[Transfer, ...]]]:
-    """Each mode with its number of shards, its layout and its traffic."""
+def _layouts(
+    model: ModelShapes, setup: Setup, timer: StepTimer | None
+) -> Iterator[tuple[str, int, Layout, tuple[Transfer, ...], StepTime | None]]:
+    """Each mode with its number of shards, its layout, its traffic and the time of its step."""
     ranks = setup.ranks
-    yield UNSHARDED, 1, modes.unsharded(model, setup), traffic.of_unsharded(model, setup)
+    time = timer.unsharded() if timer else None
+    yield UNSHARDED, 1, modes.unsharded(model, setup), traffic.of_unsharded(model, setup), time
     for stage1, stage2, shards in ((STAGE1, STAGE2, ranks), (HYBRID1, HYBRID2, setup.mesh and setup.mesh[1])):
         if shards is None:
             continue
         layout = modes.stage1(model, setup, shards)
-        yield stage1, shards, layout, traffic.of_stage1(model, layout, shards, setup)
+        time = timer.stage1(layout, shards) if timer else None
+        yield stage1, shards, layout, traffic.of_stage1(model, layout, shards, setup), time
         layout = modes.stage2(model, setup, shards)
-        yield stage2, shards, layout, traffic.of_stage2(model, layout, shards, setup)
-    layout = modes.dtensors(model, setup, 1, ranks)
-    yield FSDP2, ranks, layout, traffic.of_dtensors(model, layout, ranks, setup)
-    if setup.mesh is not None:
-        replicas, shards = setup.mesh
+        time = timer.stage2(layout, shards) if timer else None
+        yield stage2, shards, layout, traffic.of_stage2(model, layout, shards, setup), time
+    for mode, replicas, shards in ((FSDP2, 1, ranks), (HSDP, *(setup.mesh or (1, None)))):
+        if shards is None:
+            continue
         layout = modes.dtensors(model, setup, replicas, shards)
-        yield HSDP, shards, layout, traffic.of_dtensors(model, layout, shards, setup)
+        time = timer.dtensors(layout, shards) if timer else None
+        yield mode, shards, layout, traffic.of_dtensors(model, layout, shards, setup), time
 
 
 def _enough_ranks(model: ModelShapes, setup: Setup, memory: int) -> str:
@@ -330,10 +297,12 @@ def _enough_ranks(model: ModelShapes, setup: Setup, memory: int) -> str:
     return " FSDP2 fits on no number of ranks: what it gathers, and activations, are too large."
 
 
-def _rows(model: ModelShapes, setup: Setup, memory: int | None, activations: int) -> Iterator[PlanRow]:
+def _rows(
+    model: ModelShapes, setup: Setup, memory: int | None, activations: int, timer: StepTimer | None = None
+) -> Iterator[PlanRow]:
     text = precision_text(model, setup.precision)
-    for mode, shards, layout, transfers in _layouts(model, setup):
-        yield PlanRow(mode, text, shards, layout.bytes, activations, memory, transfers, layout.notes)
+    for mode, shards, layout, transfers, time in _layouts(model, setup, timer):
+        yield PlanRow(mode, text, shards, layout.bytes, activations, memory, transfers, layout.notes, time)
 
 
 def _other_precisions(model: ModelShapes, setup: Setup, memory: int | None, activations: int) -> Iterator[PlanRow]:

@@ -31,6 +31,8 @@ def text_of(plan: Plan) -> str:
     ]
     if any(row.traffic for row in plan.rows):
         parts.append(f"Sent by a rank in a step\n{_traffic_table(plan)}")
+    if plan.links is not None:
+        parts.append(f"Time of a step, estimated for {_links_text(plan)}\n{_time_table(plan)}")
     if plan.others:
         parts.append(f"Bytes on a rank in other precisions\n{_precisions_table(plan)}")
     parts.append(_folded(f"Take {plan.recommended}: {plan.why}" if plan.recommended else plan.why))
@@ -103,6 +105,40 @@ def _messages(sent: Transfer) -> str:
 
 def _left(sent: Transfer) -> str:
     return decimal(sent.across_bytes) if sent.across_bytes else "-"
+
+
+def _links_text(plan: Plan) -> str:
+    """The links that times are estimated for, in words."""
+    links = plan.links
+    assert links is not None
+    parts = []
+    if plan.ranks > plan.ranks_per_node:
+        parts.append(f"{links.link_gbit:g} Gbit/s a node, {links.latency_us:g} us")
+    if plan.ranks_per_node > 1:
+        parts.append(f"{links.node_gbit:g} Gbit/s a rank inside, {links.node_latency_us:g} us")
+    if links.host_gbit is not None:
+        parts.append(f"{links.host_gbit:g} Gbit/s of the processor")
+    return "; ".join(parts)
+
+
+def _time_table(plan: Plan) -> str:
+    headers, rows = ["mode", "communication"], []
+    computes = any(row.time is not None and row.time.compute for row in plan.rows)
+    if computes:
+        headers += ["compute", "exposed", "step", "exposed, overlap_forward"]
+    for row in plan.rows:
+        time = row.time
+        assert time is not None
+        cells = [_marked(row, plan), _seconds(time.communication)]
+        if computes:
+            overlapped = "-" if time.exposed_overlapped is None else _seconds(time.exposed_overlapped)
+            cells += [_seconds(time.compute), _seconds(time.exposed), _seconds(time.step), overlapped]
+        rows.append(cells)
+    return _rendered(headers, rows)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 def _precisions_table(plan: Plan) -> str:

@@ -6,7 +6,7 @@ as many as it receives: for collectives of other backends than Gloo those of a r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..comm.dissemination import num_hops
@@ -17,7 +17,7 @@ from ..storage.layout import MIB
 from ..storage.send_layout import DIRECT_BYTES, send_runs
 from .modes import Layout
 from .setup import Setup
-from .shapes import ModelShapes
+from .shapes import ModelShapes, ParamShape
 
 # torch's defaults: of the first bucket, and of the others.
 _DDP_FIRST_BYTES, _DDP_CAP_BYTES = MIB, 25 * MIB
@@ -50,15 +50,15 @@ class Transfer:
     piece_bytes: int
 
 
-def _across(sent_bytes: int, ranks: int, spacing: int, setup: Setup) -> int:
+def across_bytes_of(sent_bytes: int, ranks: int, spacing: int, setup: Setup, in_ring: bool) -> int:
     """The bytes of ``sent_bytes`` that leave the node; the ``ranks`` of a call are ``spacing`` numbers apart."""
     in_node = max(1, min(ranks, setup.ranks_per_node // spacing))
     if ranks <= in_node:
         return 0
-    if setup.backend == "gloo":
+    if not in_ring:
         # Every other rank gets a message of its own.
         return sent_bytes * (ranks - in_node) // (ranks - 1)
-    # NCCL's rings enter each node once, and each of the node's ranks has its share of them.
+    # Rings enter each node once, and each of the node's ranks has its share of them.
     return sent_bytes // in_node
 
 
@@ -69,10 +69,12 @@ def _transfer(
     if ranks > 1 and calls:
         factor = 2 if kind == "all-reduce" else 1
         piece = sent // max(1, factor * calls * (ranks - 1))
-        yield Transfer(kind, by, ranks, calls, messages, sent, _across(sent, ranks, spacing, setup), piece)
+        # Gloo's own collectives, which DDP and FSDP2 call, are rings too.
+        across = across_bytes_of(sent, ranks, spacing, setup, setup.contiguous or by != "dist_asgd")
+        yield Transfer(kind, by, ranks, calls, messages, sent, across, piece)
 
 
-def _ring(ranks: int, nbytes: int, kind: str) -> int:
+def ring_bytes(ranks: int, nbytes: int, kind: str) -> int:
     """The bytes that one rank sends in a ring: for a sum twice around, else once."""
     return (2 if kind == "all-reduce" else 1) * nbytes * (ranks - 1) // ranks
 
@@ -81,19 +83,20 @@ def _mean_of_gradients(model: ModelShapes, setup: Setup) -> Iterator[Transfer]:
     """DDP's all-reduce over all ranks."""
     trained = model.trained
     nbytes = sum(param.nbytes for param in trained)
-    calls = _ddp_buckets([param.nbytes for param in reversed(trained)])
-    sent = _ring(setup.ranks, nbytes, "all-reduce")
+    calls = len(ddp_buckets(trained))
+    sent = ring_bytes(setup.ranks, nbytes, "all-reduce")
     yield from _transfer("all-reduce", "DDP", setup.ranks, 1, calls, None, sent, setup)
 
 
-def _ddp_buckets(sizes: Iterable[int]) -> int:
-    """How many buckets DDP makes of gradients of these bytes: it closes one that has reached its cap."""
-    closed, used, cap_bytes = 0, 0, _DDP_FIRST_BYTES
-    for size in sizes:
-        used += size
+def ddp_buckets(trained: Sequence[ParamShape]) -> list[int]:
+    """The bytes of the buckets that DDP makes, in the order of backward: it closes one that has reached its cap."""
+    buckets, used, cap_bytes = [], 0, _DDP_FIRST_BYTES
+    for param in reversed(trained):
+        used += param.nbytes
         if used >= cap_bytes:
-            closed, used, cap_bytes = closed + 1, 0, _DDP_CAP_BYTES
-    return closed + (used > 0)
+            buckets.append(used)
+            used, cap_bytes = 0, _DDP_CAP_BYTES
+    return buckets + ([used] if used else [])
 
 
 def _reduce_scatter(buckets: Iterable[Bucket], shards: int, setup: Setup) -> Iterator[Transfer]:
@@ -125,7 +128,7 @@ def _all_reduce_across(buckets: Iterable[Bucket], shards: int, replicas: int, se
             calls += 1
             numel = stop - start
             if setup.contiguous:
-                sent += _ring(replicas, numel * itemsize, "all-reduce")
+                sent += ring_bytes(replicas, numel * itemsize, "all-reduce")
                 continue
             # A chunk of the stripe to each of the others, and then the sum of the own chunk; the first ones are longer.
             chunks = [numel // replicas + (rank < numel % replicas) for rank in range(replicas)]
@@ -205,8 +208,8 @@ def of_dtensors(model: ModelShapes, layout: Layout, shards: int, setup: Setup, s
     replicas = setup.ranks // shards
     blocks = len(model.blocks())
     whole = shards * layout.local_bytes
-    gathered, reduced = 2 * _ring(shards, whole, "all-gather"), _ring(shards, whole, "reduce-scatter")
-    summed = _ring(replicas, layout.local_bytes, "all-reduce")
+    gathered, reduced = 2 * ring_bytes(shards, whole, "all-gather"), ring_bytes(shards, whole, "reduce-scatter")
+    summed = ring_bytes(replicas, layout.local_bytes, "all-reduce")
     return (
         *_transfer("all-gather", "FSDP2", shards, 1, 2 * blocks, None, gathered, setup),
         *_transfer("reduce-scatter", "FSDP2", shards, 1, blocks, None, reduced, setup),

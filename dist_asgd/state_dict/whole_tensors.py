@@ -130,7 +130,7 @@ def _bucket_batches(
     by_bucket: dict[int, _BucketBatch] = {}
     for p in params:
         # Only some ranks have a fragment of a parameter, of any size: no collective gathers that.
-        if one_by_one and not communicators.on(p.bucket.device).contiguous:
+        if one_by_one and not communicators.on(p.bucket.device).gathers_contiguous:
             batches.append(_BucketBatch(p.bucket, [p], p.slot.offset, p.slot.stop))
             continue
         if id(p.bucket) not in by_bucket:
@@ -157,7 +157,7 @@ def _gather_bucket(
         # Rank `to` is of another replica, which has all shards itself.
         return None
     collectives = communicators.on(batch.bucket.device)
-    if collectives.contiguous and stop - start == batch.bucket.layout.numel:
+    if collectives.gathers_contiguous and stop - start == batch.bucket.layout.numel:
         return _gather_columns(shard, collectives, here, target, staging)
     spans = []  # the elements that each rank holds, counted in the bucket
     for first in range(0, communicators.num_shards * shard_numel, shard_numel):
@@ -294,7 +294,7 @@ class _Assembly:
 
     def needs_collectives(self, device: torch.device) -> bool:
         """Whether a batch on ``device`` costs a collective, or only messages of the ranks that have some of it."""
-        return self._communicators.among(self._everyone, device).contiguous
+        return self._communicators.among(self._everyone, device).gathers_contiguous
 
     def gather(self, run: range, tensors: Sequence[DTensor]) -> list[Tensor]:
         """Collective. Return the whole tensors, new, contiguous and on the CPU; [] on ranks that receive nothing.
@@ -311,7 +311,7 @@ class _Assembly:
         wholes = [torch.empty(self._shapes[i], dtype=first.dtype, device="cpu") for i in run if here]
         everyone, padded = self._communicators.among(self._everyone, device), max(numels)
         # Messages that are nearly equal are padded, so that a collective takes them.
-        is_even = everyone.contiguous and 0 < padded * len(numels) <= 2 * sum(numels)
+        is_even = everyone.gathers_contiguous and 0 < padded * len(numels) <= 2 * sum(numels)
         lengths = [padded] * len(numels) if is_even else numels
         # If all fragments of a single tensor are consecutive in it, they arrive in place and need no staging.
         in_place = self._places_in(run, wholes) if here and device.type == "cpu" and lengths == numels else None

@@ -202,7 +202,7 @@ def test_names_cannot_paint_the_terminal(one: Saved, tmp_path: Path) -> None:
 # --- verify ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("source", "num_files"), [("two", 3), ("tp", 4)])
+@pytest.mark.parametrize(("source", "num_files"), [("two", 4), ("tp", 5)])
 def test_verify_says_good(source: str, num_files: int, request: pytest.FixtureRequest) -> None:
     """``verify`` reports a good checkpoint with exit status 0."""
     path, _ = request.getfixturevalue(source)
@@ -213,7 +213,7 @@ def test_verify_says_good(source: str, num_files: int, request: pytest.FixtureRe
     assert found["bytes"] == sum(p.stat().st_size for p in path.iterdir() if p.name != "manifest.json")
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", "chunks.index", ".metadata", "manifest.json"])
 def test_verify_finds_damage(two: Saved, tmp_path: Path, name: str) -> None:
     """``verify`` names the damaged file, with exit status 1, as JSON too."""
     path = Path(shutil.copytree(two[0], tmp_path / "checkpoint"))
@@ -247,16 +247,19 @@ def test_verify_reads_hashes_of_chunks_too(two: Saved, tmp_path: Path) -> None:
     from dataclasses import replace
 
     from dist_asgd.checkpoint.format.manifest import read_manifest, write_manifest
+    from dist_asgd.checkpoint.format.reader import OpenCheckpoint
 
     path = Path(shutil.copytree(two[0], tmp_path / "checkpoint"))
-    manifest = read_manifest(path)
+    manifest, by_name = read_manifest(path), OpenCheckpoint(path).table().chunks()
     assert manifest is not None
-    name, chunks = next(iter(manifest.chunks.items()))
+    name, chunks = next(iter(by_name.items()))
     wrong = [replace(chunks[0], xxh3_128="0" * 32), *chunks[1:]]
-    write_manifest(path, replace(manifest, chunks={**manifest.chunks, name: wrong}))
+    write_manifest(path, replace(manifest, chunks={**by_name, name: wrong}))
     assert "is damaged between bytes 0 and" in cli("verify", path, status=1).stderr
-    write_manifest(path, replace(manifest, chunks={**manifest.chunks, name: chunks[1:]}))
+    write_manifest(path, replace(manifest, chunks={**by_name, name: chunks[1:]}))
     assert "has no hash for" in cli("verify", path, status=1).stderr
+    write_manifest(path, replace(manifest, chunks=by_name))
+    assert "good" in cli("verify", path).stdout
 
 
 # --- consolidate -------------------------------------------------------------------------------------------

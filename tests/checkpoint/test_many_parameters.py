@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dist_asgd.checkpoint.offline import contents, convert
 from dist_asgd.checkpoint.offline.contents import CheckpointContents
 from dist_asgd.checkpoint.offline.diff import compare
 from dist_asgd.checkpoint.offline.inspect import summarize
+from tests.harness.checkpoints import read_metadata
 
 COUNT = 60
 
@@ -76,7 +78,7 @@ def test_shared_values_are_read_once(saved: Path, name: str) -> None:
 
 
 def test_metadata_is_read_record_by_record(saved: Path) -> None:
-    """Opcodes are executed alone where a kind of record occurs first, and nowhere else."""
+    """As DCP pickles them: opcodes are executed alone where a kind of record occurs first, and nowhere else."""
     counts = {"short": 0, "long": 0}
     record = Machine._record
 
@@ -85,8 +87,9 @@ def test_metadata_is_read_record_by_record(saved: Path) -> None:
         counts["short" if end else "long"] += 1
         return end
 
+    (saved / ".metadata").write_bytes(pickle.dumps(read_metadata(saved)))
     with patch.object(Machine, "_record", counted):
-        CheckpointContents(saved)
+        CheckpointContents(saved, verify=False)
     assert counts["short"] > 20 * COUNT
     assert counts["long"] < 40
 

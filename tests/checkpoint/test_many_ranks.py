@@ -23,7 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dist_asgd import ShardedASGD, export_averaged, load_checkpoint, save_checkpoint
 from dist_asgd.checkpoint.format import identity, manifest, reader, room, writer
 from dist_asgd.checkpoint.format.chunk_table import ChunkTable
-from dist_asgd.checkpoint.format.directory import metadata_of
+from dist_asgd.checkpoint.format.file_report import FileReport, described
 from dist_asgd.checkpoint.format.reader import CheckedReader, OpenCheckpoint
 from dist_asgd.checkpoint.format.writer import ChunkToWrite, RankFile
 from dist_asgd.placements.shard_tensor import ShardTensor
@@ -90,7 +90,8 @@ def test_only_the_first_rank_reads_the_metadata(verify: bool, tmp_path: Path) ->
     path = str(tmp_path / "saved")
     run("gloo", 3, save, path)
     first, *others = run("gloo", 3, reads, path, verify)
-    assert first["whole .metadata"] == 1
+    assert first["whole chunks.index" if verify else "whole .metadata"] == 1
+    assert not verify or not first["whole .metadata"]
     for found in others:
         assert found.pop("manifest.json" if verify else ".metadata") == 1
         assert found
@@ -138,7 +139,8 @@ def test_a_table_is_the_checkpoint(pieces: Path, verify: bool, prefix: Any) -> N
     for key, entry in entries.items():
         found = sent.metadata.state_dict_metadata[key]
         if hasattr(entry, "chunks"):
-            assert (found.size, found.properties, list(found.chunks)) == (entry.size, entry.properties, entry.chunks)
+            assert (found.size, found.properties) == (entry.size, entry.properties)
+            assert list(found.chunks) == list(entry.chunks)
             assert_same_bits(sent.whole_tensor(key), opened.whole_tensor(key), key)
         else:
             assert (type(found), sent.values([key])) == (type(entry), opened.values([key]))
@@ -181,17 +183,17 @@ def test_a_rank_plans_with_the_chunks_that_it_needs(pieces: Path) -> None:
 def save_too_much(_rank: int, _world_size: int, path: str, module: str, name: str, most: int) -> None:
     """Job: save with another limit; with one of ``room`` no data file may be opened."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object({"room": room, "manifest": manifest}[module], name, most))
+        stack.enter_context(patch.object(manifest if module == "manifest" else room, name, most))
         if module == "room":
             stack.enter_context(patch.object(writer, "HashedFile", side_effect=AssertionError("written")))
         save(0, 0, path)
 
 
-@pytest.mark.parametrize("name", ["MAX_MANIFEST_BYTES", "MAX_METADATA_BYTES"])
+@pytest.mark.parametrize("name", ["MAX_INDEX_BYTES", "MAX_METADATA_BYTES"])
 def test_what_no_load_would_take_is_not_written(name: str, tmp_path: Path) -> None:
     """All ranks raise, before a rank opens its file."""
-    path, file = str(tmp_path / "saved"), {"MAX_MANIFEST_BYTES": "manifest.json"}.get(name, ".metadata")
-    for error in run_errors("gloo", 2, save_too_much, path, "room", name, 1000):
+    path, file = str(tmp_path / "saved"), {"MAX_INDEX_BYTES": "chunks.index"}.get(name, ".metadata")
+    for error in run_errors("gloo", 2, save_too_much, path, "room", name, 400):
         assert error.type_name == "ValueError"
         assert f"its {file} would need" in error.message
         assert "larger bucket_cap_mb" in error.message
@@ -199,11 +201,15 @@ def test_what_no_load_would_take_is_not_written(name: str, tmp_path: Path) -> No
 
 
 def test_what_is_just_too_long_is_not_put_in_place(tmp_path: Path) -> None:
-    """The sum before is the least; the manifest itself is measured too."""
+    """The sum before is the least; manifest and index themselves are measured too."""
     run("gloo", 2, save, str(tmp_path / "whole"))
     most = (tmp_path / "whole" / "manifest.json").stat().st_size - 1
     for error in run_errors("gloo", 2, save_too_much, str(tmp_path / "saved"), "manifest", "MAX_MANIFEST_BYTES", most):
         assert f"manifest.json would have {most + 1:,} bytes" in error.message
+    # The path is in it: of the same length.
+    most = (tmp_path / "whole" / "chunks.index").stat().st_size - 1
+    for error in run_errors("gloo", 2, save_too_much, str(tmp_path / "saved"), "index", "MAX_INDEX_BYTES", most):
+        assert f"its chunks.index would need {most + 1:,} bytes" in error.message, error.message
     assert os.listdir(tmp_path) == ["whole"]
 
 
@@ -212,13 +218,11 @@ def test_the_least_is_no_more_than_what_is_written(tmp_path: Path) -> None:
     chunks = [ChunkToWrite("w", torch.zeros(1, 2), (4000, 2), (row, 0)) for row in range(4000)]
     with RankFile(tmp_path, 0, {}) as file:
         written = file.write(chunks, {"w": ("w",)})
-    metadata = len(metadata_of(tmp_path, [written]))
-    assert written.file is not None
-    made = manifest.Manifest(0, 1, {written.name: written.file}, {written.name: written.chunks})
-    count, manifest_bytes, metadata_bytes = room.least_bytes(chunks)
+    made = described(tmp_path, [FileReport.of(written)])
+    count, index_bytes, metadata_bytes = room.least_bytes(chunks)
     assert count == 4000
-    assert metadata / 2 < metadata_bytes <= metadata
-    assert len(manifest.encode(made)) * 0.8 < manifest_bytes <= len(manifest.encode(made))
+    assert len(made.metadata) / 5 < metadata_bytes <= len(made.metadata)
+    assert len(made.index) / 2 < index_bytes <= len(made.index)
 
 
 # --- gathering -------------------------------------------------------------------------------------------

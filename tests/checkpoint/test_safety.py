@@ -161,6 +161,17 @@ OPCODES: dict[str, bytes] = {
     "a class as the result": named(_META, "Metadata") + b".",
     "state for a class": named(_META, "Metadata") + b"N}" + short("__eq__") + b"Ns\x86b.",
     "state for a function": named("torch.serialization", "_get_layout") + b"N}" + short("__defaults__") + b")s\x86b.",
+    "a discarded mark that is not there": b"N1.",
+    "a result that was discarded": b"(N1.",
+    "an index of numbers": named(_META, "MetadataIndex") + b"K\x01K\x02\x86R.",
+    "an index without a name": named(_META, "MetadataIndex") + b")R.",
+    "an index with a plain offset": named(_META, "MetadataIndex") + short("x") + b"K\x02\x85\x86R.",
+    "a place outside": named("torch.distributed.checkpoint.filesystem", "_StorageInfo") + short("../x") + b"NN\x87R.",
+    "a place of four": named("torch.distributed.checkpoint.filesystem", "_StorageInfo") + b"(NNNNtR.",
+    "a region of numbers": named(_META, "ChunkStorageMetadata") + b"K\x01K\x02\x86R.",
+    "a region of one": named(_META, "ChunkStorageMetadata") + b"K\x01\x85R.",
+    "a tensor of nothing": named(_META, "TensorStorageMetadata") + b")R.",
+    "a tensor of lists": named(_META, "TensorStorageMetadata") + b"]]]\x87R.",
     "a class that is called": named(_META, "Metadata") + b"}\x85R.",
     "an object with arguments": named(_META, "Metadata") + b"}\x85\x81.",
     "BYTEARRAY8 of 2^60 bytes": b"\x96" + struct.pack("<Q", 1 << 60) + b".",
@@ -642,8 +653,8 @@ def test_a_manifest_has_one_form(sample: Path) -> None:
 
 def test_a_later_format_says_which_version_to_use(sample: Path) -> None:
     """A manifest of another format is an error that says so, and not damage."""
-    (sample / MANIFEST_NAME).write_bytes(dumped(changed(manifest_body(sample), "format", 2)))
-    with pytest.raises(CheckpointError, match="has format 2, this version reads 1: use the version of dist_asgd"):
+    (sample / MANIFEST_NAME).write_bytes(dumped(changed(manifest_body(sample), "format", 3)))
+    with pytest.raises(CheckpointError, match="has format 3, this version reads 1 and 2: use the version of dist_asgd"):
         OpenCheckpoint(sample)
 
 

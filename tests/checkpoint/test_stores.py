@@ -30,6 +30,7 @@ from dist_asgd import (
     save_checkpoint,
 )
 from dist_asgd.checkpoint.format import locks, store_directory, stores
+from dist_asgd.checkpoint.format.file_report import Described, FileReport
 from dist_asgd.checkpoint.format.manifest import CheckpointError
 from dist_asgd.checkpoint.format.paths import as_path
 from dist_asgd.checkpoint.format.writer import WrittenFile
@@ -119,6 +120,7 @@ def test_everything_works_in_s3(world_size: int, topology: str, loads: str, serv
     assert {name.rpartition("/")[0] for name in names} == {"a", "b", "runs/step-00000004", "runs/step-00000005"}
     assert {name.rpartition("/")[2].partition("-")[0] for name in names} == {
         ".metadata",
+        "chunks.index",
         "manifest.json",
         *(f"__{rank}_0" for rank in range(world_size)),
     }
@@ -399,7 +401,7 @@ def test_what_a_save_left_is_told_from_a_save_that_runs(
     save_checkpoint("memory://a", live.model, live.optimizer, step=1)
     # The other learns of it, and removes nothing that is not its own.
     with pytest.raises(ValueError, match="another save"):
-        first.finish(1, [WrittenFile({}, "__0_0.distcp")], b"metadata", "rank 0")
+        first.finish(1, [FileReport.of(WrittenFile({}, "__0_0.distcp"))], Described(b"metadata", b"index"), "rank 0")
     first.discard()
     first.close()
     other = build("single", seed=7)
@@ -443,13 +445,13 @@ def test_an_answer_that_is_lost_is_no_error(memory: MemoryFileSystem, monkeypatc
     live = build("single").train(1)
     save_checkpoint("memory://a", live.model, live.optimizer, step=1)
     assert load_checkpoint("memory://a", live.model, live.optimizer) is None
-    assert len(memory.find("/a")) == 3
+    assert len(memory.find("/a")) == 4
 
 
 def test_a_failed_save_leaves_nothing(memory: MemoryFileSystem) -> None:
     """Neither does an error at the very end, and the next save works."""
     live = build("single").train(1)
-    for name in (".distcp", ".metadata", "manifest.json"):
+    for name in (".distcp", "chunks.index", ".metadata", "manifest.json"):
         with pytest.MonkeyPatch.context() as patch:
             opened = MemoryFileSystem._open
 

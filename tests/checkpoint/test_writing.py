@@ -24,13 +24,14 @@ from torch.utils.serialization import config
 from dist_asgd import ShardedASGD, save_checkpoint
 from dist_asgd.checkpoint.entries import state_to_save
 from dist_asgd.checkpoint.format import writer
-from dist_asgd.checkpoint.format.manifest import Chunk, read_manifest
+from dist_asgd.checkpoint.format.manifest import Chunk
 from dist_asgd.checkpoint.format.reader import OpenCheckpoint
 from dist_asgd.checkpoint.format.writer import ArchiveWriter
+from dist_asgd.checkpoint.rows import FragmentCache
 from dist_asgd.checkpoint.staging import StagingArea
 from dist_asgd.placements.shard_tensor import ShardTensor
-from dist_asgd.state_dict.sharded import ShardTensorCache
 from tests.harness.bits import assert_same_bits
+from tests.harness.checkpoints import read_metadata
 from tests.harness.meshes import Net, set_gradients, sharded
 from tests.harness.ranks import run
 from tests.harness.topologies import build
@@ -109,7 +110,21 @@ PLACES = [
 def test_the_metadata_is_that_of_dcp(kind: str, world_size: int, tmp_path: Path) -> None:
     """The files have DCP's keys, in its order, with its regions, each written by one rank, and nothing else."""
     names = run("none" if world_size == 1 else "gloo", world_size, saved_both_ways, kind, str(tmp_path))
-    ours, theirs = (OpenCheckpoint(tmp_path / name, verify=name == "ours").metadata for name in ("ours", "theirs"))
+    opened = OpenCheckpoint(tmp_path / "ours")
+    # By the index and by ``.metadata``.
+    same, ours, theirs = (
+        one.metadata
+        for one in (opened, *(OpenCheckpoint(tmp_path / name, verify=False) for name in ("ours", "theirs")))
+    )
+    assert outline(same) == outline(ours)
+    assert (same.storage_data, same.planner_data, same.storage_meta, same.version) == (
+        ours.storage_data,
+        ours.planner_data,
+        ours.storage_meta,
+        ours.version,
+    )
+    # torch's own unpickler makes the same of it.
+    assert read_metadata(tmp_path / "ours") == ours
     # DCP does not keep which keys of a dict were no strings, and what was empty.
     skeleton = "containers.model.memory._extra_state"
     assert ours.planner_data.pop(skeleton)
@@ -122,9 +137,7 @@ def test_the_metadata_is_that_of_dcp(kind: str, world_size: int, tmp_path: Path)
     assert model == [f"model.{name}" for name in names[0]]
     assert ours.storage_data.keys() == theirs.storage_data.keys()
     assert ours.version == theirs.version
-    manifest = read_manifest(tmp_path / "ours")
-    assert manifest is not None
-    written = {(name, chunk.offset) for name, chunks in manifest.chunks.items() for chunk in chunks}
+    written = {(name, chunk.offset) for name, chunks in opened.table().chunks().items() for chunk in chunks}
     assert written >= {(info.relative_path, info.offset) for info in ours.storage_data.values()}
 
 
@@ -202,7 +215,7 @@ def describes_what_is_live(rank: int, _world_size: int) -> int:
     set_gradients(model, 0)
     optimizer.step()
     shapes = {param: param.shape for param in model.parameters()}
-    known: ShardTensorCache = {}
+    known = FragmentCache()
     num_parts = 0
     for change in ("nothing", "averages", "parameters", "strides", "parameters", "shape"):
         if change == "averages":

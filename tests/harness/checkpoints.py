@@ -20,6 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from dist_asgd.checkpoint.format.chunk_table import ChunkTable
+from dist_asgd.checkpoint.format.index import INDEX_NAME
+from dist_asgd.checkpoint.format.index import encode as encode_index
 from dist_asgd.checkpoint.format.manifest import (
     MANIFEST_NAME,
     Chunk,
@@ -152,6 +155,9 @@ def load(directory: Path, **options: Any) -> dict[str, Any]:
 def read_all(directory: Path, *, verify: bool = True) -> None:
     """Read every chunk, without a process group."""
     opened = OpenCheckpoint(directory, verify=verify)
+    for entry in opened.metadata.state_dict_metadata.values():
+        # The places of chunks in an index are found as the chunks are looked at.
+        list(getattr(entry, "chunks", ()))
     for index, data in opened.chunks(list(opened.metadata.storage_data)):
         if isinstance(opened.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
             opened.tensor(index, data)
@@ -167,3 +173,14 @@ class Payload:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return os.mkdir, (str(self.canary),)
+
+
+def write_table(directory: Path, table: ChunkTable) -> None:
+    """Make ``table`` the index of a checkpoint, and sign it: what it says need not be true."""
+    write_index(directory, encode_index(table))
+
+
+def write_index(directory: Path, data: bytes) -> None:
+    """Make ``data`` the bytes of the index, and sign them."""
+    (directory / INDEX_NAME).write_bytes(data)
+    resign(directory)

@@ -42,6 +42,19 @@ def test_options_arrive() -> None:
     assert found["rows"][1]["bytes"]["passing"] == found["rows"][1]["bytes"]["gradients"]
 
 
+def test_links_arrive() -> None:
+    """The table of times, and the same in JSON."""
+    links = {"link_gbit": 25.0, "latency_us": 7.0, "node_gbit": 300.0, "node_latency_us": 2.0, "host_gbit": 90.0}
+    args = ["100M", "-n", "16", "--compute-ms", "12.5"]
+    for name, value in links.items():
+        args += [f"--{name.replace('_', '-')}", f"{value}"]
+    expected = plan("100M", ranks=16, compute_ms=12.5, **links)  # type: ignore[arg-type]
+    assert cli(*args).stdout == f"{expected}\n"
+    found = json.loads(cli(*args, "--json").stdout)
+    assert found["links"] == links
+    assert found["rows"][2]["time"]["compute"] == 0.0125
+
+
 @pytest.mark.parametrize(
     ("args", "status", "text"),
     [
@@ -53,6 +66,7 @@ def test_options_arrive() -> None:
         (("7B", "-n", "8", "--mesh", "8"), 1, "such as 4x8"),
         (("7B", "-n", "8", "--gpu-memory", "lots"), 1, "80GiB"),
         (("7B", "-n", "8", "--master-weights"), 1, "master_weights=True"),
+        (("7B", "-n", "16", "--compute-ms", "5"), 1, "Give link_gbit (--link-gbit)"),
         (("7B",), 2, "--ranks"),
         (("7B", "-n", "eight"), 2, "valid integer"),
         (("7B", "-n", "8", "--dtype", "int8"), 2, "int8"),

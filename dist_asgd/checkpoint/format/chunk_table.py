@@ -6,6 +6,7 @@ rank reads a few of them: DCP's objects are made for these alone.
 
 source   the file of a chunk, and the form in which its bytes are there
 row      one chunk; the rows of a key follow each other, in the order of DCP's metadata
+cut      the regions into which a tensor is cut, in the order of its rows
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import pickle
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, cast, overload
 
 import numpy as np
@@ -30,6 +33,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .garbage import collections_paused
+from .manifest import Chunk
 from .metadata import index_of
 
 Column = npt.NDArray[np.int64]
@@ -52,23 +57,24 @@ class ChunkTable:
 
     Attributes:
         kinds: properties and shape of each tensor, and None for an object, by key.
-        counts: how many rows each key has, ``(keys,)``.
-        regions: offsets and sizes of each row's region, ``2 * dimensions`` numbers for a row of a tensor, 1-D.
+        cuts: the cuts of all tensors, each ``(regions, 2, dimensions)``: offsets and sizes of each region.
+        cut_of: the number of each key's cut, ``(keys,)``; -1 for an object, which has one row.
         ranges: number of the source, offset and length in bytes of each row, ``(rows, 3)``.
         hashes: the hash of each row's bytes, ``(rows, 16)``; None without a manifest.
         sources: the sources, each as a ``_StorageInfo`` of offset and length 0.
-        planner_data, storage_meta: as in DCP's metadata.
+        planner_data, storage_meta, version: as in DCP's metadata.
         saved_by: None without a manifest.
     """
 
     kinds: dict[str, tuple[TensorProperties, torch.Size] | None]
-    counts: Column
-    regions: Column
+    cuts: list[Column]
+    cut_of: Column
     ranges: Column
     hashes: npt.NDArray[np.uint8] | None
     sources: list[_StorageInfo]
     planner_data: dict[str, Any] | None
     storage_meta: StorageMeta | None
+    version: str | None
     saved_by: SavedBy | None
 
     @classmethod
@@ -84,26 +90,27 @@ class ChunkTable:
         ``places`` are those of all chunks, in the order of keys and chunks; None if they are to be looked up.
         """
         kinds: dict[str, tuple[TensorProperties, torch.Size] | None] = {}
-        counts, regions = list[int](), list[int]()
+        cuts, cut_of = Cuts(), list[int]()
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 kinds[key] = entry.properties, entry.size
-                counts.append(len(entry.chunks))
+                numbers = list[int]()
                 for chunk in entry.chunks:
-                    regions += chunk.offsets
-                    regions += chunk.sizes
+                    numbers += chunk.offsets
+                    numbers += chunk.sizes
+                cut_of.append(cuts.add(numbers, len(entry.chunks), len(entry.size)))
             else:
                 kinds[key] = None
-                counts.append(1)
+                cut_of.append(-1)
         ranges, texts = list[int](), list[str]()
-        numbers: dict[tuple[str, type, Any], int] = {}
+        numbers_of: dict[tuple[str, type, Any], int] = {}
         sources: list[_StorageInfo] = []
         for info in _places_of(metadata) if places is None else places:
             name, offset, length = info.relative_path, info.offset, info.length
             source = (name, type(info), info.transform_descriptors)
-            number = numbers.get(source)
+            number = numbers_of.get(source)
             if number is None:
-                number = numbers[source] = len(sources)
+                number = numbers_of[source] = len(sources)
                 sources.append(replace(info, offset=0, length=0))
             ranges += (number, offset, length)
             if hashes is not None:
@@ -111,28 +118,85 @@ class ChunkTable:
         digests = np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, HASH_BYTES)
         return cls(
             kinds,
-            np.array(counts, np.int64),
-            np.array(regions, np.int64),
+            cuts.all,
+            np.array(cut_of, np.int64),
             np.array(ranges, np.int64).reshape(-1, 3),
             None if hashes is None else digests,
             sources,
             metadata.planner_data,
             metadata.storage_meta,
+            metadata.version,
             saved_by,
         )
 
+    def first_rows(self) -> list[int]:
+        """Return the first row of each key, and at the end the number of rows."""
+        counts = [1 if number < 0 else len(self.cuts[number]) for number in self.cut_of.tolist()]
+        return [0, *accumulate(counts)]
+
+    def is_alike(self, key: str, other: ChunkTable) -> bool:
+        """Whether ``other``, which has ``key`` too, says the same of it; hashes are not compared."""
+        (kind, cut, places), (other_kind, other_cut, other_places) = self._all_of(key), other._all_of(key)
+        if kind != other_kind or places != other_places:
+            return False
+        return np.array_equal(_NOTHING if cut is None else cut, _NOTHING if other_cut is None else other_cut)
+
+    def _all_of(self, key: str) -> tuple[Any, Column | None, list[tuple[_StorageInfo, int, int]]]:
+        """Return kind, cut and places of a key."""
+        position, first, stop = self._positions[key]
+        number = int(self.cut_of[position])
+        places = [(self.sources[source], o, n) for source, o, n in self.ranges[first:stop].tolist()]
+        return self.kinds[key], None if number < 0 else self.cuts[number], places
+
+    @cached_property
+    def _positions(self) -> dict[str, tuple[int, int, int]]:
+        """The number of each key, its first row, and the row after its last one."""
+        firsts = self.first_rows()
+        return {key: (n, firsts[n], firsts[n + 1]) for n, key in enumerate(self.kinds)}
+
+    def chunks(self) -> dict[str, list[Chunk]]:
+        """Return the chunks of each file by its name, in order of offset; those that rows share once."""
+        assert self.hashes is not None
+        found: dict[str, dict[tuple[int, int], Chunk]] = {source.relative_path: {} for source in self.sources}
+        names = list(found)
+        order = np.lexsort((self.ranges[:, 2], self.ranges[:, 1]))
+        texts = self.hashes.tobytes().hex()
+        for row, (source, offset, length) in zip(order.tolist(), self.ranges[order].tolist(), strict=True):
+            text = texts[2 * HASH_BYTES * row : 2 * HASH_BYTES * (row + 1)]
+            found[names[source]].setdefault((offset, length), Chunk(offset, length, text))
+        return {name: list(chunks.values()) for name, chunks in found.items()}
+
     def pack(self) -> bytes:
         """Return the table in a short form, which ranks of one job send to each other; it is no format of files."""
-        columns = [_narrow(column) for column in (self.counts, self.regions, *self.ranges.T)]
-        rest = replace(self, counts=_NOTHING, regions=_NOTHING, ranges=_NOTHING)
-        return zlib.compress(pickle.dumps((rest, columns)), 1)
+        columns = [narrow(column) for column in self.ranges.T]
+        rest = replace(self, cuts=[narrow(cut) for cut in self.cuts], ranges=_NOTHING)
+        with collections_paused():
+            return zlib.compress(pickle.dumps((rest, columns)), 1)
 
     @classmethod
     def unpack(cls, data: bytes) -> ChunkTable:
         """Return the table that another rank of this job has packed."""
-        rest, columns = pickle.loads(zlib.decompress(data))
-        counts, regions, *ranges = (column.astype(np.int64) for column in columns)
-        return replace(cast(ChunkTable, rest), counts=counts, regions=regions, ranges=np.stack(ranges, axis=1))
+        with collections_paused():
+            rest, columns = pickle.loads(zlib.decompress(data))
+        cuts = [cut.astype(np.int64) for cut in rest.cuts]
+        ranges = np.stack([column.astype(np.int64) for column in columns], axis=1)
+        return replace(cast(ChunkTable, rest), cuts=cuts, ranges=ranges)
+
+
+class Cuts:
+    """Cuts by number; equal ones have one number: a parameter, its average and those of other layers are cut alike."""
+
+    def __init__(self) -> None:
+        self.all: list[Column] = []
+        self._numbers: dict[tuple[tuple[int, ...], bytes], int] = {}
+
+    def add(self, numbers: Any, count: int, dimensions: int) -> int:
+        """Return the number of a cut, of which ``numbers`` are the offsets and sizes of each of ``count`` regions."""
+        cut = np.array(numbers, np.int64).reshape(count, 2, dimensions)
+        number = self._numbers.setdefault((cut.shape, cut.tobytes()), len(self.all))
+        if number == len(self.all):
+            self.all.append(cut)
+        return number
 
 
 def _places_of(metadata: Metadata) -> Iterator[_StorageInfo]:
@@ -142,7 +206,7 @@ def _places_of(metadata: Metadata) -> Iterator[_StorageInfo]:
             yield metadata.storage_data[index_of(key, offsets)]
 
 
-def _narrow(column: Column) -> npt.NDArray[Any]:
+def narrow(column: Column) -> npt.NDArray[Any]:
     """Return the numbers of ``column``, none of which is negative, in the shortest dtype that holds them."""
     return column.astype(np.min_scalar_type(int(column.max(initial=0))))
 
@@ -158,22 +222,19 @@ class TableChunks:
         self._table = table
         self.hashes: dict[tuple[str, int, int], str] | None = None if table.hashes is None else {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
-        rows = np.concatenate([[0], np.cumsum(table.counts)]).tolist()
         entries: dict[str, Entry] = {}
-        first_number = 0
-        for position, (key, kind) in enumerate(table.kinds.items()):
-            first, count = rows[position], rows[position + 1] - rows[position]
+        for (key, kind), number, first in zip(
+            table.kinds.items(), table.cut_of.tolist(), table.first_rows(), strict=False
+        ):
             if kind is None:
                 entries[key] = BytesStorageMetadata()
                 self._place(index_of(key, None), first)
                 continue
-            properties, size = kind
-            numbers = table.regions[first_number : first_number + 2 * count * len(size)].reshape(count, 2, len(size))
-            first_number += numbers.size
-            regions = _Regions(self, key, first, numbers)
+            regions = _Regions(self, key, first, table.cuts[number])
             # The list of a single region is read for its only item in many places.
-            entries[key] = TensorStorageMetadata(properties, size, list(regions) if count < 2 else cast(Any, regions))
-        self.metadata = Metadata(entries, table.planner_data, self._storage, table.storage_meta)
+            chunks = list(regions) if len(regions) < 2 else cast(Any, regions)
+            entries[key] = TensorStorageMetadata(*kind, chunks)
+        self.metadata = Metadata(entries, table.planner_data, self._storage, table.storage_meta, table.version)
 
     def _place(self, index: MetadataIndex, row: int) -> None:
         """Add place and hash of a chunk, which is ``row`` of the table."""

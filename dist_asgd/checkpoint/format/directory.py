@@ -14,34 +14,18 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import pickle
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
-from .garbage import collections_paused
+from .file_report import Described, FileReport
+from .index import INDEX_NAME
 from .locks import OWNER_NAME, OwnerLock, lock_to_remove, writer_of
 from .manifest import FileEntry, Manifest, write_manifest
-from .metadata import METADATA_NAME, index_of
-from .paths import AnyPath
-from .room import check_room
-from .writer import HashedFile, WrittenFile, path_of_key
+from .metadata import METADATA_NAME
+from .writer import HashedFile
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(tmp|old|new)-[0-9a-f]{12}")
 _LOG = logging.getLogger("dist_asgd")
@@ -104,19 +88,19 @@ class NewDirectory:
         lock.release()
         return refused
 
-    def finish(self, step: int, written: Sequence[WrittenFile], metadata: bytes, here: str) -> None:
-        """Add ``.metadata`` and the manifest; called when the files of all ranks are on disk.
+    def finish(self, step: int, reports: Sequence[FileReport], found: Described, here: str) -> None:
+        """Add the index, ``.metadata`` and the manifest; called when the files of all ranks are on disk.
 
         ``here`` names this rank in errors.
         """
-        files = {file.name: file.file for file in written if file.file is not None}
+        files = {report.name: report.file for report in reports if report.file is not None}
         self._check_visible(files, here)
-        chunks = {file.name: file.chunks for file in written if file.file is not None}
-        with HashedFile(self.path / METADATA_NAME) as metadata_file:
-            metadata_file.write(metadata)
-            files[METADATA_NAME] = metadata_file.end()
-            metadata_file.sync()
-        write_manifest(self.path, Manifest(step, len(written), files, chunks))
+        for name, data in ((INDEX_NAME, found.index), (METADATA_NAME, found.metadata)):
+            with HashedFile(self.path / name) as file:
+                file.write(data)
+                files[name] = file.end()
+                file.sync()
+        write_manifest(self.path, Manifest(step, len(reports), files))
 
     def _check_visible(self, files: dict[str, FileEntry], here: str) -> None:
         """Raise RuntimeError unless this rank sees every file as its rank wrote it."""
@@ -245,61 +229,3 @@ def leftover_of(leftover: Path) -> str | None:
     """Return the name of the checkpoint that was being written or removed; None if the path is no leftover."""
     match = _LEFTOVER.fullmatch(leftover.name)
     return match["name"] if match else None
-
-
-# --- DCP's metadata --------------------------------------------------------------------------------------
-
-
-def metadata_of(path: AnyPath, files: Sequence[WrittenFile]) -> bytes:
-    """Return the bytes of ``.metadata`` for the checkpoint that will be at ``path``; ``files`` are in rank order."""
-    with collections_paused():
-        metadata = _metadata_of(files)
-        metadata.storage_meta = StorageMeta(checkpoint_id=str(path), save_id=str(uuid.uuid4()))
-        # What a pickle has first it refers to with the fewest bytes: the names in it of all chunks, and not their keys.
-        # The identifier of the save comes last, where ``identity_of`` looks for it.
-        first, last = ("storage_data",), ("storage_meta", "version")
-        fields = vars(metadata)
-        order = [*first, *(name for name in fields if name not in (*first, *last)), *last]
-        metadata.__dict__ = {name: fields[name] for name in order}
-        data = pickle.dumps(metadata)
-    check_room(path, sum(len(file.chunks) for file in files), 0, len(data))
-    return data
-
-
-def _metadata_of(files: Sequence[WrittenFile]) -> Metadata:
-    """Return DCP's metadata: the keys in rank 0's order, then those that other ranks add."""
-    entries: dict[str, Any] = {}
-    paths: dict[str, Any] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    # Equal values are one object, which pickle writes once: a parameter, its average and its master have the same
-    # regions.
-    an_object = BytesStorageMetadata()
-    properties: dict[torch.dtype, TensorProperties] = {}
-    size_of = cache(torch.Size)
-    regions: dict[tuple[tuple[int, ...], tuple[int, ...]], ChunkStorageMetadata] = {}
-    keys: dict[str, str] = {}
-    for file in files:
-        paths.update((keys.setdefault(key, key), path) for key, path in file.paths.items())
-        ranges = [_StorageInfo(file.name, chunk.offset, chunk.length) for chunk in file.chunks]
-        for key, chunk, dtype, shape, offsets, sizes in file.rows:
-            # Every rank has strings of its own.
-            key = keys.setdefault(key, key)
-            if key not in paths:
-                paths[key] = path_of_key(key)
-            if dtype is None:
-                entries[key] = an_object
-                storage[MetadataIndex(key)] = ranges[chunk]
-                continue
-            entry = entries.get(key)
-            if entry is None:
-                known = properties.setdefault(dtype, TensorProperties(dtype))
-                entry = entries[key] = TensorStorageMetadata(known, size_of(shape), [])
-            region = regions.get((offsets, sizes))
-            if region is None:
-                region = regions[offsets, sizes] = ChunkStorageMetadata(size_of(offsets), size_of(sizes))
-            index = index_of(key, region.offsets)
-            # Of an empty tensor every rank writes the same empty region.
-            if index not in storage:
-                entry.chunks.append(region)
-                storage[index] = ranges[chunk]
-    return Metadata(entries, paths, storage, version=CURRENT_DCP_VERSION)

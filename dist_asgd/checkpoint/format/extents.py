@@ -35,7 +35,7 @@ def check_extents(metadata: Metadata, sizes: Mapping[str, int], where: str) -> l
             continue
         same = (entry.size, *map(id, entry.chunks))
         if same not in covered:
-            _check_regions(key, entry, where)
+            check_regions(key, entry, where)
             covered.add(same)
         itemsize = entry.properties.dtype.itemsize
         for chunk in entry.chunks:
@@ -108,7 +108,7 @@ def _check_ranges(metadata: Metadata, sizes: Mapping[str, int], where: str) -> N
                 )
 
 
-def _check_regions(key: str, entry: TensorStorageMetadata, where: str) -> None:
+def check_regions(key: str, entry: TensorStorageMetadata, where: str) -> None:
     """Check that the regions of one tensor cover it, each element once."""
     size, regions = entry.size, list[tuple[tuple[int, ...], tuple[int, ...]]]()
     if len(entry.chunks) == 1 and entry.chunks[0].sizes == size and entry.chunks[0].offsets == (0,) * len(size):

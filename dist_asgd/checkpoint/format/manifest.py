@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory, and ``manifest.json``, which lists them with a hash of each and of each chunk.
+"""The files of a checkpoint directory, and ``manifest.json``, which lists them with a hash of each.
 
 The reader and the command line open every file of a checkpoint through this module: names stay inside the directory,
 and sizes are known before memory is taken. The writer describes the files that it made as ``FileEntry`` and ``Chunk``.
@@ -7,6 +7,8 @@ chunk     one serialized region of a tensor, or one serialized object: a byte ra
           ``.metadata`` gives as offset and length
 hash      xxh3_128, 32 hex digits. It finds damage, and files that belong to another step; it is not a signature
 own hash  the last entry of the manifest, the hash of all other entries, so that damage to the manifest is recognised
+format    2: the hashes of chunks are in the index (see ``index``). Of format 1, which was written before there was an
+          index, the manifest has them itself
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ if TYPE_CHECKING:
     from upath import UPath
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+_FORMAT_WITH_CHUNKS = 1
 MAX_MANIFEST_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 22
 _HASH_KEY = "xxh3_128"
-_KEYS = {"format", "dist_asgd", "step", "world_size", "files", "chunks", _HASH_KEY}
+_KEYS = {"format", "dist_asgd", "step", "world_size", "files", _HASH_KEY}
 _HEX_DIGITS = frozenset("0123456789abcdef")
 _NAME = re.compile(r"[A-Za-z0-9._\-]{1,255}")
 
@@ -193,14 +196,14 @@ class Manifest:
         step: the number of steps after which the checkpoint was saved.
         world_size: how many ranks saved it.
         files: every file of the directory except the manifest, by name.
-        chunks: the chunks of each data file, by its name, in order of offset.
+        chunks: the chunks of each data file, by its name, in order of offset; None if they are in the index (format 2).
         version: the version of dist_asgd that wrote it.
     """
 
     step: int
     world_size: int
     files: Mapping[str, FileEntry]
-    chunks: Mapping[str, Sequence[Chunk]]
+    chunks: Mapping[str, Sequence[Chunk]] | None = None
     version: str = __version__
 
 
@@ -237,7 +240,7 @@ def checked_bytes(directory: AnyPath, manifest: Manifest) -> bytes:
     if len(data) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
             f"dist_asgd: {directory / MANIFEST_NAME} would have {len(data):,} bytes, more than the "
-            f"{MAX_MANIFEST_BYTES:,} that can be loaded. Save from fewer ranks, or with a larger bucket_cap_mb."
+            f"{MAX_MANIFEST_BYTES:,} that can be loaded. Save from fewer ranks."
         )
     # A manifest that the reader would refuse must fail the save, and not the restart.
     decode(data, directory / MANIFEST_NAME)
@@ -280,15 +283,14 @@ def superfluous(directory: AnyPath, manifest: Manifest) -> list[str]:
 def encode(manifest: Manifest) -> bytes:
     """Return the manifest as JSON. Equal manifests have equal bytes, and ``decode`` accepts no other form of them."""
     body: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT if manifest.chunks is None else _FORMAT_WITH_CHUNKS,
         "dist_asgd": manifest.version,
         "step": manifest.step,
         "world_size": manifest.world_size,
         "files": {name: {"bytes": e.bytes, _HASH_KEY: e.xxh3_128} for name, e in manifest.files.items()},
-        "chunks": {
-            name: [[c.offset, c.length, c.xxh3_128] for c in chunks] for name, chunks in manifest.chunks.items()
-        },
     }
+    if manifest.chunks is not None:
+        body["chunks"] = {n: [[c.offset, c.length, c.xxh3_128] for c in cs] for n, cs in manifest.chunks.items()}
     plain = _dump(body)
     return _signed(plain, hash_of(plain))
 
@@ -323,24 +325,28 @@ def decode(data: bytes, path: AnyPath) -> Manifest:
         body = json.loads(data, object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         refuse(f"not JSON as it should be ({error})")
-    if not isinstance(body, dict) or set(body) != _KEYS:
+    if not isinstance(body, dict) or set(body) - {"chunks"} != _KEYS:
         refuse(f"wanted the keys {sorted(_KEYS)}")
     # The hash comes first: damage must not be reported as another format, or as a fault of whoever wrote the file.
     own = body.pop(_HASH_KEY)
     plain = _dump(body)
     if own != hash_of(plain) or data != _signed(plain, own):
         refuse("its content does not have the hash that it gives itself")
-    if body["format"] != FORMAT or isinstance(body["format"], bool):
+    if body["format"] not in (_FORMAT_WITH_CHUNKS, FORMAT) or isinstance(body["format"], bool):
         raise CheckpointError(
-            f"dist_asgd: {path} has format {body['format']!r:.20}, this version reads {FORMAT}: use the version of "
-            f"dist_asgd that wrote it ({body['dist_asgd']!r:.40})."
+            f"dist_asgd: {path} has format {body['format']!r:.20}, this version reads {_FORMAT_WITH_CHUNKS} and "
+            f"{FORMAT}: use the version of dist_asgd that wrote it ({body['dist_asgd']!r:.40})."
         )
+    if (body["format"] == _FORMAT_WITH_CHUNKS) != ("chunks" in body):
+        refuse(f"wanted the key 'chunks' in format {_FORMAT_WITH_CHUNKS} alone")
     if not isinstance(body["dist_asgd"], str):
         refuse("'dist_asgd' must be a version")
     try:
         step, world_size = _count(body["step"], "step"), _count(body["world_size"], "world_size")
         files = {check_name(name): _file_entry(name, entry) for name, entry in _dict(body, "files").items()}
-        chunks = {name: _chunks(name, rows, files) for name, rows in _dict(body, "chunks").items()}
+        chunks: dict[str, tuple[Chunk, ...]] | None = None
+        if "chunks" in body:
+            chunks = {name: _chunks(name, rows, files) for name, rows in _dict(body, "chunks").items()}
         # It could not hold its own hash.
         if MANIFEST_NAME in files:
             raise ValueError("it lists itself")

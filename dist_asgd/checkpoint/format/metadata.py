@@ -159,13 +159,41 @@ def _info(state: Any) -> _StorageInfo:
         ok = type(descriptors) in (list, tuple) and len(descriptors) <= _MAX_DESCRIPTORS
         want(ok and all(type(text) is str for text in descriptors), "the extensions of DCP that have transformed data")
         descriptors = tuple(descriptors)
-    want(_is_count(fields["offset"]) and _is_count(fields["length"]), "where the data of a chunk lies")
-    name = fields["relative_path"]
+    return _place(fields["relative_path"], fields["offset"], fields["length"], descriptors)
+
+
+def _place(name: Any, offset: Any, length: Any, descriptors: Any = None) -> _StorageInfo:
+    want(_is_count(offset) and _is_count(length), "where the data of a chunk lies")
     try:
         name = _checked_name(name) if type(name) is str else check_name(name)
     except ValueError as error:
         raise Refusal(str(error)) from None
-    return _StorageInfo(name, fields["offset"], fields["length"], descriptors)
+    return _StorageInfo(name, offset, length, descriptors)
+
+
+def _with_arguments(record: Maker, *names: str) -> Maker:
+    """Return the maker of a record by a call with these arguments, which is how ``metadata_writer`` writes it."""
+
+    def make(args: Any) -> Any:
+        want(type(args) is tuple and 0 < len(args) <= len(names), "a call with other arguments")
+        return record(dict(zip(names, args, strict=False)))
+
+    return make
+
+
+def _index_call(args: Any) -> MetadataIndex:
+    # Objects have no offsets.
+    if type(args) is tuple and len(args) == 1:
+        return _index({"fqn": args[0]})
+    want(type(args) is tuple and len(args) == 2, "a call with other arguments")
+    key, offsets = args
+    want(type(key) is str and type(offsets) is torch.Size, "the name or offset of an index")
+    return index_of(key, offsets)
+
+
+def _info_call(args: Any) -> _StorageInfo:
+    want(type(args) is tuple and len(args) == 3, "a call with other arguments")
+    return _place(*args)
 
 
 def _storage_meta(state: Any) -> StorageMeta:
@@ -210,6 +238,11 @@ _CALLS: Mapping[Name, Maker] = {
     ("pathlib", "WindowsPath"): _path,
     ("pathlib._local", "PosixPath"): _path,
     ("pathlib._local", "WindowsPath"): _path,
+    # What ``metadata_writer`` calls, where DCP gives a state to the object.
+    (_DCP + "metadata", "MetadataIndex"): _index_call,
+    (_DCP + "metadata", "ChunkStorageMetadata"): _with_arguments(_chunk, "offsets", "sizes"),
+    (_DCP + "metadata", "TensorStorageMetadata"): _with_arguments(_tensor, "properties", "size", "chunks"),
+    (_DCP + "filesystem", "_StorageInfo"): _info_call,
 }
 _RECORDS: Mapping[Name, Maker] = {
     (_DCP + "metadata", "Metadata"): _metadata,

@@ -11,10 +11,11 @@ maker      a function that turns the state of a record, or the arguments of a ca
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from .opcodes import INTS, MAX_GET_BYTES, MEMOIZE_TUPLE2, RECORD, SHORT_CALL, SIZE_OPCODES, int_of
 
 
 class Refusal(Exception):
@@ -87,33 +88,6 @@ def _values_of(values: list[Any]) -> list[Any]:
     return [_value_of(value) for value in values] if _Record in kinds or _Global in kinds else values
 
 
-# --- opcodes that follow each other ------------------------------------------------------------------------
-
-# A metadata file has hundreds of opcodes for each parameter. Most belong to records of the shape
-#   name, empty object, empty dict, mark, (key, value) up to three times, set items, build
-# where keys and most values were remembered before, and strings among the values may be new. One match of ``_RECORD``
-# stands for twenty opcodes. It also matches the beginning of a record whose last value is a list.
-_GET = rb"h.|j.{4}"
-_INT = rb"K.|M..|J.{4}"
-_START = b")\x81\x94}\x94("
-_SIZE = rb"(?:%b)(?:\)|\(?(?:%b)+[\x85-\x87t]\x94)\x85\x94R\x94" % (_GET, _INT)
-# Its length is compared later: a string with the byte of MEMOIZE in it is not matched.
-_TEXT = rb"\x8c.[^\x94]{0,255}\x94"
-_ITEM = rb"(%b)(%b|%b|%b|N|%b)" % (_GET, _SIZE, _GET, _INT, _TEXT)
-_RECORD = re.compile(
-    rb"%b%b(?:%b(?:%b)?)?(?:ub|(%b)\]\x94)" % (re.escape(_START), _ITEM, _ITEM, _ITEM, _GET), re.DOTALL
-)
-_SIZE_OPCODES = re.compile(rb"(%b)(\)|(\(?)((?:%b)+)([\x85-\x87t])\x94)\x85\x94R\x94" % (_GET, _INT), re.DOTALL)
-_INTS = re.compile(_INT, re.DOTALL)
-_MAX_GET_BYTES = 5
-_MEMOIZE_TUPLE2 = b"\x94\x86\x94"
-
-
-def _int_of(opcode: bytes) -> int:
-    """Return the number that one of the opcodes of ``_INT`` pushes."""
-    return int.from_bytes(opcode[1:], "little", signed=opcode[0] == 0x4A)
-
-
 class Machine:
     """The stack machine of ``pickle``, with no other opcodes than plain values, records and calls need.
 
@@ -149,7 +123,7 @@ class Machine:
                 if at > length or place >= len(memo):
                     raise Refusal("a reference to nothing")
                 value = memo[place]
-                if type(value) is _Global and (end := self._record(value, at)):
+                if type(value) is _Global and (end := self._short_call(value, at) or self._record(value, at)):
                     at = end
                 else:
                     self._stack.append(value)
@@ -163,13 +137,13 @@ class Machine:
                 if at > length:
                     raise Refusal("an end before the end")
                 text = str(data[first:at], "utf-8")
-                if data.startswith(_MEMOIZE_TUPLE2, at) and self._stack:
+                if data.startswith(MEMOIZE_TUPLE2, at) and self._stack:
                     # The last word of a pair.
                     memo.append(text)
                     pair = (_value_of(self._stack[-1]), text)
                     self._stack[-1] = pair
                     memo.append(pair)
-                    at += len(_MEMOIZE_TUPLE2)
+                    at += len(MEMOIZE_TUPLE2)
                 elif data.startswith(b"\x94", at):
                     self._stack.append(text)
                     memo.append(text)
@@ -199,7 +173,7 @@ class Machine:
         Returns 0, and changes nothing, if they are of another shape, or if anything in them is not as it should be:
         then they are executed one after the other, which says what.
         """
-        found = _RECORD.match(self._data, at)
+        found = RECORD.match(self._data, at)
         make = self._names.records.get(name.name) if found is not None else None
         if found is None or make is None:
             return 0
@@ -218,7 +192,7 @@ class Machine:
                 return 0
             code = text[0]
             if code == 0x68 or code == 0x6A:
-                if len(text) > _MAX_GET_BYTES:
+                if len(text) > MAX_GET_BYTES:
                     size = self._sizes.get(text) or self._size(text)
                     if size is None:
                         return 0
@@ -259,6 +233,30 @@ class Machine:
         self._stack = [*(word for item in fields.items() for word in item), key, values]
         return found.end()
 
+    def _short_call(self, name: _Global, at: int) -> int:
+        """Push what a call of ``name`` returns, whose arguments are pushed by the opcodes from ``at`` on.
+
+        Returns where these end, and 0 as ``_record`` does.
+        """
+        found = SHORT_CALL.match(self._data, at)
+        make = self._names.calls.get(name.name) if found is not None else None
+        if found is None or make is None:
+            return 0
+        memo, args = self._memo, list[Any]()
+        for text in found.groups():
+            if text is None:
+                continue
+            if text[0] != 0x68 and text[0] != 0x6A:
+                args.append(int_of(text))
+                continue
+            place = int.from_bytes(text[1:], "little")
+            if place >= len(memo) or type(memo[place]) is _Record or type(memo[place]) is _Global:
+                return 0
+            value = memo[place]
+            args.append(value)
+        self._stack.append(make(tuple(args)))
+        return found.end()
+
     def _key(self, text: bytes) -> str | None:
         """Return the string that an opcode of ``_GET`` pushes; None if it is none."""
         place = int.from_bytes(text[1:], "little")
@@ -270,14 +268,14 @@ class Machine:
 
     def _size(self, text: bytes) -> tuple[Any, ...] | None:
         """Return what the opcodes in ``text`` leave in the memo: a tuple unless empty, one around it, the size."""
-        found = _SIZE_OPCODES.fullmatch(text)
+        found = SIZE_OPCODES.fullmatch(text)
         if found is None:
             return None
         get, _, mark, ints, end = found.groups()
         place = int.from_bytes(get[1:], "little")
         name = self._memo[place] if place < len(self._memo) else None
         make = self._names.calls.get(name.name) if type(name) is _Global else None
-        numbers = tuple(map(_int_of, _INTS.findall(ints or b"")))
+        numbers = tuple(map(int_of, INTS.findall(ints or b"")))
         # TUPLE needs its mark, and TUPLE1 to TUPLE3 their number of operands.
         fits = not numbers or (bool(mark) if end == b"t" else not mark and len(numbers) == end[0] - 0x84)
         if make is None or not fits:
@@ -303,6 +301,11 @@ class Machine:
             raise Refusal("a missing mark")
         values, self._stack = self._stack, self._below.pop()
         return _values_of(values)
+
+    def _discard(self) -> None:
+        if not self._below:
+            raise Refusal("a missing mark")
+        self._stack = self._below.pop()
 
     def _protocol(self) -> None:
         # 4 and 5 are what Python writes by default; the older ones have more opcodes than this machine.
@@ -403,6 +406,7 @@ class Machine:
         ord("N"): lambda self: self._stack.append(None),
         0x88: lambda self: self._stack.append(True),
         0x89: lambda self: self._stack.append(False),
+        ord("1"): _discard,
         ord("t"): _tuple,
         0x85: lambda self: self._tuple_of(1),
         0x86: lambda self: self._tuple_of(2),

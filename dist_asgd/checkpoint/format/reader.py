@@ -34,6 +34,7 @@ from .descriptions import description_names, read_description
 from .extents import check_extents
 from .garbage import collections_paused
 from .identity import needs_manifest
+from .index import INDEX_NAME, MAX_INDEX_BYTES, decode
 from .layouts import Prefix, check_prefix, renamed
 from .manifest import (
     MANIFEST_NAME,
@@ -51,6 +52,7 @@ from .manifest import (
 from .metadata import METADATA_NAME
 from .paths import AnyPath, UserPath, as_path
 from .raw_tensors import RawRange, raw_tensor
+from .table_extents import check_table
 
 
 class OpenCheckpoint:
@@ -66,6 +68,8 @@ class OpenCheckpoint:
         self.path = as_path(path)
         self.manifest: Manifest | None = None
         self.saved_by: SavedBy | None = None
+        self._table: ChunkTable | None = None
+        self._places: list[_StorageInfo] | None = None
         with collections_paused():
             self._open(verify, prefix)
         self._begin_reading()
@@ -78,6 +82,8 @@ class OpenCheckpoint:
 
     def table(self) -> ChunkTable:
         """Return all that was read and checked here, for ``of_table`` on other ranks."""
+        if self._table is not None:
+            return self._table
         with collections_paused():
             return ChunkTable.of(self.metadata, self._places, self._hashes, self.saved_by)
 
@@ -91,12 +97,16 @@ class OpenCheckpoint:
         opened = cls.__new__(cls)
         opened.path = as_path(path)
         opened.manifest = None
-        with collections_paused():
-            chunks = TableChunks(table)
-        opened.metadata, opened._hashes = chunks.metadata, chunks.hashes
-        opened._descriptions, opened.sizes, opened.saved_by, opened._places = [], {}, table.saved_by, None
+        opened._descriptions, opened.sizes = [], {}
+        opened._take(table)
         opened._begin_reading()
         return opened
+
+    def _take(self, table: ChunkTable) -> None:
+        with collections_paused():
+            chunks = TableChunks(table)
+        self.metadata, self._hashes = chunks.metadata, chunks.hashes
+        self._table, self.saved_by = table, table.saved_by
 
     def _open(self, verify: bool, prefix: Prefix) -> None:
         # Raises if there is no such directory.
@@ -104,12 +114,19 @@ class OpenCheckpoint:
         if verify:
             manifest = self.manifest = self._checked_manifest()
             self.saved_by = SavedBy(manifest.step, manifest.world_size)
+        index = None
+        if self.manifest is not None and self.manifest.chunks is None:
+            index = self._checked_index(self.manifest)
+            if not prefix:
+                self._descriptions = [INDEX_NAME]
+                self._take(index)
+                return
         self._descriptions = [METADATA_NAME] if verify else description_names(names)
         self.metadata, where = read_description(self.path, self._descriptions, self.read_file, has_manifest=verify)
         check_extensions(self.metadata, where)
         self.sizes = self._sizes()
         places = check_extents(self.metadata, self.sizes, where)
-        self._hashes = self._chunk_hashes()
+        self._hashes = self._chunk_hashes(index)
         self._places = None if prefix else places
         self.metadata = renamed(self.metadata, prefix, where)
 
@@ -122,6 +139,15 @@ class OpenCheckpoint:
         if problems:
             raise CheckpointError("dist_asgd: " + "\n".join(problems))
         return manifest
+
+    def _checked_index(self, manifest: Manifest) -> ChunkTable:
+        """Return the table in the index, and set ``sizes``."""
+        where = str(self.path / INDEX_NAME)
+        table = decode(self.read_file(INDEX_NAME, MAX_INDEX_BYTES), where, manifest.files, self.saved_by)
+        # As long as the manifest says: ``check_files`` has found them so.
+        self.sizes = {source.relative_path: manifest.files[source.relative_path].bytes for source in table.sources}
+        check_table(table, self.sizes, where)
+        return table
 
     def read_file(self, name: str, max_bytes: int) -> bytes:
         """Return the bytes of a small file of the checkpoint; their hash is checked if there is a manifest."""
@@ -149,15 +175,18 @@ class OpenCheckpoint:
                 file.close()
         return sizes
 
-    def _chunk_hashes(self) -> dict[tuple[str, int, int], str] | None:
+    def _chunk_hashes(self, table: ChunkTable | None) -> dict[tuple[str, int, int], str] | None:
         if self.manifest is None:
             return None
-        hashes = {(n, c.offset, c.length): c.xxh3_128 for n, chunks in self.manifest.chunks.items() for c in chunks}
+        by_name = self.manifest.chunks if table is None else table.chunks()
+        owner = self.path / (MANIFEST_NAME if table is None else INDEX_NAME)
+        assert by_name is not None
+        hashes = {(name, c.offset, c.length): c.xxh3_128 for name, chunks in by_name.items() for c in chunks}
         # Checked for all chunks now, so that a missing hash is never a chunk that is read without one.
         for index, info in self.metadata.storage_data.items():
             if (info.relative_path, info.offset, info.length) not in hashes:
                 raise CheckpointError(
-                    f"dist_asgd: {self.path / MANIFEST_NAME} has no hash for {index.fqn}, at {info.offset} in "
+                    f"dist_asgd: {owner} has no hash for {index.fqn}, at {info.offset} in "
                     f"{info.relative_path}: it belongs to another checkpoint than {METADATA_NAME}."
                 )
         return hashes

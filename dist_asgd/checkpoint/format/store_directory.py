@@ -1,9 +1,9 @@
 """Checkpoints in object stores: written in place, and whole once their manifest is there.
 
 A store can neither rename a directory in one step nor lock it. So the data files of a save get names that no other save
-uses (``__0_0-<tag>.distcp``), ``.metadata`` and ``manifest.json`` are created only if they are not there yet, and the
-manifest comes last. What a crash leaves has no manifest and an owner file (see ``locks``): it is no checkpoint, and the
-next save removes it. All functions are local, and only rank 0 calls those that change something.
+uses (``__0_0-<tag>.distcp``), the index, ``.metadata`` and ``manifest.json`` are created only if they are not there
+yet, and the manifest comes last. What a crash leaves has no manifest and an owner file (see ``locks``): it is no
+checkpoint, and the next save removes it. All functions are local, and only rank 0 calls those that change something.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from . import stores
+from .file_report import Described, FileReport
+from .index import INDEX_NAME
 from .locks import MAX_OWNER_BYTES, OWNER_NAME, living_owner, owner_record
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, checked_bytes, hash_of
 from .metadata import METADATA_NAME
-from .writer import WrittenFile
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -57,15 +58,19 @@ class StoreDirectory:
                     f"dist_asgd: another save {what} writes to {self.path}. {_APART} Nothing of the other was changed."
                 ) from None
 
-    def finish(self, step: int, written: Sequence[WrittenFile], metadata: bytes, here: str) -> None:
-        """Add ``.metadata`` when the files of all ranks are in the store; ``here`` names this rank in errors."""
-        self._files = {file.name: file.file for file in written if file.file is not None}
+    def finish(self, step: int, reports: Sequence[FileReport], found: Described, here: str) -> None:
+        """Add the index and ``.metadata`` when the files of all ranks are in the store.
+
+        ``here`` names this rank in errors.
+        """
+        self._files = {report.name: report.file for report in reports if report.file is not None}
         self._check_visible(here)
-        chunks = {file.name: file.chunks for file in written if file.file is not None}
-        files = {**self._files, METADATA_NAME: FileEntry(len(metadata), hash_of(metadata))}
-        self._objects[MANIFEST_NAME] = checked_bytes(self.path, Manifest(step, len(written), files, chunks))
-        self._objects[METADATA_NAME] = metadata
-        self._create(METADATA_NAME, "that is about to finish")
+        described = {INDEX_NAME: found.index, METADATA_NAME: found.metadata}
+        files = self._files | {name: FileEntry(len(data), hash_of(data)) for name, data in described.items()}
+        self._objects[MANIFEST_NAME] = checked_bytes(self.path, Manifest(step, len(reports), files))
+        self._objects |= described
+        for name in described:
+            self._create(name, "that is about to finish")
 
     def _check_visible(self, here: str) -> None:
         """Raise RuntimeError unless this rank sees every file as its rank wrote it."""
@@ -94,7 +99,7 @@ class StoreDirectory:
             data = [self.path / name for name in sizes if f"{self.tag}." in name]
             # The manifest first. Another save that has taken the path over keeps what is its own.
             stores.remove(self._own(MANIFEST_NAME, sizes))
-            stores.remove_all([*data, *self._own(METADATA_NAME, sizes)])
+            stores.remove_all([*data, *self._own(METADATA_NAME, sizes), *self._own(INDEX_NAME, sizes)])
             stores.remove(self._own(OWNER_NAME, sizes))
             self._has_ended = True
 
@@ -149,7 +154,8 @@ def _remove_leftover(path: UPath) -> None:
             f"dist_asgd: another save is writing {path} at this moment ({alive}). {_APART} If the other is to go on, "
             f"nothing of it was changed."
         )
-    own = [n for n in stores.sizes_in(path, missing_ok=True) if _OWN_FILE.fullmatch(n) or n == METADATA_NAME]
+    names = stores.sizes_in(path, missing_ok=True)
+    own = [name for name in names if _OWN_FILE.fullmatch(name) or name in (METADATA_NAME, INDEX_NAME)]
     _LOG.warning("removing what a save to %s that did not end has left: %d files", path, len(own))
     # The owner file last: until then the next save knows what the rest is.
     stores.remove_all(path / name for name in own)

@@ -1,7 +1,7 @@
 """Writing one rank's data file of a checkpoint, in the format of ``torch.distributed.checkpoint`` (DCP), hashed.
 
-``Saver`` opens a ``RankFile`` on every rank; rank 0 then writes from what all ranks return (``metadata_of``) which
-bytes of which file hold what. Equal small values, such as the hyperparameters that DCP's layout repeats for every
+``Saver`` opens a ``RankFile`` on every rank; rank 0 then writes from what all ranks return which bytes of which file
+hold what (see ``file_report``). Equal small values, such as the hyperparameters that DCP's layout repeats for every
 parameter, are written once.
 
 chunk     one region of a tensor, or one object: what ``torch.save`` makes of it is one byte range of the file
