@@ -108,7 +108,7 @@ class ShardCollectives(ABC):
 
     @property
     def gathers_contiguous(self) -> bool:
-        """Whether gathers are fastest for equal parts of all ranks; ``all_gather_uneven`` takes one flat buffer then."""
+        """Whether gathers take equal parts of all ranks; those of ``all_gather_uneven`` are one flat buffer then."""
         return self.contiguous
 
     @property
