@@ -190,6 +190,7 @@ class ParamShards:
             replica=self._communicators.replica,
             cap_bytes=cap_bytes,
             precision=self._precision,
+            max_stripe_bytes=lambda device: self._communicators.on(device).max_send_bytes,
         )
 
     @property

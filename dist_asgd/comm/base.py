@@ -116,6 +116,11 @@ class ShardCollectives(ABC):
         """Whether messages travel between a launch and its wait. If not, other ranks wait for this one's waits."""
         return True
 
+    @property
+    def max_send_bytes(self) -> int | None:
+        """How long a send buffer should be at most; None: as long as buckets are."""
+        return None
+
     def prepare(self, send_bytes: int) -> None:
         """Make room for send buffers of that size, if they are this object's. Collective; called before any is used."""
         return

@@ -64,6 +64,10 @@ class Hybrid(ShardCollectives):
     def in_background(self) -> bool:
         return self._inside.in_background and self._across.in_background
 
+    @property
+    def max_send_bytes(self) -> int | None:
+        return self._inside.max_send_bytes
+
     def prepare(self, send_bytes: int) -> None:
         self._inside.prepare(send_bytes)
 

@@ -31,6 +31,8 @@ ENVIRONMENT = "DIST_ASGD_SHARED_MEMORY"
 PIECE_BYTES = 1 << 18
 # The least that an outbox holds: some pieces of a gather.
 OUTBOX_BYTES = 2 * PIECE_BYTES
+# Gradients are packed and summed in stripes of this size: they stay in caches in between, and outboxes stay small.
+STRIPE_BYTES = 1 << 21
 # How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
 SEND_BUFFERS = 3
 
@@ -242,6 +244,10 @@ class SharedMemory(GroupCommunicator):
         self._ring.abandon()
 
     # --- reductions ----------------------------------------------------------------------------------------
+
+    @property
+    def max_send_bytes(self) -> int:
+        return STRIPE_BYTES
 
     def prepare(self, send_bytes: int) -> None:
         nbytes = SEND_BUFFERS * -(-send_bytes // 4096) * 4096

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ def build_buckets(
     replica: int,
     cap_bytes: int,
     precision: Precision,
+    max_stripe_bytes: Callable[[torch.device], int | None] = lambda _: None,
 ) -> list[Bucket]:
     """Move the plain parameters of one group, given as (index, name, parameter), into buckets.
 
     The parameters of a bucket share dtype, device and ``requires_grad``. They are taken in reverse registration order,
-    which is about the order in which backward produces their gradients. Bucket sizes follow ``fill_buckets``.
+    which is about the order in which backward produces their gradients. Bucket sizes follow ``fill_buckets``, and
+    stripes are at most of about ``cap_bytes`` and what ``max_stripe_bytes`` says of their device.
     """
     classes: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
     for position in reversed(range(len(params))):
@@ -35,12 +37,13 @@ def build_buckets(
         # A frozen parameter gets no gradient, and would keep a bucket of trainable ones from ever being full.
         classes.setdefault((param.dtype, param.device, param.requires_grad), []).append(position)
     buckets: list[Bucket] = []
-    for (dtype, _, _), positions in classes.items():
+    for (dtype, device, _), positions in classes.items():
+        stripe_bytes = min(cap_bytes, max_stripe_bytes(device) or cap_bytes)
         reals = 2 if dtype.is_complex else 1
         itemsize = dtype.itemsize // reals
         numels = [params[position][2].numel() * reals for position in positions]
         for chosen in fill_buckets(numels, itemsize, cap_bytes):
-            layout = lay_out([numels[i] for i in chosen], itemsize, world_size, cap_bytes)
+            layout = lay_out([numels[i] for i in chosen], itemsize, world_size, stripe_bytes)
             bucket = Bucket(layout, params[positions[chosen[0]]][2], group_index, rank, replica, precision)
             # A parameter's old memory is freed as it moves: at most one bucket of parameters exists twice.
             for i, slot in zip(chosen, layout.slots, strict=True):
