@@ -8,10 +8,19 @@
 #include <sched.h>
 #include <stdint.h>
 #include <sys/syscall.h>
+#include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
 
-#define ABI 1
+#define ABI 2
+
+/* Older headers lack them; the numbers of later calls are those of every architecture. */
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef MFD_CLOEXEC
+#define MFD_CLOEXEC 1U
+#endif
 
 /* One cache line: the counter, and how many processes sleep until it changes. */
 typedef struct {
@@ -19,6 +28,21 @@ typedef struct {
 } signal_line;
 
 int64_t dist_asgd_pages_abi(void) { return ABI; }
+
+/* A descriptor, or -errno. Python has both calls only if it was built with a recent libc, which that of conda is not. */
+int64_t dist_asgd_memory_file(void) {
+#ifdef SYS_memfd_create
+    long found = syscall(SYS_memfd_create, "dist_asgd", MFD_CLOEXEC);
+    return found < 0 ? -errno : found;
+#else
+    return -ENOSYS;
+#endif
+}
+
+int64_t dist_asgd_process_descriptor(int64_t process) {
+    long found = syscall(SYS_pidfd_open, (pid_t)process, 0);
+    return found < 0 ? -errno : found;
+}
 
 static int reached(const signal_line *line, uint32_t wanted) {
     return (int32_t)(__atomic_load_n(&line->count, __ATOMIC_ACQUIRE) - wanted) >= 0;

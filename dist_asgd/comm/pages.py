@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 # The file begins with its proof and the signals, each in two cache lines of its own, because processors fetch lines in
 # pairs.
 LINE_BYTES = 128
@@ -48,6 +48,9 @@ def library() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(found))
         word = ctypes.c_uint32
         loaded.dist_asgd_pages_abi.restype = ctypes.c_int64
+        loaded.dist_asgd_memory_file.restype = ctypes.c_int64
+        loaded.dist_asgd_process_descriptor.argtypes = [ctypes.c_int64]
+        loaded.dist_asgd_process_descriptor.restype = ctypes.c_int64
         loaded.dist_asgd_signal.argtypes = [ctypes.c_void_p, word]
         loaded.dist_asgd_signal.restype = None
         loaded.dist_asgd_reached.argtypes = [ctypes.c_void_p, word]
@@ -61,6 +64,25 @@ def library() -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"{found.name} does not load ({error})"
     return loaded if abi == ABI else f"{found.name} is of another version of dist_asgd: install it again"
+
+
+def _compiled() -> ctypes.CDLL:
+    loaded = library()
+    if isinstance(loaded, str):
+        raise OSError(errno.ENOSYS, loaded)
+    return loaded
+
+
+def _opened(found: int) -> int:
+    """The descriptor that a call has returned, which is not inherited by other programs; OSError if it failed."""
+    if found < 0:
+        raise OSError(-found, os.strerror(-found))
+    return found
+
+
+def memory_file() -> int:
+    """Make a file without a name, of no bytes, and return its descriptor. OSError if the system forbids that."""
+    return _opened(_compiled().dist_asgd_memory_file())
 
 
 def host_of_this_process() -> str:
@@ -93,7 +115,7 @@ class Pages:
     @classmethod
     def new(cls, nbytes: int) -> tuple[Pages, PageFile]:
         """Make a file of ``nbytes`` bytes, none of which takes memory before it is written. OSError if that fails."""
-        descriptor = os.memfd_create("dist_asgd", os.MFD_CLOEXEC)
+        descriptor = memory_file()
         try:
             os.ftruncate(descriptor, nbytes)
             pages = cls(descriptor, nbytes)
@@ -127,6 +149,10 @@ class Pages:
             self.descriptor = -1
 
 
+def _process_descriptor(number: int) -> int:
+    return _opened(_compiled().dist_asgd_process_descriptor(number))
+
+
 class Processes:
     """The processes of the other ranks, of which this one learns when they end."""
 
@@ -135,7 +161,7 @@ class Processes:
         self._descriptors: list[int] = []
         try:
             for number in numbers:
-                self._descriptors.append(os.pidfd_open(number) if number != os.getpid() else -1)
+                self._descriptors.append(-1 if number == os.getpid() else _process_descriptor(number))
         except BaseException:
             self.close()
             raise
@@ -175,9 +201,7 @@ class Signals:
 
         ``abandoned`` has a 1 of each rank for which nobody should wait any more.
         """
-        loaded = library()
-        assert not isinstance(loaded, str)
-        self._library = loaded
+        self._library = _compiled()
         self._pages = pages  # whose mapping the addresses are in
         self._address = pages.memory.data_ptr() + first_byte
         self._processes = processes

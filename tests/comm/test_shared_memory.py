@@ -268,7 +268,7 @@ def falls_back(rank: int, _world_size: int, why: str) -> tuple[bool, list[str]]:
     failing = contextlib.ExitStack()
     with environment("0" if why == "switched off" and rank == 1 else "1"), failing:
         if why == "no file" and rank == 0:
-            failing.enter_context(mock.patch.object(os, "memfd_create", side_effect=OSError(1, "not permitted")))
+            failing.enter_context(mock.patch.object(pages, "memory_file", side_effect=OSError(1, "not permitted")))
         if why == "not opened" and rank == 1:
             failing.enter_context(mock.patch.object(pages.Pages, "of", side_effect=OSError(13, "denied")))
         if why == "not compiled" and rank == 1:
