@@ -156,8 +156,9 @@ def _process_descriptor(number: int) -> int:
 class Processes:
     """The processes of the other ranks, of which this one learns when they end."""
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        """``numbers`` are those of all ranks. OSError if one cannot be watched."""
+    def __init__(self, numbers: Sequence[int], ranks: Sequence[int]) -> None:
+        """``numbers`` are those of all ranks, and ``ranks`` how errors name them. OSError if one cannot be watched."""
+        self.ranks = ranks
         self._descriptors: list[int] = []
         try:
             for number in numbers:
@@ -222,12 +223,13 @@ class Signals:
         if self._library.dist_asgd_await(line, wanted, SPIN_NS, SLICE_NS):
             return
         deadline = time.monotonic() + self._timeout_s
+        name = f"rank {self._processes.ranks[rank]}"
         # In slices, because a signal of Python (Ctrl-C) is handled only in between.
         while not self._library.dist_asgd_await(line, wanted, 0, SLICE_NS):
             # Whoever has ended may have sent its last signal just before.
             if self._processes.has_ended(rank) and not self.has(rank, number):
-                raise RuntimeError(f"the process of rank {rank} has ended")
+                raise RuntimeError(f"the process of {name} has ended")
             if self._abandoned is not None and self._abandoned.has(rank, 1) and not self.has(rank, number):
-                raise RuntimeError(f"rank {rank} was interrupted, or has failed, in such a call")
+                raise RuntimeError(f"{name} was interrupted, or has failed, in such a call")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"timed out after {self._timeout_s:.0f} s of waiting for rank {rank}")
+                raise RuntimeError(f"timed out after {self._timeout_s:.0f} s of waiting for {name}")

@@ -96,7 +96,7 @@ def _make_on_host(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring |
         try:
             if pages is None:
                 pages = Pages.of(found, nbytes)
-            processes = Processes(numbers)
+            processes = Processes(numbers, messages.ranks)
             ring = Ring(pages, messages.rank, processes, messages.world_size, outbox_bytes, timeout_s)
         except OSError as error:
             problem = f"memory of rank {messages.ranks[0]} cannot be opened ({error})"
@@ -258,8 +258,7 @@ class SharedMemory(GroupCommunicator):
             if ring is None:
                 raise MemoryError(
                     f"dist_asgd: {nbytes:,} bytes of memory that the ranks of this host share cannot be had, although "
-                    f"{self._ring.outbox_bytes:,} could. Set {ENVIRONMENT}=0 on all ranks, or pass a smaller "
-                    f"bucket_cap_mb."
+                    f"{self._ring.outbox_bytes:,} could. Pass shared_memory=False, or a smaller bucket_cap_mb."
                 )
             self._ring = ring
 

@@ -239,23 +239,25 @@ def test_an_interrupted_rank_is_an_error_on_all_in_seconds() -> None:
 
 
 def stops(rank: int, _world_size: int) -> None:
-    """Job: a rank never comes to a collective of a group with a timeout of 2 seconds."""
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    """Job: a rank never comes to a collective of a group of two with a timeout of 2 seconds."""
+    group = dist.new_group([1, 2], timeout=timedelta(seconds=2))
+    if rank == 0:
+        return
     with environment("1"):
         shared = Communicators(group).on(CPU)
     assert isinstance(shared, SharedMemory)
-    if rank == 1:
+    if rank == 2:
         time.sleep(4)
         return
     started = time.monotonic()
-    with pytest.raises(PeerError, match="timed out after 2 s of waiting for rank 1"):
+    with pytest.raises(PeerError, match="timed out after 2 s of waiting for rank 2"):
         shared.all_gather(torch.zeros(10))()
     assert 2 <= time.monotonic() - started < 4
 
 
 def test_a_late_rank_is_an_error_after_the_timeout() -> None:
-    """That of the process group."""
-    run("gloo", 2, stops)
+    """That of the process group; it is named by its number in the job."""
+    run("gloo", 3, stops)
 
 
 def falls_back(rank: int, _world_size: int, why: str) -> tuple[bool, list[str]]:
@@ -353,7 +355,7 @@ def ring_of(outbox_bytes: int) -> Ring:
     """One rank's ring, of three."""
     made, _ = pages.Pages.new(shared_memory.file_bytes(3, outbox_bytes))
     made.close()
-    return Ring(made, 0, pages.Processes([os.getpid()] * 3), 3, outbox_bytes, 1.0)
+    return Ring(made, 0, pages.Processes([os.getpid()] * 3, range(3)), 3, outbox_bytes, 1.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
