@@ -16,8 +16,9 @@ from types import TracebackType
 
 INTERFACE = "cable"
 ADDRESSES = ("10.213.9.1", "10.213.9.2")
-# Gloo listens on this interface's address, and does not look for one by the host's name.
-# Processes of one machine share memory, whatever network they have.
+NUM_HOSTS = 2
+# Gloo listens on this interface's address, and does not look for one by the host's name. Processes of one machine could
+# share memory, whatever network they have.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": INTERFACE, "DIST_ASGD_SHARED_MEMORY": "0"}
 _CLONE_NEWNET = 0x40000000
 
