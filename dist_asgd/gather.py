@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,12 +41,14 @@ class Arrivals:
         # Forwards may run in several threads, and none may take a gather for complete that another one waits for.
         self._lock = threading.RLock()
         self.on_failure: Callable[[], None] = lambda: None
-        # A step that waits ends only when the other ranks have everything, and so does a process now.
-        self._at_exit = weakref.finalize(self, _complete, self._waits)
+        # A step that waits ends only when the other ranks have everything, and so does a process now. A finalizer of
+        # weakref would do so too, but in a collected cycle it comes before __del__: any code would wait for ranks then.
+        self._at_exit = partial(_complete, self._waits)
+        atexit.register(self._at_exit)
 
     def __del__(self) -> None:
         """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
-        self._at_exit.detach()
+        atexit.unregister(self._at_exit)
         complete_in_background(list(self._waits.values()), before_exit=True)
 
     def add(self, key: int, wait: Wait) -> None:

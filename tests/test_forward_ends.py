@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -386,6 +387,24 @@ def test_deletion_with_gathers_in_flight(what: str) -> None:
     for found in run("gloo", 2, deleted, what)[what == "both" :]:
         for got, want in zip(found, wanted, strict=True):
             assert_same_bits(got, want, "after deletion")
+
+
+def test_garbage_collection_waits_for_no_rank() -> None:
+    """Gathers of an optimizer in a reference cycle end in a thread of their own: not in the code that collects it."""
+    waited_in: list[threading.Thread] = []
+    has_waited = threading.Event()
+
+    def wait() -> None:
+        waited_in.append(threading.current_thread())
+        has_waited.set()
+
+    arrivals = Arrivals()
+    arrivals.add(0, wait)
+    arrivals.on_failure = arrivals.wait
+    del arrivals
+    gc.collect()
+    assert has_waited.wait(60)
+    assert waited_in[0] is not threading.current_thread()
 
 
 def leaves_modules(_: int, __: int) -> None:
