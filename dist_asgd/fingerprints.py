@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backward_checks import check_step_in_backward
 from .comm import Communicators
 from .comm.agreement import NO_FINGERPRINT, Fingerprint
 from .placements import fsdp1
@@ -53,6 +54,7 @@ def checked_fingerprint(
     for end in range(1, len(groups) + 1):
         check_new_group(groups[:end], communicators, precision, False, stage, held)
     check_precision_fits(precision, groups)
+    check_step_in_backward(options, groups)
     found = groups_fingerprint(options, groups, 0)
     without = [name for i in range(len(groups)) for name, param in named_params(groups, i) if not held(param)]
     return replace(found, entries=[*found.entries, ("parameters without state", without)])

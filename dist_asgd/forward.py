@@ -25,8 +25,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .comm import Communicators, public_call
 from .gather import Arrivals, Gatherer
-from .state import ParamShards, Plan
+from .state import ParamShards
 from .storage.buffers import Bucket
+from .update.plan import Plan
 
 
 def _of_own(name: str) -> Any:

@@ -27,6 +27,7 @@ from .comm.iterations import Iterations
 from .comm.reports import DIGEST, UNKNOWN_DISCARDS, CollectiveCall, RankReports
 from .gradients import loss_scaling
 from .gradients.base import Gradients
+from .gradients.in_backward import StepReducer
 from .gradients.loss_scaling import ScalerInfo
 from .gradients.reducer import Reducer
 from .state import ParamShards
@@ -88,6 +89,11 @@ class JoinableOptimizer(Joinable):
                 f"dist_asgd: Join with parameter {self.shards.presharded[0].members[0].name}, a DTensor or a parameter "
                 f"of FSDP1: forward and backward of such modules are collective, and have no join hooks. Give every "
                 f"rank the same number of batches."
+            )
+        if isinstance(self.gradients, StepReducer):
+            raise ValueError(
+                "dist_asgd: Join with step_in_backward=True: ranks without inputs would have to update parameters "
+                "during the backward of others. Pass step_in_backward=False, or give every rank as many batches."
             )
         if self.reduces_gradients and not kwargs.get("divide_by_initial_world_size", True):
             raise ValueError(

@@ -17,30 +17,29 @@ from torch.optim.optimizer import ParamsT
 
 from . import memory
 from .averaging import Averages, average_from_now, refuse_differentiable
+from .backward_checks import check_step_in_backward
+from .backward_step import BackwardStep
 from .comm import CollectiveCall, Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, public_call
 from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
 from .forward import ForwardOverlap
 from .gather import Gatherer
 from .gradients import clip
-from .gradients.averaged import AveragedGradients
-from .gradients.base import Gradients
+from .gradients.in_backward import gradients_of
 from .gradients.joined import shadow
-from .gradients.loss_scaling import ScalerInfo, factors_of_step
-from .gradients.reducer import Reducer
+from .gradients.loss_scaling import ScalerInfo
 from .joining import JoinableOptimizer, method_of_torch, refuse_pickling, share_step
 from .placements import fsdp1
 from .placements.leaves import naming_non_leaves
 from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict.state_dicts import StateDicts
+from .step_context import begin_update
 from .storage.buffers import Precision
 from .storage.frozen import is_held
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
-from .update.batch import StepContext
 from .update.operators import Updater
-from .update.schedule import step_hyperparameters
 from .validation import check_new_group, check_options, check_precision_fits, params_of
 
 if TYPE_CHECKING:
@@ -94,6 +93,9 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             update a fragment and keep the state of that; parameters are gathered among them. False lets each update
             and keep all of it, as torch does. The bits are the same.
         shared_memory: False: ranks of one host share no memory on CPUs, whatever DIST_ASGD_SHARED_MEMORY says.
+        step_in_backward: True: in stage 2, on CPUs, backward updates and gathers each bucket as soon as it is reduced,
+            with the hyperparameters of that time, and ``step()`` ends the step. Reduced gradients are not kept: they
+            cannot be clipped, scaled, read, nor added to by another backward.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -127,6 +129,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         reduce_dtype: torch.dtype | None = None,
         shard_replicated: bool = True,
         shared_memory: bool = True,
+        step_in_backward: bool = False,
     ) -> None:
         JoinableOptimizer.__init__(self)
         self.communicators = Communicators(process_group, mesh, shared_memory)
@@ -138,9 +141,10 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self._stage = stage
         self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
         flags = {"shard_replicated": shard_replicated, "shared_memory": shared_memory}
+        flags["step_in_backward"] = step_in_backward
         self._options = {"stage": stage, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb, **flags}
         self._options |= self._precision.options()
-        self.gradients: Gradients = (Reducer if stage == 2 else AveragedGradients)(self._agreement, self.communicators)
+        self.gradients = gradients_of(stage, step_in_backward is True, self._agreement, self.communicators)
         self._hyperparameters = Hyperparameters()
         defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
@@ -164,6 +168,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         )
         check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
         self.registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
+        self._backward_step = BackwardStep.of(self, self._updater, self._hyperparameters)
         self._add_storage(0)
         self._forward = ForwardOverlap(self.shards, self.communicators, self.gatherer)
         sharded = None if differentiable else self.shards
@@ -197,6 +202,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             method_of_torch("add_param_group")(self, param_group)
         options = self.communicators, self._precision, self.is_differentiable, self._stage
         check_new_group(self.param_groups, *options, partial(is_held, state=self.state))
+        check_step_in_backward(self._options, self.param_groups)
 
     @public_call
     def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
@@ -233,6 +239,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         """
         loss = None
         if closure is not None:
+            if self._backward_step is not None:
+                self._backward_step.refuse_closure()
             with torch.enable_grad():
                 loss = closure()
         if self.is_differentiable:
@@ -246,8 +254,10 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         active, scaler = self._reduce(ScalerInfo.of(self) if hasattr(self, "found_inf") else None, has_joined)
         # Update: one state buffer after the other, as soon as its gradient is reduced.
         self._forward.agree(active)
-        step = self._begin_update(active, scaler)
-        if step is not None:
+        if self._backward_step is not None:
+            # By now all buckets are updated, most of them during backward.
+            self._backward_step.end(active)
+        elif step := begin_update(self.shards, self.gradients, self._updater, self.param_groups, active, scaler):
             self.shards.torn_by = "step()"
             for buffer, batches in self._forward.in_order(self.shards.plan(active, step.hypers)):
                 self.gradients.wait_for(buffer)
@@ -268,6 +278,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         if self.shards.on_cuda:
             self.shards.check_capture(self.param_groups)
         problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
+        if self._backward_step is not None:
+            problem = problem or self._backward_step.problem(by_scaler=scaler is not None)
         hypers = self._hyperparameters
         fingerprint = NO_FINGERPRINT if problem else hypers.fingerprint(self.param_groups, scaler is not None)
         self._agreement.rebound = bool(self.shards.rebound)
@@ -285,23 +297,12 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         try:
             self.shards.check_unchanged(self.state)
             if not before_load:
-                if self.shards.torn_by is not None:
+                if self.shards.torn_by is not None and not (self._backward_step and self._backward_step.is_open):
                     self.shards.check_whole()
                 self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error
         return None
-
-    def _begin_update(self, active: frozenset[int], scaler: ScalerInfo | None) -> StepContext | None:
-        """Everything that the update of this step reads; None if gradients overflowed and no rank steps."""
-        hypers = step_hyperparameters(self.param_groups, self.shards.leads)
-        factors = factors_of_step(scaler, self.gradients.scaling, hypers, self.communicators)
-        if factors is None:
-            return None
-        pending, others, found_inf = factors
-        self.shards.begin_update(active, hypers)
-        rows, scalars = self.shards.cohorts.scalars(active, hypers, found_inf)
-        return StepContext(self._updater, hypers, rows, scalars, pending, others, self.gradients.table, found_inf)
 
     @public_call
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -21,19 +21,20 @@ from .storage.frozen import FrozenBuffer, FrozenParam, any_trained, is_held
 from .storage.layout import bucket_cap_bytes
 from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, are_same
 from .update.batch import Batch
-from .update.plan import plan_batches
+from .update.plan import Plan, Plans
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
 from .validation import check_apart, named_params
 
 _LOG = logging.getLogger(__name__)
 KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
-# The value of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes.
+# The values of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes, and from the first update of a backward with
+# ``step_in_backward=True`` to the end of ``step()``.
 LOAD_CHECKPOINT = "load_checkpoint()"
+IN_BACKWARD = "backward()"
 
 NamedParams = Sequence[tuple[str, Tensor]]
 NamedParam = tuple[int, str, Tensor]
-Plan = list[tuple[StateBuffer, Sequence[Batch]]]
 
 
 def own_entries(entry: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -103,7 +104,7 @@ class ParamShards:
         self._frozen_buffers: list[FrozenBuffer] = []
         self.cohorts = Cohorts()
         self.cohort_of = self.cohorts.by_index
-        self._last_plan: tuple[object, Plan] | None = None
+        self._plans = Plans(self.cohorts)
         # The parameters that the last step wrote, by index and as a list.
         self._last_written: tuple[frozenset[int], list[Tensor]] = (frozenset(), [])
         # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
@@ -218,7 +219,7 @@ class ParamShards:
 
     def _publish(self, members: list[ShardedParam]) -> None:
         """Publish the state of ``members``, whose averages are new or have moved; the tensors of others stay."""
-        self._last_plan = self._published = None
+        self._forget_plans()
         self.on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
         averages = {member.index: member.state_entry(member.average) for member in members}
         self._averages.update(averages)
@@ -227,9 +228,14 @@ class ParamShards:
             own = own_entries(self._state.get(member.param, {}))
             self._state[member.param] = {**self._entries(member), **own}
 
+    def _forget_plans(self) -> None:
+        """Forget plans and published entries, because scalars or averages have become others."""
+        self._published = None
+        self._plans.forget()
+
     def _publish_scalars(self, indices: Iterable[int]) -> None:
         """Publish the scalars of these parameters, which have become other tensors."""
-        self._last_plan = self._published = None
+        self._forget_plans()
         for index in indices:
             member = self.members[index]
             self._state[member.param].update(self._entries(member))
@@ -254,7 +260,7 @@ class ParamShards:
         for buffer in self.presharded:
             # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
             if buffer.follow():
-                self._last_plan = None
+                self._plans.forget()
         if self.torn_by is not None:
             # Entries may be replaced by half; whatever reads them is refused, and a load publishes them anew.
             return
@@ -344,6 +350,12 @@ class ParamShards:
         """The error of calls after one that was interrupted while it wrote; None if all is whole."""
         if self.torn_by is None:
             return None
+        if self.torn_by == IN_BACKWARD:
+            return RuntimeError(
+                "dist_asgd: backward has updated some parameters (step_in_backward=True), and step() has not ended "
+                "that step. Call step() first, on every rank. If backward or step() has failed, parameters and state "
+                "are torn: load a checkpoint (load_checkpoint()), or restart the job from one."
+            )
         return RuntimeError(
             f"dist_asgd: {self.torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
             f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
@@ -398,28 +410,28 @@ class ParamShards:
 
         Publishes scalars that became other tensors.
         """
-        for indices in self.cohorts.begin_step(active, hypers):
-            self._publish_scalars(indices)
+        self.prepare_step(active, hypers)
         if self._last_written[0] is not active:
             self._last_written = (active, [self.members[index].param for index in active])
         # Before the flat memory under them is written, of which autograd sees nothing.
         torch.autograd.graph.increment_version(self._last_written[1])
 
-    def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
-        """The state buffers that have an active parameter, and the batches by which this rank updates each.
+    def prepare_step(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
+        """Let cohorts get ready for a step of the ``active`` parameters, which this does not say are written."""
+        for indices in self.cohorts.begin_step(active, hypers):
+            self._publish_scalars(indices)
 
-        The plan is kept as long as the same parameters step in the same implementation.
-        """
-        key = (active, [(hyper.implementation, hyper.device, hyper.maximize, hyper.weight_decay) for hyper in hypers])
-        if self._last_plan is None or self._last_plan[0] != key:
-            average_bytes = sum(buffer.average.nbytes for buffer in self.state_buffers)
-            plan = [
-                (buffer, plan_batches(buffer, self.cohorts, active, hypers[buffer.group_index], average_bytes))
-                for buffer in self.state_buffers
-                if any(member.index in active for member in buffer.members)
-            ]
-            self._last_plan = (key, plan)
-        return self._last_plan[1]
+    def are_in_place(self) -> bool:
+        """Whether all bucket parameters lie where they were moved, and ranks know all that were rebound."""
+        return not self.rebound and all(snapshot.is_current() for snapshot in self._snapshots)
+
+    def plan(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Plan:
+        """The state buffers that have an active parameter, and the batches by which this rank updates each."""
+        return self._plans.of_step(self.state_buffers, active, hypers)
+
+    def plan_of(self, bucket: Bucket, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Sequence[Batch]:
+        """The batches that update the ``active`` parameters of one bucket from where its gradient shard lies now."""
+        return self._plans.of_buffer(bucket, self.state_buffers, active, hypers)
 
 
 def _name_at(members: Sequence[ShardedParam], position: int) -> str:

@@ -18,7 +18,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("placements",), "presharded parameters (DTensor, FSDP1), replica groups, fragments shown as tensors"),
     (("parts", "portions"), "the functions that files of users name; their paths never change"),
     (("update",), "the rule on this rank's shards: plan, implementations, kernels, schedule, scalars"),
-    (("validation",), "what the constructor and add_param_group() accept"),
+    (("backward_checks", "validation"), "what the constructor and add_param_group() accept"),
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
     (("fingerprints", "gather", "memory", "state"), "what a step needs beside gradients and the update"),
     (
@@ -27,6 +27,10 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     ),
     (("joining",), "uneven inputs: what torch's Join calls on ranks that have no inputs left"),
     (("registry",), "the parameters that the optimizer was built for, beside those that param_groups hold now"),
+    (
+        ("backward_step", "step_context"),
+        "the steps of step_in_backward=True, which backward begins; what the update in step() begins with",
+    ),
     (("optimizer",), "ShardedASGD"),
     (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
     (("console",), "how commands print: tables, JSON, errors and exit statuses"),

@@ -8,10 +8,12 @@ task        one call of backward, as autograd numbers them; a backward inside an
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from types import FrameType
 from typing import Protocol
 
 import torch
@@ -159,3 +161,14 @@ def _on_end(hooks: weakref.ref[BackwardHooks], task: int) -> None:
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
+
+
+def is_nested() -> bool:
+    """Whether the caller, a hook of autograd on the CPU, runs in a backward that another backward has called."""
+    calls = (torch.autograd.backward.__code__, torch.autograd.grad.__code__)
+    frame: FrameType | None = inspect.currentframe()
+    found = 0
+    while frame is not None and found < 2:
+        found += frame.f_code in calls
+        frame = frame.f_back
+    return found > 1

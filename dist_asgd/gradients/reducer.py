@@ -11,7 +11,7 @@ joining   a rank that finds in ``agree`` that another rank has opened a round ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -52,7 +52,8 @@ class Reducer(Gradients):
     From the end of backward on ``p.grad`` is a ``GradientTensor`` (``published.py``).
     """
 
-    def __init__(self, agreement: Agreement, communicators: Communicators) -> None:
+    def __init__(self, agreement: Agreement, communicators: Communicators, header: Header | None = None) -> None:
+        """``header`` tells the other ranks of a round; None: one exchange for each round."""
         super().__init__(agreement, communicators)
         self.synchronising = True
         # Errors found during backward: every rank raises them at its next collective call.
@@ -64,7 +65,7 @@ class Reducer(Gradients):
         self._hooked: set[int] = set()  # gradients of the others are reduced as if set by hand
         self.published = PublishedGradients(self)
         self._round = Round()
-        self._header = Header(agreement)
+        self._header = header or Header(agreement)
         self._transfers = Transfers((), {}, self._header)
         # Since the last zero_grad(): the parameters this rank contributed to, and the buckets whose shard is valid.
         self._reduced_mask = 0
@@ -97,7 +98,7 @@ class Reducer(Gradients):
     def __del__(self) -> None:
         """Let a thread keep what is in flight until it has arrived: the other ranks wait for it."""
         if self._header.is_under_way or not self._transfers.is_idle:
-            complete_in_background([self._header.wait, self._transfers.complete])
+            complete_in_background([self._header.complete, self._transfers.complete])
 
     @property
     def in_flight_bytes(self) -> int:
@@ -163,10 +164,17 @@ class Reducer(Gradients):
 
     def _launch(self, bucket: Bucket, tag: int) -> None:
         """Hand the bucket's gradients over to its reduce-scatter; waits for that of the bucket before last only."""
-        self._start_over_if_used()
         # A gradient that nobody waits for stays on its parameter while hooks on that run; it is reduced later.
         running = self._hooks.running()
-        gradients = [None if member.index in running else self._checked(member) for member in bucket.members]
+        self._send(bucket, tag, self._unsent(bucket, running), running)
+
+    def _unsent(self, bucket: Bucket, left_out: Set[int]) -> list[Tensor | None]:
+        """The gradients of the members of ``bucket``, checked; None for those that are ``left_out``."""
+        self._start_over_if_used()
+        return [None if member.index in left_out else self._checked(member) for member in bucket.members]
+
+    def _send(self, bucket: Bucket, tag: int, gradients: Sequence[Tensor | None], left_out: Set[int]) -> None:
+        """Launch ``gradients``, as ``_unsent`` gives them; those of ``left_out`` parameters stay where they are."""
         self._transfers.make_room(bucket)
         accumulate = id(bucket) in self._buckets_with_shard
         if accumulate:
@@ -177,7 +185,7 @@ class Reducer(Gradients):
         self._transfers.launch(bucket, gradients, accumulate, tag)
         self.published.forget_norms()
         for member, gradient in zip(bucket.members, gradients, strict=True):
-            if member.index not in running:
+            if member.index not in left_out:
                 # What is not sent yet the transfers keep.
                 self.published.publish(member, sent=True)
                 self._unpacked.discard(member.index)
@@ -268,7 +276,7 @@ class Reducer(Gradients):
             reports = self.agreement.exchange(call, fingerprint, masks, problem is not None)
             if CollectiveCall.ROUND not in reports.calls:
                 break
-            self._join_round()
+            self._join_round(reports)
             # After the round, as on the ranks that have opened it: if the pairing is wrong, ranks send their rows.
             self._check_pairing(reports)
         if CollectiveCall.STEP not in reports.calls:
@@ -281,8 +289,8 @@ class Reducer(Gradients):
             self.published.compare_cleared()
         return reports
 
-    def _join_round(self) -> None:
-        """Take part in a round that another rank has opened; the exchange that said so stands for a header."""
+    def _join_round(self, reports: RankReports) -> None:
+        """Take part in a round that another rank has opened; ``reports``, which said so, stand for a header."""
         self._round.begin()
         for position, bucket in enumerate(self._round.buckets):
             self._launch(bucket, position)

@@ -121,6 +121,10 @@ class Header:
         if self._pending is not None:
             self._pending()
 
+    def complete(self) -> None:
+        """Wait for all that this rank has begun; called by a thread once the optimizer is deleted."""
+        self.wait()
+
     def take(self) -> RankReports | None:
         """Wait, and return the reports of all ranks; None if there is no exchange to wait for."""
         pending, self._pending = self._pending, None

@@ -1,6 +1,6 @@
 """Planning: which runs of which shards a step updates, in batches that are kept until the step's parameters change.
 
-``ParamShards.plan`` calls ``plan_batches`` for every state buffer; nothing here runs at a step that is planned.
+``ParamShards`` has one ``Plans``, which calls ``plan_batches`` for a state buffer that is not planned yet.
 
 run  neighbouring parameters of one state buffer whose elements can be updated together: one cohort, all stepping
 """
@@ -23,6 +23,67 @@ from .segments import KernelDtypes, Segment, SegmentGradients
 DIRECT_NUMEL = 1 << 15
 
 CohortOf = dict[int, Cohort]
+Plan = list[tuple[StateBuffer, Sequence[Batch]]]
+
+
+class Plans:
+    """The plans of one optimizer: each is kept as long as the same parameters step in the same implementation."""
+
+    def __init__(self, cohorts: Cohorts) -> None:
+        self._cohorts = cohorts
+        # Each with what it was made for; those of single state buffers by their ids.
+        self._of_step: tuple[object, Plan] | None = None
+        self._of_buffer: dict[int, tuple[object, Sequence[Batch]]] = {}
+
+    def forget(self) -> None:
+        """Forget all plans: scalars, averages or local tensors have become others, or have moved."""
+        self._of_step = None
+        self._of_buffer.clear()
+
+    def of_step(
+        self, buffers: Sequence[StateBuffer], active: frozenset[int], hypers: Sequence[StepHyperparameters]
+    ) -> Plan:
+        """Those of ``buffers``, which are all, that have an ``active`` parameter, and the batches that update them."""
+        key = (active, [_planned(hyper) for hyper in hypers])
+        if self._of_step is None or self._of_step[0] != key:
+            plan = [
+                (buffer, self._batches(buffer, buffers, active, hypers))
+                for buffer in buffers
+                if any(member.index in active for member in buffer.members)
+            ]
+            self._of_step = (key, plan)
+        return self._of_step[1]
+
+    def of_buffer(
+        self,
+        buffer: StateBuffer,
+        buffers: Sequence[StateBuffer],
+        active: frozenset[int],
+        hypers: Sequence[StepHyperparameters],
+    ) -> Sequence[Batch]:
+        """The batches that update the ``active`` parameters of ``buffer`` from where its gradient shard lies now."""
+        gradient = buffer.reduced_gradient()
+        place = None if gradient is None else gradient.data_ptr()
+        key = (active, _planned(hypers[buffer.group_index]), place)
+        known = self._of_buffer.get(id(buffer))
+        if known is None or known[0] != key:
+            known = self._of_buffer[id(buffer)] = (key, self._batches(buffer, buffers, active, hypers))
+        return known[1]
+
+    def _batches(
+        self,
+        buffer: StateBuffer,
+        buffers: Sequence[StateBuffer],
+        active: frozenset[int],
+        hypers: Sequence[StepHyperparameters],
+    ) -> Sequence[Batch]:
+        average_bytes = sum(other.average.nbytes for other in buffers)
+        return plan_batches(buffer, self._cohorts, active, hypers[buffer.group_index], average_bytes)
+
+
+def _planned(hyper: StepHyperparameters) -> tuple[object, ...]:
+    """The hyperparameters that a plan is made for."""
+    return hyper.implementation, hyper.device, hyper.maximize, hyper.weight_decay
 
 
 def plan_batches(

@@ -187,11 +187,15 @@ class Cohort:
     def prepare(self, lr: float | Tensor) -> None:
         """Before the first step, take eta from the lr of now: torch makes it when the first gradient comes."""
         if self.fresh:
-            # torch takes the default dtype of the first step; in place, so that state[p] keeps the same objects.
-            for scalar in (self.step, self.eta, self.mu):
-                scalar.data = scalar.to(scalar_dtype())
-            self._set_first_eta(lr)
+            self.preview(lr)
             self.fresh = False
+
+    def preview(self, lr: float | Tensor) -> None:
+        """Take eta from the lr of now, for a first step that some of the parameters may take."""
+        # torch takes the default dtype of the first step; in place, so that state[p] keeps the same objects.
+        for scalar in (self.step, self.eta, self.mu):
+            scalar.data = scalar.to(scalar_dtype())
+        self._set_first_eta(lr)
 
     def factors(self, hyper: StepHyperparameters) -> tuple[float, float, float, float]:
         """The row (c, -eta, mu, t) that a kernel updates with, c = 1 - lambd * eta; in double precision."""
@@ -232,6 +236,8 @@ class Cohorts:
         self._tables: dict[int, ScalarTable] = {}
         # The parameters that took the last step; None if cohorts have changed since.
         self._last_active: frozenset[int] | None = None
+        # Cohorts that a preview has given an eta, with the one that they had.
+        self._previewed: list[tuple[Cohort, Tensor]] = []
 
     def follow(self, name_of: Callable[[int], str]) -> None:
         """Follow published scalars that were moved to other memory. Called before each use; not collective.
@@ -272,6 +278,27 @@ class Cohorts:
         for index in cohort.indices:
             self.by_index[index] = cohort
         self._last_active = None
+
+    def preview(self, hypers: Sequence[StepHyperparameters]) -> bool:
+        """Let the rows of ``scalars`` be right for first steps, before it is known which parameters take one.
+
+        Returns whether there are cohorts that have not stepped. ``end_preview`` is called after the step.
+        """
+        self.end_preview()
+        fresh = [
+            (cohort, hyper) for of, hyper in zip(self._groups, hypers, strict=True) for cohort in of if cohort.fresh
+        ]
+        for cohort, hyper in fresh:
+            self._previewed.append((cohort, cohort.eta.clone()))
+            cohort.preview(hyper.lr)
+        return bool(fresh)
+
+    def end_preview(self) -> None:
+        """Give cohorts that still have not stepped the eta back that they had."""
+        for cohort, eta in self._previewed:
+            if cohort.fresh:
+                cohort.eta.copy_(eta)
+        self._previewed.clear()
 
     def begin_step(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Iterator[Iterable[int]]:
         """Make every cohort step as a whole, with its scalars where its group's implementation needs them.
