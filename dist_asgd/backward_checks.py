@@ -1,4 +1,4 @@
-"""Checks what ``step_in_backward=True`` can be combined with. Errors are raised on this rank; the caller shares them."""
+"""Checks what ``step_in_backward=True`` can be combined with; the caller shares errors with the other ranks."""
 
 from __future__ import annotations
 

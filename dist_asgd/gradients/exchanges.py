@@ -34,12 +34,17 @@ class BucketExchange:
 
 
 class BucketExchanges(Header):
-    """The exchanges of launched buckets, one after the other: each starts when the one before has been waited for."""
+    """The exchanges of launched buckets, one after the other.
+
+    After each one the caller may exchange more with the other ranks; the next one starts when it calls ``go_on``.
+    """
 
     def __init__(self, agreement: Agreement) -> None:
         super().__init__(agreement)
         self._queue: deque[BucketExchange] = deque()
         self._transfers: weakref.ref[Transfers] | None = None
+        # Whether the last exchange has been waited for, and the caller has not called ``go_on`` yet.
+        self._is_held = False
 
     @property
     def is_under_way(self) -> bool:
@@ -52,19 +57,24 @@ class BucketExchanges(Header):
         self._transfers = weakref.ref(transfers)
 
     def add(self, exchange: BucketExchange) -> None:
-        """Start ``exchange`` as soon as those before it have been waited for; nobody waits here."""
+        """Start ``exchange`` as soon as the caller has done with those before it; nobody waits here."""
         self._queue.append(exchange)
         self._start()
 
+    def go_on(self) -> None:
+        """Start the next exchange; called when everything is sent that has to do with the last one."""
+        self._is_held = False
+        self._start()
+
     def _start(self) -> None:
-        if self._queue and self._pending is None:
+        if self._queue and self._pending is None and not self._is_held:
             first = self._queue[0]
             masks = first.mask, 0
             self._pending = self._agreement.start(CollectiveCall.ROUND, first.fingerprint, masks, first.problem)
 
-    def take_up_to(self, exchange: BucketExchange) -> None:
-        """Wait for ``exchange``, and for all that were added before it. PeerError if one fails."""
-        while exchange.reports is None:
+    def take_reports(self, exchange: BucketExchange) -> None:
+        """Wait for ``exchange``, the oldest one, unless its reports are there already. PeerError if it fails."""
+        if exchange.reports is None:
             self._take_first()
 
     def _take_first(self) -> None:
@@ -73,7 +83,7 @@ class BucketExchanges(Header):
         self._queue[0].reports = self._pending()
         self._pending = None
         self._queue.popleft()
-        self._start()
+        self._is_held = True
 
     def wait(self) -> None:
         """Wait for the exchange of the bucket whose gradients this rank is about to wait for.
@@ -83,14 +93,11 @@ class BucketExchanges(Header):
         """
         transfers = None if self._transfers is None else self._transfers()
         oldest = None if transfers is None else transfers.oldest
-        while any(exchange.bucket is oldest for exchange in self._queue):
+        # An exchange that was taken, and not used yet, has told all ranks of the round.
+        if not self._is_held and any(exchange.bucket is oldest for exchange in self._queue):
             self._take_first()
 
     def complete(self) -> None:
         while self._queue:
+            self.go_on()
             self._take_first()
-
-    def forget(self) -> None:
-        """Forget all exchanges; called when the ranks cannot go on together."""
-        self._queue.clear()
-        self._pending = None

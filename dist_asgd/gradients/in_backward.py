@@ -205,10 +205,7 @@ class StepReducer(Reducer):
     def _end_oldest(self) -> None:
         """Wait until the oldest launched bucket is reduced, and update it. Collective in the sense of a round."""
         exchange = self._launched[0]
-        self._exchanges.take_up_to(exchange)
-        self._transfers.wait_for(exchange.bucket)
-        # All ranks start what was launched before the gather, and so send everything in the same order.
-        self._transfers.start_all()
+        self._exchanges.take_reports(exchange)
         assert exchange.reports is not None
         if self._place is _Place.UNDECIDED:
             self._decide(exchange.reports)
@@ -216,6 +213,10 @@ class StepReducer(Reducer):
             self._check_pairing(exchange.reports)
         elif not _is_clean(exchange.reports):
             self._stop()
+        self._exchanges.go_on()
+        self._transfers.wait_for(exchange.bucket)
+        # All ranks start what was launched before the gather, and so send everything in the same order.
+        self._transfers.start_all()
         self._launched.popleft()
         if self._place is _Place.BACKWARD:
             expected = bit_mask(m.index for m in exchange.bucket.members if m.index in self._round.expected)
@@ -350,7 +351,8 @@ class StepReducer(Reducer):
     def _begin_in_step(self) -> None:
         # The agreement has made sure that nothing is wrong, and has taken over what was changed.
         is_settled, _, problem = self.bucket_update.begin()
-        assert is_settled and problem is None, problem
+        assert is_settled
+        assert problem is None, problem
 
     def end_step(self) -> None:
         super().end_step()

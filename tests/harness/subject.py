@@ -47,6 +47,7 @@ class Setting:
     """The optimizer's options in a history. ``placement`` is one of ``placements.KINDS``; None: plain parameters.
 
     ``overlap``: the parameters are read through modules, which wait for gathers that ``step()`` has left in flight.
+    ``in_backward``: all but the last backward of a step are inside ``no_sync()``.
     """
 
     stage: int = 1
@@ -57,6 +58,7 @@ class Setting:
     placement: str | None = None
     shard_replicated: bool = True
     overlap: bool = False
+    in_backward: bool = False
 
     @property
     def forms(self) -> dict[str, bool]:
@@ -227,6 +229,7 @@ class Subject:
             shard_replicated=setting.shard_replicated,
             # In memory that ranks share nothing overlaps.
             shared_memory=not setting.overlap,
+            step_in_backward=setting.in_backward,
         )
         if setting.overlap:
             # Parameters of groups that are added later have no module, unless a reload comes after.
@@ -294,7 +297,7 @@ class Subject:
             parts[0][index] = rest
         for number, part_of in enumerate(parts):
             is_last = number == event.num_backwards - 1
-            silent = event.no_sync and not is_last
+            silent = (event.no_sync or self.setting.in_backward) and not is_last
             with self.optimizer.no_sync() if silent else contextlib.nullcontext():
                 params = list(self.params)
                 if self.setting.overlap:

@@ -1,0 +1,63 @@
+"""``step_in_backward=True``: the bits of stage 2, what it holds, and what it refuses."""
+
+import os
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.harness.history import (
+    AddGroup,
+    GroupSpec,
+    History,
+    ParamSpec,
+    Reload,
+    SetLr,
+    SetTrained,
+    StartAveraging,
+    Step,
+)
+from tests.harness.ranks import run
+from tests.harness.strategies import histories
+from tests.harness.subject import Setting, check_history
+
+EXAMPLES = int(os.environ.get("PARITY_EXAMPLES", "2"))
+TINY_BUCKETS_MB = 0.001
+WORLDS = [("none", 1), ("threads", 2), ("threads", 3), ("threads", 4), ("gloo", 2), ("gloo", 4)]
+DTYPES = [("float32",), ("bfloat16",), ("float16",), ("complex64",), ("float32", "bfloat16")]
+MANY = GroupSpec(tuple(ParamSpec((n, 40)) for n in (9, 8, 7, 6, 5)), t0=2, weight_decay=0.1)
+EVERYTHING = History(
+    (MANY, GroupSpec((ParamSpec((2, 3, 4, 5), layout="channels_last"), ParamSpec((3,), frozen=True)), maximize=True)),
+    (
+        SetLr(0, 0.3),
+        Step(who=("all", "some", "all", "none")),
+        Step(num_backwards=2),
+        StartAveraging(),
+        SetLr(0, 0.01),
+        # Parameters that the step before did not have are reduced and updated in step().
+        Step(who=("some", "all", "none")),
+        Step(who=("all", "none"), by_hand=(False, False, True)),
+        AddGroup(GroupSpec((ParamSpec((70,)), ParamSpec((6, 7), layout="transposed")), lambd=0.0, t0=0)),
+        Step(),
+        SetTrained(6, True),
+        Step(),
+        Reload("own"),
+        Step(),
+        Reload("consolidated"),
+        Step(who=("none", "all")),
+        Step(),
+    ),
+    named=True,
+)
+
+
+@pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
+@pytest.mark.parametrize(("backend", "world_size"), WORLDS)
+@settings(max_examples=EXAMPLES)
+@example(history=EVERYTHING, bucket_cap_mb=TINY_BUCKETS_MB)
+@given(history=histories(), bucket_cap_mb=st.sampled_from([TINY_BUCKETS_MB, 0.01, 25.0]))
+def test_histories_have_the_bits_of_torch(
+    backend: str, world_size: int, form: str, history: History, bucket_cap_mb: float
+) -> None:
+    """Also with gradients on some ranks only, by hand, of parameters that are frozen and unfrozen, after reloads."""
+    run(backend, world_size, check_history, history, Setting(2, form, bucket_cap_mb, in_backward=True))
