@@ -35,13 +35,11 @@ def _zero(model: nn.Module) -> Optimizer:
     )
 
 
-def _sharded(model: nn.Module, stage: int, foreach: bool | None = None, shard_replicated: bool = True) -> Optimizer:
+def _sharded(model: nn.Module, stage: int, **options: bool) -> Optimizer:
     # Imported here, so that the peers can be measured where dist_asgd cannot be imported.
     from dist_asgd import ShardedASGD
 
-    return ShardedASGD(
-        model.parameters(), **HYPERPARAMETERS, stage=stage, foreach=foreach, shard_replicated=shard_replicated
-    )
+    return ShardedASGD(model.parameters(), **HYPERPARAMETERS, stage=stage, **options)
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ PEERS = (
     Peer("stage1", "DDP + ShardedASGD stage 1", _STAGE1, stage=1),
     Peer("stage1-views", "DDP (views) + ShardedASGD stage 1", _STAGE1, stage=1, gradient_views=True),
     Peer("stage2", "ShardedASGD stage 2", _STAGE2, stage=2),
+    Peer("stage2-backward", "ShardedASGD stage 2, step_in_backward", partial(_STAGE2, step_in_backward=True), stage=2),
     Peer(
         "stage1-views-foreach",
         "DDP (views) + ShardedASGD stage 1, foreach",

@@ -61,6 +61,10 @@ class BucketExchanges(Header):
         self._queue.append(exchange)
         self._start()
 
+    def hold(self) -> None:
+        """Start no exchange before ``go_on``: that of the first bucket has been made by the call that joined a round."""
+        self._is_held = True
+
     def go_on(self) -> None:
         """Start the next exchange; called when everything is sent that has to do with the last one."""
         self._is_held = False

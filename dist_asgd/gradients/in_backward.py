@@ -109,7 +109,7 @@ class StepReducer(Reducer):
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
         self._exchanges.follow(self._transfers)
-        self._scratch.fit(self.buckets)
+        self._scratch.forget()
         self._active_of.clear()
 
     @property
@@ -177,7 +177,10 @@ class StepReducer(Reducer):
         self._lend(bucket)
         # First, so that whoever waits in the launch for the other ranks waits for this exchange.
         self._launched.append(exchange)
-        if reports is None:
+        if reports is not None:
+            # Exchanges begin at the same place among the other messages on all ranks.
+            self._exchanges.hold()
+        else:
             exchange.problem = self._problem is not None or self._mispaired is not None
             self._exchanges.add(exchange)
         self._send(bucket, position, gradients, left_out)
