@@ -35,7 +35,7 @@ def _zero(model: nn.Module) -> Optimizer:
     )
 
 
-def _sharded(model: nn.Module, stage: int, **options: bool) -> Optimizer:
+def _sharded(model: nn.Module, stage: int, **options: Any) -> Optimizer:
     # Imported here, so that the peers can be measured where dist_asgd cannot be imported.
     from dist_asgd import ShardedASGD
 

@@ -74,7 +74,11 @@ class BackwardStep:
         self._updater = updater
         self._hyperparameters = hyperparameters
         self._begun: _Begun | None = None
-        self.is_open = False
+
+    @property
+    def is_open(self) -> bool:
+        """See the class."""
+        return self._begun is not None
 
     @classmethod
     def of(cls, owner: Owner, updater: Updater, hyperparameters: Hyperparameters) -> BackwardStep | None:
@@ -125,7 +129,7 @@ class BackwardStep:
     def update(self, bucket: Bucket, active: frozenset[int]) -> None:
         """See ``BucketUpdate``."""
         assert self._begun is not None
-        self.is_open, self._shards.torn_by = True, IN_BACKWARD
+        self._shards.torn_by = IN_BACKWARD
         # A bucket is updated twice if step() reduces gradients that backward has not: not under its own gather.
         self._gatherer.arrivals.wait_for((id(bucket),))
         # Before the write, so that a backward that still needs one of the values raises torch's error.
@@ -136,7 +140,7 @@ class BackwardStep:
 
     def abandon(self) -> None:
         """See ``BucketUpdate``."""
-        self.is_open = False
+        self._begun = None
 
     # --- what step() calls ----------------------------------------------------------------------------------
 
@@ -160,7 +164,7 @@ class BackwardStep:
                 "dist_asgd: step() called by a GradScaler, with step_in_backward=True: backward has updated parameters "
                 "with gradients that were still scaled. Use bfloat16 without a scaler, or pass step_in_backward=False."
             )
-        if not self.is_open or self._begun is None:
+        if self._begun is None:
             return None
         before = self._begun.context.hypers
         now = step_hyperparameters(self._owner.param_groups, self._shards.leads)
@@ -182,7 +186,16 @@ class BackwardStep:
         self._shards.prepare_step(active, hypers)
         self._shards.cohorts.end_step(active, hypers)
         self._shards.cohorts.end_preview()
-        self._begun, self.is_open = None, False
+        self._begun = None
+
+
+def check_whole(shards: ParamShards, backward_step: BackwardStep | None, ends_step: bool) -> None:
+    """Raise RuntimeError if parameters may be torn, or if a backward has begun a step; ``step()`` itself ends that."""
+    is_open = backward_step is not None and backward_step.is_open
+    if is_open and not ends_step:
+        raise shards.torn_problem(IN_BACKWARD)
+    if not is_open:
+        shards.check_whole()
 
 
 def _plain(value: object) -> object:

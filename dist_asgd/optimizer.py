@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from . import memory
 from .averaging import Averages, average_from_now, refuse_differentiable
 from .backward_checks import check_step_in_backward
-from .backward_step import BackwardStep
+from .backward_step import BackwardStep, check_whole
 from .comm import CollectiveCall, Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, public_call
 from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
@@ -277,7 +277,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self._state_dicts.consolidated = None
         if self.shards.on_cuda:
             self.shards.check_capture(self.param_groups)
-        problem = self._problem() or (None if scaler is None else scaler.problem(self._stage))
+        problem = self._problem(ends_step=True) or (None if scaler is None else scaler.problem(self._stage))
         if self._backward_step is not None:
             problem = problem or self._backward_step.problem(by_scaler=scaler is not None)
         hypers = self._hyperparameters
@@ -292,13 +292,12 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             self.registry.compare_values(reports)
         return self.gradients.active(reports), scaler
 
-    def _problem(self, before_load: bool = False) -> Exception | None:
+    def _problem(self, before_load: bool = False, ends_step: bool = False) -> Exception | None:
         """What is wrong on this rank with parameters, state or (before a load replaces them) hyperparameters."""
         try:
             self.shards.check_unchanged(self.state)
             if not before_load:
-                if self.shards.torn_by is not None and not (self._backward_step and self._backward_step.is_open):
-                    self.shards.check_whole()
+                check_whole(self.shards, self._backward_step, ends_step)
                 self._hyperparameters.check(self.param_groups, self.shards.devices_of)
         except Exception as error:
             return error

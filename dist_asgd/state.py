@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -346,25 +346,23 @@ class ParamShards:
         lasting = (member for member in suspects if not isinstance(member, FSDP1Param))
         return next((member for member in lasting if not (member.is_unmoved or member.is_rebound)), None)
 
-    def torn_problem(self) -> RuntimeError | None:
-        """The error of calls after one that was interrupted while it wrote; None if all is whole."""
-        if self.torn_by is None:
-            return None
-        if self.torn_by == IN_BACKWARD:
+    def torn_problem(self, torn_by: str) -> RuntimeError:
+        """The error of calls after ``torn_by``, which was interrupted while it wrote."""
+        if torn_by == IN_BACKWARD:
             return RuntimeError(
                 "dist_asgd: backward has updated some parameters (step_in_backward=True), and step() has not ended "
                 "that step. Call step() first, on every rank. If backward or step() has failed, parameters and state "
                 "are torn: load a checkpoint (load_checkpoint()), or restart the job from one."
             )
         return RuntimeError(
-            f"dist_asgd: {self.torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
+            f"dist_asgd: {torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
             f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
         )
 
     def check_whole(self) -> None:
-        """Raise ``torn_problem()`` if there is one."""
+        """Raise RuntimeError if a call was interrupted while it wrote parameters and state."""
         if self.torn_by is not None:
-            raise cast(RuntimeError, self.torn_problem())
+            raise self.torn_problem(self.torn_by)
 
     @contextmanager
     def loading(self) -> Iterator[None]:

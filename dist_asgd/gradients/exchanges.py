@@ -62,7 +62,7 @@ class BucketExchanges(Header):
         self._start()
 
     def hold(self) -> None:
-        """Start no exchange before ``go_on``: that of the first bucket has been made by the call that joined a round."""
+        """Start no exchange before ``go_on``: the call that joins a round has made that of the first bucket."""
         self._is_held = True
 
     def go_on(self) -> None:

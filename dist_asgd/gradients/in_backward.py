@@ -61,7 +61,7 @@ class BucketUpdate(Protocol):
         """Update this rank's shard of the ``active`` parameters of ``bucket``, and start to gather it. Collective."""
 
     def abandon(self) -> None:
-        """Leave parameters torn: the step that backward has begun cannot be ended."""
+        """Forget the step that backward has begun; parameters stay torn if it has updated any."""
 
 
 class _Place(Enum):
@@ -230,15 +230,17 @@ class StepReducer(Reducer):
     def _decide(self, reports: RankReports) -> None:
         """Decide where this step updates buckets, by what all ranks have reported with the first one."""
         self._check_pairing(reports)
-        self._place = _Place.STEP
         if _is_clean(reports):
             try:
                 self.bucket_update.compare(reports)
             except RuntimeError as error:
                 # Of all ranks alike: step() raises it.
                 self._problem = self._problem or error.with_traceback(None)
+            else:
+                self._place = _Place.BACKWARD
                 return
-            self._place = _Place.BACKWARD
+        self._place = _Place.STEP
+        self.bucket_update.abandon()
 
     def _stop(self) -> None:
         """Update no further bucket in this step, on any rank."""
@@ -368,7 +370,9 @@ class StepReducer(Reducer):
                 "there are none to set to zeros. Call zero_grad()."
             )
         super().clear(set_to_none)
-        self._forget_step()
+        if self._place is not None:
+            self.bucket_update.abandon()
+            self._forget_step()
         for bucket in self.buckets:
             self._give_back(bucket)
 

@@ -61,3 +61,29 @@ def test_histories_have_the_bits_of_torch(
 ) -> None:
     """Also with gradients on some ranks only, by hand, of parameters that are frozen and unfrozen, after reloads."""
     run(backend, world_size, check_history, history, Setting(2, form, bucket_cap_mb, in_backward=True))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids="+".join)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_histories_of_every_dtype_have_the_bits_of_torch(dtypes: tuple[str, ...], data: st.DataObject) -> None:
+    """At a drawn form, world size and bucket size; with masters if there are any."""
+    history = data.draw(histories(dtypes))
+    backend, world_size = data.draw(st.sampled_from(WORLDS))
+    form = data.draw(st.sampled_from(["forloop", "foreach", "fused"]))
+    masters = dtypes in (("bfloat16",), ("float16",)) and data.draw(st.booleans())
+    setting = Setting(2, form, data.draw(st.sampled_from([TINY_BUCKETS_MB, 25.0])), masters, in_backward=True)
+    run(backend, world_size, check_history, history, setting)
+
+
+@settings(max_examples=EXAMPLES)
+@example(history=EVERYTHING, world=("gloo", (2, 2)))
+@given(
+    history=histories(("float32", "bfloat16")),
+    world=st.sampled_from([("threads", (2, 2)), ("threads", (1, 3)), ("gloo", (2, 1)), ("gloo", (2, 2))]),
+)
+def test_hybrid_histories_have_the_bits_of_torch(history: History, world: tuple[str, tuple[int, int]]) -> None:
+    """Every replica updates its shards."""
+    backend, mesh = world
+    setting = Setting(2, "fused", TINY_BUCKETS_MB, mesh=mesh, in_backward=True)
+    run(backend, mesh[0] * mesh[1], check_history, history, setting)

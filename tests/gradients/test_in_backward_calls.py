@@ -1,19 +1,27 @@
-"""``step_in_backward=True``: when parameters change, what may read them, and what is refused between backward and step."""
+"""``step_in_backward=True``: when parameters change, who may read them, and what is refused before ``step()``."""
 
 import copy
+import gc
+import os
+import re
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
+from dist_asgd.backward_checks import check_step_in_backward
 from tests.harness.bits import assert_same_bits, same_bits
 from tests.harness.models import mlp, mlp_loss
-from tests.harness.ranks import run, run_errors
+from tests.harness.ranks import outcomes, run, run_errors
 
 WORLDS = [("none", 1), ("threads", 2), ("gloo", 2)]
 worlds = pytest.mark.parametrize(("backend", "world_size"), WORLDS)
@@ -37,7 +45,7 @@ def assert_same_models(ours: nn.Module, theirs: nn.Module, when: str) -> None:
         assert_same_bits(p, q, f"{name} {when}")
 
 
-def holds_buckets_in_flight(rank: int, world_size: int) -> None:
+def holds_buckets_in_flight(rank: int, _world_size: int) -> None:
     """Job: after backward all but the last buckets are updated, and no gradient is left."""
     model = mlp(width=64, depth=6)
     optimizer = make(model)
@@ -59,7 +67,7 @@ def holds_buckets_in_flight(rank: int, world_size: int) -> None:
     assert report.gradient_bytes == 0
     # Scratch shards: at most two of the largest bucket.
     largest = max(b.shard.nbytes for b in optimizer.shards.buckets)
-    assert 0 < optimizer.gradients.in_flight_bytes
+    assert optimizer.gradients.in_flight_bytes > 0
     plain = make(mlp(width=64, depth=6), step_in_backward=False)
     assert report.in_flight_bytes <= plain.memory_report().in_flight_bytes + 2 * largest + 2**21
 
@@ -87,9 +95,9 @@ class Reuser(nn.Module):
         hidden = torch.tanh(self.twice(self.embedding(tokens)))
         if self.read_past:
             # The first layer is read once more, past autograd, by an operator whose backward needs it late.
-            hidden = hidden * self.blocks[5].weight.detach().sum(0)
+            hidden = hidden @ self.blocks[5].weight.detach()
         for block in self.blocks:
-            hidden = checkpoint(lambda x, b=block: torch.tanh(b(x)), hidden, use_reentrant=reentrant)
+            hidden = torch.tanh(checkpoint(block, hidden, use_reentrant=reentrant))
         return self.head(torch.tanh(self.twice(hidden))).square().mean()
 
 
@@ -154,12 +162,8 @@ def torn_later(rank: int, _world_size: int) -> None:
     if rank == 0:
         first.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.to_sparse()))
     mlp_loss(model, rank).backward()
-    try:
+    with pytest.raises(RuntimeError, match="sparse gradient"):
         optimizer.step()
-    except RuntimeError as error:
-        assert "sparse gradient" in str(error)
-    else:
-        raise AssertionError("no error")
     optimizer.consolidated_state_dict()
 
 
@@ -212,29 +216,30 @@ def test_every_rank_hears_of_what_is_wrong(
     job: Callable[[int, int], None], message: str, world: tuple[str, int]
 ) -> None:
     """In seconds, and by name."""
-    import re
-
     for error in run_errors(*world, job):
         assert re.search(message, error.message), error.message
 
 
 Call = Callable[[nn.Module, ShardedASGD], object]
 BETWEEN: dict[str, tuple[Call, str]] = {
-    "zero_grad": (lambda m, o: o.zero_grad(), "zero_grad\\(\\) between a backward and step"),
-    "zero_grad to zeros": (lambda m, o: o.zero_grad(set_to_none=False), "set_to_none=False"),
-    "clip": (lambda m, o: o.clip_grad_norm_(1.0), "clip_grad_norm_?\\(\\) with step_in_backward"),
-    "clip of torch": (lambda m, o: torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0), "reading p.grad"),
-    "p.grad": (lambda m, o: next(iter(m.parameters())).grad.to_local(), "reading p.grad"),
-    "state dict": (lambda m, o: o.state_dict(), "Call step\\(\\) first"),
-    "consolidated": (lambda m, o: o.consolidated_state_dict(), "between a backward and step"),
-    "averages": (lambda m, o: o.averaged_parameters().__enter__(), "between a backward and step|Call step\\(\\) first"),
+    "zero_grad": (lambda _m, o: o.zero_grad(), "zero_grad\\(\\) between a backward and step"),
+    "zero_grad to zeros": (lambda _m, o: o.zero_grad(set_to_none=False), "set_to_none=False"),
+    "clip": (lambda _m, o: o.clip_grad_norm_(1.0), "clip_grad_norm_?\\(\\) with step_in_backward"),
+    "clip of torch": (lambda m, _o: torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0), "reading p.grad"),
+    "p.grad": (lambda m, _o: next(iter(m.parameters())).grad.to_local(), "reading p.grad"),
+    "state dict": (lambda _m, o: o.state_dict(), "Call step\\(\\) first"),
+    "consolidated": (lambda _m, o: o.consolidated_state_dict(), "Call step\\(\\) first"),
+    "averages": (
+        lambda _m, o: o.averaged_parameters().__enter__(),
+        "Call step\\(\\) first",
+    ),
     "new group": (
-        lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.zeros(3))]}),
-        "between a backward and step",
+        lambda _m, o: o.add_param_group({"params": [nn.Parameter(torch.zeros(3))]}),
+        "Call step\\(\\) first",
     ),
     "overlap": (lambda m, o: o.overlap_forward(m), "overlap_forward"),
-    "keep": (lambda m, o: o.keep_gradients(), "keep_gradients"),
-    "closure": (lambda m, o: o.step(lambda: 1.0), "closure"),
+    "keep": (lambda _m, o: o.keep_gradients(), "keep_gradients"),
+    "closure": (lambda _m, o: o.step(lambda: 1.0), "closure"),
 }
 
 
@@ -335,10 +340,19 @@ def test_combinations_are_refused_at_construction(options: dict[str, Any], messa
         make(mlp(), **options)
 
 
-def test_parameters_on_devices_are_refused() -> None:
-    """At construction, and when the model is moved afterwards."""
+def shards_parameters(_rank: int, world_size: int) -> None:
+    """Job: a DTensor."""
+    weight = distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (world_size,)), [Shard(0)])
+    with pytest.raises(ValueError, match="is a DTensor"):
+        ShardedASGD([nn.Parameter(weight)], stage=2, step_in_backward=True)
+
+
+def test_parameters_that_cannot_be_updated_in_backward_are_refused() -> None:
+    """DTensors, and devices on which it has not been tried."""
+    run("threads", 2, shards_parameters)
+    groups = [{"differentiable": False, "params": [torch.empty(1, device="meta")]}]
     with pytest.raises(ValueError, match="is on meta"):
-        make(mlp().to("meta"))
+        check_step_in_backward({"step_in_backward": True, "stage": 2}, groups)
 
 
 def joins(_rank: int, _world_size: int) -> None:
@@ -351,3 +365,68 @@ def joins(_rank: int, _world_size: int) -> None:
 def test_uneven_inputs_are_refused() -> None:
     """Before anything is sent."""
     run("gloo", 2, joins)
+
+
+def loads_after_a_tear(rank: int, _world_size: int, path: str) -> None:
+    """Job: a backward fails half-way; a checkpoint makes everything whole."""
+    model, subject, other, plain = twins(mlp(width=24, depth=4))
+    save_checkpoint(path, model, subject, step=0)
+    first = next(iter(model.parameters()))
+    handle = first.register_hook(lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        mlp_loss(model, rank).backward()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="are torn: load a checkpoint"):
+        subject.state_dict()
+    load_checkpoint(path, model, subject)
+    for m, o in ((model, subject), (other, plain)):
+        o.zero_grad()
+        mlp_loss(m, rank).backward()
+        o.step()
+    assert_same_models(model, other, "after the load")
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_a_checkpoint_heals_a_backward_that_failed(backend: str, world_size: int, tmp_path: Path) -> None:
+    """Its gradients are dropped."""
+    run(backend, world_size, loads_after_a_tear, str(tmp_path / "saved"))
+
+
+def dies_in_backward(rank: int, _world_size: int) -> None:
+    """Job: a rank dies when some buckets are updated."""
+    model = mlp(width=24, depth=4)
+    optimizer = make(model)
+    if rank == 1:
+        next(iter(model.parameters())).register_hook(lambda _: os._exit(1))
+    mlp_loss(model, rank).backward()
+    optimizer.step()
+
+
+def test_a_dead_peer_is_an_error_in_seconds() -> None:
+    """On the ranks that are left."""
+    found = {o.rank: o.error for o in outcomes("gloo", 4, dies_in_backward) if o.error is not None}
+    assert {rank: error.type_name for rank, error in found.items() if rank != 1} == dict.fromkeys(
+        (0, 2, 3), "PeerError"
+    )
+
+
+def is_deleted(_rank: int, _world_size: int) -> None:
+    """Job: the optimizer goes between backward and step."""
+    model = mlp(width=24, depth=4)
+    optimizer = make(model)
+    memory = weakref.ref(optimizer.shards.buckets[0])
+    mlp_loss(model, 0).backward()
+    optimizer.wait_for_parameters()
+    del optimizer
+    assert memory() is None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_deleted_optimizer_is_freed_at_once() -> None:
+    """No object that it made waits for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        run("none", 1, is_deleted)
+    finally:
+        gc.enable()
