@@ -37,7 +37,7 @@ from .state_dict.state_dicts import StateDicts
 from .step_context import begin_update
 from .storage.buffers import Precision
 from .storage.frozen import is_held
-from .storage.layout import MIN_BUCKETS
+from .storage.layout import min_buckets
 from .update import differentiable
 from .update.operators import Updater
 from .validation import check_new_group, check_options, check_precision_fits, params_of
@@ -163,8 +163,9 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         finally:
             del problem  # its traceback refers to this frame
         self._constructed = True
+        at_least = min_buckets(stage, step_in_backward)
         self.shards = ParamShards(
-            self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
+            self.communicators, self.state, bucket_cap_mb, at_least, self._precision, shard_replicated
         )
         check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
         self.registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)

@@ -72,6 +72,9 @@ def plan(
         bool, typer.Option(help="Whether DDP's gradients are views of its buckets.")
     ] = True,
     fused: Annotated[bool, typer.Option("--fused", help="Update with fused=True.")] = False,
+    step_in_backward: Annotated[
+        bool, typer.Option("--step-in-backward", help="Stage 2 updates each bucket during backward (Gloo).")
+    ] = False,
     backend: Annotated[Backend, typer.Option(help="nccl for GPUs, gloo for CPUs.")] = Backend.NCCL,
     link_gbit: Annotated[
         float | None,
@@ -125,6 +128,7 @@ def plan(
             bucket_cap_mb=bucket_cap_mb,
             gradient_as_bucket_view=gradient_as_bucket_view,
             fused=fused,
+            step_in_backward=step_in_backward,
             backend=backend.value,
             link_gbit=link_gbit,
             latency_us=latency_us,

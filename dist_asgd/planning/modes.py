@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .. import memory
 from ..gather import MAX_PACKED
+from ..gradients.scratch import scratch_bytes
 from ..gradients.sending import MAX_IN_FLIGHT, direct_numel
 from ..gradients.transfers import MAX_LAUNCHED
 from ..placements.dtensor import chunk_of
 from ..placements.presharded import fill_state_buffers
 from ..storage.bucketing import build_buckets, reduce_order
 from ..storage.buffers import Bucket, StateBuffer
-from ..storage.layout import MIN_BUCKETS, BucketLayout, bucket_cap_bytes, lay_out
+from ..storage.layout import BucketLayout, bucket_cap_bytes, lay_out, min_buckets
 from ..storage.send_layout import DIRECT_BYTES, send_runs
 from ..update import cpu
 from ..update.operators import scratch_uses, tile_numel
@@ -125,9 +126,12 @@ def stage1(model: ModelShapes, setup: Setup, shards: int) -> Layout:
 def stage2(model: ModelShapes, setup: Setup, shards: int) -> Layout:
     """Stage 2: state and gradients are sharded over ``shards`` ranks, and equal replicas have the same shards."""
     buckets = buckets_of(model, setup, 2, shards)
-    for bucket in buckets:
-        bucket.gradient_shard()
     in_flight = update_bytes(buckets, setup) + send_buffer_bytes(buckets, setup)
+    if setup.step_in_backward:
+        in_flight += scratch_bytes(buckets)
+    else:
+        for bucket in buckets:
+            bucket.gradient_shard()
     if not setup.contiguous and setup.ranks > 1:
         in_flight += gloo_bytes(buckets, shards, setup.ranks // shards)
     found = _from_report(memory.report(buckets, in_flight), model)
@@ -156,7 +160,8 @@ def buckets_of(model: ModelShapes, setup: Setup, stage: int, shards: int) -> lis
         held.append([(num_params + i, p.name, p.on_meta()) for i, p in enumerate(group) if p.trained])
         num_params += len(group)
     total_bytes = sum(param.nbytes for entries in held for _, _, param in entries)
-    cap_bytes = bucket_cap_bytes(setup.bucket_cap_mb, total_bytes, MIN_BUCKETS[stage], shards)
+    at_least = min_buckets(stage, setup.step_in_backward and stage == 2)
+    cap_bytes = bucket_cap_bytes(setup.bucket_cap_mb, total_bytes, at_least, shards)
     buckets: list[Bucket] = []
     for group_index, entries in enumerate(held):
         buckets += build_buckets(

@@ -23,6 +23,7 @@ class Setup:
     backend                   "nccl" (on GPUs) or "gloo" (on CPUs)
     gradient_as_bucket_view   whether gradients are views of DDP's buckets, or have memory beside them
     fused                     whether the update is ``fused=True``, which needs no scratch memory on GPUs
+    step_in_backward          whether stage 2 updates buckets during backward
     """
 
     ranks: int
@@ -33,6 +34,7 @@ class Setup:
     backend: str = "nccl"
     gradient_as_bucket_view: bool = True
     fused: bool = False
+    step_in_backward: bool = False
 
     @property
     def nodes(self) -> int:

@@ -194,12 +194,16 @@ def of_stage1(model: ModelShapes, layout: Layout, shards: int, setup: Setup) -> 
 
 
 def of_stage2(model: ModelShapes, layout: Layout, shards: int, setup: Setup) -> tuple[Transfer, ...]:
-    """The traffic of stage 2: an exchange opens the round of backward, and another one the step."""
+    """The traffic of stage 2: an exchange opens the round of backward, and another one the step.
+
+    With ``step_in_backward`` each bucket has one in backward.
+    """
+    in_backward = len(layout.buckets) if setup.step_in_backward else 1
     return (
         *_reduce_scatter(layout.buckets, shards, setup),
         *_all_reduce_across(layout.buckets, shards, setup.ranks // shards, setup),
         *_all_gather(layout.buckets, shards, setup),
-        *_control(model, 2, setup),
+        *_control(model, in_backward + 1, setup),
     )
 
 

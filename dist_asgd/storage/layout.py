@@ -26,8 +26,15 @@ LONE_BYTES = MIB
 # How many buckets a model makes at least, by stage. In stage 2 the gradients of a few buckets are in flight, and they
 # should be small beside the shards. In stage 1 one bucket is gathered while another is updated.
 MIN_BUCKETS = {1: 4, 2: 20}
+# The same with step_in_backward=True, when nothing is larger than the gradients in flight but the averages.
+MIN_BUCKETS_IN_BACKWARD = 40
 # By how much a bucket may exceed the cap before it is cut into stripes.
 STRIPE_SLACK = 1.25
+
+
+def min_buckets(stage: int, step_in_backward: bool) -> int:
+    """How many buckets a model makes at least with these options."""
+    return MIN_BUCKETS_IN_BACKWARD if step_in_backward else MIN_BUCKETS[stage]
 
 
 @dataclass(frozen=True, slots=True)
