@@ -100,7 +100,7 @@ class StepReducer(Reducer):
     def _forget_step(self) -> None:
         """Wait for another step to begin."""
         self._place: _Place | None = None
-        self._num_launched = 0
+        self._scratch.begin()
         self._updated_mask = 0
         self._round_has_ended = False
         self._backward_has_ended = False
@@ -109,7 +109,7 @@ class StepReducer(Reducer):
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
         self._exchanges.follow(self._transfers)
-        self._scratch.forget()
+        self._scratch.fit(self.buckets)
         self._active_of.clear()
 
     @property
@@ -197,8 +197,7 @@ class StepReducer(Reducer):
 
     def _lend(self, bucket: Bucket) -> None:
         if self._place is not _Place.STEP:
-            self._scratch.lend(bucket, self._num_launched)
-            self._num_launched += 1
+            self._scratch.lend(bucket)
 
     def _make_place(self) -> None:
         """Update buckets until another one may be launched."""

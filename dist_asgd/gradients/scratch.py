@@ -1,60 +1,65 @@
 """Scratch shards: with ``step_in_backward=True`` the reduced gradient of a bucket lives until its update.
 
-Two scratch shards take turns. Buckets are launched in one order in every step, so that each bucket has the same scratch
-shard each time, and the addresses in its plan stay right.
+Two buckets have one at a time. They take turns at the two ends of one buffer, which is as long as the largest two
+neighbours. Buckets are launched in one order in every step, so that each has the same place each time, and the
+addresses in its plan stay right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..storage.buffers import Bucket
+from ..storage.layout import ALIGN_BYTES
 
 # One is updated from while the next one is being filled.
 NUM_SCRATCH_SHARDS = 2
 
 
 class ScratchShards:
-    """Memory for the gradient shards of ``NUM_SCRATCH_SHARDS`` buckets, which is kept between steps.
-
-    Each is as large as the largest bucket that it has served.
-    """
+    """Memory for the gradient shards of ``NUM_SCRATCH_SHARDS`` buckets of each device, which is kept between steps."""
 
     def __init__(self) -> None:
-        self._shards: dict[tuple[torch.device, int], Tensor] = {}
+        self._buffers: dict[torch.device, Tensor] = {}
+        self._least_bytes = 0
+        # Which end is next, and the bytes that the bucket at the other end has.
+        self._turn = 0
+        self._lent_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all scratch shards."""
-        return sum(shard.nbytes for shard in self._shards.values())
+        """The bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def forget(self) -> None:
-        """Let go of all memory; called when there are other buckets. None is in use, or its bucket keeps it."""
-        self._shards.clear()
+    def fit(self, buckets: Sequence[Bucket]) -> None:
+        """Let go of all memory, and make a buffer that fits these ``buckets`` when the next one needs it."""
+        self._buffers.clear()
+        self._least_bytes = scratch_bytes(buckets)
+        self.begin()
 
-    def lend(self, bucket: Bucket, number: int) -> None:
-        """Make a scratch shard the gradient shard of ``bucket``, which is launched as the ``number``-th of a step."""
-        key = (bucket.device, number % NUM_SCRATCH_SHARDS)
-        nbytes = gradient_bytes(bucket)
-        if key not in self._shards or self._shards[key].nbytes < nbytes:
-            # The smaller one goes first, and zeros, because an update runs over padding, where there must be numbers.
-            self._shards.pop(key, None)
-            self._shards[key] = torch.zeros(nbytes, dtype=torch.uint8, device=bucket.device)
-        bucket.gradient = self._shards[key][:nbytes].view(bucket.gradient_dtype)
+    def begin(self) -> None:
+        """Begin with the first end again; called between steps, when no bucket has a scratch shard."""
+        self._turn = self._lent_bytes = 0
+
+    def lend(self, bucket: Bucket) -> None:
+        """Make a scratch shard the gradient shard of ``bucket``; only the bucket of the call before still has one."""
+        nbytes = scratch_bytes([bucket])
+        wanted = max(nbytes + self._lent_bytes, self._least_bytes)
+        buffer = self._buffers.get(bucket.device)
+        if buffer is None or buffer.nbytes < wanted:
+            # The bucket before keeps the old one until its update. An update runs over padding, too: hence the zeros.
+            buffer = self._buffers[bucket.device] = torch.zeros(wanted, dtype=torch.uint8, device=bucket.device)
+        start = buffer.nbytes - nbytes if self._turn else 0
+        shard = buffer[start : start + bucket.layout.shard_numel * bucket.gradient_dtype.itemsize]
+        bucket.gradient = shard.view(bucket.gradient_dtype)
+        self._turn, self._lent_bytes = 1 - self._turn, nbytes
 
 
-def gradient_bytes(bucket: Bucket) -> int:
-    """The bytes of a gradient shard of ``bucket``."""
-    return bucket.layout.shard_numel * bucket.gradient_dtype.itemsize
-
-
-def scratch_bytes(buckets: Iterable[Bucket]) -> int:
-    """The bytes of all scratch shards if ``buckets`` are launched in this order."""
-    largest: dict[tuple[torch.device, int], int] = {}
-    for number, bucket in enumerate(buckets):
-        key = (bucket.device, number % NUM_SCRATCH_SHARDS)
-        largest[key] = max(gradient_bytes(bucket), largest.get(key, 0))
-    return sum(largest.values())
+def scratch_bytes(buckets: Sequence[Bucket]) -> int:
+    """The bytes of all scratch shards if ``buckets``, on one device, are launched in this order."""
+    found = [-(-b.layout.shard_numel * b.gradient_dtype.itemsize // ALIGN_BYTES) * ALIGN_BYTES for b in buckets]
+    return max((first + second for first, second in pairwise([0, *found])), default=0)
