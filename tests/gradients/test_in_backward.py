@@ -51,13 +51,16 @@ EVERYTHING = History(
 )
 
 
-@pytest.mark.parametrize("form", ["forloop", "foreach", "fused"])
+forms = st.sampled_from(["forloop", "foreach", "fused"])
+
+
 @pytest.mark.parametrize(("backend", "world_size"), WORLDS)
 @settings(max_examples=EXAMPLES)
-@example(history=EVERYTHING, bucket_cap_mb=TINY_BUCKETS_MB)
-@given(history=histories(), bucket_cap_mb=st.sampled_from([TINY_BUCKETS_MB, 0.01, 25.0]))
+@example(history=EVERYTHING, form="fused", bucket_cap_mb=TINY_BUCKETS_MB)
+@example(history=EVERYTHING, form="foreach", bucket_cap_mb=0.01)
+@given(history=histories(), form=forms, bucket_cap_mb=st.sampled_from([TINY_BUCKETS_MB, 0.01, 25.0]))
 def test_histories_have_the_bits_of_torch(
-    backend: str, world_size: int, form: str, history: History, bucket_cap_mb: float
+    backend: str, world_size: int, history: History, form: str, bucket_cap_mb: float
 ) -> None:
     """Also with gradients on some ranks only, by hand, of parameters that are frozen and unfrozen, after reloads."""
     run(backend, world_size, check_history, history, Setting(2, form, bucket_cap_mb, in_backward=True))
@@ -70,7 +73,7 @@ def test_histories_of_every_dtype_have_the_bits_of_torch(dtypes: tuple[str, ...]
     """At a drawn form, world size and bucket size; with masters if there are any."""
     history = data.draw(histories(dtypes))
     backend, world_size = data.draw(st.sampled_from(WORLDS))
-    form = data.draw(st.sampled_from(["forloop", "foreach", "fused"]))
+    form = data.draw(forms)
     masters = dtypes in (("bfloat16",), ("float16",)) and data.draw(st.booleans())
     setting = Setting(2, form, data.draw(st.sampled_from([TINY_BUCKETS_MB, 25.0])), masters, in_backward=True)
     run(backend, world_size, check_history, history, setting)
