@@ -41,7 +41,7 @@ SEND_BUFFERS = 3
 def _log_once(reason: str) -> None:
     logging.getLogger("dist_asgd").warning(
         "ranks of one host do not share memory: %s. Gradients and parameters go through Gloo's messages instead, with "
-        "the same bits and at about half the speed. Without %s=1 in the environment nobody asks for shared memory.",
+        "the same bits and at about half the speed. With %s=0 in the environment nobody asks for shared memory.",
         reason,
         ENVIRONMENT,
     )
@@ -66,7 +66,7 @@ def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | Non
 
 def _why_not() -> str | None:
     """Why this rank cannot share memory; empty if nobody wants it to; None if it can."""
-    if os.environ.get(ENVIRONMENT, "0").lower() not in ("1", "true", "on", "yes"):
+    if os.environ.get(ENVIRONMENT, "1").lower() in ("0", "false", "off", "no"):
         return ""
     loaded = library()
     if isinstance(loaded, str):
