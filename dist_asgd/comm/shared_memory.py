@@ -21,11 +21,11 @@ from torch.autograd.profiler import record_function
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
 from .gloo import SIXTEEN_BIT, SUM_NUMEL, Gloo
 from .pages import library
-from .ring import Message, Ring, cut, file_bytes
+from .ring import Message, Part, Ring, cut, file_bytes
 from .shared_pages import on_one_host, shared_pages
 
 # Of gathers so many bytes are published at a time, so that they are read while they are in a cache.
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 19
 # The least that an outbox holds: some pieces of a gather.
 OUTBOX_BYTES = 2 * PIECE_BYTES
 # Gradients are packed and summed in stripes of this size: they stay in caches in between, and outboxes stay small.
@@ -86,7 +86,7 @@ class _Stream(_Operation):
     def __init__(
         self,
         ring: Ring,
-        own: Sequence[Sequence[tuple[int, Tensor]]],
+        own: Sequence[Sequence[Part]],
         messages: Sequence[Message],
         read: Read,
         ahead: bool,
@@ -109,9 +109,9 @@ class _Stream(_Operation):
     def _publish(self) -> None:
         message = self._messages[self._num_published]
         if self._num_published < len(self._own):
-            outbox = self._ring.outbox(self._ring.rank, message)
-            for at, part in self._own[self._num_published]:
-                outbox[at : at + part.numel()].copy_(part)
+            address = self._ring.address(self._ring.rank, message)
+            for part in self._own[self._num_published]:
+                part.copy_to(address)
         self._ring.publish(message)
         self._num_published += 1
 
@@ -262,13 +262,14 @@ class SharedMemory(GroupCommunicator):
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         """Every rank publishes all of its values, and sums all."""
         runs = cut([values], PIECE_BYTES)
+        pieces = torch.split(values, PIECE_BYTES // values.itemsize)
 
         def read(i: int, message: Message) -> None:
             for peer in self._peers:
                 self._ring.wait_for(peer, message)
-            ((_, part),) = runs[i]
-            every = [self._ring.outbox(rank, message)[: part.numel()] for rank in range(self.world_size)]
-            self._store_mean([one.view(values.dtype) for one in every], part.view(values.dtype), False)
+            piece = pieces[i]
+            every = [self._ring.outbox(rank, message)[: piece.nbytes] for rank in range(self.world_size)]
+            self._store_mean([one.view(values.dtype) for one in every], piece, False)
 
         with record_function("dist_asgd::all_reduce"):
             return self._stream("an all-reduce", runs, len(runs), read)
@@ -278,7 +279,7 @@ class SharedMemory(GroupCommunicator):
     def _stream(
         self,
         action: str,
-        own: Sequence[Sequence[tuple[int, Tensor]]],
+        own: Sequence[Sequence[Part]],
         num_pieces: int,
         read: Read,
     ) -> Wait:
@@ -294,21 +295,21 @@ class SharedMemory(GroupCommunicator):
         with record_function("dist_asgd::all_gather"):
             return self._gather("an all-gather", [cut(of_rank, PIECE_BYTES) for of_rank in fragments], reads=True)
 
-    def _gather(self, action: str, runs: Sequence[Sequence[Sequence[tuple[int, Tensor]]]], reads: bool) -> Wait:
+    def _gather(self, action: str, runs: Sequence[Sequence[Sequence[Part]]], reads: bool) -> Wait:
         """Fill ``runs[r]`` from what rank r has there."""
 
         def read(i: int, message: Message) -> None:
             for peer in self._peers if reads else ():
                 if i < len(runs[peer]):
                     self._ring.wait_for(peer, message)
-                    outbox = self._ring.outbox(peer, message)
-                    for at, part in runs[peer][i]:
-                        part.copy_(outbox[at : at + part.numel()])
+                    address = self._ring.address(peer, message)
+                    for part in runs[peer][i]:
+                        part.copy_from(address)
 
         return self._stream(action, runs[self.rank], max(map(len, runs)), read)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
-        runs: list[list[list[tuple[int, Tensor]]]] = []
+        runs: list[list[list[Part]]] = []
         for rank, numel in enumerate(numels):
             if rank == self.rank:
                 runs.append(cut([fragment], PIECE_BYTES))

@@ -18,8 +18,9 @@ ENVIRONMENT = "DIST_ASGD_SHARED_MEMORY"
 @cache
 def _log_once(reason: str) -> None:
     logging.getLogger("dist_asgd").warning(
-        "ranks of one host do not share memory: %s. Gradients and parameters go through Gloo's messages instead, with "
-        "the same bits and at about half the speed. With %s=0 in the environment nobody asks for shared memory.",
+        "ranks of one host do not share memory: %s. What they would exchange there goes through Gloo's messages, with "
+        "the same bits; gradients and parameters on CPUs at about half the speed. With %s=0 in the environment nobody "
+        "asks for shared memory.",
         reason,
         ENVIRONMENT,
     )
