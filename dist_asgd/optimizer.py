@@ -92,10 +92,9 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         shard_replicated: True lets each rank of a replica group (HSDP, replicated parameters of tensor parallelism)
             update a fragment and keep the state of that; parameters are gathered among them. False lets each update
             and keep all of it, as torch does. The bits are the same.
-        shared_memory: False: ranks of one host share no memory on CPUs, whatever DIST_ASGD_SHARED_MEMORY says.
+        shared_memory: False: ranks of one host share no memory on CPUs, as with DIST_ASGD_SHARED_MEMORY=0.
         step_in_backward: True: in stage 2, on CPUs, backward updates and gathers each bucket as soon as it is reduced,
-            with the hyperparameters of that time, and ``step()`` ends the step. Reduced gradients are not kept: they
-            cannot be clipped, scaled, read, nor added to by another backward.
+            and ``step()`` ends the step. Gradients cannot be clipped, scaled, read, nor added to by another backward.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -163,6 +162,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         finally:
             del problem  # its traceback refers to this frame
         self._constructed = True
+        self.communicators.share_control()
         at_least = min_buckets(stage, step_in_backward)
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, at_least, self._precision, shard_replicated
