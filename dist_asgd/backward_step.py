@@ -98,6 +98,11 @@ class BackwardStep:
 
     # --- what the reducer calls -----------------------------------------------------------------------------
 
+    @property
+    def is_compared(self) -> bool:
+        """See ``BucketUpdate``: the first step compares them."""
+        return self._owner.registry.values_compared
+
     def begin(self) -> tuple[bool, Fingerprint, Exception | None]:
         """See ``BucketUpdate``. A parameter that was rebound, unfrozen or replaced is left to ``step()``."""
         owner, shards = self._owner, self._shards
@@ -121,9 +126,8 @@ class BackwardStep:
         return StepContext(self._updater, hypers, rows, {}, UNSCALED, UNSCALED, NO_GRADIENTS, None)
 
     def compare(self, reports: RankReports) -> None:
-        """See ``BucketUpdate``: the first step compares the values of all parameters, as with the other options."""
-        if not self._owner.registry.values_compared:
-            self._owner.registry.compare_values(reports)
+        """See ``BucketUpdate``."""
+        self._owner.registry.compare_values(reports)
 
     @torch.no_grad()
     def update(self, bucket: Bucket, active: frozenset[int]) -> None:

@@ -47,6 +47,10 @@ _STEPPING = frozenset((CollectiveCall.ROUND, CollectiveCall.STEP))
 class BucketUpdate(Protocol):
     """What updates and gathers a bucket (``BackwardStep`` in ``backward_step.py``)."""
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether ranks have compared the values of all parameters."""
+
     def begin(self) -> tuple[bool, Fingerprint, Exception | None]:
         """Read the hyperparameters of a step that begins. Not collective.
 
@@ -55,7 +59,7 @@ class BucketUpdate(Protocol):
         """
 
     def compare(self, reports: RankReports) -> None:
-        """Compare the values of parameters that ranks have not compared yet. Collective; raises on all ranks alike."""
+        """Compare the values of all parameters. Collective; raises a RuntimeError on all ranks alike."""
 
     def update(self, bucket: Bucket, active: frozenset[int]) -> None:
         """Update this rank's shard of the ``active`` parameters of ``bucket``, and start to gather it. Collective."""
@@ -231,7 +235,10 @@ class StepReducer(Reducer):
         self._check_pairing(reports)
         if _is_clean(reports):
             try:
-                self.bucket_update.compare(reports)
+                if not self.bucket_update.is_compared:
+                    # Ranks that have not come here yet may wait until this one has read what they send.
+                    self._transfers.before_exchange()
+                    self.bucket_update.compare(reports)
             except RuntimeError as error:
                 # Of all ranks alike: step() raises it.
                 self._problem = self._problem or error.with_traceback(None)
