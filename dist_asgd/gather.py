@@ -138,7 +138,9 @@ class Gatherer:
         if buffer.flat is not None:
             if buffer.device not in self._collectives:
                 self._collectives[buffer.device] = self._communicators.on(buffer.device)
-            self.arrivals.add(id(buffer), self._collectives[buffer.device].all_gather(buffer.flat))
+            wait = self._collectives[buffer.device].all_gather(buffer.flat)
+            # The wait may outlive the optimizer, and so must the memory that it writes.
+            self.arrivals.add(id(buffer), partial(_wait_for, wait, buffer.flat))
         elif isinstance(buffer, PreshardedState) and buffer.replicas is not None:
             self._launch_among(buffer, buffer.replicas)
 
@@ -199,6 +201,10 @@ class Gatherer:
         if key not in self._buffers or self._buffers[key].numel() < numel:
             self._buffers[key] = torch.empty(numel, dtype=buffer.dtype, device=buffer.device)
         return self._buffers[key][:numel]
+
+
+def _wait_for(wait: Wait, _flat: Tensor) -> None:
+    wait()
 
 
 def _place(buffer: PreshardedState, packed: Tensor, send_range: SendRange) -> Tensor:
