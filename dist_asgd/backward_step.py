@@ -27,7 +27,7 @@ from .registry import ParamRegistry
 from .state import IN_BACKWARD, ParamShards
 from .storage.buffers import Bucket
 from .storage.snapshots import NO_GRADIENTS, mark_written
-from .update.batch import StepContext
+from .update.batch import StepContext, run_batches
 from .update.operators import Updater
 from .update.schedule import StepHyperparameters, step_hyperparameters
 from .update.segments import UNSCALED
@@ -138,8 +138,8 @@ class BackwardStep:
         self._gatherer.arrivals.wait_for((id(bucket),))
         # Before the write, so that a backward that still needs one of the values raises torch's error.
         mark_written([member.param for member in bucket.members if member.index in active])
-        for batch in self._shards.plan_of(bucket, active, self._begun.context.hypers):
-            batch.run(self._begun.context)
+        context = self._begun.context
+        run_batches(self._shards.plan_of(bucket, active, context.hypers), context)
         self._gatherer.launch(bucket)
 
     def abandon(self) -> None:
@@ -184,13 +184,17 @@ class BackwardStep:
                     )
         return None
 
-    def end(self, active: frozenset[int]) -> None:
-        """End the step of the ``active`` parameters, all of which are updated: their scalars advance."""
+    def end(self, active: frozenset[int]) -> StepContext | None:
+        """End the step of the ``active`` parameters, all of which are updated: their scalars advance.
+
+        Returns what the updates have read; None if no parameter has a gradient.
+        """
         hypers = step_hyperparameters(self._owner.param_groups, self._shards.leads)
         self._shards.prepare_step(active, hypers)
         self._shards.cohorts.end_step(active, hypers)
         self._shards.cohorts.end_preview()
-        self._begun = None
+        begun, self._begun = self._begun, None
+        return None if begun is None else begun.context
 
 
 def check_whole(shards: ParamShards, backward_step: BackwardStep | None, ends_step: bool) -> None:
