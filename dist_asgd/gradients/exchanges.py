@@ -7,7 +7,6 @@ problems, and of the gradients that others have, before they write any parameter
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from ..comm.agreement import Agreement, Fingerprint
 from ..comm.reports import CollectiveCall, RankReports
 from ..storage.buffers import Bucket
 from .round import Header
-from .transfers import Transfers
 
 
 @dataclass(slots=True)
@@ -42,7 +40,8 @@ class BucketExchanges(Header):
     def __init__(self, agreement: Agreement) -> None:
         super().__init__(agreement)
         self._queue: deque[BucketExchange] = deque()
-        self._transfers: weakref.ref[Transfers] | None = None
+        # Whether all ranks know of the round.
+        self._is_known = True
         # Whether the last exchange has been waited for, and the caller has not called ``go_on`` yet.
         self._is_held = False
 
@@ -51,10 +50,9 @@ class BucketExchanges(Header):
         """Whether an exchange was begun, or has to be, and was not waited for."""
         return bool(self._queue)
 
-    def follow(self, transfers: Transfers) -> None:
-        """Wait in ``wait`` for what these ``transfers`` need."""
-        # Weak, because the transfers keep this object.
-        self._transfers = weakref.ref(transfers)
+    def begin_round(self) -> None:
+        """Let ``wait`` wait for the next exchange, which tells all ranks of a round; none is under way."""
+        self._is_known = False
 
     def add(self, exchange: BucketExchange) -> None:
         """Start ``exchange`` as soon as the caller has done with those before it; nobody waits here."""
@@ -63,7 +61,7 @@ class BucketExchanges(Header):
 
     def hold(self) -> None:
         """Start no exchange before ``go_on``: the call that joins a round has made that of the first bucket."""
-        self._is_held = True
+        self._is_held = self._is_known = True
 
     def go_on(self) -> None:
         """Start the next exchange; called when everything is sent that has to do with the last one."""
@@ -87,18 +85,14 @@ class BucketExchanges(Header):
         self._queue[0].reports = self._pending()
         self._pending = None
         self._queue.popleft()
-        self._is_held = True
+        self._is_held = self._is_known = True
 
     def wait(self) -> None:
-        """Wait for the exchange of the bucket whose gradients this rank is about to wait for.
+        """Wait until every rank has heard of the round; called before this rank waits for their gradients.
 
-        All ranks wait for the exchange of a bucket before they wait for its gradients: so the rank that has come least
-        far never waits for one that waits for it.
+        It waits for no other exchange: ranks that are late with it may wait until this one has read what they send.
         """
-        transfers = None if self._transfers is None else self._transfers()
-        oldest = None if transfers is None else transfers.oldest
-        # An exchange that was taken, and not used yet, has told all ranks of the round.
-        if not self._is_held and any(exchange.bucket is oldest for exchange in self._queue):
+        if not self._is_known and self._queue:
             self._take_first()
 
     def complete(self) -> None:

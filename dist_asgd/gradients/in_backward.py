@@ -112,7 +112,6 @@ class StepReducer(Reducer):
 
     def extend(self, buckets: Sequence[Bucket], presharded: Sequence[PreshardedState]) -> None:
         super().extend(buckets, presharded)
-        self._exchanges.follow(self._transfers)
         self._scratch.fit(self.buckets)
         self._active_of.clear()
 
@@ -173,7 +172,7 @@ class StepReducer(Reducer):
         """Launch a bucket, after the update of the one before last; ``reports`` if its exchange has been made."""
         if not position:
             self._begin()
-        self._make_place()
+        self._make_place(NUM_SCRATCH_SHARDS - 1)
         left_out = {m.index for m in bucket.members if m.index not in self._round.expected} | self._hooks.running()
         gradients = self._unsent(bucket, left_out)
         sent = bit_mask(m.index for m, gradient in zip(bucket.members, gradients, strict=True) if gradient is not None)
@@ -190,7 +189,9 @@ class StepReducer(Reducer):
         self._send(bucket, position, gradients, left_out)
 
     def _begin(self) -> None:
-        """Begin a step, if none has been; the first bucket of a round is about to be launched."""
+        """Begin a round, and with it a step, if none has been; its first bucket is about to be launched."""
+        self._make_place(0)
+        self._exchanges.begin_round()
         if self._place is not None:
             return
         self._place = _Place.UNDECIDED
@@ -203,9 +204,9 @@ class StepReducer(Reducer):
         if self._place is not _Place.STEP:
             self._scratch.lend(bucket)
 
-    def _make_place(self) -> None:
-        """Update buckets until another one may be launched."""
-        while len(self._launched) >= NUM_SCRATCH_SHARDS:
+    def _make_place(self, most: int) -> None:
+        """Update buckets until at most so many are left."""
+        while len(self._launched) > most:
             self._end_oldest()
 
     def _end_oldest(self) -> None:
@@ -309,8 +310,7 @@ class StepReducer(Reducer):
 
     def _end_round(self) -> None:
         """Update what was launched, so that nothing is on its way when the ranks agree on a call."""
-        while self._launched:
-            self._end_oldest()
+        self._make_place(0)
         if self.has_begun and self._call is not CollectiveCall.STEP and self._call not in _LOADS:
             self._problem = self._problem or RuntimeError(
                 f"dist_asgd: {self._call.text} between a backward and step(), with step_in_backward=True: that "

@@ -82,11 +82,6 @@ class Transfers:
         """Whether nothing is on its way."""
         return not (self._launches or self._marks)
 
-    @property
-    def oldest(self) -> Bucket | None:
-        """The bucket whose gradients have been on their way for longest; None if nothing is."""
-        return self._launches[0].bucket if self._launches else None
-
     def forget(self) -> None:
         """Drop everything that is on its way, whatever the other ranks expect."""
         self._launches: deque[_Launch] = deque()

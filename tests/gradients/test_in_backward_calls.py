@@ -161,9 +161,13 @@ def torn_later(rank: int, _world_size: int) -> None:
     first = next(iter(model.parameters()))
     if rank == 0:
         first.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.to_sparse()))
+    before = [p.detach().clone() for p in model.parameters()]
     mlp_loss(model, rank).backward()
     with pytest.raises(RuntimeError, match="sparse gradient"):
         optimizer.step()
+    changed = [not same_bits(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert any(changed)
+    assert not changed[0]
     optimizer.consolidated_state_dict()
 
 
@@ -324,6 +328,39 @@ def changes_hyperparameters(rank: int, _world_size: int) -> None:
 def test_changed_hyperparameters_are_noticed(backend: str, world_size: int) -> None:
     """Schedulers that run between backward and step give the bits of stage 2."""
     run(backend, world_size, changes_hyperparameters)
+
+
+def test_a_parameter_that_has_not_stepped_keeps_its_eta() -> None:
+    """The one of the lr at construction, until its first step, as without the option."""
+    model, subject, other, plain = twins(mlp())
+    for m, o in ((model, subject), (other, plain)):
+        o.param_groups[0]["lr"] = 0.3
+        first, *_ = m.parameters()
+        first.requires_grad_(False)
+        mlp_loss(m, 0).backward()
+        o.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert subject.state[p]["eta"] == plain.state[q]["eta"]
+    assert len({float(subject.state[p]["eta"]) for p in model.parameters()}) == 2
+
+
+def has_large_buckets(rank: int, _world_size: int) -> None:
+    """Job: buckets of many stripes, more than there is room for in memory that ranks share."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1500, 1500, bias=False) for _ in range(3)))
+    other = copy.deepcopy(model)
+    subject, plain = make(model, bucket_cap_mb=1.0), make(other, bucket_cap_mb=1.0, step_in_backward=False)
+    for step in range(2):
+        for m, o in ((model, subject), (other, plain)):
+            o.zero_grad()
+            m(torch.full((1, 1500), 0.1 * rank + step)).square().mean().backward()
+            o.step()
+        assert_same_models(model, other, f"after step {step}")
+
+
+def test_buckets_of_many_stripes_arrive() -> None:
+    """No rank waits for one that waits for it."""
+    run("gloo", 2, has_large_buckets)
 
 
 @pytest.mark.parametrize(
