@@ -29,7 +29,9 @@ from benchmarks.trainer import MemoryTrainer, Trainer, follow_memory
 # in use; by default glibc keeps freed memory in its heap and the peak shows the heap's history.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
-NUM_MEMORY_STEPS = 5
+NUM_MEMORY_STEPS, FEWER_MEMORY_STEPS = 5, 3
+# The peers whose peaks are also measured above what torch loads at first use, which takes processes without it.
+COLD = ("ddp", "ddp-views", "zero", "stage1-views", "stage2")
 # A rank beside its model's memory, and what the system and this process need.
 RANK_BYTES, RESERVED_BYTES = 200e6, 2e9
 _BEGIN = time.monotonic()
@@ -66,11 +68,12 @@ class Timer:
             network = {"environment": ENVIRONMENT, "entrance": hosts.entrance(ranks // NUM_HOSTS)}
         try:
             for peer in peers:
+                team = Team(Trainer, ranks, peer, shape, start="forkserver", **network)
+                self._teams[peer.key] = self._stack.enter_context(team)
+            for peer in peers:
                 progress(f"{_name(group[0])}: start of {peer.label}")
                 with self._may_fail(peer.key):
-                    team = Team(Trainer, ranks, peer, shape, start="forkserver", **network)
-                    self._teams[peer.key] = self._stack.enter_context(team)
-                    team.wait_ready()
+                    self._teams[peer.key].wait_ready()
         except BaseException:
             self._stack.close()
             raise
@@ -154,27 +157,31 @@ def _name(setting: Setting) -> str:
 
 
 def measure_memory(
-    peers: Sequence[Peer], setting: Setting, shape: AnyShape, start: str, failures: Failures
+    peers: Sequence[Peer], setting: Setting, shape: AnyShape, thorough: bool, failures: Failures
 ) -> dict[str, dict[str, list[Any]]]:
     """Peaks in bytes by peer, kind and rank. Peers run one after the other, each in processes of its own.
 
-    With ``start="spawn"`` also above the floor without what torch loads at first use, and of consolidating.
+    ``thorough`` takes more steps, consolidates, and has peers of COLD also above the floor without what torch loads at
+    first use.
     """
     peaks: dict[str, dict[str, list[Any]]] = {}
     for peer in peers:
         progress(f"{_name(setting)}: memory of {peer.label}")
+        # A fork shares code that torch has loaded: the floor before the miniature says nothing.
+        cold = thorough and peer.key in COLD
+        start = "spawn" if cold else "forkserver"
+        num_steps = NUM_MEMORY_STEPS if thorough else FEWER_MEMORY_STEPS
         try:
             with Team(MemoryTrainer, setting.ranks, peer, shape, entrance=follow_memory, start=start) as team:
                 team.wait_ready()
-                found = {"wrap": team.call("wrap_peak"), "steps": team.call("steps_peak", NUM_MEMORY_STEPS)}
-                if peer.consolidates and start == "spawn":
+                found = {"wrap": team.call("wrap_peak"), "steps": team.call("steps_peak", num_steps)}
+                if not cold:
+                    found = {kind: [{"warm": rank["warm"]} for rank in ranks] for kind, ranks in found.items()}
+                if peer.consolidates and thorough:
                     found["consolidation"] = team.call("consolidation_peak")
         except RuntimeError as error:
             failures[peer.key] = reason(error)
             continue
-        if start != "spawn":
-            # A fork shares code that torch has loaded: the floor before the miniature says nothing.
-            found = {kind: [{"warm": rank["warm"]} for rank in ranks] for kind, ranks in found.items()}
         peaks[peer.key] = found
     return peaks
 

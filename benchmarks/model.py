@@ -118,9 +118,7 @@ class Wide(nn.Module):
 
     def __init__(self, shape: WideShape) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            [nn.Linear(shape.width, shape.width, bias=False) for _ in range(shape.num_layers)]
-        )
+        self.blocks = nn.ModuleList([nn.Linear(shape.width, shape.width, bias=False) for _ in range(shape.num_layers)])
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, width) -> ()
         for block in self.blocks:

@@ -53,7 +53,7 @@ class Team:
         entrance: Callable[[int], None] | None = None,
         start: str = "spawn",
     ) -> None:
-        context = mp.get_context(start)
+        context: Any = mp.get_context(start)
         if start == "forkserver":
             context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory(prefix="dist_asgd_bench_")

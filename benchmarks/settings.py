@@ -12,6 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.hosts import NUM_HOSTS
+from benchmarks.model import MODELS
+
+# What the time of the default allows on 2 cores, from the most important on; ALL takes about half an hour.
+DEFAULT = ("gpt/2/host", "gpt/4/host", "wide/2/host", "gpt/2/1", "gpt/2/10")
+ALL = (*DEFAULT, "wide/4/host", "gpt/4/1", "gpt/4/10", "wide/2/1", "wide/2/10")
 # What a step takes beside the first setting's, roughly.
 _MODEL_WEIGHT = {"gpt": 1.0, "wide": 2.0}
 
@@ -31,9 +37,17 @@ class Setting:
 
     @staticmethod
     def parse(key: str) -> Setting:
-        """The setting with this key."""
-        model, ranks, link = key.split("/")
-        return Setting(model, int(ranks), None if link == "host" else float(link))
+        """The setting with this key. Raises ValueError for another text."""
+        try:
+            model, ranks, link = key.split("/")
+            setting = Setting(model, int(ranks), None if link == "host" else float(link))
+        except ValueError:
+            raise ValueError(f"wanted MODEL/RANKS/LINK, as gpt/2/host or gpt/2/10, got {key!r}") from None
+        if model not in MODELS:
+            raise ValueError(f"wanted a model of {list(MODELS)}, got {key!r}")
+        if setting.ranks < 1 or (setting.link is not None and (setting.ranks % NUM_HOSTS or setting.link <= 0)):
+            raise ValueError(f"wanted a number of ranks that {NUM_HOSTS} hosts share, and a rate, got {key!r}")
+        return setting
 
     @property
     def weight(self) -> float:
@@ -62,13 +76,12 @@ class Pace:
             yield number
 
 
-def groups_of(models: Sequence[str], ranks: Sequence[int], links: Sequence[float | None]) -> list[list[Setting]]:
-    """The groups, from the most important on. Links between hosts are measured with the first model alone."""
-    on_host = [[Setting(model, n)] for model in models for n in ranks] if None in links else []
-    rates = [rate for rate in links if rate is not None]
-    # Hosts have as many ranks each.
-    between = [[Setting(models[0], n, rate) for rate in rates] for n in ranks if n % 2 == 0] if rates else []
-    return on_host + between
+def groups_of(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """The groups, in the order of their first settings."""
+    groups: dict[tuple[str, int, bool], list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault((setting.model, setting.ranks, setting.link is None), []).append(setting)
+    return list(groups.values())
 
 
 class Budget:

@@ -32,10 +32,10 @@ from benchmarks.measure import (
     summarize_consolidation,
     team_bytes,
 )
-from benchmarks.model import MODELS, AnyShape, build_model, parameter_bytes
+from benchmarks.model import MODELS, Shape, build_model, parameter_bytes
 from benchmarks.peers import PEERS, Peer, select_peers
 from benchmarks.report import surroundings
-from benchmarks.settings import Budget, Pace, Setting, groups_of
+from benchmarks.settings import ALL, DEFAULT, Budget, Pace, Setting, groups_of
 
 PARTS = ("time", "memory", "imbalance")
 FIRST_ROUNDS, OTHER_ROUNDS = 15, 8
@@ -44,15 +44,15 @@ FIRST_ROUNDS, OTHER_ROUNDS = 15, 8
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; None stands for the arguments of this process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="models (all)")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="numbers of ranks to start (2 4)")
     parser.add_argument(
-        "--links",
+        "--settings",
         nargs="+",
-        type=_link,
-        default=[None, 1.0, 10.0],
-        metavar="LINK",
-        help="'host' for ranks of one host, or Gbit/s between two; needs root, ip and tc (host 1 10)",
+        type=_settings,
+        default=[_settings("usual")],
+        metavar="MODEL/RANKS/LINK",
+        help="models are gpt (31M parameters in 173 tensors) and wide (103M in two); a link is 'host', for ranks of one "
+        f"host, or the Gbit/s between two, which needs root, ip and tc; 'all' stands for {' '.join(ALL)}; without this "
+        f"option it is {' '.join(DEFAULT)}",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time to fill with rounds (%(default)s)")
     parser.add_argument("--rounds", type=int, help=f"at most so many timed rounds ({FIRST_ROUNDS}, {OTHER_ROUNDS})")
@@ -72,21 +72,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _link(text: str) -> float | None:
-    return None if text == "host" else float(text)
+def _settings(text: str) -> list[Setting]:
+    """The settings of one argument."""
+    try:
+        return [Setting.parse(key) for key in {"usual": DEFAULT, "all": ALL}.get(text, (text,))]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the chosen parts in each setting, and return all figures."""
     begin = time.monotonic()
-    if options.quick:
-        options.models, options.ranks, options.links = ["gpt"], [2], [None]
+    settings = [Setting("gpt", 2)] if options.quick else [each for several in options.settings for each in several]
     peers = select_peers(options.peers, quick=options.quick)
-    groups = groups_of(options.models, options.ranks, options.links)
+    groups = groups_of(settings)
     report: dict[str, Any] = {"surroundings": surroundings(), "quick": options.quick, "settings": {}}
-    if "imbalance" in options.parts and "gpt" in options.models:
+    if "imbalance" in options.parts:
         progress("imbalance at other world sizes")
-        report["imbalance"] = measure_imbalance(_shape("gpt", options), ours=any(peer.ours for peer in peers))
+        shape = Shape().tiny() if options.quick else Shape()
+        report["imbalance"] = measure_imbalance(shape, ours=any(peer.ours for peer in peers))
     budget = Budget(60 * options.minutes - (time.monotonic() - begin), groups)
     hosts: Hosts | None = None
     with ExitStack() as stack:
@@ -106,10 +110,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _shape(model: str, options: argparse.Namespace) -> AnyShape:
-    return MODELS[model].tiny() if options.quick else MODELS[model]
-
-
 class Measurement:
     """What is measured in the settings of one group; it goes to ``report["settings"]``, by the settings' keys."""
 
@@ -124,10 +124,11 @@ class Measurement:
         self._options, self._group, self._peers, self._hosts = options, group, peers, hosts
         self._report = report
         self._first = not report["settings"]
-        self._shape = _shape(group[0].model, options)
+        shape = MODELS[group[0].model]
+        self._shape = shape.tiny() if options.quick else shape
         model = build_model(self._shape)
         self._unit = parameter_bytes(model)
-        self._figures = {
+        self._figures: dict[str, dict[str, Any]] = {
             setting.key: {
                 "parameter_bytes": self._unit,
                 "num_parameters": len(list(model.parameters())),
@@ -147,8 +148,7 @@ class Measurement:
         failures: dict[str, str] = {}
         if "memory" in self._options.parts and self._hosts is None:
             # What torch loads at first use is the same in every setting.
-            start = "spawn" if self._first else "forkserver"
-            memory = measure_memory(self._peers, self._group[0], self._shape, start, failures)
+            memory = measure_memory(self._peers, self._group[0], self._shape, self._first, failures)
             self._figures[self._group[0].key]["memory"] = memory
         if "time" in self._options.parts:
             self._time(deadline, memory or self._memory_on_host(), failures)

@@ -1,7 +1,8 @@
 """Where the figures of ``benchmarks.step`` go: files, a picture, and the tables of the README and of the docs.
 
-A page has its copy of the table at a glance between two comments, ``<!-- benchmarks.step -->`` and ``<!-- end -->``;
-nobody edits it by hand, and a test compares it with the figures in ``benchmarks/results/step.json``.
+A page has its copy of the table at a glance between two comments, ``<!-- benchmarks.step: KEYS -->`` and
+``<!-- end -->``, with the keys of the settings that it shows, or without keys all of them. Nobody edits the copy by
+hand, and a test compares it with the figures in ``benchmarks/results/step.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.settings import Setting
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-_COPY = re.compile(r"(<!-- benchmarks\.step -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+_COPY = re.compile(r"(<!-- benchmarks\.step(?:: ([^>]+))? -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 OURS, THEIRS = "#2458a6", "#b9bec6"
 COLUMNS = 4
 
@@ -43,10 +44,15 @@ def publish(report: Mapping[str, Any]) -> None:
 
 def with_copy(page: str, report: Mapping[str, Any]) -> str:
     """A page's text with the table at a glance of this report. Raises ValueError if the page has no place for it."""
-    text, count = _COPY.subn(lambda found: found[1] + step_report.glance(report) + found[3], page)
-    if count != 1:
-        raise ValueError(f"a page needs one place between <!-- benchmarks.step --> and <!-- end -->; got {count}")
-    return text
+    places = list(_COPY.finditer(page))
+    if len(places) != 1:
+        raise ValueError(
+            f"wanted one place between <!-- benchmarks.step --> and <!-- end --> in the page, got {len(places)}; "
+            "put both comments where the table belongs"
+        )
+    (place,) = places
+    keys = (place[2] or "").split()
+    return page[: place.start()] + place[1] + step_report.glance(report, keys) + place[4] + page[place.end() :]
 
 
 def _rounded(value: Any) -> Any:
@@ -91,8 +97,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axis.set_visible(False)
     axes[0].set_yticks(range(len(keys)), [peer_of(key).label for key in keys])
     axes[0].invert_yaxis()
-    what = f"Time of a step over {peer_of(keys[0]).label}, with half of the interquartile range to each side; less is better"
-    figure.suptitle(what, fontsize=9, x=0.01, ha="left")
+    subject = f"Time of a step over {peer_of(keys[0]).label}, with half of the interquartile range to each side"
+    figure.suptitle(f"{subject}; less is better", fontsize=9, x=0.01, ha="left")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
 
 
@@ -109,6 +115,6 @@ def _bars(axis: Any, keys: list[str], values: Mapping[str, float], spreads: Mapp
         axis.text(value + spread + 0.02 * limit, position, f"{value:.2f}", va="center", fontsize=7)
     axis.set_xlim(0, limit)
     axis.tick_params(labelsize=7)
-    axis.axvline(values[keys[0]] if keys[0] in values else 1.0, color="#666666", lw=0.8, ls=":")
+    axis.axvline(values.get(keys[0], 1.0), color="#666666", lw=0.8, ls=":")
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

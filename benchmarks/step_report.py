@@ -20,7 +20,13 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     sections = ["# Benchmark: one training step", _fields(report["surroundings"])]
     if report["quick"]:
         sections.append("`--quick` shows that the benchmark runs; its figures say little.")
-    sections += ["## At a glance", glance(report), _GLANCE_NOTE.format(models=_models(report)), *_absent(report)]
+    sections += [
+        "## At a glance",
+        _PICTURE,
+        glance(report),
+        _GLANCE_NOTE.format(models=_models(report)),
+        *_absent(report),
+    ]
     goals = [] if report["quick"] else list(targets(report))
     if goals:
         sections += ["## Goals", _goals_table(goals)]
@@ -59,9 +65,12 @@ def peak(figures: Mapping[str, Any], key: str, floor: str = "warm", kind: str = 
     return highest
 
 
-def glance(report: Mapping[str, Any], link: str = "") -> str:
-    """One line for each peer: the ratio of a step's time in each setting, and the peak memory of the first."""
-    settings = {Setting.parse(key): figures for key, figures in report["settings"].items()}
+def glance(report: Mapping[str, Any], only: Sequence[str] = ()) -> str:
+    """One line for each peer: the ratio of a step's time in each setting, and the peak memory of the first.
+
+    ``only`` are keys of settings; none stands for all.
+    """
+    settings = {Setting.parse(key): f for key, f in report["settings"].items() if key in (only or report["settings"])}
     first, figures_of_first = next(iter(settings.items()))
     header = ["time of a step", *map(_column, settings), f"memory, {_column(first)}"]
     rows = []
@@ -79,6 +88,7 @@ def _column(setting: Setting) -> str:
     return f"{MODEL_NAMES[setting.model]}, {setting.ranks} ranks{where}"
 
 
+_PICTURE = "![Bars of the times of a step and of the peak memory of all peers](step.svg)"
 _GLANCE_NOTE = """Times are medians of the slowest rank's whole step, over those of the first line in the same rounds. \
 *memory* is the
 peak above the bare model without what torch loads at first use, in units of P, the parameters' bytes. Ranks are on one
@@ -91,8 +101,8 @@ def _models(report: Mapping[str, Any]) -> str:
     """The models of the settings, one line each."""
     by_model = {Setting.parse(key).model: figures for key, figures in report["settings"].items()}
     return "\n".join(
-        f"- *{MODEL_NAMES[model]}*: {f['parameter_bytes'] / 4e6:.1f}M fp32 parameters in {f['num_parameters']} tensors, "
-        f"P = {f['parameter_bytes'] / MB:.1f} MB; {f['input']} per rank and step"
+        f"- *{MODEL_NAMES[model]}*: {f['parameter_bytes'] / 4e6:.1f}M fp32 parameters in {f['num_parameters']} "
+        f"tensors, P = {f['parameter_bytes'] / MB:.1f} MB; {f['input']} per rank and step"
         for model, f in by_model.items()
     )
 
@@ -216,11 +226,12 @@ def _bytes_table(figures: Mapping[str, Any]) -> str:
     )
 
 
-_BYTES_NOTE = """*state* and *gradients*: distinct storages between backward and step, on the rank with the most. Gradients
-are what backward left behind: `p.grad`, DDP's buckets where they are beside it (no views), and stage 2's reduced
-shards. *peak*: resident memory in five steps above the process that holds the bare model, in units of the parameters'
-bytes, on the rank with the most, after the same process has trained and dropped a miniature, so that code which torch
-loads on first use is not counted; *with torch's own*: above the same process before the miniature."""
+_BYTES_NOTE = """*state* and *gradients*: distinct storages between backward and step, on the rank with the most.
+State is what an optimizer or its library keeps beside parameters and gradients; gradients are what backward left
+behind: `p.grad`, DDP's buckets where they are beside it (no views), and reduced shards. *peak*: resident memory in five
+steps above the process that holds the bare model, in units of the parameters' bytes, on the rank with the most, after
+the same process has trained and dropped a miniature, so that code which torch loads on first use is not counted; *with
+torch's own*: above the same process before the miniature. *Construction* is that of wrapping and optimizer."""
 
 
 def _consolidation_table(report: Mapping[str, Any]) -> str:

@@ -181,7 +181,7 @@ def _train(training: Training, batch: torch.Tensor) -> None:
     training.backward(training.module(batch))
 
 
-def follow_memory(rank: int) -> None:
+def follow_memory(_rank: int) -> None:
     """Let resident memory follow what is in use: allocations of 64 KiB and more are mapped and unmapped one by one.
 
     By default glibc keeps freed memory in its heap, and the peak shows the heap's history. An entrance of a team.

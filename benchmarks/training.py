@@ -34,7 +34,7 @@ class Training:
 
     def backward(self, loss: Tensor) -> None:
         """Run backward. Collective."""
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Take the optimizer's step. Collective."""
@@ -64,7 +64,8 @@ class FairScale(Training):
         from fairscale.optim.oss import OSS
 
         optimizer = OSS(model.parameters(), optim=optimizer_class, **options)
-        super().__init__(ShardedDataParallel(model, optimizer), optimizer)
+        self._wrapped = ShardedDataParallel(model, optimizer)
+        super().__init__(self._wrapped, optimizer)
 
     def zero_grad(self) -> None:
         # Its gradients lie in buckets, from which the optimizer's zero_grad() would cut them off.
@@ -75,7 +76,7 @@ class FairScale(Training):
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         yield from super().gradients(parameters)
-        yield from (bucket.buffer for bucket in self.module._bucket_list if bucket.buffer is not None)
+        yield from (bucket.buffer for bucket in self._wrapped._bucket_list if bucket.buffer is not None)
 
 
 class DeepSpeed(Training):
@@ -103,17 +104,18 @@ class DeepSpeed(Training):
                 "allgather_bucket_size": BUCKET_BYTES // 4,
             },
         }
-        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
-        super().__init__(engine, optimizer)
+        optimizer = make_optimizer(model)
+        self._engine, wrapping, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        super().__init__(self._engine, wrapping)
 
     def zero_grad(self) -> None:
         """Do nothing: the engine's ``step()`` has cleared them."""
 
     def backward(self, loss: Tensor) -> None:
-        self.module.backward(loss)
+        self._engine.backward(loss)
 
     def step(self) -> None:
-        self.module.step()
+        self._engine.step()
 
     def state(self) -> Iterator[Tensor]:
         # Beside the state of the optimizer, the engine keeps a copy of the parameters that this rank updates.
