@@ -50,9 +50,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=_settings,
         default=[_settings("usual")],
         metavar="MODEL/RANKS/LINK",
-        help="models are gpt (31M parameters in 173 tensors) and wide (103M in two); a link is 'host', for ranks of one "
-        f"host, or the Gbit/s between two, which needs root, ip and tc; 'all' stands for {' '.join(ALL)}; without this "
-        f"option it is {' '.join(DEFAULT)}",
+        help="models are gpt (31M parameters in 173 tensors) and wide (103M in two); a link is 'host', for ranks of "
+        f"one host, or the Gbit/s between two, which needs root, ip and tc; 'all' stands for {' '.join(ALL)}; without "
+        f"this option it is {' '.join(DEFAULT)}",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time to fill with rounds (%(default)s)")
     parser.add_argument("--rounds", type=int, help=f"at most so many timed rounds ({FIRST_ROUNDS}, {OTHER_ROUNDS})")
