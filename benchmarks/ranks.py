@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DIST_ASGD_SHARED_MEMORY": "1"}
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TIMEOUT = timedelta(seconds=120)
 # Longer than the group's timeout: an error of the group tells more than this one does.
 ANSWER_SECONDS = 600.0

@@ -93,7 +93,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         shard_replicated: True lets each rank of a replica group (HSDP, replicated parameters of tensor parallelism)
             update a fragment and keep the state of that; parameters are gathered among them. False lets each update
             and keep all of it, as torch does. The bits are the same.
-        shared_memory: False: ranks of one host share no memory on CPUs, whatever DIST_ASGD_SHARED_MEMORY says.
+        shared_memory: False: ranks of one host share no memory on CPUs, as with DIST_ASGD_SHARED_MEMORY=0.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.

@@ -102,6 +102,11 @@ class ShardCollectives(ABC):
         return False
 
     @property
+    def reads_rows(self) -> bool:
+        """Whether other ranks read send buffers: those of ``row_layout`` then, whose ranges ``sends[r]`` lists."""
+        return False
+
+    @property
     def waits_to_launch(self) -> bool:
         """Whether a reduce-scatter, when it starts, may wait for the one before it to arrive."""
         return False
@@ -142,8 +147,10 @@ class ShardCollectives(ABC):
         """Start ``shard = mean over ranks of their sends to it``, or ``shard +=`` that if ``accumulate``.
 
         Args:
-            sends: ``sends[r]`` lists the ranges for the shard of rank r. All ranks list the same ranges. Tensors are
-                only read, and must not change before the wait. Elements that no range covers keep their value.
+            sends: ``sends[r]`` lists the ranges for the shard of rank r. Tensors are only read, and must not change
+                before the wait. All ranks list the same ranges, and elements that none covers keep their value. If
+                ``reads_rows``, the send buffer has one range for each other rank, and ``sends[rank]`` what this rank
+                adds to its shard itself, in ranges that no other needs to know.
                 If ``contiguous``, the only entry of ``sends[0]`` is the flat buffer with the shards of all ranks, which
                 may be overwritten.
             shard: ``(shard_numel,)``; complete after the wait.

@@ -79,6 +79,10 @@ class Hybrid(ShardCollectives):
         return self._inside.send_buffer(numel, dtype)
 
     @property
+    def reads_rows(self) -> bool:
+        return self._inside.reads_rows
+
+    @property
     def waits_to_launch(self) -> bool:
         return True
 

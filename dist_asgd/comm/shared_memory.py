@@ -33,15 +33,15 @@ PIECE_BYTES = 1 << 18
 OUTBOX_BYTES = 2 * PIECE_BYTES
 # Gradients are packed and summed in stripes of this size: they stay in caches in between, and outboxes stay small.
 STRIPE_BYTES = 1 << 21
-# How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
-SEND_BUFFERS = 3
+# How many send buffers an outbox holds: one is read while the next is packed.
+SEND_BUFFERS = 2
 
 
 @cache
 def _log_once(reason: str) -> None:
     logging.getLogger("dist_asgd").warning(
         "ranks of one host do not share memory: %s. Gradients and parameters go through Gloo's messages instead, with "
-        "the same bits and at about half the speed. Without %s=1 in the environment nobody asks for shared memory.",
+        "the same bits and at about half the speed. With %s=0 in the environment nobody asks for shared memory.",
         reason,
         ENVIRONMENT,
     )
@@ -66,7 +66,7 @@ def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | Non
 
 def _why_not() -> str | None:
     """Why this rank cannot share memory; empty if nobody wants it to; None if it can."""
-    if os.environ.get(ENVIRONMENT, "0").lower() not in ("1", "true", "on", "yes"):
+    if os.environ.get(ENVIRONMENT, "1").lower() in ("0", "false", "off", "no"):
         return ""
     loaded = library()
     if isinstance(loaded, str):
@@ -205,12 +205,8 @@ class SharedMemory(GroupCommunicator):
         self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
 
     @property
-    def contiguous(self) -> bool:
+    def reads_rows(self) -> bool:
         return True
-
-    @property
-    def gathers_contiguous(self) -> bool:
-        return False
 
     @property
     def in_background(self) -> bool:
@@ -276,22 +272,27 @@ class SharedMemory(GroupCommunicator):
         return buffer
 
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
-        send = sends[0][0][1]
-        message = self._packing.pop(send.data_ptr())
+        # The rows of the other ranks begin with that of the first of them.
+        message = self._packing.pop(sends[self._peers[0]][0][1].data_ptr())
         with record_function("dist_asgd::reduce_scatter"):
             self._ring.publish(message)
-        end = partial(self._mean_of, send.dtype, shard, accumulate)
+        end = partial(self._mean_of, sends[self.rank], shard, accumulate)
         mean = _Mean(self._ring, message, end)
         ring = self._ring
         return Reduction(self._launch("a reduce-scatter", mean), lambda: mean.has_ended or ring.is_published(message))
 
-    def _mean_of(self, dtype: torch.dtype, shard: Tensor, accumulate: bool, message: Message) -> None:
-        """``shard = mean`` of what all ranks have published of ``message`` for this one, or ``+=``."""
+    def _mean_of(self, own: Sequence[tuple[int, Tensor]], shard: Tensor, accumulate: bool, message: Message) -> None:
+        """``shard = mean`` of ``own`` ranges and the rows that others have published of ``message``, or ``+=``."""
         for peer in self._peers:
             self._ring.wait_for(peer, message)
-        mine = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
-        values = [self._ring.outbox(rank, message).view(dtype)[mine] for rank in range(self.world_size)]
-        self._store_mean(values, shard, accumulate)
+        numel = shard.numel()
+        for at, values in own:
+            every = [values] * self.world_size
+            for peer in self._peers:
+                # A rank packs no row for itself.
+                first = (self.rank - (self.rank > peer)) * numel + at
+                every[peer] = self._ring.outbox(peer, message).view(values.dtype)[first : first + values.numel()]
+            self._store_mean(every, shard[at : at + values.numel()], accumulate)
 
     def _store_mean(self, values: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:
         """``target = mean(values)``, or ``+=``: with the bits of ``Gloo``'s, and ``values`` are only read."""
