@@ -69,7 +69,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="write all three to benchmarks/results, and the tables in README.md and docs/benchmarks.md",
     )
     parser.add_argument("--from-json", type=Path, metavar="PATH", help="measure nothing: report these figures")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.quick and options.publish:
+        parser.error("--quick measures nothing that says much; leave it out with --publish")
+    return options
 
 
 def _settings(text: str) -> list[Setting]:

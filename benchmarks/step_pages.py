@@ -36,14 +36,21 @@ def write(report: Mapping[str, Any], markdown: Path | None, figures: Path | None
 
 
 def publish(report: Mapping[str, Any]) -> None:
-    """Write all of it to ``benchmarks/results``, and the table at a glance to the pages that show it."""
+    """Write all of it to ``benchmarks/results``, and the table at a glance to the pages that show it.
+
+    Raises ValueError, before anything is written, if a page shows a setting that was not measured.
+    """
+    texts = [with_copy(page.read_text(), report) for page in PAGES]
     write(report, RESULTS / "step.md", RESULTS / "step.json", RESULTS / "step.svg")
-    for page in PAGES:
-        page.write_text(with_copy(page.read_text(), report))
+    for page, text in zip(PAGES, texts, strict=True):
+        page.write_text(text)
 
 
 def with_copy(page: str, report: Mapping[str, Any]) -> str:
-    """A page's text with the table at a glance of this report. Raises ValueError if the page has no place for it."""
+    """A page's text with the table at a glance of this report.
+
+    Raises ValueError if the page has no place for it, or shows a setting that the report does not have.
+    """
     places = list(_COPY.finditer(page))
     if len(places) != 1:
         raise ValueError(
@@ -52,6 +59,10 @@ def with_copy(page: str, report: Mapping[str, Any]) -> str:
         )
     (place,) = places
     keys = (place[2] or "").split()
+    if missing := [key for key in keys if not report["settings"].get(key, {}).get("time")]:
+        raise ValueError(
+            f"the page shows the settings {keys}, the report has no times for {missing}: measure them, too"
+        )
     return page[: place.start()] + place[1] + step_report.glance(report, keys) + place[4] + page[place.end() :]
 
 

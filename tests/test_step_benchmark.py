@@ -35,6 +35,11 @@ def test_a_page_without_a_place_for_the_table_is_refused() -> None:
         step_pages.with_copy("# Page\n", FIGURES)
 
 
+def test_a_page_does_not_lose_a_setting_that_was_not_measured() -> None:
+    with pytest.raises(ValueError, match="no times for .*wide/8/host"):
+        step_pages.with_copy("<!-- benchmarks.step: gpt/2/host wide/8/host -->\n\n<!-- end -->\n", FIGURES)
+
+
 def _missing(_model: nn.Module) -> Training:
     raise ModuleNotFoundError("No module named 'elsewhere'")
 
