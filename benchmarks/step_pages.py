@@ -60,9 +60,7 @@ def with_copy(page: str, report: Mapping[str, Any]) -> str:
     (place,) = places
     keys = (place[2] or "").split()
     if missing := [key for key in keys if not report["settings"].get(key, {}).get("time")]:
-        raise ValueError(
-            f"the page shows the settings {keys}, the report has no times for {missing}: measure them, too"
-        )
+        raise ValueError(f"the page shows the settings {keys}, the report has no times for {missing}: measure these")
     return page[: place.start()] + place[1] + step_report.glance(report, keys) + place[4] + page[place.end() :]
 
 

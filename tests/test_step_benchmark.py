@@ -36,7 +36,7 @@ def test_a_page_without_a_place_for_the_table_is_refused() -> None:
 
 
 def test_a_page_does_not_lose_a_setting_that_was_not_measured() -> None:
-    with pytest.raises(ValueError, match="no times for .*wide/8/host"):
+    with pytest.raises(ValueError, match=r"no times for .*wide/8/host"):
         step_pages.with_copy("<!-- benchmarks.step: gpt/2/host wide/8/host -->\n\n<!-- end -->\n", FIGURES)
 
 
