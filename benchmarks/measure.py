@@ -32,8 +32,8 @@ MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_
 NUM_MEMORY_STEPS, FEWER_MEMORY_STEPS = 5, 3
 # The peers whose peaks are also measured above what torch loads at first use, which takes processes without it.
 COLD = ("ddp", "ddp-views", "zero", "stage1-views", "stage2")
-# A rank beside its model's memory, and what the system and this process need.
-RANK_BYTES, RESERVED_BYTES = 200e6, 2e9
+# A rank beside its model, and what is left to the system: code that leaves the page cache is read again in a step.
+RANK_BYTES, RESERVED_BYTES = 200e6, 4e9
 _BEGIN = time.monotonic()
 
 Failures = dict[str, str]

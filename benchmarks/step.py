@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -105,7 +104,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     report["no_hosts"] = reason(error)
                     break
             those = [peer for peer in peers if peer.least_ranks <= group[0].ranks]
-            Measurement(options, group, those, report, hosts if group[0].link is not None else None).run(budget)
+            measurement = Measurement(options, group, those, report, hosts if group[0].link is not None else None)
+            try:
+                measurement.run(budget)
+            except KeyboardInterrupt:
+                report["interrupted"] = [setting.key for setting in group]
+                break
             budget.end_group()
     progress("")
     report["surroundings"]["load average at end"] = f"{os.getloadavg()[0]:.1f}"
@@ -142,7 +146,6 @@ class Measurement:
             }
             for setting in group
         }
-        report["settings"] |= self._figures
 
     def run(self, budget: Budget) -> None:
         """Measure memory and time, as far as they are asked for."""
@@ -157,6 +160,7 @@ class Measurement:
             self._time(deadline, memory or self._memory_on_host(), failures)
         for figures in self._figures.values():
             figures["failures"] = failures
+        self._report["settings"] |= self._figures
 
     def _memory_on_host(self) -> dict[str, Any]:
         """The memory of the same ranks without a link, if it was measured."""
@@ -192,8 +196,8 @@ class Measurement:
 def main() -> None:
     """Measure, print the report, and write files if the command line asks for them."""
     options = parse_arguments()
-    # Ended from outside, it still removes its hosts and ends its ranks.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # Ended from outside, it still removes its hosts, ends its ranks, and reports the settings that are complete.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = json.loads(options.from_json.read_text()) if options.from_json else run(options)
     print(step_report.as_markdown(report))
     step_pages.write(report, options.markdown, options.json, options.picture)

@@ -120,6 +120,8 @@ def _absent(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if "no_hosts" in report:
         lines.append(f"- Links between hosts: `{report['no_hosts']}`")
+    if "interrupted" in report:
+        lines.append(f"- {', '.join(report['interrupted'])} and the settings after that: interrupted")
     if lines:
         yield "Not measured, with the error that said so:\n\n" + "\n".join(lines)
 
