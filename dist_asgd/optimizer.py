@@ -159,6 +159,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         finally:
             del problem  # its traceback refers to this frame
         self._constructed = True
+        self.communicators.share_control()
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )

@@ -11,14 +11,13 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .rank_names import RankNames
-from .roll import Roll
 
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
@@ -46,6 +45,22 @@ class PeerError(RuntimeError):
     """A collective failed: a peer died, was cut off, or did not arrive within the group's timeout."""
 
 
+class Attendance(Protocol):
+    """Knows the ranks that wait in one exchange; see ``Roll``."""
+
+    def write(self) -> None:
+        """Note that this rank waits."""
+        ...
+
+    def missing(self) -> list[int]:
+        """Return the ranks that have not noted to wait, by position in the group."""
+        ...
+
+    def erase(self) -> None:
+        """Forget all notes; called when the wait is over."""
+        ...
+
+
 class PendingSummary:
     """Words of all ranks, combined, that are on their way: calling it waits, and returns them.
 
@@ -53,7 +68,7 @@ class PendingSummary:
     """
 
     def __init__(
-        self, wait: Callable[[], list[int]], poll: Callable[[], None] | None = None, roll: Roll | None = None
+        self, wait: Callable[[], list[int]], poll: Callable[[], None] | None = None, roll: Attendance | None = None
     ) -> None:
         """``roll`` is that of this exchange, if its ranks have one."""
         self._wait, self._poll, self._roll = wait, poll, roll
@@ -313,9 +328,14 @@ class GroupCommunicator(Communicator):
 
     def peer_error(self, action: str, error: BaseException) -> PeerError:
         """Return the PeerError for an ``error`` that the backend raised during ``action``; the caller raises it."""
-        return PeerError(
-            f"dist_asgd: {action} failed on {RankNames(self.ranks).place(self.rank)}: a peer has died, was cut off, or "
-            f"did not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to "
-            f"torch's Join). Parameters and state may differ between ranks now: restart the job from its last "
-            f"checkpoint. The backend said: {error}"
-        )
+        return peer_error(self.ranks, self.rank, action, error)
+
+
+def peer_error(ranks: Sequence[int], rank: int, action: str, error: BaseException) -> PeerError:
+    """Return the PeerError of ``ranks[rank]`` for an ``error`` that the backend raised during ``action``."""
+    return PeerError(
+        f"dist_asgd: {action} failed on {RankNames(ranks).place(rank)}: a peer has died, was cut off, or "
+        f"did not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to "
+        f"torch's Join). Parameters and state may differ between ranks now: restart the job from its last "
+        f"checkpoint. The backend said: {error}"
+    )

@@ -16,12 +16,15 @@ import torch.distributed as dist
 
 from .axes import Axes, NotAMember, Ranks, timeout_of
 from .base import Communicator, ShardCollectives, SingleProcess
+from .board import Board
+from .board import file_bytes as board_bytes
 from .gloo import Gloo
 from .host_group import DEFAULT_TIMEOUT, HostGroup
 from .hybrid import Hybrid
 from .native import NativeCollectives
 from .rank_names import RankNames
 from .shared_memory import OUTBOX_BYTES, SharedMemory, make_ring
+from .shared_pages import on_one_host, shared_pages
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -180,6 +183,21 @@ class Communicators:
             self._host = SingleProcess() if self._group is None or self.world_size == 1 else self._on_host(self._group)
         return self._host
 
+    def share_control(self) -> None:
+        """Exchange control words through memory from now on, if all ranks lie on one host. Collective.
+
+        Called once ranks have agreed on the constructor's arguments, of which ``shared_memory`` is one.
+        """
+        host = self.host
+        if self._shares_memory and isinstance(host, Gloo) and on_one_host(host):
+            found = shared_pages(host, board_bytes(self.world_size))
+            if found is not None:
+                host.use_board(Board(*found, host.rank, self._timeout_s))
+
+    @property
+    def _timeout_s(self) -> float:
+        return (timeout_of(self._group) or DEFAULT_TIMEOUT).total_seconds()
+
     def _on_host(self, group: dist.ProcessGroup) -> Communicator:
         backend = _backend_for(group, "cpu")
         if backend == "gloo":
@@ -264,9 +282,8 @@ class Communicators:
         """Return a communicator that shares memory, if all ranks of ``messages`` can. Collective on them."""
         if not self._shares_memory:
             return messages
-        timeout = timeout_of(self._group) or DEFAULT_TIMEOUT
-        ring = make_ring(messages, OUTBOX_BYTES, timeout.total_seconds())
-        return messages if ring is None else SharedMemory(messages, ring, timeout.total_seconds())
+        ring = make_ring(messages, OUTBOX_BYTES, self._timeout_s)
+        return messages if ring is None else SharedMemory(messages, ring, self._timeout_s)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -300,4 +317,5 @@ class Communicators:
         """Return the bytes of all buffers that communicators keep between steps, over all devices."""
         hybrids = [collectives for collectives in self._on.values() if isinstance(collectives, Hybrid)]
         every = (self._host, self._background, *self._among.values(), *hybrids)
-        return sum(communicator.scratch_bytes() for communicator in every if communicator is not None)
+        # The same one may serve several purposes.
+        return sum({id(one): one.scratch_bytes() for one in every if one is not None}.values())

@@ -21,6 +21,7 @@ from torch.autograd.profiler import record_function
 
 from . import dissemination
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
+from .board import MAX_WORDS, Board
 from .dissemination import Message, Summary
 from .host_group import HostGroup
 from .roll import Roll
@@ -54,6 +55,8 @@ class Gloo(GroupCommunicator):
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._inbox_bytes = 0
         self._sums: Tensor | None = None
+        # Where these ranks exchange control words if they share memory.
+        self._board: Board | None = None
         self._roll_prefix = f"dist_asgd/{first_tag}/{self.ranks[0]}"
         self._num_summaries = 0
 
@@ -63,7 +66,8 @@ class Gloo(GroupCommunicator):
         It is not collective.
         """
         # The same tags do: two ranks make the same calls in the same order, so their messages pair up.
-        return Gloo(self._group, self._first_tag, ranks)
+        same = list(ranks) == self.ranks
+        return self if same else Gloo(self._group, self._first_tag, ranks)
 
     @cached_property
     def _peers(self) -> list[int]:
@@ -246,22 +250,35 @@ class Gloo(GroupCommunicator):
         self._wait("a gather", self.post("a gather", GATHER, receives, sends))
 
     def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
-        # As bits: the messages are of integers. Every rank combines the same rows in the same order.
-        words = values.contiguous().view(torch.uint8)
-        rows = dissemination.all_gather(self, REDUCE_SCALARS, words, [words.numel()] * self.world_size)
-        table = torch.stack(rows).view(values.dtype)
+        # As bits: what is exchanged are integers. Every rank combines the same rows in the same order.
+        numel = values.numel()
+        words = torch.zeros(-(-values.nbytes // 8), dtype=torch.int64, device="cpu")
+        words.view(values.dtype)[:numel] = values
+        table = self._rows(REDUCE_SCALARS, words).view(values.dtype)[:, :numel].contiguous()
         return table.sum(0) if op == "sum" else table.amax(0) if op == "max" else table.amin(0)
 
     # --- control words -----------------------------------------------------------------------------------
 
     def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
+        if self._board is not None and len(words) <= MAX_WORDS:
+            return self._board.summarise(words, num_largest)
         self._num_summaries += 1
         summary = Summary(self, EXCHANGE, words, num_largest)
         roll = Roll(self._group.store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)
         return PendingSummary(summary.wait, summary.poll, roll)
 
+    def use_board(self, board: Board) -> None:
+        """Combine control words on ``board`` from now on. All ranks do so between the same two exchanges."""
+        self._board = board
+
     def exchange(self, words: Tensor) -> Tensor:
-        return torch.stack(dissemination.all_gather(self, EXCHANGE, words, [words.numel()] * self.world_size))
+        return self._rows(EXCHANGE, words)
+
+    def _rows(self, tag: int, words: Tensor) -> Tensor:
+        """The ``words`` ``(n,)``, int64, of all ranks: ``(world_size, n)``."""
+        if self._board is not None and words.numel() <= MAX_WORDS:
+            return self._board.all_gather(words)
+        return torch.stack(dissemination.all_gather(self, tag, words, [words.numel()] * self.world_size))
 
     def exchange_objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)

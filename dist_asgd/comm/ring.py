@@ -7,9 +7,11 @@ room     a rank may fill the range of a message once all others have read the ea
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +52,7 @@ class Ring:
         self._peers = [peer for peer in range(world_size) if peer != rank]
         first = header_bytes(world_size)
         self._outboxes = pages.memory[first:].view(world_size, outbox_bytes)
+        self._addresses: list[int] = [outbox.data_ptr() for outbox in self._outboxes]
         self._abandoned = Signals(pages, LINE_BYTES, processes, timeout_s)
         self._published = Signals(pages, (1 + world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
         self._read = Signals(pages, (1 + 2 * world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
@@ -99,6 +102,10 @@ class Ring:
         """The bytes of ``message`` in the outbox of ``rank``: ``(nbytes,)`` uint8, rounded up to 64 bytes."""
         return self._outboxes[rank, message.start : message.stop]
 
+    def address(self, rank: int, message: Message) -> int:
+        """Where ``outbox`` begins, for callers that copy many."""
+        return self._addresses[rank] + message.start
+
     def abandon(self) -> None:
         """Tell the other ranks that this one was interrupted: what they wait for it may never do."""
         self._abandoned.send(self.rank, 1)
@@ -121,21 +128,39 @@ class Ring:
         self._read.send(self.rank, message.number)
 
 
-def cut(fragments: Sequence[Tensor], nbytes: int) -> list[list[tuple[int, Tensor]]]:
-    """Cut ``fragments``, 1-D tensors one after the other, into runs of ``nbytes`` bytes.
+class Part(NamedTuple):
+    """Bytes of a tensor that travel in one message: where they begin there, their address, and their number."""
 
-    Returns for each run its parts: where each begins in the run, and its bytes as a view, uint8.
+    at: int
+    address: int
+    nbytes: int
+
+    def copy_to(self, message_address: int) -> None:
+        """Copy them to the message that begins at this address."""
+        ctypes.memmove(message_address + self.at, self.address, self.nbytes)
+
+    def copy_from(self, message_address: int) -> None:
+        """Copy them from there."""
+        ctypes.memmove(self.address, message_address + self.at, self.nbytes)
+
+
+def cut(fragments: Sequence[Tensor], nbytes: int) -> list[list[Part]]:
+    """Cut ``fragments``, 1-D tensors one after the other, into runs of ``nbytes`` bytes; returns the parts of each.
+
+    Parts are addresses, because views and copies of tensors cost more than a copy of some KiB: the caller keeps the
+    fragments.
     """
-    runs: list[list[tuple[int, Tensor]]] = []
+    runs: list[list[Part]] = []
     at = nbytes
     for fragment in fragments:
-        left = fragment.view(torch.uint8)
-        while left.numel():
+        # Refuses elements that do not lie one after the other.
+        left = fragment.view(torch.uint8).numel()
+        address = fragment.data_ptr()
+        while left:
             if at == nbytes:
                 runs.append([])
                 at = 0
-            part = left[: nbytes - at]
-            runs[-1].append((at, part))
-            at += part.numel()
-            left = left[part.numel() :]
+            size = min(left, nbytes - at)
+            runs[-1].append(Part(at, address, size))
+            at, address, left = at + size, address + size, left - size
     return runs

@@ -8,12 +8,10 @@ launches, and ``Reduction.is_done`` says when a wait would wait for nobody.
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,29 +20,18 @@ from torch.autograd.profiler import record_function
 
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
 from .gloo import SIXTEEN_BIT, SUM_NUMEL, Gloo
-from .pages import PageFile, Pages, Processes, host_of_this_process, library
-from .reports import digest_of
-from .ring import Message, Ring, cut, file_bytes
+from .pages import library
+from .ring import Message, Part, Ring, cut, file_bytes
+from .shared_pages import on_one_host, shared_pages
 
-ENVIRONMENT = "DIST_ASGD_SHARED_MEMORY"
 # Of gathers so many bytes are published at a time, so that they are read while they are in a cache.
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 19
 # The least that an outbox holds: some pieces of a gather.
 OUTBOX_BYTES = 2 * PIECE_BYTES
 # Gradients are packed and summed in stripes of this size: they stay in caches in between, and outboxes stay small.
 STRIPE_BYTES = 1 << 21
-# How many send buffers an outbox holds: one is read while the next is packed.
-SEND_BUFFERS = 2
-
-
-@cache
-def _log_once(reason: str) -> None:
-    logging.getLogger("dist_asgd").warning(
-        "ranks of one host do not share memory: %s. Gradients and parameters go through Gloo's messages instead, with "
-        "the same bits and at about half the speed. With %s=0 in the environment nobody asks for shared memory.",
-        reason,
-        ENVIRONMENT,
-    )
+# How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
+SEND_BUFFERS = 3
 
 
 def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
@@ -52,63 +39,13 @@ def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | Non
 
     Collective on these ranks, and the result is the same on all of them. The log says once what does not work.
     """
-    problem = _why_not()
-    host = "" if problem else host_of_this_process()
-    words = torch.tensor([digest_of(host) >> 1], device="cpu")
-    if messages.any_of(problem is not None):
-        if problem:
-            _log_once(problem)
-        return None
-    if messages.differing(words):
-        return None
-    return _make_on_host(messages, outbox_bytes, timeout_s)
+    return _make_ring(messages, outbox_bytes, timeout_s) if on_one_host(messages) else None
 
 
-def _why_not() -> str | None:
-    """Why this rank cannot share memory; empty if nobody wants it to; None if it can."""
-    if os.environ.get(ENVIRONMENT, "1").lower() in ("0", "false", "off", "no"):
-        return ""
-    loaded = library()
-    if isinstance(loaded, str):
-        return loaded
-    try:
-        host_of_this_process()
-    except OSError as error:
-        return f"the system does not tell which host this is ({error})"
-    return None
-
-
-def _make_on_host(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
-    """Make a ring for ranks whose processes can name each other. Collective; None on all of them if one cannot."""
-    nbytes = file_bytes(messages.world_size, outbox_bytes)
-    pages: Pages | None = None
-    file: PageFile | None = None
-    problem: str | None = None
-    if messages.rank == 0:
-        try:
-            pages, file = Pages.new(nbytes)
-        except OSError as error:
-            problem = f"no memory file can be made ({error})"
-    rows = messages.exchange_objects((os.getpid(), file))
-    numbers, found = [number for number, _ in rows], rows[0][1]
-    ring: Ring | None = None
-    if found is not None:
-        try:
-            if pages is None:
-                pages = Pages.of(found, nbytes)
-            processes = Processes(numbers, messages.ranks)
-            ring = Ring(pages, messages.rank, processes, messages.world_size, outbox_bytes, timeout_s)
-        except OSError as error:
-            problem = f"memory of rank {messages.ranks[0]} cannot be opened ({error})"
-    failed = messages.any_of(ring is None)
-    # Only now all ranks have opened the file.
-    if pages is not None:
-        pages.close()
-    if failed:
-        if problem:
-            _log_once(problem)
-        return None
-    return ring
+def _make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
+    """Make a ring for ranks of one host. Collective; None on all of them if one cannot."""
+    found = shared_pages(messages, file_bytes(messages.world_size, outbox_bytes))
+    return found and Ring(found[0], messages.rank, found[1], messages.world_size, outbox_bytes, timeout_s)
 
 
 # Takes from a message what its number i holds of each rank.
@@ -149,7 +86,7 @@ class _Stream(_Operation):
     def __init__(
         self,
         ring: Ring,
-        own: Sequence[Sequence[tuple[int, Tensor]]],
+        own: Sequence[Sequence[Part]],
         messages: Sequence[Message],
         read: Read,
         ahead: bool,
@@ -172,9 +109,9 @@ class _Stream(_Operation):
     def _publish(self) -> None:
         message = self._messages[self._num_published]
         if self._num_published < len(self._own):
-            outbox = self._ring.outbox(self._ring.rank, message)
-            for at, part in self._own[self._num_published]:
-                outbox[at : at + part.numel()].copy_(part)
+            address = self._ring.address(self._ring.rank, message)
+            for part in self._own[self._num_published]:
+                part.copy_to(address)
         self._ring.publish(message)
         self._num_published += 1
 
@@ -250,7 +187,7 @@ class SharedMemory(GroupCommunicator):
         if nbytes > self._ring.outbox_bytes:
             if self._queue:
                 self._end("a gather", self._queue[-1])
-            ring = _make_on_host(self._messages, nbytes, self._timeout_s)
+            ring = _make_ring(self._messages, nbytes, self._timeout_s)
             if ring is None:
                 raise MemoryError(
                     f"dist_asgd: {nbytes:,} bytes of memory that the ranks of this host share cannot be had, although "
@@ -325,13 +262,14 @@ class SharedMemory(GroupCommunicator):
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         """Every rank publishes all of its values, and sums all."""
         runs = cut([values], PIECE_BYTES)
+        pieces = torch.split(values, PIECE_BYTES // values.itemsize)
 
         def read(i: int, message: Message) -> None:
             for peer in self._peers:
                 self._ring.wait_for(peer, message)
-            ((_, part),) = runs[i]
-            every = [self._ring.outbox(rank, message)[: part.numel()] for rank in range(self.world_size)]
-            self._store_mean([one.view(values.dtype) for one in every], part.view(values.dtype), False)
+            piece = pieces[i]
+            every = [self._ring.outbox(rank, message)[: piece.nbytes] for rank in range(self.world_size)]
+            self._store_mean([one.view(values.dtype) for one in every], piece, False)
 
         with record_function("dist_asgd::all_reduce"):
             return self._stream("an all-reduce", runs, len(runs), read)
@@ -341,7 +279,7 @@ class SharedMemory(GroupCommunicator):
     def _stream(
         self,
         action: str,
-        own: Sequence[Sequence[tuple[int, Tensor]]],
+        own: Sequence[Sequence[Part]],
         num_pieces: int,
         read: Read,
     ) -> Wait:
@@ -357,21 +295,21 @@ class SharedMemory(GroupCommunicator):
         with record_function("dist_asgd::all_gather"):
             return self._gather("an all-gather", [cut(of_rank, PIECE_BYTES) for of_rank in fragments], reads=True)
 
-    def _gather(self, action: str, runs: Sequence[Sequence[Sequence[tuple[int, Tensor]]]], reads: bool) -> Wait:
+    def _gather(self, action: str, runs: Sequence[Sequence[Sequence[Part]]], reads: bool) -> Wait:
         """Fill ``runs[r]`` from what rank r has there."""
 
         def read(i: int, message: Message) -> None:
             for peer in self._peers if reads else ():
                 if i < len(runs[peer]):
                     self._ring.wait_for(peer, message)
-                    outbox = self._ring.outbox(peer, message)
-                    for at, part in runs[peer][i]:
-                        part.copy_(outbox[at : at + part.numel()])
+                    address = self._ring.address(peer, message)
+                    for part in runs[peer][i]:
+                        part.copy_from(address)
 
         return self._stream(action, runs[self.rank], max(map(len, runs)), read)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
-        runs: list[list[list[tuple[int, Tensor]]]] = []
+        runs: list[list[list[Part]]] = []
         for rank, numel in enumerate(numels):
             if rank == self.rank:
                 runs.append(cut([fragment], PIECE_BYTES))

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_asgd import ShardedASGD
-from dist_asgd.comm import Communicators, PeerError, pages, shared_memory
+from dist_asgd.comm import Communicators, PeerError, pages, shared_memory, shared_pages
 from dist_asgd.comm.base import ShardCollectives
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.ring import Ring
-from dist_asgd.comm.shared_memory import ENVIRONMENT, PIECE_BYTES, SharedMemory
+from dist_asgd.comm.shared_memory import PIECE_BYTES, SharedMemory
+from dist_asgd.comm.shared_pages import ENVIRONMENT
 from dist_asgd.gradients import sending
 from dist_asgd.storage.buffers import Bucket
 from tests.harness.bits import assert_same_bits
@@ -270,7 +271,7 @@ def test_a_late_rank_is_an_error_after_the_timeout() -> None:
 
 def falls_back(rank: int, _world_size: int, why: str) -> tuple[bool, list[str]]:
     """Job: one rank cannot share memory. Returns whether messages are used, and what the log says."""
-    shared_memory._log_once.cache_clear()
+    shared_pages._log_once.cache_clear()
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -282,10 +283,10 @@ def falls_back(rank: int, _world_size: int, why: str) -> tuple[bool, list[str]]:
         if why == "not opened" and rank == 1:
             failing.enter_context(mock.patch.object(pages.Pages, "of", side_effect=OSError(13, "denied")))
         if why == "not compiled" and rank == 1:
-            failing.enter_context(mock.patch.object(shared_memory, "library", return_value="was not compiled"))
+            failing.enter_context(mock.patch.object(shared_pages, "library", return_value="was not compiled"))
         if why == "another host":
             name = f"host of rank {rank}"
-            failing.enter_context(mock.patch.object(shared_memory, "host_of_this_process", return_value=name))
+            failing.enter_context(mock.patch.object(shared_pages, "host_of_this_process", return_value=name))
         on: ShardCollectives = Communicators(None).on(CPU)
         again: ShardCollectives = Communicators(None).on(CPU)
     logging.getLogger("dist_asgd").removeHandler(handler)
