@@ -20,9 +20,9 @@ from benchmarks.settings import Setting
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-_COPY = re.compile(r"(<!-- benchmarks\.step(?:: ([^>]+))? -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+_COPY = re.compile(r"(<!-- benchmarks\.step(?:: ([^>]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OURS, THEIRS = "#2458a6", "#b9bec6"
-COLUMNS = 4
+COLUMNS = 3
 
 
 def write(report: Mapping[str, Any], markdown: Path | None, figures: Path | None, picture: Path | None) -> None:
@@ -61,7 +61,9 @@ def with_copy(page: str, report: Mapping[str, Any]) -> str:
     keys = (place[2] or "").split()
     if missing := [key for key in keys if not report["settings"].get(key, {}).get("time")]:
         raise ValueError(f"the page shows the settings {keys}, the report has no times for {missing}: measure these")
-    return page[: place.start()] + place[1] + step_report.glance(report, keys) + place[4] + page[place.end() :]
+    return (
+        page[: place.start()] + place[1] + f"\n{step_report.glance(report, keys)}\n\n" + place[4] + page[place.end() :]
+    )
 
 
 def _rounded(value: Any) -> Any:
@@ -114,14 +116,19 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 def _bars(axis: Any, keys: list[str], values: Mapping[str, float], spreads: Mapping[str, float]) -> None:
     """One panel: a bar and its number for each peer that has a value."""
     limit = 1.25 * max(values.values())
+    # A spread beyond the panel is cut off, and leaves room for the number.
+    room = 0.86 * limit
     for position, key in enumerate(keys):
         if key not in values:
             axis.text(0.02 * limit, position, step_report.NOTHING, va="center", fontsize=7, color="#888888")
             continue
         value, spread = values[key], spreads.get(key, 0.0)
         colour = OURS if peer_of(key).ours else THEIRS
-        axis.barh(position, value, height=0.72, color=colour, xerr=spread or None, error_kw={"lw": 0.8, "alpha": 0.6})
-        axis.text(value + spread + 0.02 * limit, position, f"{value:.2f}", va="center", fontsize=7)
+        axis.barh(position, value, height=0.72, color=colour)
+        if spread:
+            ends = max(0.0, value - spread), min(value + spread, room)
+            axis.plot(ends, (position, position), color="black", lw=0.8, alpha=0.6)
+        axis.text(min(value + spread, room) + 0.02 * limit, position, f"{value:.2f}", va="center", fontsize=7)
     axis.set_xlim(0, limit)
     axis.tick_params(labelsize=7)
     axis.axvline(values.get(keys[0], 1.0), color="#666666", lw=0.8, ls=":")
