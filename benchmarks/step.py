@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -199,6 +200,9 @@ def main() -> None:
     # Ended from outside, it still removes its hosts, ends its ranks, and reports the settings that are complete.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = json.loads(options.from_json.read_text()) if options.from_json else run(options)
+    if not report["settings"]:
+        why = report.get("no_hosts", "interrupted before the first setting was complete")
+        sys.exit(f"no setting has figures: {why}; the setting gpt/2/host needs one host and no rights")
     print(step_report.as_markdown(report))
     step_pages.write(report, options.markdown, options.json, options.picture)
     if options.publish:
