@@ -194,8 +194,9 @@ _TIME_NOTE = """Medians over the rounds of the slowest rank's time; *ratio*: of 
 line's; *ratio by round*: the median of each round's ratio; *ratio of least*: of the fastest
 steps; *spread*: interquartile range over median; *processor*: time of all threads of a rank, which
 other work on the machine disturbs less; *same bits*: the parameters end bit for bit as the first
-line's; of more than two ranks' gradients there are sums in several orders. `opt.step()` is timed from a barrier after backward. If not all peers fit in memory at once, the
-first line has been measured with each batch of them, and ratios are to that."""
+line's; of more than two ranks' gradients there are sums in several orders. `opt.step()` is timed from
+a barrier after backward. If not all peers fit in memory at once, the first line has been measured with
+each batch of them, and ratios are to that."""
 
 
 def _in_order(by_key: Mapping[str, Any]) -> list[tuple[str, Any]]:
