@@ -102,7 +102,7 @@ class Timer:
                 progress(f"{_name(setting)}: round {number + 1} (at most {pace.most}), {len(self._teams)} peers")
                 if self._hosts is not None and setting.link is not None:
                     self._hosts.set_rate(setting.link)
-                self._round(self.raw[setting.key]["seconds"], number, number % split_every == 0)
+                self._round(self.raw[setting.key]["seconds"], number, number >= 0 and number % split_every == 0)
         for setting in self._group:
             self._each(0, self._ending(self.raw[setting.key]))
 
