@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .measure import Action, Meter
 from .rank_names import RankNames
 
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
@@ -174,8 +175,11 @@ class ShardCollectives(ABC):
         """
 
     @abstractmethod
-    def all_gather(self, flat: Tensor) -> Wait:
-        """Start filling ``flat`` ``(world_size * shard_numel,)`` in place, from every rank's own shard of it."""
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
+        """Start filling ``flat`` ``(world_size * shard_numel,)`` in place, from every rank's own shard of it.
+
+        ``action`` says what it counts as, and its name in a PeerError: ``Action.GATHER`` if it is not of parameters.
+        """
 
     @abstractmethod
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
@@ -292,7 +296,7 @@ class SingleProcess(Communicator):
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         return _done
 
-    def all_gather(self, flat: Tensor) -> Wait:
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
         return _done
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
@@ -321,17 +325,21 @@ class SingleProcess(Communicator):
 class GroupCommunicator(Communicator):
     """The base of the communicators that really send: they belong to a process group, and their peers can fail."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
-        """``ranks`` are those that take part, as ranks of the default group."""
+    def __init__(self, ranks: Sequence[int], meter: Meter | None = None) -> None:
+        """``ranks`` are those that take part, as ranks of the default group.
+
+        What is sent and waited for is counted by ``meter``, or by one of its own.
+        """
         self.ranks = list(ranks)
+        self.meter = meter or Meter()
         self.rank, self.world_size = self.ranks.index(dist.get_rank()), len(self.ranks)
 
-    def peer_error(self, action: str, error: BaseException) -> PeerError:
+    def peer_error(self, action: Action | str, error: BaseException) -> PeerError:
         """Return the PeerError for an ``error`` that the backend raised during ``action``; the caller raises it."""
         return peer_error(self.ranks, self.rank, action, error)
 
 
-def peer_error(ranks: Sequence[int], rank: int, action: str, error: BaseException) -> PeerError:
+def peer_error(ranks: Sequence[int], rank: int, action: Action | str, error: BaseException) -> PeerError:
     """Return the PeerError of ``ranks[rank]`` for an ``error`` that the backend raised during ``action``."""
     return PeerError(
         f"dist_asgd: {action} failed on {RankNames(ranks).place(rank)}: a peer has died, was cut off, or "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import PendingSummary, peer_error
+from .measure import Action, Meter
 from .pages import LINE_BYTES, Pages, Processes, Signals
 
 # How many words an exchange may have: enough for the masks of 15,000 parameters. Longer ones go through messages.
@@ -32,8 +33,9 @@ def file_bytes(world_size: int) -> int:
 class Board:
     """The rows of all ranks. Exchanges follow each other, the same on all ranks."""
 
-    def __init__(self, pages: Pages, processes: Processes, rank: int, timeout_s: float) -> None:
-        """``rank`` is this one among the ranks of ``processes``. No communication."""
+    def __init__(self, pages: Pages, processes: Processes, rank: int, timeout_s: float, meter: Meter) -> None:
+        """``rank`` is this one among the ranks of ``processes``; ``meter`` counts. No communication."""
+        self._meter = meter
         self._rank, self._ranks = rank, processes.ranks
         self._world_size = world_size = len(processes.ranks)
         # A rank whose wait has failed makes no further exchange, and says so here.
@@ -63,8 +65,10 @@ class Board:
             # The wait for the last exchange was interrupted: others may still read the rows that come now.
             self._wait_for_all(self._number)
         self._number += 1
-        self._rows[self._number % _NUM_ROWS, self._rank, : len(words)] = words
-        self._written.send(self._rank, self._number)
+        # Every other rank reads the row.
+        with self._meter.launching(Action.EXCHANGE, (self._world_size - 1) * 8 * len(words)):
+            self._rows[self._number % _NUM_ROWS, self._rank, : len(words)] = words
+            self._written.send(self._rank, self._number)
         return self._number
 
     def _read(self, number: int, num_words: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -80,16 +84,17 @@ class Board:
 
     def _wait_for_all(self, number: int) -> None:
         try:
-            for peer in range(self._world_size):
-                if peer != self._rank:
-                    self._written.wait_for(peer, number)
-                    # One that has failed takes part in nothing more, although its words are here.
-                    if self._failed.has(peer, 1):
-                        raise RuntimeError(f"rank {self._ranks[peer]} has failed in an exchange before")
+            with self._meter.waiting(Action.EXCHANGE):
+                for peer in range(self._world_size):
+                    if peer != self._rank:
+                        self._written.wait_for(peer, number)
+                        # One that has failed takes part in nothing more, although its words are here.
+                        if self._failed.has(peer, 1):
+                            raise RuntimeError(f"rank {self._ranks[peer]} has failed in an exchange before")
         except RuntimeError as error:
             # The late ones shall not take this exchange for complete, and then wait for this rank in the next.
             self._failed.send(self._rank, 1)
-            raise peer_error(self._ranks, self._rank, "a control exchange", error) from error
+            raise peer_error(self._ranks, self._rank, Action.EXCHANGE, error) from error
         self._last_read = number
 
     def _missing(self, number: int) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Communicator, ReduceScalars, Reduction, SendList, ShardCollectives, Wait
+from .measure import Action
 
 
 class _Steps:
@@ -131,8 +132,8 @@ class Hybrid(ShardCollectives):
         self._bytes += buffer.nbytes
         return buffer
 
-    def all_gather(self, flat: Tensor) -> Wait:
-        return self._inside.all_gather(flat)
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
+        return self._inside.all_gather(flat, action)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         self._inside.gather(fragment, places, numels, to)

@@ -8,6 +8,7 @@ room     a rank may fill the range of a message once all others have read the ea
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ class Message:
 
 
 class Ring:
-    """The outboxes of ``world_size`` ranks, of which this is ``rank``; ``outbox_bytes`` is the size of each."""
+    """The outboxes of ``world_size`` ranks, of which this is ``rank``; ``outbox_bytes`` is the size of each.
+
+    ``waited_s`` counts the seconds that this rank has waited for others.
+    """
 
     def __init__(
         self, pages: Pages, rank: int, processes: Processes, world_size: int, outbox_bytes: int, timeout_s: float
@@ -56,6 +60,7 @@ class Ring:
         self._abandoned = Signals(pages, LINE_BYTES, processes, timeout_s)
         self._published = Signals(pages, (1 + world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
         self._read = Signals(pages, (1 + 2 * world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
+        self.waited_s = 0.0
         self._number = 0
         self._next_start = 0
         self._num_read = 0
@@ -96,7 +101,7 @@ class Ring:
         assert self._num_read >= message.after
         if message.after:
             for peer in self._peers:
-                self._read.wait_for(peer, message.after)
+                self._await(self._read, peer, message.after)
 
     def outbox(self, rank: int, message: Message) -> Tensor:
         """The bytes of ``message`` in the outbox of ``rank``: ``(nbytes,)`` uint8, rounded up to 64 bytes."""
@@ -120,7 +125,14 @@ class Ring:
 
     def wait_for(self, peer: int, message: Message) -> None:
         """Wait until ``peer`` has published the message. RuntimeError if it has ended or is late."""
-        self._published.wait_for(peer, message.number)
+        self._await(self._published, peer, message.number)
+
+    def _await(self, signals: Signals, peer: int, number: int) -> None:
+        started = time.perf_counter()
+        try:
+            signals.wait_for(peer, number)
+        finally:
+            self.waited_s += time.perf_counter() - started
 
     def mark_read(self, message: Message) -> None:
         """Tell the other ranks that this one reads nothing of this message, and of those before it, any more."""

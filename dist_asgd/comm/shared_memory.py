@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
+from ..labels import Label, label
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
 from .gloo import SIXTEEN_BIT, SUM_NUMEL, Gloo
+from .measure import Action
 from .pages import library
 from .ring import Message, Part, Ring, cut, file_bytes
 from .shared_pages import on_one_host, shared_pages
@@ -131,7 +132,7 @@ class SharedMemory(GroupCommunicator):
 
     def __init__(self, messages: Gloo, ring: Ring, timeout_s: float) -> None:
         """``messages`` are those of the same ranks, for control words. No communication."""
-        super().__init__(messages.ranks)
+        super().__init__(messages.ranks, messages.meter)
         self._messages = messages
         self._ring = ring
         self._timeout_s = timeout_s
@@ -154,24 +155,29 @@ class SharedMemory(GroupCommunicator):
 
     # --- the order of operations --------------------------------------------------------------------------
 
-    def _launch(self, action: str, operation: _Operation) -> Wait:
+    def _launch(self, action: Action, operation: _Operation) -> Wait:
         self._queue.append(operation)
         return partial(self._end, action, operation)
 
-    def _end(self, action: str, operation: _Operation) -> None:
+    def _end(self, action: Action, operation: _Operation) -> None:
         """End all operations up to this one."""
         try:
-            while not operation.has_ended:
-                oldest = self._queue[0]
-                oldest.run()
-                oldest.has_ended = True
-                self._queue.popleft()
+            with self.meter.waiting(action, self._waited_s):
+                while not operation.has_ended:
+                    oldest = self._queue[0]
+                    oldest.run()
+                    oldest.has_ended = True
+                    self._queue.popleft()
         except RuntimeError as error:
             self.abandon()
             raise self.peer_error(action, error) from error
         except BaseException:
             self.abandon()
             raise
+
+    def _waited_s(self) -> float:
+        """The clock of waits, which copy and sum as well: only the time in which this rank stands still counts."""
+        return self._ring.waited_s
 
     def abandon(self) -> None:
         self._ring.abandon()
@@ -186,7 +192,7 @@ class SharedMemory(GroupCommunicator):
         nbytes = SEND_BUFFERS * -(-send_bytes // 4096) * 4096
         if nbytes > self._ring.outbox_bytes:
             if self._queue:
-                self._end("a gather", self._queue[-1])
+                self._end(Action.ALL_GATHER, self._queue[-1])
             ring = _make_ring(self._messages, nbytes, self._timeout_s)
             if ring is None:
                 raise MemoryError(
@@ -199,11 +205,13 @@ class SharedMemory(GroupCommunicator):
         message = self._ring.message(numel * dtype.itemsize)
         # Others may wait for what this rank has launched before, and it may have to read what lies there itself.
         while not all(operation.is_published for operation in self._queue) or self._ring.num_read < message.after:
-            self._end("a gather", self._queue[0])
+            self._end(Action.ALL_GATHER, self._queue[0])
         try:
-            self._ring.wait_for_room(message)
+            if not self._ring.has_room(message):
+                with self.meter.waiting(Action.REDUCE_SCATTER, self._waited_s):
+                    self._ring.wait_for_room(message)
         except RuntimeError as error:
-            raise self.peer_error("a reduce-scatter", error) from error
+            raise self.peer_error(Action.REDUCE_SCATTER, error) from error
         buffer = self._ring.outbox(self.rank, message).view(dtype)[:numel]
         self._packing[buffer.data_ptr()] = message
         return buffer
@@ -211,25 +219,28 @@ class SharedMemory(GroupCommunicator):
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
         # The rows of the other ranks begin with that of the first of them.
         message = self._packing.pop(sends[self._peers[0]][0][1].data_ptr())
-        with record_function("dist_asgd::reduce_scatter"):
+        sent_bytes = sum(row.nbytes for peer in self._peers for _, row in sends[peer])
+        with self.meter.launching(Action.REDUCE_SCATTER, sent_bytes):
             self._ring.publish(message)
         end = partial(self._mean_of, sends[self.rank], shard, accumulate)
         mean = _Mean(self._ring, message, end)
         ring = self._ring
-        return Reduction(self._launch("a reduce-scatter", mean), lambda: mean.has_ended or ring.is_published(message))
+        wait = self._launch(Action.REDUCE_SCATTER, mean)
+        return Reduction(wait, lambda: mean.has_ended or ring.is_published(message))
 
     def _mean_of(self, own: Sequence[tuple[int, Tensor]], shard: Tensor, accumulate: bool, message: Message) -> None:
         """``shard = mean`` of ``own`` ranges and the rows that others have published of ``message``, or ``+=``."""
         for peer in self._peers:
             self._ring.wait_for(peer, message)
         numel = shard.numel()
-        for at, values in own:
-            every = [values] * self.world_size
-            for peer in self._peers:
-                # A rank packs no row for itself.
-                first = (self.rank - (self.rank > peer)) * numel + at
-                every[peer] = self._ring.outbox(peer, message).view(values.dtype)[first : first + values.numel()]
-            self._store_mean(every, shard[at : at + values.numel()], accumulate)
+        with label(Label.MEAN):
+            for at, values in own:
+                every = [values] * self.world_size
+                for peer in self._peers:
+                    # A rank packs no row for itself.
+                    first = (self.rank - (self.rank > peer)) * numel + at
+                    every[peer] = self._ring.outbox(peer, message).view(values.dtype)[first : first + values.numel()]
+                self._store_mean(every, shard[at : at + values.numel()], accumulate)
 
     def _store_mean(self, values: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:
         """``target = mean(values)``, or ``+=``: with the bits of ``Gloo``'s, and ``values`` are only read."""
@@ -269,34 +280,39 @@ class SharedMemory(GroupCommunicator):
                 self._ring.wait_for(peer, message)
             piece = pieces[i]
             every = [self._ring.outbox(rank, message)[: piece.nbytes] for rank in range(self.world_size)]
-            self._store_mean([one.view(values.dtype) for one in every], piece, False)
+            with label(Label.MEAN):
+                self._store_mean([one.view(values.dtype) for one in every], piece, False)
 
-        with record_function("dist_asgd::all_reduce"):
-            return self._stream("an all-reduce", runs, len(runs), read)
+        return self._stream(Action.ALL_REDUCE, runs, len(runs), read, len(self._peers))
 
     # --- gathers -------------------------------------------------------------------------------------------
 
     def _stream(
         self,
-        action: str,
+        action: Action,
         own: Sequence[Sequence[Part]],
         num_pieces: int,
         read: Read,
+        num_readers: int,
     ) -> Wait:
+        """Start to let ``num_readers`` other ranks read ``own``."""
         messages = [self._ring.message(PIECE_BYTES) for _ in range(num_pieces)]
-        # What was launched before is published before.
-        operation = _Stream(self._ring, own, messages, read, ahead=all(other.is_published for other in self._queue))
+        sent_bytes = num_readers * sum(part.nbytes for run in own for part in run)
+        with self.meter.launching(action, sent_bytes):
+            # What was launched before is published before.
+            operation = _Stream(self._ring, own, messages, read, ahead=all(other.is_published for other in self._queue))
         return self._launch(action, operation)
 
-    def all_gather(self, flat: Tensor) -> Wait:
-        return self.all_gather_uneven([[shard] for shard in flat.view(self.world_size, -1)])
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
+        runs = [cut([shard], PIECE_BYTES) for shard in flat.view(self.world_size, -1)]
+        return self._gather(action, runs, reads=True, num_readers=len(self._peers))
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
-        with record_function("dist_asgd::all_gather"):
-            return self._gather("an all-gather", [cut(of_rank, PIECE_BYTES) for of_rank in fragments], reads=True)
+        runs = [cut(of_rank, PIECE_BYTES) for of_rank in fragments]
+        return self._gather(Action.ALL_GATHER, runs, reads=True, num_readers=len(self._peers))
 
-    def _gather(self, action: str, runs: Sequence[Sequence[Sequence[Part]]], reads: bool) -> Wait:
-        """Fill ``runs[r]`` from what rank r has there."""
+    def _gather(self, action: Action, runs: Sequence[Sequence[Sequence[Part]]], reads: bool, num_readers: int) -> Wait:
+        """Fill ``runs[r]`` from what rank r has there, on this rank if it ``reads``, and on ``num_readers`` others."""
 
         def read(i: int, message: Message) -> None:
             for peer in self._peers if reads else ():
@@ -306,7 +322,7 @@ class SharedMemory(GroupCommunicator):
                     for part in runs[peer][i]:
                         part.copy_from(address)
 
-        return self._stream(action, runs[self.rank], max(map(len, runs)), read)
+        return self._stream(action, runs[self.rank], max(map(len, runs)), read, num_readers)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         runs: list[list[list[Part]]] = []
@@ -319,7 +335,8 @@ class SharedMemory(GroupCommunicator):
                 runs.append([[]] * -(-numel * fragment.dtype.itemsize // PIECE_BYTES))
         if places is not None:
             places[self.rank].copy_(fragment)
-        self._gather("a gather", runs, reads=places is not None)()
+        num_readers = len(self._peers) if to is None else int(to != self.rank)
+        self._gather(Action.GATHER, runs, places is not None, num_readers)()
 
     # --- control words -------------------------------------------------------------------------------------
 
