@@ -440,11 +440,9 @@ def dies_in_backward(rank: int, _world_size: int) -> None:
 
 
 def test_a_dead_peer_is_an_error_in_seconds() -> None:
-    """On the ranks that are left."""
-    found = {o.rank: o.error for o in outcomes("gloo", 4, dies_in_backward) if o.error is not None}
-    assert {rank: error.type_name for rank, error in found.items() if rank != 1} == dict.fromkeys(
-        (0, 2, 3), "PeerError"
-    )
+    """On the rank that is left."""
+    found = {o.rank: o.error for o in outcomes("gloo", 2, dies_in_backward) if o.error is not None}
+    assert found[0].type_name == "PeerError"
 
 
 def is_deleted(_rank: int, _world_size: int) -> None:
