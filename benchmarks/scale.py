@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from dist_asgd.comm.base import Communicator, SingleProcess
 from dist_asgd.comm.dissemination import Message
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.host_group import HostGroup
+from dist_asgd.comm.measure import Action, Meter
 from dist_asgd.comm.native import NativeCollectives
 from dist_asgd.storage import bucketing
 
@@ -51,8 +52,8 @@ class Echo(Gloo):
     num_messages = 0
     num_bytes = 0
 
-    def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
-        places, outgoing = list(receives), list(sends)
+    def post(self, action: Action, tag: int, receives: Iterable[Message], sends: Sequence[Message]) -> list[dist.Work]:
+        places, outgoing = list(receives), sends
         for _, place in places:
             sent = outgoing[0][1]
             place.copy_(sent.repeat(-(-place.numel() // sent.numel()))[: place.numel()])
@@ -65,12 +66,12 @@ class Echo(Gloo):
 class Instant(NativeCollectives):
     """Collectives that cost their call only: those of torch's fake group copy something for every rank."""
 
-    def _call(self, action: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, action: Action, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return None
 
 
-def _host(group: HostGroup, ranks: Any) -> Gloo:
-    return Echo(group, communicators.FIRST_TAG, ranks)
+def _host(group: HostGroup, ranks: Any, meter: Meter) -> Gloo:
+    return Echo(group, communicators.FIRST_TAG, ranks, meter)
 
 
 def _among(_communicators: Any, ranks: Any, _device: torch.device) -> Communicator:

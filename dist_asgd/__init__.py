@@ -7,6 +7,7 @@ from .amp import GradScaler
 from .comm import PeerError
 from .memory import MemoryReport
 from .optimizer import ShardedASGD
+from .stats import Stats
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "Restored",
     "ShardedASGD",
+    "Stats",
     "__version__",
     "async_save_checkpoint",
     "export_averaged",

@@ -19,6 +19,7 @@ from .comm import PeerError, public_call
 from .comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
 from .comm.reports import CollectiveCall
 from .gather import Gatherer
+from .labels import Label, labelled
 from .state import ParamShards
 from .storage.buffers import ShardedParam, StateBuffer
 from .storage.snapshots import mark_written
@@ -206,6 +207,7 @@ class Averages:
                 raise interruption from None
             raise error
 
+    @labelled(Label.SWAP)
     @torch.no_grad()
     def _exchange_all(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
         """Put the averages in place of this rank's fragments of the parameters. Not collective."""
@@ -251,6 +253,7 @@ class Averages:
         if failure is not None:
             raise failure
 
+    @labelled(Label.SWAP)
     @torch.no_grad()
     def _undo_all(self) -> None:
         mark_written(self._written)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .comm import Communicators, Wait
 from .comm.base import ShardCollectives
 from .gradients.sending import complete, complete_in_background
+from .labels import Label, label
 from .placements.presharded import PreshardedState
 from .placements.replicas import ReplicaGroup
 from .storage.buffers import StateBuffer
@@ -170,20 +171,22 @@ class Gatherer:
         small = [(buffer.members[piece.slot], piece.target) for piece in layout.pieces if piece.slot is not None]
         own = [(member, at + member.fragment.param_start) for member, at in small if member.fragment.numel]
         if own:
-            torch._foreach_copy_(
-                [packed[at : at + member.fragment.numel] for member, at in own],
-                [member.param_range(member.fragment.start, member.fragment.stop) for member, _ in own],
-            )
+            with label(Label.PACK):
+                torch._foreach_copy_(
+                    [packed[at : at + member.fragment.numel] for member, at in own],
+                    [member.param_range(member.fragment.start, member.fragment.stop) for member, _ in own],
+                )
         parts = [[_place(buffer, packed, part) for part in ranges] for ranges in layout.ranges]
         arrived = communicator.all_gather_uneven(parts)
 
         def unpack() -> None:
             arrived()
             if small:
-                torch._foreach_copy_(
-                    [member.flat for member, _ in small],
-                    [packed[at : at + member.slot.numel] for member, at in small],
-                )
+                with label(Label.UNPACK):
+                    torch._foreach_copy_(
+                        [member.flat for member, _ in small],
+                        [packed[at : at + member.slot.numel] for member, at in small],
+                    )
 
         self._among.append(unpack)
 

@@ -6,7 +6,7 @@ Attributes without an underscore (``shards``, say) are for the rooms above it, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +34,12 @@ from .placements.leaves import naming_non_leaves
 from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict.state_dicts import StateDicts
+from .stats import StepCounts, stats
 from .storage.buffers import Precision
 from .storage.frozen import is_held
 from .storage.layout import MIN_BUCKETS
 from .update import differentiable
-from .update.batch import StepContext
+from .update.batch import StepContext, run_batches
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
 from .validation import check_new_group, check_options, check_precision_fits, params_of
@@ -93,7 +94,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         shard_replicated: True lets each rank of a replica group (HSDP, replicated parameters of tensor parallelism)
             update a fragment and keep the state of that; parameters are gathered among them. False lets each update
             and keep all of it, as torch does. The bits are the same.
-        shared_memory: False: ranks of one host share no memory on CPUs, whatever DIST_ASGD_SHARED_MEMORY says.
+        shared_memory: False: ranks of one host share no memory on CPUs, as with DIST_ASGD_SHARED_MEMORY=0.
 
     Raises:
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
@@ -102,6 +103,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     # True for trainers that save on rank 0 alone: several ranks then need consolidate_state_dict() before state_dict().
     whole_state_dicts_only = False
     __getstate__ = refuse_pickling
+    stats = stats
 
     def __init__(
         self,
@@ -159,6 +161,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         finally:
             del problem  # its traceback refers to this frame
         self._constructed = True
+        self.communicators.share_control()
         self.shards = ParamShards(
             self.communicators, self.state, bucket_cap_mb, MIN_BUCKETS[stage], self._precision, shard_replicated
         )
@@ -166,8 +169,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self.registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
         self._add_storage(0)
         self._forward = ForwardOverlap(self.shards, self.communicators, self.gatherer)
-        sharded = None if differentiable else self.shards
-        self._state_dicts = StateDicts(self, sharded, self.communicators, self.gatherer)
+        self._state_dicts = StateDicts(self, None if differentiable else self.shards, self.communicators, self.gatherer)
+        self.counts = StepCounts(self.communicators)
 
     # --- construction --------------------------------------------------------------------------------------
 
@@ -236,7 +239,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.is_differentiable:
-            differentiable.step(self.param_groups, self.state)
+            self.counts.add_whole(differentiable.step(self.param_groups, self.state))
             return loss
         self._step()
         return loss
@@ -251,13 +254,13 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             self.shards.torn_by = "step()"
             for buffer, batches in self._forward.in_order(self.shards.plan(active, step.hypers)):
                 self.gradients.wait_for(buffer)
-                for batch in batches:
-                    batch.run(step)
+                run_batches(batches, step)
                 # Gather: its parameters travel to the other ranks while the next buffer is updated.
                 self.gatherer.launch(buffer)
             self.shards.cohorts.end_step(active, step.hypers)
         self.gradients.end_step()
         self._forward.end_step()
+        self.counts.add(active, step)
         self.shards.torn_by = None
 
     def _reduce(self, scaler: ScalerInfo | None, has_joined: bool) -> tuple[frozenset[int], ScalerInfo | None]:
@@ -295,8 +298,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
     def _begin_update(self, active: frozenset[int], scaler: ScalerInfo | None) -> StepContext | None:
         """Everything that the update of this step reads; None if gradients overflowed and no rank steps."""
         hypers = step_hyperparameters(self.param_groups, self.shards.leads)
-        factors = factors_of_step(scaler, self.gradients.scaling, hypers, self.communicators)
-        if factors is None:
+        if (factors := factors_of_step(scaler, self.gradients.scaling, hypers, self.communicators)) is None:
             return None
         pending, others, found_inf = factors
         self.shards.begin_update(active, hypers)
@@ -316,11 +318,9 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         """Let the backward after a ``step()`` add to the gradients of that step in stage 2; called on every rank."""
         self.gradients.keep()
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate locally in stage 2, at the cost of memory; the next backward outside, or ``step()``, reduces."""
-        with self.gradients.no_sync():
-            yield
+        return self.gradients.no_sync()
 
     @public_call
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:

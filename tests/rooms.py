@@ -13,6 +13,7 @@ PACKAGE = Path(dist_asgd.__file__).parent
 # (rooms on one line, what happens to the data there)
 ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("version",), "the version"),
+    (("labels",), "the names of phases in traces of torch's profiler"),
     (("storage",), "the flat memory of parameters and state: layout, buckets, memory order, masters, snapshots"),
     (("comm",), "collectives by backend, and the agreement of all ranks before a collective call"),
     (("placements",), "presharded parameters (DTensor, FSDP1), replica groups, fragments shown as tensors"),
@@ -20,7 +21,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("update",), "the rule on this rank's shards: plan, implementations, kernels, schedule, scalars"),
     (("validation",), "what the constructor and add_param_group() accept"),
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
-    (("fingerprints", "gather", "memory", "state"), "what a step needs beside gradients and the update"),
+    (("fingerprints", "gather", "memory", "state", "stats"), "what a step needs beside gradients and the update"),
     (
         ("averaging", "forward", "state_dict"),
         "the averages in place of the parameters; the forward that begins before gathers have ended; state dicts",

@@ -59,6 +59,7 @@ PRIVATE_TO_TORCH = {
     *("_Options", "_device_types", "_devices", "_get_backend", "_timeout", "_world"),  # process groups
     *("_local_tensor", "_spec"),  # DTensor
     *("_fsdp_flattened", "_is_flat_param"),  # FSDP1
+    "_is_profiler_enabled",
     *("_compiled_call_impl", "_modules", "_orig_mod", "_parameters"),  # modules
     *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),
     *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"),

@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_asgd.comm import Communicators
 from dist_asgd.comm.base import Communicator, SingleProcess
+from dist_asgd.comm.measure import Action
 from dist_asgd.comm.native import NativeCollectives
 
 RANK, WORLD_SIZE = 1, 4
@@ -53,7 +54,7 @@ class LateCollectives(NativeCollectives):
         self._late = late
         assert late or averages
 
-    def _call(self, action: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, action: Action, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("async_op"):
             raise NotImplementedError(f"{action} has no imagined peers")
         out, sent = args[0], args[-1]
@@ -72,7 +73,7 @@ class LateCollectives(NativeCollectives):
                 kept = out.clone()
                 out.fill_(torch.nan)
                 summed = out is sent and not self._averages and kwargs.get("op") == dist.ReduceOp.SUM
-                out.copy_(kept * self.world_size if summed and action == "an all-reduce" else kept)
+                out.copy_(kept * self.world_size if summed and action is Action.ALL_REDUCE else kept)
         return _StreamWork(self._stream)
 
     @contextmanager

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from ..comm import PeerError
 from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, is_on_all_ranks, text_of
 from ..comm.reports import CollectiveCall
+from ..labels import Label, labelled
 from ..optimizer import ShardedASGD
 from ..placements.dtensor import is_dtensor, local_tensor
 from ..state import LOAD_CHECKPOINT
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _SMALL_BYTES = 1 << 16
 
 
+@labelled(Label.LOAD_APPLY)
 @torch.no_grad()
 def apply(
     loaded: CheckpointState,

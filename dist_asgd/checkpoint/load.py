@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
+from ..labels import Label, labelled
 from ..optimizer import ShardedASGD
 from ..placements.shard_tensor import ShardTensor
 from ..state import MASTER_KEY
@@ -157,6 +158,7 @@ def restore(
     return loaded
 
 
+@labelled(Label.LOAD_OPEN)
 def _open_together(
     saver: Saver, call: CollectiveCall, path: UserPath, strict: bool, verify: bool, prefix: Prefix
 ) -> CheckedReader:
@@ -185,6 +187,7 @@ def _open_together(
     return CheckedReader.of(opened)
 
 
+@labelled(Label.LOAD_READ)
 def _read_state(
     path: AnyPath, reader: CheckedReader, model: nn.Module, optimizer: Optimizer, strict: bool, saver: Saver
 ) -> CheckpointState:

@@ -23,6 +23,7 @@ from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
 from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
+from ..labels import Label, label, labelled
 from ..optimizer import ShardedASGD
 from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
 from .format import folder
@@ -217,9 +218,12 @@ class Saver:
             # The staging memory, and the background group, serve one save at a time.
             self.wait_pending()
             rank, replica = self.rank, self.communicators.replica
-            state = flat_state(state_to_save(model, optimizer, extra, rank, replica, self._fragments), rank, replica)
+            with label(Label.SAVE_STATE):
+                found = state_to_save(model, optimizer, extra, rank, replica, self._fragments)
+                state = flat_state(found, rank, replica)
             if call is CollectiveCall.ASYNC_SAVE_CHECKPOINT:
-                state = state._replace(sections=self._staging.copy(state.sections))
+                with label(Label.SAVE_COPY):
+                    state = state._replace(sections=self._staging.copy(state.sections))
             entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]
             fingerprint = Fingerprint("checkpoints to save", entries, "Pass the same path and step on every rank.")
         except Exception as error:
@@ -286,6 +290,7 @@ class Saver:
             if new is not None:
                 new.close()
 
+    @labelled(Label.SAVE_WRITE)
     def _write_files(
         self,
         call: CollectiveCall,
@@ -334,7 +339,8 @@ class Saver:
 
         def complete() -> None:
             try:
-                finish(reports, found)
+                with label(Label.SAVE_FINISH):
+                    finish(reports, found)
             except Exception as error:
                 raise _save_error(path, error) from error
 

@@ -11,14 +11,14 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .measure import Action, Meter
 from .rank_names import RankNames
-from .roll import Roll
 
 # Blocks until a transfer is complete; it is called once, and raises PeerError if the transfer failed.
 Wait = Callable[[], None]
@@ -46,6 +46,22 @@ class PeerError(RuntimeError):
     """A collective failed: a peer died, was cut off, or did not arrive within the group's timeout."""
 
 
+class Attendance(Protocol):
+    """Knows the ranks that wait in one exchange; see ``Roll``."""
+
+    def write(self) -> None:
+        """Note that this rank waits."""
+        ...
+
+    def missing(self) -> list[int]:
+        """Return the ranks that have not noted to wait, by position in the group."""
+        ...
+
+    def erase(self) -> None:
+        """Forget all notes; called when the wait is over."""
+        ...
+
+
 class PendingSummary:
     """Words of all ranks, combined, that are on their way: calling it waits, and returns them.
 
@@ -53,7 +69,7 @@ class PendingSummary:
     """
 
     def __init__(
-        self, wait: Callable[[], list[int]], poll: Callable[[], None] | None = None, roll: Roll | None = None
+        self, wait: Callable[[], list[int]], poll: Callable[[], None] | None = None, roll: Attendance | None = None
     ) -> None:
         """``roll`` is that of this exchange, if its ranks have one."""
         self._wait, self._poll, self._roll = wait, poll, roll
@@ -102,6 +118,11 @@ class ShardCollectives(ABC):
         return False
 
     @property
+    def reads_rows(self) -> bool:
+        """Whether other ranks read send buffers: those of ``row_layout`` then, whose ranges ``sends[r]`` lists."""
+        return False
+
+    @property
     def waits_to_launch(self) -> bool:
         """Whether a reduce-scatter, when it starts, may wait for the one before it to arrive."""
         return False
@@ -142,8 +163,10 @@ class ShardCollectives(ABC):
         """Start ``shard = mean over ranks of their sends to it``, or ``shard +=`` that if ``accumulate``.
 
         Args:
-            sends: ``sends[r]`` lists the ranges for the shard of rank r. All ranks list the same ranges. Tensors are
-                only read, and must not change before the wait. Elements that no range covers keep their value.
+            sends: ``sends[r]`` lists the ranges for the shard of rank r. Tensors are only read, and must not change
+                before the wait. All ranks list the same ranges, and elements that none covers keep their value. If
+                ``reads_rows``, the send buffer has one range for each other rank, and ``sends[rank]`` what this rank
+                adds to its shard itself, in ranges that no other needs to know.
                 If ``contiguous``, the only entry of ``sends[0]`` is the flat buffer with the shards of all ranks, which
                 may be overwritten.
             shard: ``(shard_numel,)``; complete after the wait.
@@ -152,8 +175,11 @@ class ShardCollectives(ABC):
         """
 
     @abstractmethod
-    def all_gather(self, flat: Tensor) -> Wait:
-        """Start filling ``flat`` ``(world_size * shard_numel,)`` in place, from every rank's own shard of it."""
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
+        """Start filling ``flat`` ``(world_size * shard_numel,)`` in place, from every rank's own shard of it.
+
+        ``action`` says what it counts as, and its name in a PeerError: ``Action.GATHER`` if it is not of parameters.
+        """
 
     @abstractmethod
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
@@ -270,7 +296,7 @@ class SingleProcess(Communicator):
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         return _done
 
-    def all_gather(self, flat: Tensor) -> Wait:
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
         return _done
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
@@ -299,16 +325,25 @@ class SingleProcess(Communicator):
 class GroupCommunicator(Communicator):
     """The base of the communicators that really send: they belong to a process group, and their peers can fail."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
-        """``ranks`` are those that take part, as ranks of the default group."""
+    def __init__(self, ranks: Sequence[int], meter: Meter | None = None) -> None:
+        """``ranks`` are those that take part, as ranks of the default group.
+
+        What is sent and waited for is counted by ``meter``, or by one of its own.
+        """
         self.ranks = list(ranks)
+        self.meter = meter or Meter()
         self.rank, self.world_size = self.ranks.index(dist.get_rank()), len(self.ranks)
 
-    def peer_error(self, action: str, error: BaseException) -> PeerError:
+    def peer_error(self, action: Action | str, error: BaseException) -> PeerError:
         """Return the PeerError for an ``error`` that the backend raised during ``action``; the caller raises it."""
-        return PeerError(
-            f"dist_asgd: {action} failed on {RankNames(self.ranks).place(self.rank)}: a peer has died, was cut off, or "
-            f"did not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to "
-            f"torch's Join). Parameters and state may differ between ranks now: restart the job from its last "
-            f"checkpoint. The backend said: {error}"
-        )
+        return peer_error(self.ranks, self.rank, action, error)
+
+
+def peer_error(ranks: Sequence[int], rank: int, action: Action | str, error: BaseException) -> PeerError:
+    """Return the PeerError of ``ranks[rank]`` for an ``error`` that the backend raised during ``action``."""
+    return PeerError(
+        f"dist_asgd: {action} failed on {RankNames(ranks).place(rank)}: a peer has died, was cut off, or "
+        f"did not arrive within the process group's timeout (if it has fewer batches, pass the optimizer to "
+        f"torch's Join). Parameters and state may differ between ranks now: restart the job from its last "
+        f"checkpoint. The backend said: {error}"
+    )

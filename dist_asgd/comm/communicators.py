@@ -16,12 +16,16 @@ import torch.distributed as dist
 
 from .axes import Axes, NotAMember, Ranks, timeout_of
 from .base import Communicator, ShardCollectives, SingleProcess
+from .board import Board
+from .board import file_bytes as board_bytes
 from .gloo import Gloo
 from .host_group import DEFAULT_TIMEOUT, HostGroup
 from .hybrid import Hybrid
+from .measure import Meter
 from .native import NativeCollectives
 from .rank_names import RankNames
 from .shared_memory import OUTBOX_BYTES, SharedMemory, make_ring
+from .shared_pages import on_one_host, shared_pages
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -112,15 +116,15 @@ class _TagRanges:
     used = 0
 
 
-def _with_own_tags(group: HostGroup, ranks: Sequence[int]) -> Gloo:
+def _with_own_tags(group: HostGroup, ranks: Sequence[int], meter: Meter) -> Gloo:
     """Return a communicator with a tag range that no optimizer on any of ``ranks`` uses. Collective on ``ranks``.
 
     After 4,095 optimizers a range is used again.
     """
     # The first range serves only to agree on another one.
-    first = Gloo(group, FIRST_TAG, ranks)
+    first = Gloo(group, FIRST_TAG, ranks, meter)
     _TagRanges.used = first.largest([_TagRanges.used])[0] + 1
-    return Gloo(group, FIRST_TAG + (1 + _TagRanges.used % (TAG_RANGES - 1) << 16), ranks)
+    return Gloo(group, FIRST_TAG + (1 + _TagRanges.used % (TAG_RANGES - 1) << 16), ranks, meter)
 
 
 def _refuse_to_be_alone() -> None:
@@ -143,6 +147,7 @@ class Communicators:
     of one replica, and ``replica`` of ``num_replicas`` those that hold the same shard. Without a mesh there is one
     replica.
     ``problem`` is the error in the constructor's arguments, if there is one: all ranks raise it together later.
+    ``meter`` counts what is sent and waited for, and ``background_meter`` what threads beside training do of it.
     """
 
     def __init__(
@@ -150,6 +155,7 @@ class Communicators:
     ) -> None:
         """No communication. Raises NotAMember if this rank is not in the group or mesh."""
         self._shares_memory = shares_memory
+        self.meter, self.background_meter = Meter(), Meter()
         self.problem: Exception | None = None
         try:
             axes = Axes.of(group, mesh)
@@ -180,14 +186,30 @@ class Communicators:
             self._host = SingleProcess() if self._group is None or self.world_size == 1 else self._on_host(self._group)
         return self._host
 
+    def share_control(self) -> None:
+        """Exchange control words through memory from now on, if all ranks lie on one host. Collective.
+
+        Called once ranks have agreed on the constructor's arguments, of which ``shared_memory`` is one.
+        """
+        host = self.host
+        if self._shares_memory and isinstance(host, Gloo) and on_one_host(host):
+            found = shared_pages(host, board_bytes(self.world_size))
+            if found is not None:
+                host.use_board(Board(*found, host.rank, self._timeout_s, self.meter))
+
+    @property
+    def _timeout_s(self) -> float:
+        return (timeout_of(self._group) or DEFAULT_TIMEOUT).total_seconds()
+
     def _on_host(self, group: dist.ProcessGroup) -> Communicator:
         backend = _backend_for(group, "cpu")
         if backend == "gloo":
-            return _with_own_tags(HostGroup.of(group), self.ranks)
+            return _with_own_tags(HostGroup.of(group), self.ranks, self.meter)
         if backend in (None, "nccl"):
-            return _with_own_tags(HostGroup.new(self.ranks, group), self.ranks)
+            return _with_own_tags(HostGroup.new(self.ranks, group), self.ranks, self.meter)
         exact = self.ranks == dist.get_process_group_ranks(group)
-        return NativeCollectives(group if exact else _own_group(self.ranks, backend, group, None), averages=False)
+        own = group if exact else _own_group(self.ranks, backend, group, None)
+        return NativeCollectives(own, averages=False, meter=self.meter)
 
     @property
     def background(self) -> Communicator:
@@ -201,11 +223,12 @@ class Communicators:
             return host
         if self._background is None:
             if isinstance(host, Gloo):
-                self._background = _with_own_tags(HostGroup.new(self.ranks, self._group), self.ranks)
+                own = HostGroup.new(self.ranks, self._group)
+                self._background = _with_own_tags(own, self.ranks, self.background_meter)
             else:
                 backend = str(_backend_for(self._group, "cpu"))
                 group = _own_group(self.ranks, backend, self._group, None)
-                self._background = NativeCollectives(group, averages=False)
+                self._background = NativeCollectives(group, averages=False, meter=self.background_meter)
         return self._background
 
     def check_device(self, device: torch.device) -> None:
@@ -258,15 +281,14 @@ class Communicators:
         group = (
             self._group if shared else _own_group(ranks, backend, self._group, host if isinstance(host, Gloo) else None)
         )
-        return NativeCollectives(group, averages=backend == "nccl")
+        return NativeCollectives(group, averages=backend == "nccl", meter=self.meter)
 
     def _on_host_of(self, messages: Gloo) -> Communicator:
         """Return a communicator that shares memory, if all ranks of ``messages`` can. Collective on them."""
         if not self._shares_memory:
             return messages
-        timeout = timeout_of(self._group) or DEFAULT_TIMEOUT
-        ring = make_ring(messages, OUTBOX_BYTES, timeout.total_seconds())
-        return messages if ring is None else SharedMemory(messages, ring, timeout.total_seconds())
+        ring = make_ring(messages, OUTBOX_BYTES, self._timeout_s)
+        return messages if ring is None else SharedMemory(messages, ring, self._timeout_s)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -300,4 +322,5 @@ class Communicators:
         """Return the bytes of all buffers that communicators keep between steps, over all devices."""
         hybrids = [collectives for collectives in self._on.values() if isinstance(collectives, Hybrid)]
         every = (self._host, self._background, *self._among.values(), *hybrids)
-        return sum(communicator.scratch_bytes() for communicator in every if communicator is not None)
+        # The same one may serve several purposes.
+        return sum({id(one): one.scratch_bytes() for one in every if one is not None}.values())

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import PeerError
+from .measure import Action, Meter
 
 # The first element of each message. A buffer is zeros until a message arrives in it.
 ARRIVED, FAILED = 1, 2
@@ -41,16 +42,17 @@ class Messenger(Protocol):
 
     rank: int
     world_size: int
+    meter: Meter
 
     def connect(self, peers: Iterable[int]) -> None:
         """Make sure that there are connections to ``peers``, which do the same."""
         ...
 
-    def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
-        """Start messages; ``action`` names the collective in a PeerError."""
+    def post(self, action: Action, tag: int, receives: Iterable[Message], sends: Sequence[Message]) -> list[dist.Work]:
+        """Start messages of the collective ``action``."""
         ...
 
-    def peer_error(self, action: str, error: BaseException) -> PeerError:
+    def peer_error(self, action: Action, error: BaseException) -> PeerError:
         """Return the error for what the backend raised."""
         ...
 
@@ -96,7 +98,7 @@ class Hops:
         self._lock = threading.Lock()
         try:
             self._receives = messenger.post(
-                "a control exchange", tag, list(zip(behind, incoming, strict=True)), [(self._ahead[0], outgoing[0])]
+                Action.EXCHANGE, tag, list(zip(behind, incoming, strict=True)), [(self._ahead[0], outgoing[0])]
             )
             self._sends.append(self._receives.pop())
         except RuntimeError as error:
@@ -114,16 +116,17 @@ class Hops:
 
     def wait(self) -> None:
         """Wait until this rank knows of all ranks, and they have been sent what it knew. PeerError if that fails."""
-        with self._lock:
-            while self._receives:
-                self._take()
-        if self._error is not None:
-            raise self._messenger.peer_error("a control exchange", self._error) from self._error
-        try:
-            for work in self._sends:
-                work.wait()
-        except RuntimeError as error:
-            raise self._messenger.peer_error("a control exchange", error) from error
+        with self._messenger.meter.waiting(Action.EXCHANGE):
+            with self._lock:
+                while self._receives:
+                    self._take()
+            if self._error is not None:
+                raise self._messenger.peer_error(Action.EXCHANGE, self._error) from self._error
+            try:
+                for work in self._sends:
+                    work.wait()
+            except RuntimeError as error:
+                raise self._messenger.peer_error(Action.EXCHANGE, error) from error
 
     @property
     def _hop(self) -> int:
@@ -141,7 +144,7 @@ class Hops:
                 self._merge(hop)
             if hop + 1 < len(self._outgoing):
                 message = self._ahead[hop + 1], self._outgoing[hop + 1]
-                self._sends += self._messenger.post("a control exchange", self._tag, (), [message])
+                self._sends += self._messenger.post(Action.EXCHANGE, self._tag, (), [message])
             del self._receives[0]
         except RuntimeError as error:
             self._fail(hop, error)
@@ -158,7 +161,7 @@ class Hops:
             self._outgoing[later][0] = FAILED
             with contextlib.suppress(RuntimeError):
                 message = self._ahead[later], self._outgoing[later]
-                last_words += self._messenger.post("a control exchange", self._tag, (), [message])
+                last_words += self._messenger.post(Action.EXCHANGE, self._tag, (), [message])
         for work in last_words:
             with contextlib.suppress(RuntimeError):
                 # Gloo takes no timeout of zero. One that has run out closes the connection, which says the same.
@@ -238,23 +241,26 @@ def gather(messenger: Messenger, tag: int, own: Tensor, numels: Sequence[int], t
     arriving = [blocks[starts[d] : starts[min(2 * d, covered)]] for d in distances]
     peers = [(rank + distance) % world_size for distance in distances]
     try:
-        receives = messenger.post("a gather of messages", tag, list(zip(peers, arriving, strict=True)), ())
-        for work, message in zip(receives, arriving, strict=True):
-            work.wait()
-            if message[0] == FAILED:
-                raise RuntimeError("another rank's connection failed, or its wait timed out")
+        receives = messenger.post(Action.GATHER_OBJECTS, tag, list(zip(peers, arriving, strict=True)), ())
+        with messenger.meter.waiting(Action.GATHER_OBJECTS):
+            for work, message in zip(receives, arriving, strict=True):
+                work.wait()
+                if message[0] == FAILED:
+                    raise RuntimeError("another rank's connection failed, or its wait timed out")
     except RuntimeError as error:
         failure = error
         blocks[0] = FAILED
     try:
         if place:
             behind = (rank - (place & -place)) % world_size
-            for work in messenger.post("a gather of messages", tag, (), [(behind, blocks)]):
-                work.wait()
+            works = messenger.post(Action.GATHER_OBJECTS, tag, (), [(behind, blocks)])
+            with messenger.meter.waiting(Action.GATHER_OBJECTS):
+                for work in works:
+                    work.wait()
     except RuntimeError as error:
         failure = failure or error
     if failure is not None:
-        raise messenger.peer_error("a gather of messages", failure) from failure
+        raise messenger.peer_error(Action.GATHER_OBJECTS, failure) from failure
     if place:
         return None
     found = [blocks[starts[j] + 1 : starts[j + 1]] for j in range(world_size)]

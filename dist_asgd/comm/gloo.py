@@ -4,7 +4,7 @@ Gloo emulates reduce-scatter and all-gather with two to three times their traffi
 avoid that. Messages also have tags, so they cannot be paired with messages that the user, or another optimizer, has in
 flight on the same group; named collectives can.
 
-A steady-state step enters no other module of this package but ``agreement``.
+A steady-state step enters no other modules of this package but ``agreement`` and ``measure``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
+from ..labels import Label, label
 from . import dissemination
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
+from .board import MAX_WORDS, Board
 from .dissemination import Message, Summary
 from .host_group import HostGroup
+from .measure import Action, Meter
 from .roll import Roll
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -41,12 +43,12 @@ class Gloo(GroupCommunicator):
     Every sum is taken in rank order, whichever message arrives first, so that results are reproducible.
     """
 
-    def __init__(self, group: HostGroup, first_tag: int, ranks: Sequence[int]) -> None:
+    def __init__(self, group: HostGroup, first_tag: int, ranks: Sequence[int], meter: Meter | None = None) -> None:
         """Use the ``1 << 16`` tags from ``first_tag`` on. No communication.
 
-        ``ranks`` are the members of ``group`` that take part, as ranks of the default group.
+        ``ranks`` are the members of ``group`` that take part, as ranks of the default group. ``meter``: as in the base.
         """
-        super().__init__(ranks)
+        super().__init__(ranks, meter)
         self._group = group
         self._first_tag = first_tag
         position = {rank: index for index, rank in enumerate(group.ranks)}
@@ -54,6 +56,8 @@ class Gloo(GroupCommunicator):
         self._inboxes: dict[torch.dtype, list[Tensor]] = {}
         self._inbox_bytes = 0
         self._sums: Tensor | None = None
+        # Where these ranks exchange control words if they share memory.
+        self._board: Board | None = None
         self._roll_prefix = f"dist_asgd/{first_tag}/{self.ranks[0]}"
         self._num_summaries = 0
 
@@ -63,7 +67,8 @@ class Gloo(GroupCommunicator):
         It is not collective.
         """
         # The same tags do: two ranks make the same calls in the same order, so their messages pair up.
-        return Gloo(self._group, self._first_tag, ranks)
+        same = list(ranks) == self.ranks
+        return self if same else Gloo(self._group, self._first_tag, ranks, self.meter)
 
     @cached_property
     def _peers(self) -> list[int]:
@@ -82,27 +87,28 @@ class Gloo(GroupCommunicator):
         except RuntimeError as error:
             raise self.peer_error("a connection", error) from error
 
-    def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
-        """Start messages; ``action`` names the collective in a PeerError."""
-        # Errors are translated here and in _wait, without a context manager, because every message passes here.
+    def post(self, action: Action, tag: int, receives: Iterable[Message], sends: Sequence[Message]) -> list[dist.Work]:
+        """Start messages of the collective ``action``; every message passes here."""
         works: list[dist.Work] = []
         tag += self._first_tag
         group, in_group = self._group, self._in_group
         try:
-            # Receives come first: Gloo buffers a message again if its receive has not been posted yet.
-            for peer, tensor in receives:
-                works.append(group.receive(tensor, in_group[peer], tag))
-            for peer, tensor in sends:
-                works.append(group.send(tensor, in_group[peer], tag))
+            with self.meter.launching(action, sum(tensor.nbytes for _, tensor in sends)):
+                # Receives come first: Gloo buffers a message again if its receive has not been posted yet.
+                for peer, tensor in receives:
+                    works.append(group.receive(tensor, in_group[peer], tag))
+                for peer, tensor in sends:
+                    works.append(group.send(tensor, in_group[peer], tag))
         except RuntimeError as error:
             raise self.peer_error(action, error) from error
         return works
 
-    def _wait(self, action: str, works: Sequence[dist.Work]) -> None:
+    def _wait(self, action: Action, works: Sequence[dist.Work]) -> None:
         """Wait for messages that ``post`` started."""
         try:
-            for work in works:
-                work.wait()
+            with self.meter.waiting(action):
+                for work in works:
+                    work.wait()
         except RuntimeError as error:
             raise self.peer_error(action, error) from error
 
@@ -142,16 +148,16 @@ class Gloo(GroupCommunicator):
         receives: list[Message] = []
         for peer, places in zip(self._peers, landing, strict=True) if mine else ():
             receives += [(peer, place) for place in places]
-        with record_function("dist_asgd::reduce_scatter"):
-            outgoing = [(peer, source) for peer in self._peers for _, source in sends[peer]]
-            works = self.post("a reduce-scatter", tag, receives, outgoing)
+        outgoing = [(peer, source) for peer in self._peers for _, source in sends[peer]]
+        works = self.post(Action.REDUCE_SCATTER, tag, receives, outgoing)
 
         def wait() -> None:
-            self._wait("a reduce-scatter", works)
-            for i, (start, source) in enumerate(mine):
-                values = [places[i] for places in landing]
-                values.insert(self.rank, source)
-                self._store_mean(values, shard[start : start + source.numel()], accumulate)
+            self._wait(Action.REDUCE_SCATTER, works)
+            with label(Label.MEAN):
+                for i, (start, source) in enumerate(mine):
+                    values = [places[i] for places in landing]
+                    values.insert(self.rank, source)
+                    self._store_mean(values, shard[start : start + source.numel()], accumulate)
             if inbox is not None:
                 self._inboxes[dtype].append(inbox)
 
@@ -193,47 +199,49 @@ class Gloo(GroupCommunicator):
         own = chunks[self.rank]
         inbox = self._take_inbox(values.dtype, self.world_size * own.numel())
         rows = list(inbox[: self.world_size * own.numel()].view(self.world_size, -1)) if own.numel() else []
-        with record_function("dist_asgd::all_reduce"):
-            to_sum = self.post(
-                "an all-reduce",
-                tag,
-                [(peer, rows[peer]) for peer in self._peers if own.numel()],
-                [(peer, chunks[peer]) for peer in self._peers if chunks[peer].numel()],
-            )
+        to_sum = self.post(
+            Action.ALL_REDUCE,
+            tag,
+            [(peer, rows[peer]) for peer in self._peers if own.numel()],
+            [(peer, chunks[peer]) for peer in self._peers if chunks[peer].numel()],
+        )
         if own.numel():
             rows[self.rank].copy_(own)
 
         def wait() -> None:
-            self._wait("an all-reduce", to_sum)
+            self._wait(Action.ALL_REDUCE, to_sum)
             if own.numel():
-                self._store_mean(rows, own, accumulate=False)
+                with label(Label.MEAN):
+                    self._store_mean(rows, own, accumulate=False)
             self._inboxes[values.dtype].append(inbox)
             # The sums are sent only here, so this rank's wait also decides when its peers get them.
             sums = self.post(
-                "an all-reduce",
+                Action.ALL_REDUCE,
                 tag,
                 [(peer, chunks[peer]) for peer in self._peers if chunks[peer].numel()],
                 [(peer, own) for peer in self._peers if own.numel()],
             )
-            self._wait("an all-reduce", sums)
+            self._wait(Action.ALL_REDUCE, sums)
 
         return wait
 
     # --- gathers -----------------------------------------------------------------------------------------
 
-    def all_gather(self, flat: Tensor) -> Wait:
-        return self.all_gather_uneven([[shard] for shard in flat.view(self.world_size, -1)])
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
+        return self._gather_everywhere([[shard] for shard in flat.view(self.world_size, -1)], action)
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
+        return self._gather_everywhere(fragments, Action.ALL_GATHER)
+
+    def _gather_everywhere(self, fragments: Sequence[Sequence[Tensor]], action: Action) -> Wait:
         self.connect(self._peers)
-        with record_function("dist_asgd::all_gather"):
-            works = self.post(
-                "an all-gather",
-                ALL_GATHER,
-                [(peer, fragment) for peer in self._peers for fragment in fragments[peer]],
-                [(peer, fragment) for peer in self._peers for fragment in fragments[self.rank]],
-            )
-        return lambda: self._wait("an all-gather", works)
+        works = self.post(
+            action,
+            ALL_GATHER,
+            [(peer, fragment) for peer in self._peers for fragment in fragments[peer]],
+            [(peer, fragment) for peer in self._peers for fragment in fragments[self.rank]],
+        )
+        return lambda: self._wait(action, works)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         self.connect(self._peers)
@@ -243,25 +251,38 @@ class Gloo(GroupCommunicator):
             receives = [(peer, places[peer]) for peer in self._peers if numels[peer]]
         targets = self._peers if to is None else [to]
         sends = [(target, fragment) for target in targets if target != self.rank and numels[self.rank]]
-        self._wait("a gather", self.post("a gather", GATHER, receives, sends))
+        self._wait(Action.GATHER, self.post(Action.GATHER, GATHER, receives, sends))
 
     def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
-        # As bits: the messages are of integers. Every rank combines the same rows in the same order.
-        words = values.contiguous().view(torch.uint8)
-        rows = dissemination.all_gather(self, REDUCE_SCALARS, words, [words.numel()] * self.world_size)
-        table = torch.stack(rows).view(values.dtype)
+        # As bits: what is exchanged are integers. Every rank combines the same rows in the same order.
+        numel = values.numel()
+        words = torch.zeros(-(-values.nbytes // 8), dtype=torch.int64, device="cpu")
+        words.view(values.dtype)[:numel] = values
+        table = self._rows(REDUCE_SCALARS, words).view(values.dtype)[:, :numel].contiguous()
         return table.sum(0) if op == "sum" else table.amax(0) if op == "max" else table.amin(0)
 
     # --- control words -----------------------------------------------------------------------------------
 
     def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
+        if self._board is not None and len(words) <= MAX_WORDS:
+            return self._board.summarise(words, num_largest)
         self._num_summaries += 1
         summary = Summary(self, EXCHANGE, words, num_largest)
         roll = Roll(self._group.store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)
         return PendingSummary(summary.wait, summary.poll, roll)
 
+    def use_board(self, board: Board) -> None:
+        """Combine control words on ``board`` from now on. All ranks do so between the same two exchanges."""
+        self._board = board
+
     def exchange(self, words: Tensor) -> Tensor:
-        return torch.stack(dissemination.all_gather(self, EXCHANGE, words, [words.numel()] * self.world_size))
+        return self._rows(EXCHANGE, words)
+
+    def _rows(self, tag: int, words: Tensor) -> Tensor:
+        """The ``words`` ``(n,)``, int64, of all ranks: ``(world_size, n)``."""
+        if self._board is not None and words.numel() <= MAX_WORDS:
+            return self._board.all_gather(words)
+        return torch.stack(dissemination.all_gather(self, tag, words, [words.numel()] * self.world_size))
 
     def exchange_objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Communicator, ReduceScalars, Reduction, SendList, ShardCollectives, Wait
+from .measure import Action
 
 
 class _Steps:
@@ -79,6 +80,10 @@ class Hybrid(ShardCollectives):
         return self._inside.send_buffer(numel, dtype)
 
     @property
+    def reads_rows(self) -> bool:
+        return self._inside.reads_rows
+
+    @property
     def waits_to_launch(self) -> bool:
         return True
 
@@ -127,8 +132,8 @@ class Hybrid(ShardCollectives):
         self._bytes += buffer.nbytes
         return buffer
 
-    def all_gather(self, flat: Tensor) -> Wait:
-        return self._inside.all_gather(flat)
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
+        return self._inside.all_gather(flat, action)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         self._inside.gather(fragment, places, numels, to)

@@ -7,9 +7,12 @@ room     a rank may fill the range of a message once all others have read the ea
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +43,10 @@ class Message:
 
 
 class Ring:
-    """The outboxes of ``world_size`` ranks, of which this is ``rank``; ``outbox_bytes`` is the size of each."""
+    """The outboxes of ``world_size`` ranks, of which this is ``rank``; ``outbox_bytes`` is the size of each.
+
+    ``waited_s`` counts the seconds that this rank has waited for others.
+    """
 
     def __init__(
         self, pages: Pages, rank: int, processes: Processes, world_size: int, outbox_bytes: int, timeout_s: float
@@ -50,9 +56,11 @@ class Ring:
         self._peers = [peer for peer in range(world_size) if peer != rank]
         first = header_bytes(world_size)
         self._outboxes = pages.memory[first:].view(world_size, outbox_bytes)
+        self._addresses: list[int] = [outbox.data_ptr() for outbox in self._outboxes]
         self._abandoned = Signals(pages, LINE_BYTES, processes, timeout_s)
         self._published = Signals(pages, (1 + world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
         self._read = Signals(pages, (1 + 2 * world_size) * LINE_BYTES, processes, timeout_s, self._abandoned)
+        self.waited_s = 0.0
         self._number = 0
         self._next_start = 0
         self._num_read = 0
@@ -93,11 +101,15 @@ class Ring:
         assert self._num_read >= message.after
         if message.after:
             for peer in self._peers:
-                self._read.wait_for(peer, message.after)
+                self._await(self._read, peer, message.after)
 
     def outbox(self, rank: int, message: Message) -> Tensor:
         """The bytes of ``message`` in the outbox of ``rank``: ``(nbytes,)`` uint8, rounded up to 64 bytes."""
         return self._outboxes[rank, message.start : message.stop]
+
+    def address(self, rank: int, message: Message) -> int:
+        """Where ``outbox`` begins, for callers that copy many."""
+        return self._addresses[rank] + message.start
 
     def abandon(self) -> None:
         """Tell the other ranks that this one was interrupted: what they wait for it may never do."""
@@ -113,7 +125,14 @@ class Ring:
 
     def wait_for(self, peer: int, message: Message) -> None:
         """Wait until ``peer`` has published the message. RuntimeError if it has ended or is late."""
-        self._published.wait_for(peer, message.number)
+        self._await(self._published, peer, message.number)
+
+    def _await(self, signals: Signals, peer: int, number: int) -> None:
+        started = time.perf_counter()
+        try:
+            signals.wait_for(peer, number)
+        finally:
+            self.waited_s += time.perf_counter() - started
 
     def mark_read(self, message: Message) -> None:
         """Tell the other ranks that this one reads nothing of this message, and of those before it, any more."""
@@ -121,21 +140,39 @@ class Ring:
         self._read.send(self.rank, message.number)
 
 
-def cut(fragments: Sequence[Tensor], nbytes: int) -> list[list[tuple[int, Tensor]]]:
-    """Cut ``fragments``, 1-D tensors one after the other, into runs of ``nbytes`` bytes.
+class Part(NamedTuple):
+    """Bytes of a tensor that travel in one message: where they begin there, their address, and their number."""
 
-    Returns for each run its parts: where each begins in the run, and its bytes as a view, uint8.
+    at: int
+    address: int
+    nbytes: int
+
+    def copy_to(self, message_address: int) -> None:
+        """Copy them to the message that begins at this address."""
+        ctypes.memmove(message_address + self.at, self.address, self.nbytes)
+
+    def copy_from(self, message_address: int) -> None:
+        """Copy them from there."""
+        ctypes.memmove(self.address, message_address + self.at, self.nbytes)
+
+
+def cut(fragments: Sequence[Tensor], nbytes: int) -> list[list[Part]]:
+    """Cut ``fragments``, 1-D tensors one after the other, into runs of ``nbytes`` bytes; returns the parts of each.
+
+    Parts are addresses, because views and copies of tensors cost more than a copy of some KiB: the caller keeps the
+    fragments.
     """
-    runs: list[list[tuple[int, Tensor]]] = []
+    runs: list[list[Part]] = []
     at = nbytes
     for fragment in fragments:
-        left = fragment.view(torch.uint8)
-        while left.numel():
+        # Refuses elements that do not lie one after the other.
+        left = fragment.view(torch.uint8).numel()
+        address = fragment.data_ptr()
+        while left:
             if at == nbytes:
                 runs.append([])
                 at = 0
-            part = left[: nbytes - at]
-            runs[-1].append((at, part))
-            at += part.numel()
-            left = left[part.numel() :]
+            size = min(left, nbytes - at)
+            runs[-1].append(Part(at, address, size))
+            at, address, left = at + size, address + size, left - size
     return runs

@@ -8,27 +8,25 @@ launches, and ``Reduction.is_done`` says when a wait would wait for nobody.
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
+from ..labels import Label, label
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
 from .gloo import SIXTEEN_BIT, SUM_NUMEL, Gloo
-from .pages import PageFile, Pages, Processes, host_of_this_process, library
-from .reports import digest_of
-from .ring import Message, Ring, cut, file_bytes
+from .measure import Action
+from .pages import library
+from .ring import Message, Part, Ring, cut, file_bytes
+from .shared_pages import on_one_host, shared_pages
 
-ENVIRONMENT = "DIST_ASGD_SHARED_MEMORY"
 # Of gathers so many bytes are published at a time, so that they are read while they are in a cache.
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 19
 # The least that an outbox holds: some pieces of a gather.
 OUTBOX_BYTES = 2 * PIECE_BYTES
 # Gradients are packed and summed in stripes of this size: they stay in caches in between, and outboxes stay small.
@@ -37,78 +35,18 @@ STRIPE_BYTES = 1 << 21
 SEND_BUFFERS = 3
 
 
-@cache
-def _log_once(reason: str) -> None:
-    logging.getLogger("dist_asgd").warning(
-        "ranks of one host do not share memory: %s. Gradients and parameters go through Gloo's messages instead, with "
-        "the same bits and at about half the speed. Without %s=1 in the environment nobody asks for shared memory.",
-        reason,
-        ENVIRONMENT,
-    )
-
-
 def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
     """Make a ring for the ranks of ``messages``; None if they lie on several hosts, or cannot share memory.
 
     Collective on these ranks, and the result is the same on all of them. The log says once what does not work.
     """
-    problem = _why_not()
-    host = "" if problem else host_of_this_process()
-    words = torch.tensor([digest_of(host) >> 1], device="cpu")
-    if messages.any_of(problem is not None):
-        if problem:
-            _log_once(problem)
-        return None
-    if messages.differing(words):
-        return None
-    return _make_on_host(messages, outbox_bytes, timeout_s)
+    return _make_ring(messages, outbox_bytes, timeout_s) if on_one_host(messages) else None
 
 
-def _why_not() -> str | None:
-    """Why this rank cannot share memory; empty if nobody wants it to; None if it can."""
-    if os.environ.get(ENVIRONMENT, "0").lower() not in ("1", "true", "on", "yes"):
-        return ""
-    loaded = library()
-    if isinstance(loaded, str):
-        return loaded
-    try:
-        host_of_this_process()
-    except OSError as error:
-        return f"the system does not tell which host this is ({error})"
-    return None
-
-
-def _make_on_host(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
-    """Make a ring for ranks whose processes can name each other. Collective; None on all of them if one cannot."""
-    nbytes = file_bytes(messages.world_size, outbox_bytes)
-    pages: Pages | None = None
-    file: PageFile | None = None
-    problem: str | None = None
-    if messages.rank == 0:
-        try:
-            pages, file = Pages.new(nbytes)
-        except OSError as error:
-            problem = f"no memory file can be made ({error})"
-    rows = messages.exchange_objects((os.getpid(), file))
-    numbers, found = [number for number, _ in rows], rows[0][1]
-    ring: Ring | None = None
-    if found is not None:
-        try:
-            if pages is None:
-                pages = Pages.of(found, nbytes)
-            processes = Processes(numbers, messages.ranks)
-            ring = Ring(pages, messages.rank, processes, messages.world_size, outbox_bytes, timeout_s)
-        except OSError as error:
-            problem = f"memory of rank {messages.ranks[0]} cannot be opened ({error})"
-    failed = messages.any_of(ring is None)
-    # Only now all ranks have opened the file.
-    if pages is not None:
-        pages.close()
-    if failed:
-        if problem:
-            _log_once(problem)
-        return None
-    return ring
+def _make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
+    """Make a ring for ranks of one host. Collective; None on all of them if one cannot."""
+    found = shared_pages(messages, file_bytes(messages.world_size, outbox_bytes))
+    return found and Ring(found[0], messages.rank, found[1], messages.world_size, outbox_bytes, timeout_s)
 
 
 # Takes from a message what its number i holds of each rank.
@@ -149,7 +87,7 @@ class _Stream(_Operation):
     def __init__(
         self,
         ring: Ring,
-        own: Sequence[Sequence[tuple[int, Tensor]]],
+        own: Sequence[Sequence[Part]],
         messages: Sequence[Message],
         read: Read,
         ahead: bool,
@@ -172,9 +110,9 @@ class _Stream(_Operation):
     def _publish(self) -> None:
         message = self._messages[self._num_published]
         if self._num_published < len(self._own):
-            outbox = self._ring.outbox(self._ring.rank, message)
-            for at, part in self._own[self._num_published]:
-                outbox[at : at + part.numel()].copy_(part)
+            address = self._ring.address(self._ring.rank, message)
+            for part in self._own[self._num_published]:
+                part.copy_to(address)
         self._ring.publish(message)
         self._num_published += 1
 
@@ -194,7 +132,7 @@ class SharedMemory(GroupCommunicator):
 
     def __init__(self, messages: Gloo, ring: Ring, timeout_s: float) -> None:
         """``messages`` are those of the same ranks, for control words. No communication."""
-        super().__init__(messages.ranks)
+        super().__init__(messages.ranks, messages.meter)
         self._messages = messages
         self._ring = ring
         self._timeout_s = timeout_s
@@ -205,12 +143,8 @@ class SharedMemory(GroupCommunicator):
         self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
 
     @property
-    def contiguous(self) -> bool:
+    def reads_rows(self) -> bool:
         return True
-
-    @property
-    def gathers_contiguous(self) -> bool:
-        return False
 
     @property
     def in_background(self) -> bool:
@@ -221,24 +155,29 @@ class SharedMemory(GroupCommunicator):
 
     # --- the order of operations --------------------------------------------------------------------------
 
-    def _launch(self, action: str, operation: _Operation) -> Wait:
+    def _launch(self, action: Action, operation: _Operation) -> Wait:
         self._queue.append(operation)
         return partial(self._end, action, operation)
 
-    def _end(self, action: str, operation: _Operation) -> None:
+    def _end(self, action: Action, operation: _Operation) -> None:
         """End all operations up to this one."""
         try:
-            while not operation.has_ended:
-                oldest = self._queue[0]
-                oldest.run()
-                oldest.has_ended = True
-                self._queue.popleft()
+            with self.meter.waiting(action, self._waited_s):
+                while not operation.has_ended:
+                    oldest = self._queue[0]
+                    oldest.run()
+                    oldest.has_ended = True
+                    self._queue.popleft()
         except RuntimeError as error:
             self.abandon()
             raise self.peer_error(action, error) from error
         except BaseException:
             self.abandon()
             raise
+
+    def _waited_s(self) -> float:
+        """The clock of waits, which copy and sum as well: only the time in which this rank stands still counts."""
+        return self._ring.waited_s
 
     def abandon(self) -> None:
         self._ring.abandon()
@@ -253,8 +192,8 @@ class SharedMemory(GroupCommunicator):
         nbytes = SEND_BUFFERS * -(-send_bytes // 4096) * 4096
         if nbytes > self._ring.outbox_bytes:
             if self._queue:
-                self._end("a gather", self._queue[-1])
-            ring = _make_on_host(self._messages, nbytes, self._timeout_s)
+                self._end(Action.ALL_GATHER, self._queue[-1])
+            ring = _make_ring(self._messages, nbytes, self._timeout_s)
             if ring is None:
                 raise MemoryError(
                     f"dist_asgd: {nbytes:,} bytes of memory that the ranks of this host share cannot be had, although "
@@ -266,32 +205,42 @@ class SharedMemory(GroupCommunicator):
         message = self._ring.message(numel * dtype.itemsize)
         # Others may wait for what this rank has launched before, and it may have to read what lies there itself.
         while not all(operation.is_published for operation in self._queue) or self._ring.num_read < message.after:
-            self._end("a gather", self._queue[0])
+            self._end(Action.ALL_GATHER, self._queue[0])
         try:
-            self._ring.wait_for_room(message)
+            if not self._ring.has_room(message):
+                with self.meter.waiting(Action.REDUCE_SCATTER, self._waited_s):
+                    self._ring.wait_for_room(message)
         except RuntimeError as error:
-            raise self.peer_error("a reduce-scatter", error) from error
+            raise self.peer_error(Action.REDUCE_SCATTER, error) from error
         buffer = self._ring.outbox(self.rank, message).view(dtype)[:numel]
         self._packing[buffer.data_ptr()] = message
         return buffer
 
     def reduce_scatter(self, sends: SendList, shard: Tensor, accumulate: bool, tag: int) -> Reduction:
-        send = sends[0][0][1]
-        message = self._packing.pop(send.data_ptr())
-        with record_function("dist_asgd::reduce_scatter"):
+        # The rows of the other ranks begin with that of the first of them.
+        message = self._packing.pop(sends[self._peers[0]][0][1].data_ptr())
+        sent_bytes = sum(row.nbytes for peer in self._peers for _, row in sends[peer])
+        with self.meter.launching(Action.REDUCE_SCATTER, sent_bytes):
             self._ring.publish(message)
-        end = partial(self._mean_of, send.dtype, shard, accumulate)
+        end = partial(self._mean_of, sends[self.rank], shard, accumulate)
         mean = _Mean(self._ring, message, end)
         ring = self._ring
-        return Reduction(self._launch("a reduce-scatter", mean), lambda: mean.has_ended or ring.is_published(message))
+        wait = self._launch(Action.REDUCE_SCATTER, mean)
+        return Reduction(wait, lambda: mean.has_ended or ring.is_published(message))
 
-    def _mean_of(self, dtype: torch.dtype, shard: Tensor, accumulate: bool, message: Message) -> None:
-        """``shard = mean`` of what all ranks have published of ``message`` for this one, or ``+=``."""
+    def _mean_of(self, own: Sequence[tuple[int, Tensor]], shard: Tensor, accumulate: bool, message: Message) -> None:
+        """``shard = mean`` of ``own`` ranges and the rows that others have published of ``message``, or ``+=``."""
         for peer in self._peers:
             self._ring.wait_for(peer, message)
-        mine = slice(self.rank * shard.numel(), (self.rank + 1) * shard.numel())
-        values = [self._ring.outbox(rank, message).view(dtype)[mine] for rank in range(self.world_size)]
-        self._store_mean(values, shard, accumulate)
+        numel = shard.numel()
+        with label(Label.MEAN):
+            for at, values in own:
+                every = [values] * self.world_size
+                for peer in self._peers:
+                    # A rank packs no row for itself.
+                    first = (self.rank - (self.rank > peer)) * numel + at
+                    every[peer] = self._ring.outbox(peer, message).view(values.dtype)[first : first + values.numel()]
+                self._store_mean(every, shard[at : at + values.numel()], accumulate)
 
     def _store_mean(self, values: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:
         """``target = mean(values)``, or ``+=``: with the bits of ``Gloo``'s, and ``values`` are only read."""
@@ -324,53 +273,59 @@ class SharedMemory(GroupCommunicator):
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         """Every rank publishes all of its values, and sums all."""
         runs = cut([values], PIECE_BYTES)
+        pieces = torch.split(values, PIECE_BYTES // values.itemsize)
 
         def read(i: int, message: Message) -> None:
             for peer in self._peers:
                 self._ring.wait_for(peer, message)
-            ((_, part),) = runs[i]
-            every = [self._ring.outbox(rank, message)[: part.numel()] for rank in range(self.world_size)]
-            self._store_mean([one.view(values.dtype) for one in every], part.view(values.dtype), False)
+            piece = pieces[i]
+            every = [self._ring.outbox(rank, message)[: piece.nbytes] for rank in range(self.world_size)]
+            with label(Label.MEAN):
+                self._store_mean([one.view(values.dtype) for one in every], piece, False)
 
-        with record_function("dist_asgd::all_reduce"):
-            return self._stream("an all-reduce", runs, len(runs), read)
+        return self._stream(Action.ALL_REDUCE, runs, len(runs), read, len(self._peers))
 
     # --- gathers -------------------------------------------------------------------------------------------
 
     def _stream(
         self,
-        action: str,
-        own: Sequence[Sequence[tuple[int, Tensor]]],
+        action: Action,
+        own: Sequence[Sequence[Part]],
         num_pieces: int,
         read: Read,
+        num_readers: int,
     ) -> Wait:
+        """Start to let ``num_readers`` other ranks read ``own``."""
         messages = [self._ring.message(PIECE_BYTES) for _ in range(num_pieces)]
-        # What was launched before is published before.
-        operation = _Stream(self._ring, own, messages, read, ahead=all(other.is_published for other in self._queue))
+        sent_bytes = num_readers * sum(part.nbytes for run in own for part in run)
+        with self.meter.launching(action, sent_bytes):
+            # What was launched before is published before.
+            operation = _Stream(self._ring, own, messages, read, ahead=all(other.is_published for other in self._queue))
         return self._launch(action, operation)
 
-    def all_gather(self, flat: Tensor) -> Wait:
-        return self.all_gather_uneven([[shard] for shard in flat.view(self.world_size, -1)])
+    def all_gather(self, flat: Tensor, action: Action = Action.ALL_GATHER) -> Wait:
+        runs = [cut([shard], PIECE_BYTES) for shard in flat.view(self.world_size, -1)]
+        return self._gather(action, runs, reads=True, num_readers=len(self._peers))
 
     def all_gather_uneven(self, fragments: Sequence[Sequence[Tensor]]) -> Wait:
-        with record_function("dist_asgd::all_gather"):
-            return self._gather("an all-gather", [cut(of_rank, PIECE_BYTES) for of_rank in fragments], reads=True)
+        runs = [cut(of_rank, PIECE_BYTES) for of_rank in fragments]
+        return self._gather(Action.ALL_GATHER, runs, reads=True, num_readers=len(self._peers))
 
-    def _gather(self, action: str, runs: Sequence[Sequence[Sequence[tuple[int, Tensor]]]], reads: bool) -> Wait:
-        """Fill ``runs[r]`` from what rank r has there."""
+    def _gather(self, action: Action, runs: Sequence[Sequence[Sequence[Part]]], reads: bool, num_readers: int) -> Wait:
+        """Fill ``runs[r]`` from what rank r has there, on this rank if it ``reads``, and on ``num_readers`` others."""
 
         def read(i: int, message: Message) -> None:
             for peer in self._peers if reads else ():
                 if i < len(runs[peer]):
                     self._ring.wait_for(peer, message)
-                    outbox = self._ring.outbox(peer, message)
-                    for at, part in runs[peer][i]:
-                        part.copy_(outbox[at : at + part.numel()])
+                    address = self._ring.address(peer, message)
+                    for part in runs[peer][i]:
+                        part.copy_from(address)
 
-        return self._stream(action, runs[self.rank], max(map(len, runs)), read)
+        return self._stream(action, runs[self.rank], max(map(len, runs)), read, num_readers)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
-        runs: list[list[list[tuple[int, Tensor]]]] = []
+        runs: list[list[list[Part]]] = []
         for rank, numel in enumerate(numels):
             if rank == self.rank:
                 runs.append(cut([fragment], PIECE_BYTES))
@@ -380,7 +335,8 @@ class SharedMemory(GroupCommunicator):
                 runs.append([[]] * -(-numel * fragment.dtype.itemsize // PIECE_BYTES))
         if places is not None:
             places[self.rank].copy_(fragment)
-        self._gather("a gather", runs, reads=places is not None)()
+        num_readers = len(self._peers) if to is None else int(to != self.rank)
+        self._gather(Action.GATHER, runs, places is not None, num_readers)()
 
     # --- control words -------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint
 from ..comm.reports import CollectiveCall
+from ..labels import Label, labelled
 from ..placements.presharded import DTensorParam
 from ..storage.buffers import ShardedParam
 from .base import Gradients
@@ -127,6 +128,7 @@ def _counted_elsewhere(gradients: Gradients) -> frozenset[int]:
     return frozenset(member.index for member, owner, lowest in every if lowest < owner < none)
 
 
+@labelled(Label.CLIP)
 def clip(
     gradients: Gradients, active: frozenset[int], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..comm import Communicators, public_call
 from ..comm.reports import CollectiveCall
+from ..labels import Label, labelled
 from ..placements.dtensor import has_spec_of, is_dtensor, same_placement
 from ..update.schedule import StepHyperparameters
 from ..update.segments import UNSCALED, Scaling
@@ -128,6 +129,7 @@ def is_needed(gradients: Gradients) -> bool:
 
 
 @public_call
+@labelled(Label.UNSCALE)
 @torch.no_grad()
 def unscale(gradients: Gradients, inverse: Tensor, explicitly: bool) -> Tensor:
     """Unscale gradients for ``dist_asgd.GradScaler``: 1.0 if any rank's overflowed, else 0.0. Collective.

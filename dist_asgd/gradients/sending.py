@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm.base import ShardCollectives
 from ..storage import huge_pages
 from ..storage.buffers import Bucket
-from ..storage.send_layout import DIRECT_BYTES, SendLayout, SendRange, send_layout, whole_layout
+from ..storage.send_layout import DIRECT_BYTES, SendLayout, SendRange, row_layout, send_layout, whole_layout
 
 # Reduce-scatters in flight at a time: one arrives while the next is packed.
 MAX_IN_FLIGHT = 2
@@ -30,7 +30,7 @@ class SendBuffers:
     def __init__(self, buckets: Sequence[Bucket], collectives: Mapping[torch.device, ShardCollectives]) -> None:
         self._buckets = buckets
         self._collectives = collectives
-        self._layouts = {id(bucket): send_layouts(bucket, collectives[bucket.device].contiguous) for bucket in buckets}
+        self._layouts = {id(bucket): send_layouts(bucket, collectives[bucket.device]) for bucket in buckets}
         for device, on in collectives.items():
             of_device = [bucket for bucket in buckets if bucket.device == device]
             on.prepare(max(x.packed_numel * b.wire_dtype.itemsize for b in of_device for x in self.layouts(b)))
@@ -68,10 +68,13 @@ def _nothing() -> None:
     """What gives back a buffer of the communicator, which knows by itself."""
 
 
-def send_layouts(bucket: Bucket, contiguous: bool) -> list[SendLayout]:
-    """How each stripe of ``bucket`` is sent; ``contiguous`` is that of the collectives."""
-    if contiguous:
+def send_layouts(bucket: Bucket, collectives: ShardCollectives) -> list[SendLayout]:
+    """How ``collectives`` send each stripe of ``bucket``."""
+    if collectives.contiguous:
         return [whole_layout(bucket.layout, *stripe) for stripe in bucket.layout.stripes]
+    if collectives.reads_rows:
+        numel, rank = direct_numel(bucket), collectives.rank
+        return [row_layout(bucket.layout, numel, rank, *stripe) for stripe in bucket.layout.stripes]
     return [send_layout(bucket.layout, direct_numel(bucket), *stripe) for stripe in bucket.layout.stripes]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..comm.base import Reduction, ShardCollectives
 from ..comm.streams import Stream, stream_for
+from ..labels import Label, label
 from ..storage.buffers import Bucket, StateBuffer
 from ..storage.send_layout import SendLayout
 from .round import Header
@@ -144,7 +145,8 @@ class Transfers:
         was_torn, self.is_torn = self.is_torn, True
 
         def send() -> None:
-            bucket.pack(gradients, layout, packed)
+            with label(Label.PACK):
+                bucket.pack(gradients, layout, packed)
             # Large gradients are sent from where they lie: ``sends`` keeps those alive until the wait.
             sends = [[(part.start, source(gradients, packed, part)) for part in ranges] for ranges in layout.ranges]
             transfer.reduction = collectives.reduce_scatter(sends, shard, launch.accumulate, launch.tag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..comm import Communicators
+from ..comm.measure import Action
 from .base import Gradients
 from .reducer import Reducer
 
@@ -30,7 +31,7 @@ def unshard_gradients(gradients: Gradients, communicators: Communicators, reduce
         shard = bucket.gradient_shard()
         flat = shard.new_empty(bucket.layout.numel)  # (world_size * shard_numel,)
         flat.view(bucket.layout.world_size, -1)[communicators.shard_rank].copy_(shard)
-        communicators.on(bucket.device).all_gather(flat)()
+        communicators.on(bucket.device).all_gather(flat, Action.GATHER)()
         for member in members:
             param, mean = member.param, flat[member.slot.offset : member.slot.stop]
             if member.dtype.is_complex:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicator, Communicators
+from ..comm.measure import Action
 from ..storage.layout import BucketLayout, Slot
 from ..storage.memory_order import as_real
 
@@ -60,7 +61,7 @@ class ReplicaSharding:
         # Gloo gathers only rows of one length; the tail of shorter fragments is never read.
         rows = reals.new_empty((len(numels), max(numels)))
         rows[self.replicas.rank, : reals.numel()] = reals
-        self.replicas.on(fragment.device).all_gather(rows.view(-1))()
+        self.replicas.on(fragment.device).all_gather(rows.view(-1), Action.GATHER)()
         whole = torch.cat([row[:numel] for row, numel in zip(rows, numels, strict=True)])
         return torch.view_as_complex(whole.view(-1, 2)) if fragment.is_complex() else whole
 

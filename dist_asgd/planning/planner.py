@@ -35,6 +35,10 @@ ASSUMPTIONS = (
     "A step has one backward, and neither clips nor scales: each of these adds an exchange. Bytes of DDP, FSDP2 and "
     "NCCL are those of rings.",
 )
+GLOO_ASSUMPTION = (
+    "With Gloo, buffers and messages are those of shared_memory=False. Ranks of one node that share memory send none "
+    "of these messages, and have up to 8 MiB of outbox each in place of Gloo's buffers."
+)
 TIME_ASSUMPTIONS = (
     "Times take every link for itself: no contention in switches, no slow rank, no jitter. A call takes its bytes over "
     "the slowest link on its way, and a latency for each message that waits for another: of NCCL in rings once around, "
@@ -255,7 +259,13 @@ def plan(
         others=tuple(_other_precisions(asked, setup, memory, extra)),
         recommended=recommended,
         why=why,
-        assumptions=(*shapes.assumptions, *notes, *ASSUMPTIONS, *(() if links is None else TIME_ASSUMPTIONS)),
+        assumptions=(
+            *shapes.assumptions,
+            *notes,
+            *ASSUMPTIONS,
+            *((GLOO_ASSUMPTION,) if backend == "gloo" and per_node > 1 else ()),
+            *(() if links is None else TIME_ASSUMPTIONS),
+        ),
     )
 
 

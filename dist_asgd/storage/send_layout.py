@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .layout import BucketLayout
 
@@ -151,37 +152,83 @@ def whole_layout(layout: BucketLayout, start: int = 0, stop: int | None = None) 
     stop = layout.shard_numel if stop is None else stop
     width = stop - start
     pieces: list[Piece] = []
-    filled = 0
-    for index, slot in enumerate(layout.slots):
-        if filled < slot.offset:
-            pieces += _pieces(layout, None, filled, slot.offset, start, stop)
-        if slot.numel:
-            pieces += _pieces(layout, index, slot.offset, slot.stop, start, stop)
-        filled = slot.stop
-    if filled < layout.numel:
-        pieces += _pieces(layout, None, filled, layout.numel, start, stop)
+    for slot, first, last in _parts(layout, 0, layout.numel):
+        pieces += _pieces(layout, slot, first, last, start, stop)
     numel = width * layout.world_size
     ranges = ((SendRange(0, numel, None, 0),),)
     return SendLayout(start, stop, ranges, tuple(pieces), numel, (layout.shard_numel, width))
 
 
-def _pieces(layout: BucketLayout, slot: int | None, first: int, last: int, start: int, stop: int) -> Iterator[Piece]:
-    """What is packed of ``[first, last)`` of the bucket, which are elements of ``slot`` only: at most three pieces."""
+def row_layout(layout: BucketLayout, direct_numel: int, rank: int, start: int, stop: int) -> SendLayout:
+    """Pack the stripe from ``start`` to ``stop`` of the shards of all ranks but ``rank``, one row for each.
+
+    For ranks that read each other's send buffers: what they need of their own gradients they read where it lies. Only
+    slots of fewer than ``direct_numel`` elements are packed for that as well, behind the rows. The send buffers of all
+    ranks have the same size.
+    """
+    width = stop - start
+    pieces: list[Piece] = []
+    for slot, first, last in _parts(layout, 0, layout.numel):
+        pieces += _pieces(layout, slot, first, last, start, stop, left_out=rank)
+    behind = (layout.world_size - 1) * width
+    own: list[SendRange] = []
+    packed = [0] * layout.world_size
+    for first, last, slot, source in send_runs(layout, direct_numel).runs:
+        for reader, low, high in _by_rank(layout, first, last, start, stop):
+            place = behind + packed[reader] if slot is None else source + low - first
+            packed[reader] += high - low if slot is None else 0
+            if reader != rank:
+                continue
+            at = rank * layout.shard_numel + start
+            own.append(SendRange(low - at, high - at, slot, place))
+            for small, begin, end in _parts(layout, low, high) if slot is None else ():
+                offset = begin if small is None else layout.slots[small].offset
+                pieces.append(Piece(small, begin - offset, place + begin - low, end - begin))
+    rows = [*range(rank), -1, *range(rank, layout.world_size - 1)]
+    ranges = [own if row < 0 else [SendRange(0, width, None, row * width)] for row in rows]
+    return SendLayout(
+        start, stop, tuple(map(tuple, ranges)), tuple(pieces), behind + max(packed), (layout.shard_numel, width)
+    )
+
+
+def _parts(layout: BucketLayout, first: int, last: int) -> Iterator[tuple[int | None, int, int]]:
+    """The slots, and None for padding, that ``[first, last)`` of the bucket consists of, and the range of each."""
+    filled = first
+    for index, slot in enumerate(layout.slots):
+        low, high = max(first, slot.offset), min(last, slot.stop)
+        if low < high:
+            if filled < low:
+                yield None, filled, low
+            yield index, low, high
+            filled = high
+    if filled < last:
+        yield None, filled, last
+
+
+def _pieces(
+    layout: BucketLayout, slot: int | None, first: int, last: int, start: int, stop: int, left_out: int | None = None
+) -> Iterator[Piece]:
+    """What is packed of ``[first, last)`` of the bucket, which are elements of ``slot`` only: a few pieces.
+
+    The row of the rank ``left_out`` is not packed, and those behind it move up.
+    """
     shard, width = layout.shard_numel, stop - start
-    if width == shard:
+    if width == shard and left_out is None:
         # One run: the send buffer is in the order of the bucket.
         yield Piece(slot, 0, first, last - first)
         return
 
-    def piece(row: int, rows: int = 1) -> Iterator[Piece]:
+    def piece(row: int, end: int) -> Iterator[Piece]:
         at = row * shard
         low, high = max(first, at + start), min(last, at + stop)
-        if low < high and rows:
-            yield Piece(slot, low - first, row * width + low - at - start, high - low, rows)
+        if low < high and row < end:
+            target = (row if left_out is None or row < left_out else row - 1) * width
+            yield Piece(slot, low - first, target + low - at - start, high - low, end - row)
 
     top, bottom = first // shard, (last - 1) // shard
-    yield from piece(top)
-    if bottom > top:
-        # The rows between the first and the last are whole.
-        yield from piece(top + 1, bottom - top - 1)
-        yield from piece(bottom)
+    # The rows between the first and the last are whole.
+    ends = {top, top + 1, bottom, bottom + 1} | ({left_out, left_out + 1} if left_out is not None else set())
+    cuts = sorted(end for end in ends if top <= end <= bottom + 1)
+    for row, end in pairwise(cuts):
+        if row != left_out:
+            yield from piece(row, end)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..labels import Label, labelled
 from ..storage.snapshots import GradientTable
 from .schedule import StepHyperparameters
 from .segments import Scaling
@@ -51,3 +52,10 @@ class Batch(ABC):
     @abstractmethod
     def run(self, step: StepContext) -> None:
         """Update the batch's parameters, averages and masters; ``step()`` calls it once the gradients are reduced."""
+
+
+@labelled(Label.UPDATE)
+def run_batches(batches: Sequence[Batch], step: StepContext) -> None:
+    """Update one state buffer: run all of its ``batches``."""
+    for batch in batches:
+        batch.run(step)

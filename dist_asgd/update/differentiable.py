@@ -31,14 +31,19 @@ def init_states(groups: Sequence[dict[str, Any]], state: Any) -> None:
 
 
 @torch.enable_grad()
-def step(groups: Sequence[dict[str, Any]], state: Any) -> None:
-    """One step of all parameters that have a gradient, recorded by autograd; ``state`` is ``optimizer.state``."""
+def step(groups: Sequence[dict[str, Any]], state: Any) -> bool:
+    """One step of all parameters that have a gradient, recorded by autograd; returns whether any has.
+
+    ``state`` is ``optimizer.state``.
+    """
+    any_active = False
     for group in groups:
         # torch's foreach form refuses this mode, so the for-loop form is the only one.
         hyper = StepHyperparameters.of(group, Implementation.FORLOOP)
         for param in group["params"]:
             if param.grad is None:
                 continue
+            any_active = True
             # Frozen parameters have no entry yet.
             entry = state[param] = state.get(param) or init_state(param, hyper.lr)
             scalars = Cohort(entry["step"], entry["eta"], entry["mu"], ())
@@ -52,6 +57,7 @@ def step(groups: Sequence[dict[str, Any]], state: Any) -> None:
             reference.update(_real(param), _real(param.grad), _real(average), entry["eta"], entry["mu"], hyper, None)
             with torch.no_grad():
                 scalars.advance(hyper)
+    return any_active
 
 
 def _real(tensor: Tensor) -> Tensor:

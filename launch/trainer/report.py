@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_asgd import Stats
 from metrics import read_metrics
 
 
@@ -45,6 +46,7 @@ class Summary:
     average_dtype: str
     memory_by_rank: list[Memory]
     unsharded: Memory  # with torch.optim.ASGD, on every rank
+    stats_by_rank: list[Stats]  # what the optimizer has sent and waited for in this run
 
 
 def write_summary(folder: Path, summary: Summary) -> Path:
@@ -88,9 +90,11 @@ def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """Print the losses, the speed and the bytes that each rank holds, as two tables."""
+    """Print the losses, the speed, and what each rank holds, has sent and has waited for, as tables."""
     console.print(_outcome_table(summary))
     console.print(_memory_table(summary))
+    if len(summary.stats_by_rank) > 1:
+        console.print(_stats_table(summary))
 
 
 def _outcome_table(summary: Summary) -> Table:
@@ -120,6 +124,19 @@ def _memory_table(summary: Summary) -> Table:
         table.add_row(f"rank {rank}", *_memory_cells(memory))
     table.add_section()
     table.add_row("unsharded torch.optim.ASGD", *_memory_cells(summary.unsharded))
+    return table
+
+
+def _stats_table(summary: Summary) -> Table:
+    table = Table(title="sent to other ranks, and waited for them", title_justify="left")
+    table.add_column("")
+    for name in ("gradients, MB", "parameters, MB", "all else, MB", "gradients, s", "parameters, s", "agreement, s"):
+        table.add_column(name, justify="right")
+    for rank, stats in enumerate(summary.stats_by_rank):
+        others = stats.sent_control_bytes + stats.sent_other_bytes
+        sent = [stats.sent_gradient_bytes, stats.sent_parameter_bytes, others]
+        waited = [stats.waited_gradient_s, stats.waited_parameter_s, stats.waited_control_s]
+        table.add_row(f"rank {rank}", *(f"{n / 1e6:,.1f}" for n in sent), *(f"{s:.2f}" for s in waited))
     return table
 
 

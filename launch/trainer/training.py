@@ -300,6 +300,7 @@ class Training:
                 in_flight_bytes=0,
                 padding_bytes=0,
             ),
+            stats_by_rank=self._processes.gather(self._optimizer.stats()),
         )
 
     @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dist_asgd import ShardedASGD
 from dist_asgd.comm import PeerError
 from dist_asgd.comm.dissemination import Message, Summary, all_gather, gather, num_hops
+from dist_asgd.comm.measure import Action, Meter
 from dist_asgd.comm.reports import NUM_LARGEST, CollectiveCall, RankReport, RankReports
 from tests.harness.ranks import outcomes, run_errors
 
@@ -70,11 +71,12 @@ class Rank:
 
     def __init__(self, network: Network, rank: int) -> None:
         self.network, self.rank, self.world_size = network, rank, network.world_size
+        self.meter = Meter()
 
     def connect(self, peers: Iterable[int]) -> None:
         """Do nothing: boxes need no connection."""
 
-    def post(self, action: str, tag: int, receives: Iterable[Message], sends: Iterable[Message]) -> list[dist.Work]:
+    def post(self, action: Action, tag: int, receives: Iterable[Message], sends: Sequence[Message]) -> list[dist.Work]:
         """Start messages."""
         works: list[Any] = []
         receives, sends = list(receives), list(sends)
@@ -91,7 +93,7 @@ class Rank:
             works.append(_Sent())
         return cast(list[dist.Work], works)
 
-    def peer_error(self, action: str, error: BaseException) -> PeerError:
+    def peer_error(self, action: Action, error: BaseException) -> PeerError:
         """As ``Gloo`` makes it."""
         return PeerError(f"{action} failed on rank {self.rank}: {error}")
 

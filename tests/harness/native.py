@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_asgd.comm import Communicators
 from dist_asgd.comm.base import Communicator, SingleProcess
+from dist_asgd.comm.measure import Action
 from dist_asgd.comm.native import NativeCollectives
 from dist_asgd.comm.streams import Stream
 from dist_asgd.gradients import transfers
@@ -49,7 +50,7 @@ class LateCollectives(NativeCollectives):
     fails. All ranks must wait in one order, which they do: in that of the launches.
     """
 
-    def _call(self, action: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, action: Action, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("async_op", False):
             return super()._call(action, collective, *args, **kwargs)
         out, sent = args[0], args[-1]
@@ -127,11 +128,11 @@ def native_collectives(*, averages: bool = True, late: bool = False) -> Iterator
     """
     made: list[NativeCollectives] = []
 
-    def make(_: Communicators, ranks: tuple[int, ...], __: torch.device) -> Communicator:
+    def make(communicators: Communicators, ranks: tuple[int, ...], __: torch.device) -> Communicator:
         if len(ranks) == 1:
             return SingleProcess()
         group = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-        made.append((LateCollectives if late else NativeCollectives)(group, averages))
+        made.append((LateCollectives if late else NativeCollectives)(group, averages, communicators.meter))
         return made[-1]
 
     with mock.patch.object(Communicators, "_make_among", make):

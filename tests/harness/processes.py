@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_asgd.comm import shared_memory
+from dist_asgd.comm import shared_pages
 from tests.harness.outcome import Outcome, RankError
 
 GROUP_TIMEOUT_S = 20.0
@@ -208,7 +208,7 @@ MESSAGES_ONLY = 4
 
 def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> None:
     """The main function of a rank: read commands, run them and reply, until a stop command or the parent's end."""
-    os.environ[shared_memory.ENVIRONMENT] = str(int(world_size != MESSAGES_ONLY))
+    os.environ[shared_pages.ENVIRONMENT] = str(int(world_size != MESSAGES_ONLY))
     torch.set_num_threads(1)
     gc.freeze()
     with _stack_path(Path(folder), rank).open("w") as stack:

@@ -63,6 +63,11 @@ def test_summary_shows_what_sharding_saves(finished: dict[int, FinishedRun], sta
     unsharded = summary["unsharded"]
     gradient_share = 0.5 if stage == 2 else 1.0
     assert len(summary["memory_by_rank"]) == 2
+    assert len(summary["stats_by_rank"]) == 2
+    for stats in summary["stats_by_rank"]:
+        assert stats["steps"] == summary["step"]
+        assert stats["sent_parameter_bytes"] > 0
+        assert (stats["sent_gradient_bytes"] > 0) == (stage == 2)
     for held in summary["memory_by_rank"]:
         assert held["state_bytes"] <= 0.5 * unsharded["state_bytes"] + held["padding_bytes"]
         assert held["gradient_bytes"] <= gradient_share * unsharded["gradient_bytes"] + held["padding_bytes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import scale_plan
+from benchmarks import scale_plan, trace
 from benchmarks.hosts import ENVIRONMENT, Hosts
 from benchmarks.ranks import Team
+from dist_asgd.labels import Label
 
 
 @pytest.mark.parametrize("ranks", [8, 16384])
@@ -66,3 +68,37 @@ def test_a_cable_between_two_hosts_has_the_rate_that_was_set() -> None:
     # What a burst lets through at once is a sixteenth of it.
     assert slow > 0.9 * 8 * nbytes / 0.1e9
     assert fast < 0.8 * slow
+
+
+def test_the_picture_of_a_trace_has_what_the_host_does_and_what_travels() -> None:
+    """Of nested phases the innermost counts in each moment; a transfer ends with the wait that belongs to it."""
+    spans = [
+        trace.Span("backward", 0, 10),
+        trace.Span(Label.REDUCE_SCATTER, 1, 2),
+        trace.Span(Label.REDUCE_SCATTER, 3, 4),
+        trace.Span(Label.REDUCE_SCATTER_WAIT, 6, 8),
+        trace.Span(Label.MEAN, 7, 8),
+        trace.Span("step()", 10, 14),
+        trace.Span(Label.REDUCE_SCATTER_WAIT, 11, 12),
+    ]
+    hosts = trace.stretches(spans)
+    assert [(span.begin, span.end) for span in hosts if span.label == "backward"] == [(0, 1), (2, 3), (4, 6), (8, 10)]
+    assert [span for span in hosts if span.label == Label.REDUCE_SCATTER_WAIT] == [
+        trace.Span(Label.REDUCE_SCATTER_WAIT, 6, 7),
+        trace.Span(Label.REDUCE_SCATTER_WAIT, 11, 12),
+    ]
+    assert sum(span.end - span.begin for span in hosts) == 14
+    assert trace.in_flight(spans) == [
+        trace.Span(Label.REDUCE_SCATTER, 2, 8),
+        trace.Span(Label.REDUCE_SCATTER, 4, 12),
+    ]
+
+
+def test_the_report_of_a_trace_is_of_its_figures() -> None:
+    """The committed text has been made of the committed JSON, whose stats are those of a step."""
+    report = json.loads((trace.RESULTS / "trace.json").read_text())
+    assert (trace.RESULTS / "trace.md").read_text() == trace.as_markdown(report)
+    for run in report["runs"].values():
+        assert [stats["steps"] for stats in run["stats"]] == [1, 1]
+        for spans in run["spans"]:
+            assert {Label.PACK, Label.REDUCE_SCATTER_WAIT, Label.UPDATE, Label.ALL_GATHER_WAIT} <= {s[0] for s in spans}

@@ -1,4 +1,7 @@
-"""A plan beside real runs on Gloo ranks: the bytes of ``memory_report()``, and every byte and message that is sent."""
+"""A plan beside real runs on Gloo ranks: the bytes of ``memory_report()``, and every byte and message that is sent.
+
+``stats()`` counts the same bytes, by kind.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dist_asgd import Plan, ShardedASGD, plan
+from dist_asgd import Plan, ShardedASGD, Stats, plan
 from dist_asgd.planning.choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STAGE2, UNSHARDED
 from dist_asgd.storage.layout import MIB
 from tests.harness.meshes import hybrid_mesh
@@ -23,6 +26,12 @@ from tests.harness.models import mlp, mlp_loss, odd_loss, odd_net
 from tests.harness.ranks import run
 
 STEPS = 3
+# The kinds of a plan's transfers by the attributes of ``Stats`` that count them.
+SENT = {
+    "sent_gradient_bytes": ("reduce-scatter", "all-reduce"),
+    "sent_parameter_bytes": ("all-gather",),
+    "sent_control_bytes": ("control exchange",),
+}
 
 
 class Wide(nn.Module):
@@ -58,6 +67,8 @@ def wide_loss(model: nn.Module, seed: int) -> Tensor:
 
 
 Loss = Callable[[nn.Module, int], Tensor]
+# What a rank holds, the messages that it has sent, and what it says of them.
+Report = tuple[dict[str, int], Counter[str], Stats]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "odd": (odd_net, odd_loss),
     "mlp": (lambda: mlp(width=40, depth=4), mlp_loss),
@@ -84,7 +95,7 @@ def counting(sent: Counter[str]) -> Iterator[None]:
 
 def trains(
     rank: int, _world_size: int, kind: str, mode: str, mesh: tuple[int, int] | None, dtype: Any, options: dict[str, Any]
-) -> tuple[dict[str, int], Counter[str]]:
+) -> Report:
     """Job: some steps; returns what the optimizer holds then, and what this rank has sent in the last one."""
     build, loss = MODELS[kind]
     model = build().to(dtype)
@@ -100,6 +111,7 @@ def trains(
     sent: Counter[str] = Counter()
     for step in range(STEPS):
         optimizer.zero_grad()
+        optimizer.stats(reset=True)
         with counting(sent if step == STEPS - 1 else Counter()):
             if mode in (STAGE1, HYBRID1):
                 for param in filter(lambda p: p.requires_grad, model.parameters()):
@@ -107,11 +119,14 @@ def trains(
             else:
                 loss(model, 10 * step + rank).backward()
             optimizer.step()
-    return asdict(optimizer.memory_report()), sent
+    return asdict(optimizer.memory_report()), sent, optimizer.stats()
 
 
-def check(found: Plan, mode: str, reports: list[tuple[dict[str, int], Counter[str]]], case: str) -> None:
-    """Compare every kind of bytes on the first rank, the largest total of all ranks, and what the first has sent."""
+def check(found: Plan, mode: str, reports: list[Report], case: str) -> None:
+    """Compare every kind of bytes on the first rank, the largest total of all ranks, and what the first has sent.
+
+    What each rank says that it has sent is what its messages hold.
+    """
     row = found.row(mode)
     planned = {
         "parameter_bytes": row.bytes.parameters,
@@ -121,7 +136,7 @@ def check(found: Plan, mode: str, reports: list[tuple[dict[str, int], Counter[st
         "gradient_bytes": row.bytes.gradients,
         "in_flight_bytes": row.bytes.buffers,
     }
-    reported = [report for report, _ in reports]
+    reported = [report for report, _, _ in reports]
     for kind, expected in planned.items():
         assert reported[0][kind] == pytest.approx(expected, rel=0.01), f"{kind} of {case}"
     kept = [kind for kind in planned if kind != "padding_bytes"]
@@ -130,6 +145,12 @@ def check(found: Plan, mode: str, reports: list[tuple[dict[str, int], Counter[st
     own = [transfer for transfer in row.traffic if transfer.by == "dist_asgd"]
     assert sum(transfer.sent_bytes for transfer in own) == pytest.approx(reports[0][1]["bytes"], rel=0.01), case
     assert sum(transfer.messages or 0 for transfer in own) == reports[0][1]["messages"], case
+    for kind, names in SENT.items():
+        expected = sum(transfer.sent_bytes for transfer in own if transfer.kind in names)
+        assert getattr(reports[0][2], kind) == pytest.approx(expected, rel=0.01), f"{kind} of {case}"
+    for _, sent, stats in reports:
+        assert sum(getattr(stats, kind) for kind in SENT) == sent["bytes"], case
+        assert (stats.steps, stats.skipped_steps, stats.sent_other_bytes) == (1, 0, 0), case
 
 
 BF16 = torch.bfloat16
@@ -156,7 +177,7 @@ CASES: list[tuple[int, *Case]] = [
 ]
 
 
-def trains_in_turn(rank: int, world_size: int, cases: list[Case]) -> list[tuple[dict[str, int], Counter[str]]]:
+def trains_in_turn(rank: int, world_size: int, cases: list[Case]) -> list[Report]:
     """Job: one case after the other."""
     return [trains(rank, world_size, *case) for case in cases]
 

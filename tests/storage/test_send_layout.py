@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dist_asgd.storage.bucketing import build_buckets
 from dist_asgd.storage.buffers import Bucket, Precision
 from dist_asgd.storage.layout import STRIPE_SLACK, lay_out
-from dist_asgd.storage.send_layout import SendLayout, send_layout, send_runs, whole_layout
+from dist_asgd.storage.send_layout import SendLayout, row_layout, send_layout, send_runs, whole_layout
 
 NUMELS = st.lists(st.one_of(st.integers(0, 70), st.integers(0, 3000)), min_size=1, max_size=6)
 WORLD_SIZES = st.integers(1, 9)
@@ -99,6 +99,41 @@ def test_ranges_send_every_element_to_its_owner(
     for slot in bucket.layout.slots:
         assert (times.flatten()[slot.offset : slot.stop] == 1).all()
     assert send_runs(bucket.layout, direct_numel).num_messages(bucket.layout) == num_messages
+
+
+@given(NUMELS, st.integers(2, 9), STRIPE_BYTES, st.sampled_from([1, 40, 500, 1 << 20]))
+@example([3000], 3, 64, 40)
+@example([5, 3000, 7], 4, 1000, 500)
+@example([20, 3000, 30, 2, 900], 5, 1000, 100)
+def test_rows_hold_what_other_ranks_read(
+    numels: list[int], world_size: int, stripe_bytes: int, direct_numel: int
+) -> None:
+    """Each rank finds its stripe in the row that another has packed for it, and in its own gradients."""
+    bucket = bucket_of(numels, world_size, stripe_bytes)
+    given, whole = gradients_of(bucket)
+    shards = whole.view(world_size, -1)
+    for start, stop in bucket.layout.stripes:
+        width = stop - start
+        layouts = [row_layout(bucket.layout, direct_numel, rank, start, stop) for rank in range(world_size)]
+        assert len({layout.packed_numel for layout in layouts}) == 1
+        assert layouts[0].packed_numel <= world_size * width
+        for rank, layout in enumerate(layouts):
+            packed = torch.full((layout.packed_numel,), torch.nan)
+            bucket.pack(given, layout, packed)
+            for row, reader in enumerate(other for other in range(world_size) if other != rank):
+                assert torch.equal(packed[row * width : (row + 1) * width], shards[reader, start:stop])
+                (sent,) = layout.ranges[reader]
+                assert (sent.start, sent.stop, sent.slot, sent.source) == (0, width, None, row * width)
+            own = torch.zeros(width)
+            receive(layout, rank, given, packed, own)
+            assert torch.equal(own, shards[rank, start:stop])
+            for part in layout.ranges[rank]:
+                assert part.slot is None or numels_of(bucket)[part.slot] >= direct_numel
+
+
+def numels_of(bucket: Bucket) -> list[int]:
+    """The sizes of the members of ``bucket``."""
+    return [slot.numel for slot in bucket.layout.slots]
 
 
 def receive(layout: SendLayout, rank: int, given: list[Tensor | None], packed: Tensor, stripe: Tensor) -> None:
