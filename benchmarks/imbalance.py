@@ -18,7 +18,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from benchmarks.measure import imbalance
 from benchmarks.model import Shape, build_model, parameter_bytes
-from benchmarks.peers import peer_of, state_tensors, storage_bytes
+from benchmarks.peers import peer_of, storage_bytes
+from benchmarks.training import state_tensors
 
 WORLD_SIZES = (2, 8, 64, 1024)
 

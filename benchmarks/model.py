@@ -1,8 +1,9 @@
-"""The model that is trained in the benchmarks: a GPT of 31 million parameters in 173 tensors.
+"""The models that are trained in the benchmarks.
 
 Vocabulary
     P       the bytes of all parameters (fp32), the unit that memory is reported in
-    shape   ``Shape``: the sizes of the model and of one rank's batch
+    shape   the sizes of the model and of one rank's batch: ``Shape`` is a GPT of 31 million parameters in 173 tensors,
+            ``WideShape`` is 103 million parameters in two layers, each larger than any bucket
 
 Batch and context are small on purpose. The optimizer and the communication cost the same for every batch, so with a
 small batch they weigh most, and activations do not hide gradients and state in the memory figures.
@@ -32,6 +33,39 @@ class Shape:
     def tiny(self) -> Shape:
         """The same number of tensors at a tenth of the size, for ``--quick``."""
         return Shape(self.num_layers, 128, 4, self.context, self.batch)
+
+    def miniature(self) -> Shape:
+        """The smallest model of this kind, which loads the same code."""
+        return Shape(num_layers=1, width=32, num_heads=2, context=8)
+
+    def input(self) -> str:
+        """The input of one rank and step, for the report."""
+        return f"{self.batch} x {self.context} tokens"
+
+
+@dataclass(frozen=True)
+class WideShape:
+    """Sizes of a perceptron and of one rank's batch. The defaults: 102.8M parameters in two matrices."""
+
+    num_layers: int = 2
+    width: int = 7168
+    batch: int = 4
+
+    def tiny(self) -> WideShape:
+        """The same number of tensors at a tenth of the size, for ``--quick``."""
+        return WideShape(self.num_layers, 2240, self.batch)
+
+    def miniature(self) -> WideShape:
+        """The smallest model of this kind, which loads the same code."""
+        return WideShape(width=32)
+
+    def input(self) -> str:
+        """The input of one rank and step, for the report."""
+        return f"{self.batch} rows of {self.width}"
+
+
+AnyShape = Shape | WideShape
+MODELS: dict[str, AnyShape] = {"gpt": Shape(), "wide": WideShape()}
 
 
 class Block(nn.Module):
@@ -79,15 +113,34 @@ class GPT(nn.Module):
         return loss
 
 
-def build_model(shape: Shape, seed: int = 0) -> GPT:
+class Wide(nn.Module):
+    """Matrices with ReLUs between them. ``forward`` returns the mean of the squared outputs, 0-dim."""
+
+    def __init__(self, shape: WideShape) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(shape.width, shape.width, bias=False) for _ in range(shape.num_layers)])
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, width) -> ()
+        for block in self.blocks:
+            x = F.relu(block(x))
+        loss: Tensor = x.square().mean()
+        return loss
+
+
+def build_model(shape: AnyShape, seed: int = 0) -> GPT | Wide:
     """Build the model. It is the same to the bit on every rank and for every peer."""
     torch.manual_seed(seed)
-    return GPT(shape)
+    return Wide(shape) if isinstance(shape, WideShape) else GPT(shape)
 
 
-def batch_of(shape: Shape, rank: int, number: int) -> Tensor:
-    """The batch of rank ``rank`` in step ``number``, (batch, context + 1). It is the same for every peer."""
+def batch_of(shape: AnyShape, rank: int, number: int) -> Tensor:
+    """The batch of rank ``rank`` in step ``number``: (batch, context + 1) tokens, or (batch, width) numbers.
+
+    It is the same for every peer.
+    """
     generator = torch.Generator().manual_seed(1_000_003 * number + rank)
+    if isinstance(shape, WideShape):
+        return torch.randn(shape.batch, shape.width, generator=generator)
     return torch.randint(VOCABULARY, (shape.batch, shape.context + 1), generator=generator)
 
 

@@ -30,8 +30,11 @@ class Target:
 
 def targets(report: Mapping[str, Any]) -> Iterator[Target]:
     """Yield the goals for which this report has figures."""
-    time, memory = report.get("time", {}), report.get("memory", {})
-    unit = report["parameter_bytes"]
+    first = report["settings"].get("gpt/2/host", {})
+    time, memory = first.get("time", {}), first.get("memory", {})
+    hybrid = report["settings"].get("gpt/4/host", {}).get("time", {})
+    consolidation = report.get("consolidation", {}).get("ratios", {})
+    unit = first.get("parameter_bytes", 1)
     if "stage2" in time:
         ratio = time["stage2"]["whole_ratio"]
         yield Target(
@@ -60,7 +63,8 @@ def targets(report: Mapping[str, Any]) -> Iterator[Target]:
             for kind in ("state", "gradients")
         )
         yield Target("imbalance of state and gradients", f"<= {IMBALANCE}", f"{worst:.4f}", worst <= IMBALANCE)
-        ratio = time["stage2"]["consolidation_ratio"]
+    if "stage2" in consolidation:
+        ratio = consolidation["stage2"]
         yield Target(
             "consolidating, over torch.save of the full state",
             f"<= {CONSOLIDATION_RATIO:.0f}",
@@ -75,8 +79,8 @@ def targets(report: Mapping[str, Any]) -> Iterator[Target]:
             f"{speedup:.1f} x",
             speedup >= DTENSOR_STEP_SPEEDUP,
         )
-    if {"hsdp", "hsdp-sharded"} <= time.keys():
-        share = time["hsdp-sharded"]["state_bytes"] * REPLICAS / time["hsdp"]["state_bytes"]
+    if {"hsdp", "hsdp-sharded"} <= hybrid.keys():
+        share = hybrid["hsdp-sharded"]["state_bytes"] * REPLICAS / hybrid["hsdp"]["state_bytes"]
         yield Target(
             f"state bytes under HSDP on {REPLICAS} replicas, over torch.optim.ASGD's / {REPLICAS}",
             f"<= {REPLICAS_SHARE}",

@@ -20,18 +20,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.model import Shape, batch_of, build_model, parameter_bytes
-from benchmarks.peers import Peer, consolidate, local, state_tensors, storage_bytes
+from benchmarks.model import AnyShape, batch_of, build_model, parameter_bytes
+from benchmarks.peers import Peer, consolidate, local, storage_bytes
+from benchmarks.training import Training
+
+# Of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Trainer:
     """Trains one peer's model. Construction and all public methods are collective on the ranks of the team."""
 
     model: nn.Module
-    wrapped: nn.Module
-    optimizer: Optimizer
+    training: Training
 
-    def __init__(self, rank: int, world_size: int, peer: Peer, shape: Shape) -> None:
+    def __init__(self, rank: int, world_size: int, peer: Peer, shape: AnyShape) -> None:
         self.rank = rank
         self.world_size = world_size
         self.peer = peer
@@ -46,27 +49,34 @@ class Trainer:
 
     def wrap(self) -> None:
         """Wrap the model and construct the optimizer."""
-        self.wrapped = self.peer.wrap(self.model)
-        self.optimizer = self.peer.make_optimizer(self.model)
+        self.training = self.peer.train(self.model)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The module whose forward is called."""
+        return self.training.module
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer."""
+        return self.training.optimizer
 
     def whole_step(self) -> tuple[float, float]:
         """Take a training step; returns its seconds, and the seconds of processor time of all threads of the rank."""
         tokens = self._next_batch()
         dist.barrier()
         begin, begin_processor = time.perf_counter(), time.process_time()
-        self.optimizer.zero_grad()
-        self.wrapped(tokens).backward()
-        self.optimizer.step()
+        _train(self.training, tokens)
+        self.training.step()
         return time.perf_counter() - begin, time.process_time() - begin_processor
 
     def split_step(self) -> float:
         """Take a training step; returns the seconds of ``optimizer.step()``, which begins when all ended backward."""
         tokens = self._next_batch()
-        self.optimizer.zero_grad()
-        self.wrapped(tokens).backward()
+        _train(self.training, tokens)
         dist.barrier()
         begin = time.perf_counter()
-        self.optimizer.step()
+        self.training.step()
         return time.perf_counter() - begin
 
     def _next_batch(self) -> torch.Tensor:
@@ -75,20 +85,19 @@ class Trainer:
 
     def held_bytes(self) -> dict[str, int]:
         """The bytes of parameters, state and gradients that this rank holds between backward and step."""
-        self.optimizer.zero_grad()
-        self.wrapped(self._next_batch()).backward()
+        _train(self.training, self._next_batch())
         parameters = list(self.model.parameters())
-        gradients = storage_bytes(p.grad for p in parameters if p.grad is not None)
+        gradients = storage_bytes(self.training.gradients(parameters))
         if self.peer.stage == 2:
             gradients = self.optimizer.memory_report().gradient_bytes  # type: ignore[attr-defined]
         if self.peer.ddp and not self.peer.gradient_views:
             gradients += parameter_bytes(self.model)  # DDP's buckets, which Python does not see
         result = {
             "parameters": storage_bytes(parameters),
-            "state": storage_bytes(state_tensors(self.optimizer)),
+            "state": storage_bytes(self.training.state()),
             "gradients": gradients,
         }
-        self.optimizer.step()
+        self.training.step()
         return result
 
     def parameters_digest(self) -> str:
@@ -130,14 +139,13 @@ class MemoryTrainer(Trainer):
     def build(self) -> None:
         self.model = build_model(self.shape)
         self.floors = {"cold": settled_bytes()}
-        miniature = build_model(Shape(num_layers=1, width=32, num_heads=2, context=8))
-        wrapped = self.peer.wrap(miniature)
-        optimizer = self.peer.make_optimizer(miniature)
+        small = self.shape.miniature()
+        miniature = build_model(small)
+        training = self.peer.train(miniature)
         for number in range(3):
-            optimizer.zero_grad()
-            wrapped(batch_of(Shape(context=8), self.rank, number)).backward()
-            optimizer.step()
-        del miniature, wrapped, optimizer
+            _train(training, batch_of(small, self.rank, number))
+            training.step()
+        del miniature, training
         self.floors["warm"] = settled_bytes()
 
     def wrap_peak(self) -> dict[str, int]:
@@ -150,9 +158,8 @@ class MemoryTrainer(Trainer):
         """The peak of ``num_steps`` training steps, in bytes above each floor."""
         reset_peak()
         for _ in range(num_steps):
-            self.optimizer.zero_grad()
-            self.wrapped(self._next_batch()).backward()
-            self.optimizer.step()
+            _train(self.training, self._next_batch())
+            self.training.step()
         return self._above_floors(peak_bytes())
 
     def _above_floors(self, peak: int) -> dict[str, int]:
@@ -166,6 +173,23 @@ class MemoryTrainer(Trainer):
         peak = peak_bytes()
         del state
         return peak - before
+
+
+def _train(training: Training, batch: torch.Tensor) -> None:
+    """Take a training step up to the optimizer's. Collective."""
+    training.zero_grad()
+    training.backward(training.module(batch))
+
+
+def follow_memory(_rank: int) -> None:
+    """Let resident memory follow what is in use: allocations of 64 KiB and more are mapped and unmapped one by one.
+
+    By default glibc keeps freed memory in its heap, and the peak shows the heap's history. An entrance of a team.
+    """
+    libc = ctypes.CDLL(None)
+    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        if libc.mallopt(option, 1 << 16) != 1:
+            raise OSError("mallopt refused a threshold of 64 KiB: peaks are measured with glibc only")
 
 
 def settled_bytes() -> int:

@@ -31,7 +31,7 @@ def test_every_extra_is_pinned() -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     wanted = {canonicalize_name(Requirement(text).name) for extra in extras.values() for text in extra}
     pinned = set()
-    for file in ("requirements.txt", "requirements-dev.txt", "requirements-integrations.txt"):
+    for file in ("requirements.txt", "requirements-dev.txt", "requirements-integrations.txt", "requirements-bench.txt"):
         for line in (REPOSITORY / "launch" / file).read_text().splitlines():
             if not line.startswith("#"):
                 pinned.add(canonicalize_name(Requirement(line).name))
