@@ -63,7 +63,7 @@ def frees_gradients(_rank: int, world_size: int) -> None:
     bucket = STRIPE_SLACK * 0.1 * 2**20
     largest = max(p.nbytes for p in model.parameters())
     assert largest > 4 * bucket
-    assert 0 < report.in_flight_bytes <= 4 * bucket + largest / world_size + 2**19
+    assert 0 < report.in_flight_bytes <= 4 * bucket + largest / world_size + 2**20
     assert report.in_flight_bytes < total / 2
 
 
