@@ -59,14 +59,18 @@ def machine(numel: int, num_threads: int, device: str) -> Iterator[tuple[str, Ca
     """Yield the simplest loops, with name, call and bytes: a copy, and on CPUs a loop with the update's accesses."""
     p, g, ax = (torch.full((numel,), value, device=device) for value in (1.0, 1e-6, 1.0))
     yield "copy (1 read, 1 write)", lambda: p.copy_(g), 8 * numel
-    triad = _triad() if device == "cpu" else None
-    if triad is not None:
-        length, factor, threads = ctypes.c_int64(numel), ctypes.c_float(1e-6), ctypes.c_int64(num_threads)
+    loop = plain_loop(p, g, ax, num_threads) if device == "cpu" else None
+    if loop is not None:
+        yield "triad (3 reads, 2 writes)", loop, 20 * numel
 
-        def in_place() -> None:
-            triad(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (p, g, ax)), length, factor, threads)
 
-        yield "triad (3 reads, 2 writes)", in_place, 20 * numel
+def plain_loop(p: torch.Tensor, g: torch.Tensor, ax: torch.Tensor, num_threads: int) -> Call | None:
+    """A C loop with the update's accesses to these float32 arrays, in place; None without a compiler."""
+    triad = _triad()
+    if triad is None:
+        return None
+    length, factor, threads = ctypes.c_int64(p.numel()), ctypes.c_float(1e-6), ctypes.c_int64(num_threads)
+    return lambda: triad(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (p, g, ax)), length, factor, threads)
 
 
 def _triad() -> Callable[..., object] | None:

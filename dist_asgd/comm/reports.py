@@ -87,11 +87,14 @@ def _calls_in(bits: int) -> frozenset[CollectiveCall]:
     return frozenset(call for call in CollectiveCall if bits >> call & 1)
 
 
-def _to_words(mask: int, num_words: int) -> list[int]:
-    return [(mask >> (MASK_BITS * i)) & _MASK for i in range(num_words)]
+# Kept, because most steps exchange the masks of the step before.
+@lru_cache(maxsize=64)
+def _to_words(mask: int, num_words: int) -> tuple[int, ...]:
+    return tuple((mask >> (MASK_BITS * i)) & _MASK for i in range(num_words))
 
 
-def _to_mask(words: list[int]) -> int:
+@lru_cache(maxsize=64)
+def _to_mask(words: tuple[int, ...]) -> int:
     mask = 0
     for word in reversed(words):
         mask = mask << MASK_BITS | word
@@ -157,7 +160,7 @@ class RankReports:
         self.calls = _calls_in(calls)
         start = NUM_LARGEST + _NUM_UNIONS
         first, absent, second, both = (
-            _to_mask(words[start + i * mask_words : start + (i + 1) * mask_words]) for i in range(4)
+            _to_mask(tuple(words[start + i * mask_words : start + (i + 1) * mask_words])) for i in range(4)
         )
         self._unions, self.common, self.in_both = (first, second), first & ~absent, both
         self._mask_words = mask_words
@@ -233,7 +236,7 @@ class RankReports:
     def masks(self, which: int) -> list[int]:
         """Return the first (0) or the second (1) bit mask of every rank; bit i is parameter i's. Collective."""
         start = HEADER_WORDS + which * self._mask_words
-        return [_to_mask(row[start : start + self._mask_words]) for row in self._all_rows]
+        return [_to_mask(tuple(row[start : start + self._mask_words])) for row in self._all_rows]
 
     @property
     def _all_rows(self) -> list[list[int]]:

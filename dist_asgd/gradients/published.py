@@ -19,6 +19,7 @@ from ..comm import public_call
 from ..comm.masks import indices_in
 from ..comm.reports import CollectiveCall
 from ..storage.buffers import BucketParam
+from ..storage.snapshots import unexpected_gradients
 from . import clip
 from .gradient_tensor import GradientTensor
 
@@ -44,6 +45,16 @@ class PublishedGradients:
         # The parameters that are published, and those that the end of a backward will publish.
         self.now: set[int] = set()
         self._unpublished: set[int] = set()
+        # All members in order: their indices, the place of each, their parameters, and what ``p.grad`` is expected to
+        # be: the tensor of a published one, else None. One pass in C finds the others, of which there are few.
+        self._indices: list[int] = []
+        self._place_of: dict[int, int] = {}
+        self._ordered_params: list[Tensor] = []
+        self._expected: list[Tensor | None] = []
+        # The set that ``match`` has last made ``now`` equal to; None if ``now`` has changed since.
+        self._matched: frozenset[int] | None = None
+        # The published ones that may have an unsent gradient behind them.
+        self._with_unsent: set[int] = set()
         # Norms by order and index, each with the version that its bucket's gradient had: a user's write bumps that.
         self._norms: dict[float, dict[int, tuple[int, Tensor]]] = {}
         self.cleared = 0
@@ -66,6 +77,12 @@ class PublishedGradients:
                 self._params[member.index] = weakref.ref(member.param)
                 self._tensors[member.index] = GradientTensor(member.param, member.index, weakref.ref(self))
         self._unpublished = hooked - self.now
+        self._indices = list(self._members)
+        self._place_of = {index: place for place, index in enumerate(self._indices)}
+        self._ordered_params = [member.param for member in self._members.values()]
+        self._expected = [self._tensors[index] if index in self.now else None for index in self._indices]
+        self._with_unsent = set(self._indices)
+        self._matched = None
 
     # --- what is in p.grad ----------------------------------------------------------------------------------
 
@@ -78,6 +95,7 @@ class PublishedGradients:
         """Put the ``GradientTensor`` of ``member`` into ``p.grad``; unless ``sent`` it keeps what was there."""
         tensor, gradient = self._tensors[member.index], member.param.grad
         if gradient is not tensor:
+            self._with_unsent.add(member.index)
             # First, so that an interruption between the two lines loses no gradient.
             tensor.unsent = gradient.unsent if isinstance(gradient, GradientTensor) else gradient
             try:
@@ -88,7 +106,11 @@ class PublishedGradients:
                 return
         if sent:
             tensor.unsent = None
+            self._with_unsent.discard(member.index)
+        # Before ``now`` has it, and further below after: an interruption must not hide what users clear.
+        self._expected[self._place_of[member.index]] = tensor
         self.now.add(member.index)
+        self._matched = None
         self._unpublished.discard(member.index)
 
     def publish_all(self, busy: set[int]) -> None:
@@ -112,6 +134,8 @@ class PublishedGradients:
             gradient.unsent = None
             taken_away &= not gradient.belongs_to(index, self)
         self.now.discard(index)
+        self._matched = None
+        self._expected[self._place_of[index]] = None
         self._unpublished.add(index)
         return taken_away
 
@@ -134,11 +158,18 @@ class PublishedGradients:
         if set_to_none:
             self._unpublished |= self.now
             self.now = set()
+            self._matched = None
+            self._expected = [None] * len(self._expected)
+            self._with_unsent.clear()
 
     def scan(self) -> tuple[list[tuple[BucketParam, Tensor]], list[int]]:
         """The members that have an unsent gradient, each with it, and the indices of those that users have cleared."""
         unsent, cleared = [], []
-        for index, member in self._members.items():
+        places = set(unexpected_gradients(self._ordered_params, self._expected))
+        places.update(self._place_of[index] for index in self._with_unsent)
+        for place in sorted(places):
+            index = self._indices[place]
+            member = self._members[index]
             gradient = member.param.grad
             if gradient is None:
                 if index in self.now:
@@ -153,12 +184,16 @@ class PublishedGradients:
 
     def match(self, present: frozenset[int]) -> None:
         """Publish the parameters in ``present``, which have a gradient on some rank, and no other."""
+        if present is self._matched:
+            return
         for index in self.now - present:
             self.withdraw(index)
         for index in present - self.now:
             # Hooks on it may be running in another thread, which withdraws and publishes by itself.
             if index in self._members and self._members[index].param.grad is None:
                 self.publish(self._members[index])
+        if self.now == self._members.keys() & present:
+            self._matched = present
 
     def compare_cleared(self) -> None:
         """Raise on every rank if users have not cleared the same gradients on all. Collective, for all in one call."""

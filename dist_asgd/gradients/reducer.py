@@ -225,9 +225,8 @@ class Reducer(Gradients):
         else:
             self._start_over_if_used()
             self._reduce_pending(reports.in_both & in_buckets if second else 0)
-        there = self.agreement.indices(self._present_mask)
-        if there != self.published.now and call not in REBUILDING:
-            self.published.match(there)
+        if call not in REBUILDING:
+            self.published.match(self.agreement.indices(self._present_mask))
         return reports
 
     def settle(self, *, always: bool = False) -> frozenset[int]:

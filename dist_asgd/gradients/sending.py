@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..comm.base import ShardCollectives
+from ..storage import huge_pages
 from ..storage.buffers import Bucket
 from ..storage.send_layout import DIRECT_BYTES, SendLayout, SendRange, row_layout, send_layout, whole_layout
 
@@ -56,7 +57,7 @@ class SendBuffers:
         if key not in self._free:
             same_kind = [b for b in self._buckets if (b.device, b.wire_dtype) == key]
             numel = max(layout.packed_numel for b in same_kind for layout in self.layouts(b))
-            made = [torch.empty(numel, dtype=bucket.wire_dtype, device=bucket.device) for _ in range(MAX_IN_FLIGHT)]
+            made = [huge_pages.empty(numel, bucket.wire_dtype, bucket.device) for _ in range(MAX_IN_FLIGHT)]
             self._free[key] = made
             self.nbytes += sum(buffer.nbytes for buffer in made)
         buffer = self._free[key].pop()

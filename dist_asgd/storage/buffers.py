@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import masters
+from . import huge_pages, masters
 from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
@@ -308,10 +308,10 @@ class StateBuffer:
         asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
         # State exists from construction on, with the same keys on every rank: saving needs no step before it.
-        self.average = torch.zeros(layout.shard_numel, dtype=self.average_dtype, device=self.device)
+        self.average = huge_pages.zeros(layout.shard_numel, self.average_dtype, self.device)
         self.master: Tensor | None = None
         if narrow and precision.master_weights:
-            self.master = torch.zeros(layout.shard_numel, dtype=masters.held_dtype(self.dtype), device=self.device)
+            self.master = huge_pages.zeros(layout.shard_numel, masters.held_dtype(self.dtype), self.device)
         self.seed = precision.stochastic_rounding if self.dtype == torch.bfloat16 else None
 
     @property
@@ -357,7 +357,7 @@ class Bucket(StateBuffer):
         super().__init__(layout, like, group_index, precision)
         self.replica = replica
         self.trainable = like.requires_grad
-        self.flat = torch.empty(layout.numel, dtype=self.dtype, device=self.device)
+        self.flat = huge_pages.empty(layout.numel, self.dtype, self.device)
         self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
         self.wire_dtype = precision.reduce_dtype or self.dtype
         # A sum that was made in a wider dtype than a 16-bit parameter's stays wide. float32 sums need no wider one.
@@ -379,7 +379,7 @@ class Bucket(StateBuffer):
         """The reduced gradient of the shard, ``(shard_numel,)``; allocated at the first call and kept from then on."""
         # It is kept because fresh memory costs a page fault for every page, in every step.
         if self.gradient is None:
-            self.gradient = torch.zeros_like(self.shard, dtype=self.gradient_dtype)
+            self.gradient = huge_pages.zeros(self.shard.numel(), self.gradient_dtype, self.device)
         return self.gradient
 
     def reduced_gradient(self) -> Tensor | None:

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 2
+#define VERSION 3
 enum { DLPACK_MAJOR = 1, MAX_DIMS = 64, NO_TENSOR = -1 };
 
 typedef struct {
@@ -145,6 +145,41 @@ static PyObject *unchanged(PyObject *module, PyObject *args) {
     Py_RETURN_TRUE;
 }
 
+/* The attribute `name` of many objects, one after the other. What a class has for it is looked up once for a row of
+ * objects of that class; if that is a getter in C, as for `grad`, the getter is called directly. */
+typedef struct {
+    PyObject *name, *descriptor;
+    PyTypeObject *type;
+    PyGetSetDef *getset; /* NULL if the attribute has to be looked up on each object */
+} attribute;
+
+static PyObject *attribute_of(attribute *a, PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    if (type != a->type) {
+        Py_CLEAR(a->descriptor);
+        a->type = type;
+        a->getset = NULL;
+        if (type->tp_getattro == PyObject_GenericGetAttr) {
+            /* A descriptor of this kind stands before whatever the object itself has under the name. */
+            a->descriptor = PyObject_GetAttr((PyObject *)type, a->name);
+            if (!a->descriptor) PyErr_Clear();
+            else if (Py_IS_TYPE(a->descriptor, &PyGetSetDescr_Type) &&
+                     PyType_IsSubtype(type, ((PyDescrObject *)a->descriptor)->d_type))
+                a->getset = ((PyGetSetDescrObject *)a->descriptor)->d_getset;
+        }
+    }
+    return a->getset && a->getset->get ? a->getset->get(object, a->getset->closure) : PyObject_GetAttr(object, a->name);
+}
+
+/* Calls a method of torch's tensors that has no arguments. */
+static PyObject *call_method(PyObject *method, PyObject *tensor) {
+    if (Py_IS_TYPE(method, &PyMethodDescr_Type)) {
+        PyMethodDef *definition = ((PyMethodDescrObject *)method)->d_method;
+        if (definition->ml_flags == METH_NOARGS) return definition->ml_meth(tensor, NULL);
+    }
+    return PyObject_CallOneArg(method, tensor);
+}
+
 /* Whether `gradient` is direct: a plain tensor of the wanted kind whose memory holds the values that it reads as. Sets
  * `*address`. Returns -1 with an exception set. */
 static int is_direct(const dl_exchange *exchange, PyObject *gradient, PyObject *type, PyObject *is_neg,
@@ -158,7 +193,7 @@ static int is_direct(const dl_exchange *exchange, PyObject *gradient, PyObject *
     }
     *address = what.address;
     if (!is_alike(&seen, &what, wanted, sizes)) return 0;
-    PyObject *negated = PyObject_CallOneArg(is_neg, gradient);
+    PyObject *negated = call_method(is_neg, gradient);
     if (!negated) return -1;
     Py_DECREF(negated); /* True and False live on */
     return negated != Py_True;
@@ -170,7 +205,8 @@ static int is_direct(const dl_exchange *exchange, PyObject *gradient, PyObject *
  * are direct. `addresses` has 8 bytes for each parameter. It is complete only if all gradients are direct: the address
  * of each, 0 for a parameter that has none. */
 static PyObject *gradients(PyObject *module, PyObject *args) {
-    PyObject *params, *capsule, *type, *is_neg, *found = NULL, *present = NULL, *name = NULL, *result = NULL;
+    PyObject *params, *capsule, *type, *is_neg, *found = NULL, *present = NULL, *result = NULL;
+    attribute grad = {0};
     const char *at;
     Py_ssize_t length;
     Py_buffer addresses;
@@ -187,16 +223,16 @@ static PyObject *gradients(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "an address of 8 bytes for each parameter");
         goto done;
     }
-    name = PyUnicode_InternFromString("grad");
+    grad.name = PyUnicode_InternFromString("grad");
     found = PyList_New(count);
     present = PyBytes_FromStringAndSize(NULL, count);
-    if (!name || !found || !present) goto done;
+    if (!grad.name || !found || !present) goto done;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *param = PyList_GET_ITEM(params, i), *gradient;
         record wanted;
         uint64_t address = 0;
         if (next_record(&at, end, &wanted, sizes)) goto done;
-        gradient = wanted.ndim == NO_TENSOR ? Py_NewRef(Py_None) : PyObject_GetAttr(param, name);
+        gradient = wanted.ndim == NO_TENSOR ? Py_NewRef(Py_None) : attribute_of(&grad, param);
         if (!gradient) goto done;
         PyList_SET_ITEM(found, i, gradient);
         PyBytes_AS_STRING(present)[i] = gradient != Py_None;
@@ -209,10 +245,37 @@ static PyObject *gradients(PyObject *module, PyObject *args) {
     result = Py_BuildValue("OOO", found, present, direct ? Py_True : Py_False);
 done:
     PyBuffer_Release(&addresses);
-    Py_XDECREF(name);
+    Py_XDECREF(grad.name);
+    Py_XDECREF(grad.descriptor);
     Py_XDECREF(found);
     Py_XDECREF(present);
     return result;
+}
+
+/* unexpected(params, expected) -> list: the positions at which the gradient of a parameter is not the very object that
+ * `expected` has there (None for no gradient). */
+static PyObject *unexpected(PyObject *module, PyObject *args) {
+    PyObject *params, *expected, *found = NULL;
+    attribute grad = {0};
+    if (!PyArg_ParseTuple(args, "O!O!:unexpected", &PyList_Type, &params, &PyList_Type, &expected)) return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(params);
+    if (PyList_GET_SIZE(expected) != count) {
+        PyErr_SetString(PyExc_ValueError, "a gradient for each parameter");
+        return NULL;
+    }
+    grad.name = PyUnicode_InternFromString("grad");
+    found = PyList_New(0);
+    for (Py_ssize_t i = 0; grad.name && found && i < count; i++) {
+        PyObject *gradient = attribute_of(&grad, PyList_GET_ITEM(params, i));
+        if (gradient) Py_DECREF(gradient); /* the parameter keeps it */
+        if (gradient && gradient == PyList_GET_ITEM(expected, i)) continue;
+        PyObject *position = gradient ? PyLong_FromSsize_t(i) : NULL;
+        if (!position || PyList_Append(found, position)) Py_CLEAR(found);
+        Py_XDECREF(position);
+    }
+    Py_XDECREF(grad.name);
+    Py_XDECREF(grad.descriptor);
+    return grad.name ? found : (Py_XDECREF(found), NULL);
 }
 
 /* shows(shown, keys, kept) -> bool
@@ -274,7 +337,7 @@ static PyMethodDef functions[] = {
     {"describe", describe, METH_VARARGS, NULL}, {"unchanged", unchanged, METH_VARARGS, NULL},
     {"gradients", gradients, METH_VARARGS, NULL}, {"shows", shows, METH_VARARGS, NULL},
     {"same", same, METH_VARARGS, NULL},           {"pick", pick, METH_VARARGS, NULL},
-    {NULL, NULL, 0, NULL},
+    {"unexpected", unexpected, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
 };
 
 static int set_up(PyObject *module) { return PyModule_AddIntConstant(module, "VERSION", VERSION); }

@@ -71,13 +71,23 @@ INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
 
 /* --- float32 and float64 -------------------------------------------------------------------------------------- */
 
+/* g with its sign bit changed by `sign`: -g if that is the sign bit, g if it is 0. One loop does for both. */
+INLINE float signed_float(float g, uint32_t sign) { return of_bits(bits_of(g) ^ sign); }
+INLINE double signed_double(double g, uint64_t sign) {
+    uint64_t b;
+    memcpy(&b, &g, 8);
+    b ^= sign;
+    memcpy(&g, &b, 8);
+    return g;
+}
+
 /* update_T() is the rule; choose_T() calls the copy of it that was compiled for the options of the call. */
-#define WIDE(T, FMA)                                                                                                   \
+#define WIDE(T, BITS, FMA)                                                                                             \
     INLINE void update_##T(T *restrict x, const T *restrict g, T *restrict ax, int64_t n, T c, T minus_eta, T mu,      \
-                           T weight_decay, T unscale, T clip, const int maximize, const int scaled,                    \
-                           const int decayed, const int begun) {                                                       \
+                           T weight_decay, T unscale, T clip, BITS sign, const int scaled, const int decayed,          \
+                           const int begun) {                                                                          \
         for (int64_t i = 0; i < n; i++) {                                                                              \
-            T gi = maximize ? -g[i] : g[i], xi = x[i];                                                                 \
+            T gi = signed_##T(g[i], sign), xi = x[i];                                                                  \
             if (scaled) { gi *= unscale; gi *= clip; }                                                                 \
             if (decayed) gi = FMA(xi, weight_decay, gi);                                                               \
             xi *= c;                                                                                                   \
@@ -88,19 +98,16 @@ INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
     }                                                                                                                  \
     INLINE void choose_##T(const call *k, const scalars *s, T *x, const T *g, T *ax, int64_t n, const int begun) {     \
         T c = (T)s->c, e = (T)s->minus_eta, mu = (T)s->mu, w = (T)k->weight_decay, u = (T)k->unscale, l = (T)k->clip;  \
-        switch ((k->maximize != 0) | (k->scaled != 0) << 1 | (w != 0) << 2) {                                          \
-        case 0: update_##T(x, g, ax, n, c, e, mu, w, u, l, 0, 0, 0, begun); break;                                     \
-        case 1: update_##T(x, g, ax, n, c, e, mu, w, u, l, 1, 0, 0, begun); break;                                     \
-        case 2: update_##T(x, g, ax, n, c, e, mu, w, u, l, 0, 1, 0, begun); break;                                     \
-        case 3: update_##T(x, g, ax, n, c, e, mu, w, u, l, 1, 1, 0, begun); break;                                     \
-        case 4: update_##T(x, g, ax, n, c, e, mu, w, u, l, 0, 0, 1, begun); break;                                     \
-        case 5: update_##T(x, g, ax, n, c, e, mu, w, u, l, 1, 0, 1, begun); break;                                     \
-        case 6: update_##T(x, g, ax, n, c, e, mu, w, u, l, 0, 1, 1, begun); break;                                     \
-        default: update_##T(x, g, ax, n, c, e, mu, w, u, l, 1, 1, 1, begun);                                           \
+        BITS sign = k->maximize ? (BITS)1 << (8 * sizeof(T) - 1) : 0;                                                  \
+        switch ((k->scaled != 0) | (w != 0) << 1) {                                                                    \
+        case 0: update_##T(x, g, ax, n, c, e, mu, w, u, l, sign, 0, 0, begun); break;                                  \
+        case 1: update_##T(x, g, ax, n, c, e, mu, w, u, l, sign, 1, 0, begun); break;                                  \
+        case 2: update_##T(x, g, ax, n, c, e, mu, w, u, l, sign, 0, 1, begun); break;                                  \
+        default: update_##T(x, g, ax, n, c, e, mu, w, u, l, sign, 1, 1, begun);                                        \
         }                                                                                                              \
     }
-WIDE(float, __builtin_fmaf)
-WIDE(double, __builtin_fma)
+WIDE(float, uint32_t, __builtin_fmaf)
+WIDE(double, uint64_t, __builtin_fma)
 
 /* Writes whole cache lines past the caches: memory that is only written need not be fetched first. The lines come from
  * a buffer that is small enough for reading and writing to go on side by side. */
@@ -225,6 +232,11 @@ INLINE void loop(const narrow_scalars s, uint16_t *restrict x, const void *restr
                  void *restrict master, int64_t n, const int half, const int mode, const int wide_average,
                  const int begun, const int lanes, const int source) {
     for (int64_t i = 0; i < n; i++) {
+#if defined(__GNUC__)
+        /* A tail is at most 31 elements: its loops are kept from being vectorised, which would take a second of the
+         * compiler's time. */
+        if (mode == PLAIN && !lanes) __asm__ volatile("");
+#endif
         float xi = mode == MASTER ? master_of(x[i], master, i, half) : wide(x[i], half);
         float gi = source == PREPARED ? ((const float *)g)[i] : wide(((const uint16_t *)g)[i], half);
         if (source == DECAYED && (mode != PLAIN || lanes)) {

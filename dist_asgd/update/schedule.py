@@ -214,8 +214,17 @@ class Cohort:
         self.step += 1
         step = self.step.item()
         t: float | Tensor = self.step if hyper.implementation is Implementation.FOREACH else step
-        self.eta.copy_(torch.as_tensor(hyper.lr / ((1 + hyper.lambd * hyper.lr * t) ** hyper.alpha), device="cpu"))
-        self.mu.copy_(torch.as_tensor(1 / max(1, step - hyper.t0), device="cpu"))
+        _set(self.eta, hyper.lr / ((1 + hyper.lambd * hyper.lr * t) ** hyper.alpha))
+        _set(self.mu, 1 / max(1, step - hyper.t0))
+
+
+def _set(scalar: Tensor, value: float | Tensor) -> None:
+    """Set a 0-dim ``scalar`` on the host to ``value``, which torch would make a tensor of its default dtype first."""
+    if isinstance(value, float) and scalar.dtype == torch.get_default_dtype():
+        # One operator in place of two, as nothing is rounded in between.
+        scalar.fill_(value)
+    else:
+        scalar.copy_(torch.as_tensor(value, device="cpu"))
 
 
 class Cohorts:

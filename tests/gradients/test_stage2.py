@@ -59,11 +59,11 @@ def frees_gradients(_rank: int, world_size: int) -> None:
     assert total / world_size <= report.gradient_bytes <= (total + padding) / world_size
     assert total / world_size <= report.state_bytes <= (total + padding) / world_size
     # Two stripes sent and two received, however large a parameter is; the scratch of the update, of which one process
-    # without stage 2 has as much; and half a MiB that does not grow with the model.
+    # without stage 2 has as much; and a MiB that does not grow with the model.
     bucket = STRIPE_SLACK * 0.1 * 2**20
     largest = max(p.nbytes for p in model.parameters())
     assert largest > 4 * bucket
-    assert 0 < report.in_flight_bytes <= 4 * bucket + largest / world_size + 2**19
+    assert 0 < report.in_flight_bytes <= 4 * bucket + largest / world_size + 2**20
     assert report.in_flight_bytes < total / 2
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_asgd import ShardedASGD
 from dist_asgd.storage import snapshots
-from dist_asgd.storage.snapshots import AddressTable, PublishedState, TensorSnapshot
+from dist_asgd.storage.snapshots import AddressTable, PublishedState, TensorSnapshot, unexpected_gradients
 
 
 @pytest.fixture(params=["C", "Python"])
@@ -88,6 +88,60 @@ def test_direct_gradients() -> None:
     assert table.present == bytes([0, 0] + [1] * (len(params) - 1))
     assert table.addresses is not None
     assert list(table.addresses) == [0, 0, *(p.grad.data_ptr() for p in params[1:] if p.grad is not None)]
+
+
+class Redirecting(nn.Parameter):
+    """A parameter whose class keeps its gradients elsewhere."""
+
+    kept: Tensor | None = None
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        return self.kept
+
+
+class Answering(nn.Parameter):
+    """A parameter whose class has a say in every look-up."""
+
+    kept: Tensor | None = None
+
+    def __getattribute__(self, name: str) -> object:
+        return object.__getattribute__(self, "kept" if name == "grad" else name)
+
+
+@both_ways
+def test_gradients_are_what_each_class_says() -> None:
+    """Classes may take turns, and none gets the getter of another."""
+    params: list[nn.Parameter] = []
+    for kind in (nn.Parameter, Redirecting, nn.Parameter, Answering, Answering, Redirecting):
+        param = kind(torch.zeros(2))
+        gradient = torch.ones(2)
+        if kind is nn.Parameter:
+            param.grad = gradient
+        else:
+            param.kept = gradient
+        params.append(param)
+    expected = [param.grad for param in params]
+    assert None not in expected
+    found = TensorSnapshot.of(params).gradients().gradients
+    assert all(a is b for a, b in zip(found, expected, strict=True))
+    assert unexpected_gradients(params, expected) == []
+
+
+@both_ways
+def test_unexpected_gradients() -> None:
+    """They are told apart by identity, and None is no gradient."""
+    params = matrices()[:4]
+    for param in params[:3]:
+        param.grad = torch.zeros_like(param)
+    expected = [param.grad for param in params]
+    assert unexpected_gradients(params, expected) == []
+    params[0].grad = torch.zeros_like(params[0])
+    params[2].grad = None
+    params[3].grad = torch.zeros_like(params[3])
+    assert unexpected_gradients(params, expected) == [0, 2, 3]
+    with pytest.raises(ValueError, match=r"each parameter|shorter"):
+        unexpected_gradients(params, expected[:2])
 
 
 class Marked(Tensor):

@@ -157,6 +157,21 @@ def test_every_dtype_and_option_has_the_bits_of_torch_operators(dtypes: KernelDt
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_maximize_negates_nans_as_torch_does(dtype: torch.dtype) -> None:
+    """A compiler that contracts the negation into the multiply-add after it would keep the sign of a NaN."""
+    g = torch.tensor([torch.nan, -torch.nan, 1.0, -0.0] * 16, dtype=dtype)
+    p, ax, mu = torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype), torch.tensor(0.3)
+    hyper = StepHyperparameters(0.1, LAMBD, 0.75, 0.0, 0.0, True, Implementation.FORLOOP)
+    dtypes = KernelDtypes(dtype, dtype, dtype)
+    expected = oracle(dtypes, p, g, ax, None, hyper, mu)
+    rows = array("d", [1 - LAMBD * ETA.item(), -ETA.item(), mu.item(), STEP])
+    cpu.Launch([Segment(p, ax, None, g, 0)], dtypes, True, 0.0, streamed=False).run(None, rows, 1.0, 1.0)
+    assert_same_bits(p, expected[0], "parameters")
+    assert_same_bits(ax, expected[1], "average")
+
+
+@needs_kernel
 @pytest.mark.parametrize(
     "dtypes",
     [KERNEL_DTYPES[0], KERNEL_DTYPES[1], KernelDtypes(torch.bfloat16, torch.bfloat16, torch.float32, True)],
