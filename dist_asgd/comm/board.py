@@ -38,6 +38,7 @@ class Board:
         self._meter = meter
         self._rank, self._ranks = rank, processes.ranks
         self._world_size = world_size = len(processes.ranks)
+        self._peers = [peer for peer in range(world_size) if peer != rank]
         # A rank whose wait has failed makes no further exchange, and says so here.
         self._failed = Signals(pages, LINE_BYTES, processes, timeout_s)
         self._written = Signals(pages, LINE_BYTES * (1 + world_size), processes, timeout_s, self._failed)
@@ -85,12 +86,13 @@ class Board:
     def _wait_for_all(self, number: int) -> None:
         try:
             with self._meter.waiting(Action.EXCHANGE):
-                for peer in range(self._world_size):
-                    if peer != self._rank:
-                        self._written.wait_for(peer, number)
-                        # One that has failed takes part in nothing more, although its words are here.
-                        if self._failed.has(peer, 1):
-                            raise RuntimeError(f"rank {self._ranks[peer]} has failed in an exchange before")
+                for peer in self._peers:
+                    self._written.wait_for(peer, number)
+                # One that has failed takes part in nothing more, although its words are here. Asked last: it may have
+                # failed while this rank waited for another.
+                for peer in self._peers:
+                    if self._failed.has(peer, 1):
+                        raise RuntimeError(f"rank {self._ranks[peer]} has failed in an exchange before")
         except RuntimeError as error:
             # The late ones shall not take this exchange for complete, and then wait for this rank in the next.
             self._failed.send(self._rank, 1)
