@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.nn as nn
 
-from benchmarks import step_pages, step_report
+from benchmarks import floor, step_pages, step_report
 from benchmarks.measure import Timer, batches, summarize
 from benchmarks.model import Shape
 from benchmarks.peers import PEERS, Peer, peer_of
@@ -94,3 +94,15 @@ def test_the_same_processes_measure_settings_that_differ_in_the_link() -> None:
 def test_what_names_no_setting_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=f"wanted .*got '{key}'"):
         Setting.parse(key)
+
+
+def test_the_floor_is_the_sum_of_its_parts() -> None:
+    """In time; and in memory the shards beside what forward and backward need."""
+    seconds = {floor.DDP: 1.0, floor.STAGE2: 0.7, **{part: 0.1 for part in floor.PARTS}}
+    found = {"unit": 100_000_000, "seconds": seconds, "activations_bytes": 25_000_000, "surroundings": {}}
+    report = floor.as_markdown(found, ranks=4)
+    assert [line.split("|")[-2].strip() for line in report.splitlines() if "floor: the sum" in line] == ["0.50"]
+    # Every rank sends three quarters of its gradients, and reads and writes a quarter of the parameters five times.
+    assert [floor.moved_bytes(part, 100, 4) for part in floor.PARTS] == [None, 125, 75, 50, 100]
+    assert "together 0.75 P" in report
+    assert "no shard of gradients: 0.50 P" in report
