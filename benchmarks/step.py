@@ -199,7 +199,8 @@ def main() -> None:
     options = parse_arguments()
     # Ended from outside, it still removes its hosts, ends its ranks, and reports the settings that are complete.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    report = json.loads(options.from_json.read_text()) if options.from_json else run(options)
+    # Rounded before anything is written, so that pages and the file of figures agree to the last digit.
+    report = json.loads(options.from_json.read_text()) if options.from_json else step_pages.rounded(run(options))
     if not report["settings"]:
         why = report.get("no_hosts", "interrupted before the first setting was complete")
         sys.exit(f"no setting has figures: {why}; the setting gpt/2/host needs one host and no rights")

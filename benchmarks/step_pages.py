@@ -30,7 +30,7 @@ def write(report: Mapping[str, Any], markdown: Path | None, figures: Path | None
     if markdown:
         markdown.write_text(step_report.as_markdown(report))
     if figures:
-        figures.write_text(json.dumps(_rounded(report), indent=1) + "\n")
+        figures.write_text(json.dumps(report, indent=1) + "\n")
     if picture:
         draw(report, picture)
 
@@ -66,13 +66,13 @@ def with_copy(page: str, report: Mapping[str, Any]) -> str:
     )
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """The same with six significant digits: more are noise, and make a file of twice the size."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_names_no_setting_is_refused(key: str) -> None:
 
 def test_the_floor_is_the_sum_of_its_parts() -> None:
     """In time; and in memory the shards beside what forward and backward need."""
-    seconds = {floor.DDP: 1.0, floor.STAGE2: 0.7, **{part: 0.1 for part in floor.PARTS}}
+    seconds = {floor.DDP: 1.0, floor.STAGE2: 0.7, **dict.fromkeys(floor.PARTS, 0.1)}
     found = {"unit": 100_000_000, "seconds": seconds, "activations_bytes": 25_000_000, "surroundings": {}}
     report = floor.as_markdown(found, ranks=4)
     assert [line.split("|")[-2].strip() for line in report.splitlines() if "floor: the sum" in line] == ["0.50"]
