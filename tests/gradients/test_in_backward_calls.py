@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
 from dist_asgd.backward_checks import check_step_in_backward
+from dist_asgd.storage.buffers import StateBuffer
 from tests.harness.bits import assert_same_bits, same_bits
 from tests.harness.models import mlp, mlp_loss
 from tests.harness.ranks import outcomes, run, run_errors
@@ -342,6 +343,39 @@ def test_a_parameter_that_has_not_stepped_keeps_its_eta() -> None:
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert subject.state[p]["eta"] == plain.state[q]["eta"]
     assert len({float(subject.state[p]["eta"]) for p in model.parameters()}) == 2
+
+
+def test_a_bucket_is_not_updated_under_its_own_gather() -> None:
+    """If backward updates one parameter of a bucket, and step() another one that had no gradient in the last step."""
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = ShardedASGD([first, second], **{**OPTIONS, "step_in_backward": True, "bucket_cap_mb": 1.0})
+    launch, arrivals = optimizer.gatherer.launch, optimizer.gatherer.arrivals
+    sent: list[tuple[Tensor, Tensor]] = []
+
+    def launch_late(buffer: StateBuffer) -> None:
+        """What is gathered is read when somebody waits, as a slow connection would."""
+        launch(buffer)
+        assert id(buffer) not in late, "two gathers of one bucket"
+        late.add(id(buffer))
+        assert buffer.flat is not None
+        flat, before = buffer.flat, buffer.flat.clone()
+
+        def arrive() -> None:
+            late.discard(id(buffer))
+            sent.append((before, flat.clone()))
+
+        arrivals.add(id(buffer), arrive)
+
+    late: set[int] = set()
+    optimizer.gatherer.launch = launch_late  # type: ignore[method-assign]
+    for params in ([first], [first, second]):
+        optimizer.zero_grad()
+        torch.stack([p.sum() for p in params]).sum().backward()
+        optimizer.step()
+    optimizer.wait_for_parameters()
+    assert len(sent) == 3
+    for before, after in sent:
+        assert_same_bits(after, before, "what is gathered")
 
 
 def has_large_buckets(rank: int, _world_size: int) -> None:
