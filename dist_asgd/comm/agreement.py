@@ -8,6 +8,7 @@ ranks send their own words, and messages of any length, to describe it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -143,6 +144,7 @@ class Agreement:
         self._comm = communicator
         self.names = RankNames(communicator.ranks)
         self._waiting = Waiting(self.names, communicator.rank) if watches_waits else None
+        self._process = os.getpid()
         self._mask_words = 0
         self.discards = 0
         self.rebound = False
@@ -172,7 +174,8 @@ class Agreement:
         """Start an exchange of this rank's header and masks; the returned call waits for it.
 
         ``problem`` tells the other ranks that this one cannot go on. The exchange raises only PeerError: callers pass
-        the reports to ``check``. Callers wait before they start another.
+        the reports to ``check``. Callers wait before they start another. RuntimeError in a forked process, before
+        anything is sent.
         """
         # The masks may be resized before the wait, and the reports keep the size that they were sent with.
         report = RankReport(
@@ -187,12 +190,21 @@ class Agreement:
         words = report.summary
         if self._comm.world_size == 1:
             return PendingReports(lambda: self._reports(words, report))
+        if os.getpid() != self._process:
+            raise self._forked(call)
         if self.iterations is not None:
             self.iterations.before(call)
         pending = self._comm.summarise(words, NUM_LARGEST)
         if self._waiting is not None:
             self._waiting.watch(pending)
         return PendingReports(lambda: self._reports(self._wait(call, pending), report), pending.poll)
+
+    def _forked(self, call: CollectiveCall) -> RuntimeError:
+        return RuntimeError(
+            f"dist_asgd: {call.text} in process {os.getpid()}, which was forked from process {self._process} of "
+            f"{self.names.place(self._comm.rank)}: the other ranks would take what it sends for messages of that rank. "
+            f"Make the call in the process that has made the optimizer."
+        )
 
     def _reports(self, summary: list[int], report: RankReport) -> RankReports:
         def gather_rows() -> list[list[int]]:

@@ -384,3 +384,40 @@ def test_a_message_waits_for_all_that_lie_where_it_will(seed: int) -> None:
     small = ring_of(size)
     for number in range(1, 100):
         assert small.message(draw.randint(1, size // 3 // 64 * 64)).after < max(1, number - 1)
+
+
+def trains_in_a_child(rank: int, _world_size: int, in_backward: bool) -> None:
+    """Job: forked processes of all ranks run a step, while the ranks wait; then the ranks go on."""
+    models = [mlp(), mlp()]
+    optimizers = [
+        ShardedASGD(m.parameters(), lr=0.1, stage=2, bucket_cap_mb=0.001, step_in_backward=in_backward) for m in models
+    ]
+
+    def step(which: int, seed: int) -> None:
+        optimizers[which].zero_grad()
+        mlp_loss(models[which], seed).backward()
+        optimizers[which].step()
+
+    for which in (0, 1):
+        step(which, rank)
+    child = os.fork()
+    if not child:
+        try:
+            step(0, 100 + rank)
+        except RuntimeError as error:
+            os._exit(0 if "which was forked from process" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    # What a child had written would be there for the ranks that come first.
+    time.sleep(0.3 * rank)
+    for seed in (10, 20):
+        for which in (0, 1):
+            step(which, seed + rank)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_same_bits(p, q, "after the child")
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_forked_process_takes_part_in_nothing(in_backward: bool) -> None:
+    """It would write into the memory of the ranks, in the name of the one that it was forked from."""
+    run("gloo", 2, trains_in_a_child, in_backward)
