@@ -137,6 +137,8 @@ class SharedMemory(GroupCommunicator):
         self._ring = ring
         self._timeout_s = timeout_s
         self._queue: deque[_Operation] = deque()
+        # Why an operation has failed here.
+        self._failure: RuntimeError | None = None
         # Send buffers that are being packed, by their address.
         self._packing: dict[int, Message] = {}
         self._sums: dict[torch.dtype, Tensor] = {}
@@ -164,11 +166,16 @@ class SharedMemory(GroupCommunicator):
         try:
             with self.meter.waiting(action, self._waited_s):
                 while not operation.has_ended:
+                    # Those behind it wait for the same ranks: not for the group's timeout once more each, or at exit.
+                    if self._failure is not None:
+                        raise self._failure
                     oldest = self._queue[0]
                     oldest.run()
                     oldest.has_ended = True
                     self._queue.popleft()
         except RuntimeError as error:
+            # Without its traceback, which refers to this object.
+            self._failure = error.with_traceback(None)
             self.abandon()
             raise self.peer_error(action, error) from error
         except BaseException:

@@ -421,3 +421,24 @@ def trains_in_a_child(rank: int, _world_size: int, in_backward: bool) -> None:
 def test_a_forked_process_takes_part_in_nothing(in_backward: bool) -> None:
     """It would write into the memory of the ranks, in the name of the one that it was forked from."""
     run("gloo", 2, trains_in_a_child, in_backward)
+
+
+def fails_twice(rank: int, _world_size: int) -> float:
+    """Job: a rank does not come to two gathers; returns how long the other one has waited for both, in seconds."""
+    group = dist.new_group(timeout=timedelta(seconds=1.5))
+    collectives = Communicators(group).on(CPU)
+    assert isinstance(collectives, SharedMemory)
+    started = time.monotonic()
+    if rank == 0:
+        waits = [collectives.all_gather(torch.zeros(8)) for _ in range(2)]
+        for wait in waits:
+            with pytest.raises(PeerError, match="timed out after 2 s of waiting for rank 1"):
+                wait()
+    waited = time.monotonic() - started
+    dist.barrier()
+    return waited
+
+
+def test_what_lies_behind_a_failed_wait_fails_at_once() -> None:
+    """Else a rank would wait once more when its process ends, for gathers that are in flight."""
+    assert run("gloo", 2, fails_twice)[0] < 2.5
