@@ -40,6 +40,8 @@ from dist_asgd.comm.shared_memory import STRIPE_BYTES
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "t0": 0}
 PARTS = ("forward and backward", "update", "pack", "mean", "gather")
+# They touch memory for the first time.
+NUM_WARMUP = 3
 DDP, STAGE2 = "DDP + torch.optim.ASGD", "stage 2"
 
 
@@ -169,12 +171,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         teams = {DDP: ddp, STAGE2: stage2}
         for team in (ddp, stage2, parts):
             team.wait_ready()
-        for number in range(options.rounds + 3):
-            progress(f"round {number + 1} of {options.rounds + 3}")
+        for number in range(options.rounds + NUM_WARMUP):
+            warms_up = number < NUM_WARMUP
+            progress(f"warm-up {number + 1}" if warms_up else f"round {number + 1 - NUM_WARMUP} of {options.rounds}")
             for name, of_kind in seconds.items():
                 found = teams[name].call("step") if name in teams else parts.call("seconds", name)
-                # The first rounds touch memory for the first time.
-                if number >= 3:
+                if not warms_up:
                     of_kind.append(max(found))
     with Team(Peak, options.ranks, shape, environment=MEMORY_ENVIRONMENT) as peak:
         peak.wait_ready()
@@ -222,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21, help="timed rounds (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the model")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the model, of which the figures say little")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the report here")
     options = parser.parse_args()
     text = as_markdown(measure(options), options.ranks)

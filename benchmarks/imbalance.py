@@ -4,7 +4,6 @@ The ``fake`` process group lets one process be any rank of any world. Its collec
 which decides what each rank owns, needs no data of other ranks.
 
 Vocabulary
-    imbalance  the most bytes of state on one rank, divided by the mean of the ranks that were looked at
     overhead   the most bytes of state on one rank, divided by an exact N-th of the state without padding
 """
 
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from benchmarks.measure import imbalance
 from benchmarks.model import Shape, build_model, parameter_bytes
 from benchmarks.peers import peer_of, storage_bytes
 from benchmarks.training import state_tensors
@@ -25,7 +23,7 @@ WORLD_SIZES = (2, 8, 64, 1024)
 
 
 def measure_imbalance(shape: Shape, ours: bool) -> dict[str, dict[int, dict[str, float]]]:
-    """Imbalance and overhead by peer and world size; ``ours`` adds this repository's optimizer."""
+    """The overhead by peer and world size; ``ours`` adds this repository's optimizer."""
     table: dict[str, dict[int, dict[str, float]]] = {"zero": {}}
     if ours:
         table["stage2"] = {}
@@ -41,7 +39,7 @@ def measure_imbalance(shape: Shape, ours: bool) -> dict[str, dict[int, dict[str,
 def _figures(held: list[int], shape: Shape, world_size: int) -> dict[str, float]:
     """``held`` are the bytes of state on each of the ranks that were looked at."""
     share = parameter_bytes(build_model(shape)) / world_size
-    return {"imbalance": imbalance(held), "overhead": max(held) / share}
+    return {"overhead": max(held) / share}
 
 
 def _zero_state_bytes(shape: Shape, world_size: int) -> list[int]:

@@ -25,7 +25,7 @@ from benchmarks.training import DeepSpeed, FairScale, Training
 # t0=0: averaging runs from the second step on (mu != 1), so that the update does all of its work.
 HYPERPARAMETERS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-4, "alpha": 0.75, "t0": 0.0}
 
-QUICK = ("ddp", "zero", "stage1-views", "stage2")
+QUICK = ("ddp", "zero", "stage1-views", "stage2", "stage2-backward")
 
 
 def _asgd(model: nn.Module, foreach: bool | None = None) -> Optimizer:

@@ -38,7 +38,12 @@ def plan(
             show_default=False,
         ),
     ],
-    ranks: Annotated[int, typer.Option("--ranks", "-n", help="The number of GPUs.", show_default=False)],
+    ranks: Annotated[
+        int,
+        typer.Option(
+            "--ranks", "-n", help="The number of ranks: of GPUs, or with Gloo of processes.", show_default=False
+        ),
+    ],
     ranks_per_node: Annotated[
         int | None, typer.Option(help="How many of them share a node. Default: at most 8.", show_default=False)
     ] = None,

@@ -39,6 +39,9 @@ GLOO_ASSUMPTION = (
     "With Gloo, buffers and messages are those of shared_memory=False. Ranks of one node that share memory send none "
     "of these messages, and have up to 8 MiB of outbox each in place of Gloo's buffers."
 )
+IN_BACKWARD_ASSUMPTION = (
+    "Stage 2 is planned with step_in_backward=True, with which gradients can be neither clipped nor scaled."
+)
 TIME_ASSUMPTIONS = (
     "Times take every link for itself: no contention in switches, no slow rank, no jitter. A call takes its bytes over "
     "the slowest link on its way, and a latency for each message that waits for another: of NCCL in rings once around, "
@@ -273,6 +276,7 @@ def plan(
             *shapes.assumptions,
             *notes,
             *ASSUMPTIONS,
+            *((IN_BACKWARD_ASSUMPTION,) if step_in_backward else ()),
             *((GLOO_ASSUMPTION,) if backend == "gloo" and per_node > 1 else ()),
             *(() if links is None else TIME_ASSUMPTIONS),
         ),

@@ -128,10 +128,11 @@ def _memory_table(summary: Summary) -> Table:
 
 
 def _stats_table(summary: Summary) -> Table:
-    table = Table(title="sent to other ranks, and waited for them", title_justify="left")
+    table = Table(title="MB sent to other ranks, and seconds of waits for them", title_justify="left")
     table.add_column("")
-    for name in ("gradients, MB", "parameters, MB", "all else, MB", "gradients, s", "parameters, s", "agreement, s"):
-        table.add_column(name, justify="right")
+    # Two lines each, so that all of them fit 80 columns.
+    for name in ("sent:\ngrads", "\nparams", "\nall else", "waited:\ngrads", "\nparams", "\nagreement"):
+        table.add_column(name, justify="right", no_wrap=True)
     for rank, stats in enumerate(summary.stats_by_rank):
         others = stats.sent_control_bytes + stats.sent_other_bytes
         sent = [stats.sent_gradient_bytes, stats.sent_parameter_bytes, others]
