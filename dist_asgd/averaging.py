@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .averaging_start import StartNotice
 from .comm import PeerError, public_call
 from .comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
 from .comm.reports import CollectiveCall
@@ -117,7 +118,8 @@ class Averages:
     ``is_swapped`` is true from before the first exchange until everything is back.
     """
 
-    def __init__(self, updater: Updater, gatherer: Gatherer) -> None:
+    def __init__(self, updater: Updater, gatherer: Gatherer, is_first_rank: bool) -> None:
+        self.start = StartNotice(is_first_rank)
         self._updater = updater
         self._gatherer = gatherer
         self._buffers: list[StateBuffer] = []
@@ -152,6 +154,7 @@ class Averages:
     def in_place(
         self,
         shards: ParamShards,
+        groups: Sequence[dict[str, Any]],
         agree: Callable[[CollectiveCall, Fingerprint, Exception | None], object],
         find_problem: Callable[[], Exception | None],
     ) -> Iterator[None]:
@@ -159,6 +162,7 @@ class Averages:
 
         ``agree`` makes all ranks agree that they enter or leave. ``find_problem`` looks for what is wrong
         on this rank before anything is exchanged. If entering raises, every rank's parameters are as they were before.
+        ``groups`` say when averaging begins, for the warning if it has not.
         """
         enter = partial(agree, CollectiveCall.AVERAGED_PARAMETERS, NO_FINGERPRINT)
         leave = partial(agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS, NO_FINGERPRINT)
@@ -169,7 +173,10 @@ class Averages:
         if self.is_swapped:
             raise self.refusal("averaged_parameters()")
         try:
-            self._enter(shards.state_buffers, shards.cohort_of, enter, find_problem())
+            problem = find_problem() or self.start.problem(
+                "averaged_parameters()", "the parameters stay the last iterate", shards.cohort_of, groups
+            )
+            self._enter(shards.state_buffers, shards.cohort_of, enter, problem)
             self._gather()
             yield
             self._leave(leave)

@@ -138,7 +138,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         self._agreement = Agreement(self.communicators.host)
         self._updater = Updater()
         self.gatherer = Gatherer(self.communicators)
-        self.averages = Averages(self._updater, self.gatherer)
+        self.averages = Averages(self._updater, self.gatherer, self.communicators.rank == 0)
         self.is_differentiable = differentiable is True
         self._stage = stage
         self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
@@ -370,7 +370,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             refuse_differentiable()
         self.adopt_params()
         fsdp1.refuse("averaged_parameters()", params_of(self.param_groups), fsdp1.LOAD_AVERAGES)
-        with self.averages.in_place(self.shards, self.gradients.agree, self._problem):
+        with self.averages.in_place(self.shards, self.param_groups, self.gradients.agree, self._problem):
             yield
 
     def start_averaging(self) -> None:

@@ -22,6 +22,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("backward_checks", "validation"), "what the constructor and add_param_group() accept"),
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
     (("fingerprints", "gather", "memory", "state", "stats"), "what a step needs beside gradients and the update"),
+    (("averaging_start",), "when averaging begins, for people, and how many iterates an average holds"),
     (
         ("averaging", "forward", "state_dict"),
         "the averages in place of the parameters; the forward that begins before gathers have ended; state dicts",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..averaging_start import averaged_steps, averaging_metadata
 from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
@@ -25,6 +26,7 @@ from ..state import MASTER_KEY
 from ..state_dict.sharded import AVERAGE
 from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
+from ..update.schedule import Cohort
 from .format.paths import UserPath, as_path
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
 from .names import names_of
@@ -104,11 +106,14 @@ def export_averaged(
     fingerprint, problem = NO_FINGERPRINT, None
     try:
         weights = _plan(model, optimizer, dtype)
+        _warn_before_start(cast(ShardedASGD, optimizer))
         out = as_path(path)
         fingerprint = _fingerprint(out, weights, max_bytes, overwrite)
         if saver.rank == WRITER:
             specs = {weight.name: weight.spec for weight in weights}
-            files = TensorFiles(out, specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
+            files = TensorFiles(
+                out, specs, metadata=_metadata(cast(ShardedASGD, optimizer)), max_bytes=max_bytes, overwrite=overwrite
+            )
             files.open()
     except Exception as error:
         problem = _translated(error, path)
@@ -123,6 +128,28 @@ def export_averaged(
     finally:
         if files is not None:
             files.discard()
+
+
+def _warn_before_start(optimizer: ShardedASGD) -> None:
+    """Warn once, on the first rank, if no parameter's averaging has begun; raises the warning if it is an error."""
+    problem = optimizer.averages.start.problem(
+        "export_averaged()", "the file has the last iterate", optimizer.shards.cohort_of, optimizer.param_groups
+    )
+    if problem is not None:
+        raise problem
+
+
+def _metadata(optimizer: ShardedASGD) -> dict[str, str]:
+    """Return what the header says about the averages. Not collective; waits for scalars on a device."""
+    shards = optimizer.shards
+    # Once for each cohort, because of the waiting.
+    counts: dict[Cohort, int | None] = {}
+    for member in shards.held:
+        cohort = shards.cohort_of[member.index]
+        if cohort not in counts:
+            t0 = optimizer.param_groups[member.bucket.group_index].get("t0")
+            counts[cohort] = averaged_steps(cohort.step.item(), cohort.mu.item(), t0) if cohort.begun else 0
+    return averaging_metadata(counts[shards.cohort_of[member.index]] for member in shards.held)
 
 
 def _translated(error: Exception, path: UserPath) -> Exception:
