@@ -23,8 +23,8 @@ from .checkpoint.format.paths import AnyPath, as_path
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
 from .checkpoint.offline.contents import CheckpointContents
-from .checkpoint.offline.diff import compare
-from .checkpoint.offline.inspect import Summary, finite, summarize
+from .checkpoint.offline.diff import Comparison
+from .checkpoint.offline.inspect import finite, summarize
 from .checkpoint.offline.verify import total_bytes
 from .checkpoint.offline.verify import verify as verify_bytes
 from .console import (
@@ -33,11 +33,11 @@ from .console import (
     no_output,
     plain,
     print_json,
-    print_table,
     printing,
     progress_bar,
     reported,
 )
+from .listings import print_differences, print_summary
 from .planning.command import plan as plan_job
 from .version import __version__
 
@@ -118,8 +118,9 @@ def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as
     """List the parameters in DIR with their shapes, dtypes and sizes, and with the progress of their averages.
 
     The command reads `.metadata`, and of the data only scalars, so it is quick at any size. *step* counts a
-    parameter's updates, *eta* is its present learning rate, and *mu* is the weight of the next iterate in the average.
-    Averaging has begun if mu is not 1.
+    parameter's updates, *eta* is its present learning rate, and averaging begins after step *t0*. What is equal for
+    all parameters is on the line that begins with *all*. `--json` also has *mu*, the weight of the next iterate in the
+    average: averaging has begun if it is not 1.
     """
     with reported():
         path = as_path(directory)
@@ -128,40 +129,7 @@ def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as
         if as_json:
             print_json(summary.as_dict())
         else:
-            _print_summary(summary)
-
-
-def _print_summary(summary: Summary) -> None:
-    typer.secho(encodable(plain(summary.path)), bold=True)
-    step = "step unknown (no manifest)" if summary.step is None else f"step {summary.step}"
-    writer = "" if summary.written_by is None else f" with dist_asgd {summary.written_by}"
-    typer.echo(
-        f"{step}, written by {summary.num_ranks} rank{'' if summary.num_ranks == 1 else 's'}{plain(writer)}; "
-        f"{summary.num_files} files, {decimal(summary.file_bytes)}, "
-        + ("sizes and metadata match the manifest" if summary.verified else "not verified")
-    )
-    rows = []
-    for p in summary.parameters:
-        scalars = [f"{p.step:g}", f"{p.eta:.6g}", f"{p.mu:.6g}"] if p.step is not None else ["", "", ""]
-        averaging = "no state" if p.step is None else "begun" if p.averaging else "not begun"
-        rows.append([p.name, _shape(p.shape), p.dtype or "-", decimal(p.bytes), p.ax_dtype or "-", *scalars, averaging])
-    headers = ("parameter", "shape", "dtype", "size", "ax", "step", "eta", "mu", "averaging")
-    print_table(headers, rows, right=(3, 5, 6, 7))
-    for title, entries in (("also in the model", summary.others), ("extra", summary.extra)):
-        if entries:
-            shown = ", ".join(f"{e.name} {_shape(e.shape)} {e.dtype}" if e.dtype else e.name for e in entries[:20])
-            more = f", and {len(entries) - 20} more" if len(entries) > 20 else ""
-            typer.echo(encodable(plain(f"{title}: {shown}{more}")))
-    if summary.other_keys:
-        typer.echo(encodable(plain(f"other keys: {summary.other_keys}")))
-    typer.echo(
-        f"{len(summary.parameters)} parameters, {summary.num_elements:,} elements; "
-        f"model {decimal(summary.model_bytes)}, optimizer state {decimal(summary.state_bytes)}"
-    )
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) if shape else "scalar"
+            print_summary(summary)
 
 
 @app.command()
@@ -272,7 +240,8 @@ def export(
     with printing():
         _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
-        typer.echo("note: averaging has not begun for any parameter: these are the last iterates.", err=True)
+        note = "note: averaging has not begun for any parameter: these are the last iterates."
+        typer.echo(f"{note} {convert.start_of_averaging(contents)}".rstrip(), err=True)
 
 
 def _note_ties(contents: CheckpointContents, taken: bool) -> None:
@@ -303,30 +272,39 @@ def _print_written(paths: list[AnyPath], as_json: bool, counts: dict[str, int]) 
 def diff(
     first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
     second: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint.", show_default=False)],
+    brief: Annotated[bool, typer.Option("--brief", help="One line for each kind of difference.")] = False,
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
     """List the differences of two checkpoints. Exit status 0 if there are none, 1 if there are some, 2 on errors.
 
     The command compares names, shapes, dtypes, and every value to the bit. Different numbers of ranks may have written
-    the two checkpoints.
+    the two checkpoints, and wrappers may have added parts to names (`module.`, `_orig_mod.`). Differences are listed by
+    kind: entries that are missing, shapes and dtypes, parameters, averages (*ax*), scalars, hyperparameters, and the
+    rest. Of tensors the *largest* difference of two elements is listed, and the *relative* one: the norm of the
+    difference, divided by the norm of the larger tensor.
     """
     with reported(2):
         a, b = (CheckpointContents(as_path(path), verify=verify) for path in (first, second))
+        comparison = Comparison(a, b)
         with progress_bar("comparing", sum(entry.bytes for entry in a.tensors.values())) as progress:
-            differences = list(compare(a, b, progress))
+            differences = list(comparison.differences(progress))
     with printing(2):
         if as_json:
             entries = [
-                {"key": d.key, "what": d.description, "num_different": d.num_different, "max_abs": finite(d.max_abs)}
+                {
+                    "kind": d.kind.value,
+                    "key": d.key,
+                    "what": d.description,
+                    "num_different": d.num_different,
+                    "max_abs": finite(d.max_abs),
+                    "relative": finite(d.relative),
+                }
                 for d in differences
             ]
             print_json({"same": not differences, "differences": entries})
         else:
-            rows = [[d.key, d.description, "" if d.max_abs is None else f"{d.max_abs:.3g}"] for d in differences]
-            if differences:
-                print_table(("key", "difference", "largest"), rows)
-            typer.echo(f"{len(differences)} of {len({*a.tensors, *a.objects, *b.tensors, *b.objects})} keys differ")
+            print_differences(comparison, differences, brief)
     if differences:
         raise typer.Exit(1)
 

@@ -36,6 +36,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("optimizer",), "ShardedASGD"),
     (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
     (("console",), "how commands print: tables, JSON, errors and exit statuses"),
+    (("listings",), "what inspect and diff print"),
     (("planning",), "bytes and traffic of each mode, before anything is built: plan()"),
     (("__init__",), "the public names"),
     (("cli",), "the command line"),

@@ -1,6 +1,8 @@
 """The average, usable: swapped in on every rank, gathered, swapped back bit for bit."""
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_asgd import ShardedASGD
+from dist_asgd.averaging_start import averaged_steps
 from tests.harness.bits import assert_same_bits
 from tests.harness.models import odd_loss, odd_net
 from tests.harness.ranks import run
@@ -99,6 +102,70 @@ def goes_on(_rank: int, _world_size: int, stage: int) -> None:
 def test_evaluating_does_not_disturb_training(backend: str, world_size: int, stage: int) -> None:
     """Bit for bit."""
     run(backend, world_size, goes_on, stage)
+
+
+def warns(rank: int, _world_size: int, t0: float, expected: str) -> None:
+    """Job: the first rank warns once for each optimizer, and points at the line that called."""
+    for _ in range(2):
+        optimizer = ShardedASGD((model := odd_net()).parameters(), t0=t0, **OPTIONS)
+        train(model, optimizer, 3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                with optimizer.averaged_parameters():
+                    pass
+        assert len(caught) == (rank == 0 and expected != "")
+        for warning in caught:
+            assert str(warning.message).endswith(expected)
+            assert Path(warning.filename) == Path(__file__)
+
+
+@pytest.mark.parametrize(
+    ("t0", "expected"),
+    [
+        (
+            1e6,
+            "begins after step 1,000,000 (t0); this is step 3. Call start_averaging(), or set t0 to an earlier step.",
+        ),
+        (2, "begins after step 2 (t0) with the iterate of step 4; this is step 3."),
+        (1, ""),
+    ],
+    ids=["far", "near", "begun"],
+)
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_before_averaging_has_begun_one_rank_warns_once(
+    backend: str, world_size: int, t0: float, expected: str
+) -> None:
+    """It says when averaging begins; without a warning there is an average."""
+    run(backend, world_size, warns, t0, expected)
+
+
+def warns_as_error(_rank: int, _world_size: int) -> None:
+    """Job: the warning of one rank is an error there, and so on all: none waits for it."""
+    optimizer = ShardedASGD(odd_net().parameters(), **OPTIONS)
+    warnings.simplefilter("error")
+    try:
+        with pytest.raises(Exception, match="before averaging has begun"), optimizer.averaged_parameters():
+            pass
+        with optimizer.averaged_parameters():
+            pass
+    finally:
+        warnings.resetwarnings()
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_a_warning_that_is_an_error_is_raised_on_all_ranks(backend: str, world_size: int) -> None:
+    """And the optimizer goes on."""
+    run(backend, world_size, warns_as_error)
+
+
+@pytest.mark.parametrize(
+    ("step", "mu", "t0", "expected"),
+    [(3000, 1 / 750, 2250, 749), (12, 1 / 2, 10, 1), (11, 1.0, 10, 0), (50, 0.001, 0, None), (50, 0.5, None, None)],
+)
+def test_averaged_steps_are_counted_from_the_scalars(step: int, mu: float, t0: float | None, expected: int) -> None:
+    """mu is the weight of the next iterate, and float32; an average of another kind has no such number."""
+    assert averaged_steps(step, float(torch.tensor(mu)), t0) == expected
 
 
 def not_begun(_rank: int, _world_size: int) -> None:

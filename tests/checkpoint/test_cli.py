@@ -127,7 +127,7 @@ def test_inspect_says_what_is_there(source: str, num_ranks: int, request: pytest
         assert (entry["dtype"], entry["ax_dtype"], entry["bytes"]) == ("float32", "float32", param.nbytes)
         for key in ("step", "eta", "mu"):
             assert entry[key] == state[f"{key} of {name}"].item()
-        assert entry["averaging"]
+        assert (entry["averaging"], entry["t0"], entry["averaged_steps"]) == (True, 2, 2)
     assert found["num_elements"] == sum(p.numel() for p in model.parameters())
     assert [e["name"] for e in found["others"]] == ["seen"]
     assert [e["name"] for e in found["extra"]] == [str(rank) for rank in range(num_ranks)]
@@ -136,11 +136,22 @@ def test_inspect_says_what_is_there(source: str, num_ranks: int, request: pytest
         f"step 5, written by {num_ranks} ranks",
         "1.up.weight",
         "16×8",
-        "0.333333",
-        "begun",
+        "t0 2, average of 2 iterates",
         "also in the model: seen 2 float32",
     ):
         assert part in text
+
+
+def test_inspect_says_once_what_is_equal_in_all_rows(two: Saved, odd: Saved) -> None:
+    """Shared facts are on one line, so that a table fits 80 columns; a column whose rows differ stays."""
+    text = cli("inspect", two[0]).stdout
+    assert re.search(r"^all: float32, step 5, eta [0-9.]+, t0 2, average of 2 iterates$", text, re.MULTILINE)
+    assert re.search(r"^parameter +shape +size$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines()[1:])) <= 80
+    text = cli("inspect", odd[0]).stdout
+    assert re.search(r"^all: float32, t0 2$", text, re.MULTILINE)
+    assert re.search(r"^inner.weight .*5 .*average of 2 iterates$", text, re.MULTILINE)
+    assert re.search(r"^unused .*0 .*averaging not begun$", text, re.MULTILINE)
 
 
 def test_inspect_reads_no_tensor_data(one: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +180,7 @@ def test_inspect_of_parameters_without_average(odd: Saved) -> None:
     assert list(found) == [name for name in in_order if name != "tied.weight"], "the order of the model"
     assert found["inner.weight"]["averaging"]
     text = cli("inspect", odd[0]).stdout
-    assert re.search(r"unused .*not begun", text)
+    assert re.search(r"unused .*averaging not begun", text)
     assert re.search(r"scale +scalar", text)
 
 
@@ -435,7 +446,53 @@ def test_diff_says_what_differs(one: Saved, tmp_path: Path) -> None:
     assert all(d["what"] == "0.001 and 0.5" for d in differences.values())
     text = cli("diff", one[0], tmp_path / "other", status=1).stdout
     assert "2 of 96 elements" in text
+    brief = [
+        "only in the second: 1 key",
+        "shape or dtype: 1 key",
+        f"parameters: 1 of 10 differ, relative up to {weight['relative']:.3g} (0.weight)",
+        "hyperparameters: 10 of 110 differ (lambd)",
+    ]
+    heads = [line for line in text.splitlines() if not line.startswith(" ")]
+    lines = cli("diff", one[0], tmp_path / "other", "--brief", status=1).stdout.splitlines()
+    assert heads == lines == [*brief, lines[-1]]
+    assert re.search(r"^  lambd +0.001 and 0.5 +10 parameters$", text, re.MULTILINE)
+    before, now = one[1]["model.0.weight"].double(), run_.model[0].weight.detach().double()  # type: ignore[index, union-attr]
+    norm = max(before.norm(), now.norm()).item()
+    assert weight["relative"] == pytest.approx((before - now).norm().item() / norm)
     assert one_line(cli("diff", one[0], tmp_path / "nothing", status=2))
+
+
+def test_diff_takes_no_wrapper_for_a_difference(tmp_path: Path) -> None:
+    """Neither in param_names nor in keys; another name and another order are differences."""
+    model = mlp(width=8, depth=1)
+    prefixes = {"plain": "", "ddp": "module.", "compiled": "_orig_mod.", "other": "encoder."}
+    for kind, prefix in prefixes.items():
+        named = [(f"{prefix}{name}", p) for name, p in model.named_parameters()]
+        save_checkpoint(tmp_path / kind, model, ShardedASGD(named), step=0)
+    for kind in ("ddp", "compiled"):
+        assert from_json("diff", tmp_path / "plain", tmp_path / kind) == {"same": True, "differences": []}
+    found = from_json("diff", tmp_path / "plain", tmp_path / "other", status=1)["differences"]
+    assert {d["key"].rpartition(".")[2] for d in found} == {"param_names"}
+    for kind, prefix in (("x", ""), ("y", "_orig_mod.")):
+        state = {"model": {f"a.{prefix}weight": torch.ones(2)}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=tmp_path / kind, no_dist=True)
+    assert from_json("diff", tmp_path / "x", tmp_path / "y", "--no-verify")["same"]
+
+
+def test_diff_says_at_which_places_values_differ(tmp_path: Path) -> None:
+    """Of nested values only what differs is printed, and scalars with both values."""
+    model, optimizer = mlp(width=8, depth=1), None
+    for step, extra in ((1, {"a": {"b": 1, "c": [1, 2]}}), (2, {"a": {"b": 1, "c": [1, 3]}, "d": None})):
+        optimizer = optimizer or ShardedASGD(model.parameters())
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        save_checkpoint(tmp_path / str(step), model, optimizer, step=step, extra=extra)
+    text = cli("diff", tmp_path / "1", tmp_path / "2", status=1).stdout
+    assert "extra.0: a.c.1: 2 and 3; d: nothing and None" in text
+    assert re.search(r"^  step +1 and 2 +10 parameters$", text, re.MULTILINE)
 
 
 def test_diff_is_to_the_bit(tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def exports(rank: int, _world_size: int, stage: int, steps: int, dtype: torch.dt
     # Every rank may look as soon as it is back.
     assert_exported(path, oracle(steps, dtype))
     with safetensors.safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        # One parameter never steps.
+        averages = ("begun for some parameters", "3") if steps == 5 else ("not begun", "0")
+        assert file.metadata() == {"format": "pt", "averaging": averages[0], "averaged_steps": averages[1]}
     optimizer.zero_grad()
     give_gradients(model, 99)
     optimizer.step()
@@ -107,6 +109,18 @@ def test_the_export_is_torchs_average(
 ) -> None:
     """The bits agree before the first step, before averaging begins and after; parameters are tied and odd."""
     run(backend, world_size, exports, stage, steps, dtype, str(tmp_path))
+
+
+def test_an_export_before_averaging_has_begun_warns(tmp_path: Path) -> None:
+    """It says that the file has the last iterate, and when averaging begins; an average makes no warning."""
+    model, optimizer = trained(ShardedASGD, 1, t0=1e6)
+    with pytest.warns(UserWarning, match=r"the file has the last iterate.*begins after step 1,000,000 \(t0\); this is"):
+        export_averaged(tmp_path / "model.safetensors", model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Once for each optimizer.
+        export_averaged(tmp_path / "model.safetensors", model, optimizer, overwrite=True)
+        export_averaged(tmp_path / "model.safetensors", *trained(ShardedASGD, 5), overwrite=True)
 
 
 def other_kinds(_rank: int, _world_size: int, folder: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from ...averaging_start import averaged_steps
 from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
 from ..containers import Containers
 from ..format.layouts import Prefix, described
@@ -217,6 +218,23 @@ class CheckpointContents:
     def has_begun_averaging(self, name: str) -> bool:
         """Whether ``ax`` of a parameter is a mean of iterates, which it is once ``mu`` is not 1."""
         return name in self.state and self.scalars[name]["mu"].item() != 1
+
+    @cached_property
+    def first_average_steps(self) -> dict[str, float]:
+        """``t0`` of every parameter whose group has it, by name; another program's groups may lack it."""
+        return {
+            name: float(group["t0"])
+            for group in self.groups
+            if isinstance(group.get("t0"), int | float | Tensor)
+            for name in group["params"]
+        }
+
+    def averaged_steps(self, name: str) -> int | None:
+        """How many iterates ``ax`` of a parameter is the mean of: 0 before averaging has begun, None if unknown."""
+        if not self.has_begun_averaging(name):
+            return 0
+        scalars = self.scalars[name]
+        return averaged_steps(scalars["step"].item(), scalars["mu"].item(), self.first_average_steps.get(name))
 
     @cached_property
     def groups(self) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ...averaging_start import averaging_metadata, start_text
 from ...state import MASTER_KEY
 from ..format.directory import sync_directory
 from ..format.locks import open_alone
@@ -150,7 +151,7 @@ def export(
     There are several files, and an index, if the weights have more than ``max_bytes``.
     """
     specs = {name: weight.spec for name, weight in plan.items()}
-    files = TensorFiles(out, specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
+    files = TensorFiles(out, specs, metadata=_metadata(contents, plan), max_bytes=max_bytes, overwrite=overwrite)
     with files:
         for name, weight in plan.items():
             whole = contents.tensor(weight.key)
@@ -161,6 +162,19 @@ def export(
             del whole
             progress(weight.spec.bytes)
     return files.paths
+
+
+def _metadata(contents: CheckpointContents, plan: Mapping[str, Weight]) -> dict[str, str]:
+    """What the header says about the averages; "not exported" if there are some, and these are the last iterates."""
+    counts = [contents.averaged_steps(name) for name in contents.state]
+    has_last_iterates = any(count != 0 for count in counts) and not any(weight.averaged for weight in plan.values())
+    return {"averaging": "not exported"} if has_last_iterates else averaging_metadata(counts)
+
+
+def start_of_averaging(contents: CheckpointContents) -> str:
+    """A sentence that says when averaging will begin in the run that wrote the checkpoint; "" if nothing is known."""
+    step = max((scalars["step"].item() for scalars in contents.scalars.values()), default=0.0)
+    return start_text(step, min(contents.first_average_steps.values(), default=None))
 
 
 def consolidate(

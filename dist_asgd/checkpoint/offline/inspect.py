@@ -30,6 +30,8 @@ class ParameterEntry:
 
     ``bytes`` are the parameter's, ``state_bytes`` those of its state. ``step``, ``eta``, ``mu`` and ``ax_dtype`` are
     None if the checkpoint has no state of it, and ``dtype`` is None if it has the state but not the parameter itself.
+    ``t0`` is None if the checkpoint does not have it. ``averaged_steps`` is how many iterates the average holds: 0 if
+    ``averaging`` (its averaging has begun) is false, and None if the average is of a kind without such a number.
     """
 
     name: str
@@ -42,7 +44,9 @@ class ParameterEntry:
     step: float | None
     eta: float | None
     mu: float | None
+    t0: float | None
     averaging: bool
+    averaged_steps: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class Summary:
         """The summary as plain values for JSON, in which numbers that are not finite become None."""
         plain = asdict(self)
         for parameter in plain["parameters"]:
-            for key in ("step", "eta", "mu"):
+            for key in ("step", "eta", "mu", "t0"):
                 parameter[key] = finite(parameter[key])
         return plain
 
@@ -142,5 +146,7 @@ def _parameter(contents: CheckpointContents, name: str) -> ParameterEntry:
         step=None if scalars is None else float(scalars["step"]),
         eta=None if scalars is None else float(scalars["eta"]),
         mu=None if scalars is None else float(scalars["mu"]),
+        t0=contents.first_average_steps.get(name),
         averaging=contents.has_begun_averaging(name),
+        averaged_steps=contents.averaged_steps(name),
     )
