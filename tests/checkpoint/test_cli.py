@@ -450,7 +450,7 @@ def test_diff_says_what_differs(one: Saved, tmp_path: Path) -> None:
         "only in the second: 1 key",
         "shape or dtype: 1 key",
         f"parameters: 1 of 10 differ, relative up to {weight['relative']:.3g} (0.weight)",
-        "hyperparameters: 10 of 110 differ (lambd)",
+        "hyperparameters: 10 of 90 differ (lambd)",
     ]
     heads = [line for line in text.splitlines() if not line.startswith(" ")]
     lines = cli("diff", one[0], tmp_path / "other", "--brief", status=1).stdout.splitlines()
