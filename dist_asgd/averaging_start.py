@@ -16,23 +16,32 @@ from types import FrameType
 from typing import Any
 
 from .update.schedule import Cohort
+from .update.weights import AverageRule, AverageSchedule, UniformMean
 
 # Files whose frames are not the user's: a warning points at the line that called this package.
 _INSIDE = (str(Path(__file__).parent), contextlib.__file__)
 
 
-def averaged_steps(step: float, mu: float, t0: float | None) -> int | None:
-    """How many iterates ``ax`` is the mean of, after ``step`` steps: those of the steps from ``t0 + 2`` on.
+def averaged_steps(step: float, mu: float, t0: float | None, average: object = None) -> int | None:
+    """How many iterates have entered ``ax`` after ``step`` steps.
 
-    ``mu`` is the weight that the next iterate will have, ``1 / max(1, step - t0)``. The result is 0 if ``mu`` is 1,
-    because ``ax`` is a copy of the last iterate then, and None if ``mu`` is no weight of a mean that began after
-    ``t0``: the average has weights of another kind, or ``t0`` was changed.
+    Args:
+        step, mu, t0: those of the parameter and of its group; None if the group's ``t0`` is unknown.
+        average: the group's rule of averaging, or its options as checkpoints have them. None is the mean of
+            ``torch.optim.ASGD``, whose ``mu`` after ``step`` steps is ``1 / max(1, step - t0)``.
+
+    Returns:
+        0 if ``mu`` is 1, because ``ax`` is a copy of the last iterate then. None if the number is not known: ``mu`` is
+        not that of the mean, because ``t0`` was changed after averaging had begun.
     """
     if mu == 1:
         return 0
-    if t0 is None or not math.isclose(mu * (step - t0), 1, rel_tol=1e-5):
+    if t0 is None or (average is None and not math.isclose(mu * (step - t0), 1, rel_tol=1e-5)):
         return None
-    return round(step - t0) - 1
+    every = average.every if isinstance(average, AverageRule) else 1
+    if isinstance(average, Mapping) and isinstance(average.get("every"), int):
+        every = max(1, average["every"])
+    return AverageSchedule(UniformMean(every=every)).num_iterates(step, t0)
 
 
 def summarized_steps(counts: Iterable[int | None]) -> str:
@@ -76,8 +85,10 @@ class StartNotice:
     ``problem``, which the caller shares with the other ranks: no rank is left alone in a collective call.
     """
 
-    def __init__(self, is_first_rank: bool) -> None:
+    def __init__(self, is_first_rank: bool, counts_updates: bool) -> None:
+        """Begin silent. With ``counts_updates`` a step is one call of ``update()``, as in ``ShardedAverage``."""
         self._is_pending = is_first_rank
+        self._counts_updates = counts_updates
 
     def problem(
         self, call: str, result: str, cohort_of: Mapping[int, Cohort], groups: Sequence[Mapping[str, Any]]
@@ -96,7 +107,10 @@ class StartNotice:
         self._is_pending = False
         step = max((cohort.step.item() for cohort in cohorts), default=0.0)
         t0 = min((float(group["t0"]) for group in groups if "t0" in group), default=None)
-        text = f"dist_asgd: {call} before averaging has begun: {result}. {start_text(step, t0)}".rstrip()
+        when = start_text(step, t0)
+        if self._counts_updates and t0 is not None:
+            when = f"Averaging begins with update() number {t0 + 2:,.0f}; {step:,.0f} were made."
+        text = f"dist_asgd: {call} before averaging has begun: {result}. {when}".rstrip()
         try:
             warnings.warn(text, UserWarning, stacklevel=_user_level(inspect.currentframe()))
         except UserWarning as error:

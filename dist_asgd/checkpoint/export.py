@@ -19,14 +19,15 @@ from ..averaging_start import averaged_steps, averaging_metadata
 from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
-from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
+from ..sharded_state import ShardedState
 from ..state import MASTER_KEY
 from ..state_dict.sharded import AVERAGE
 from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
 from ..update.schedule import Cohort
+from ..update.weights import AVERAGE_KEY
 from .format.paths import UserPath, as_path
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
 from .names import names_of
@@ -106,13 +107,13 @@ def export_averaged(
     fingerprint, problem = NO_FINGERPRINT, None
     try:
         weights = _plan(model, optimizer, dtype)
-        _warn_before_start(cast(ShardedASGD, optimizer))
+        _warn_before_start(cast(ShardedState, optimizer))
         out = as_path(path)
         fingerprint = _fingerprint(out, weights, max_bytes, overwrite)
         if saver.rank == WRITER:
             specs = {weight.name: weight.spec for weight in weights}
             files = TensorFiles(
-                out, specs, metadata=_metadata(cast(ShardedASGD, optimizer)), max_bytes=max_bytes, overwrite=overwrite
+                out, specs, metadata=_metadata(cast(ShardedState, optimizer)), max_bytes=max_bytes, overwrite=overwrite
             )
             files.open()
     except Exception as error:
@@ -120,7 +121,7 @@ def export_averaged(
     try:
         saver.agree(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
         if any(weight.is_computed for weight in weights):
-            weights, problem = _computed(weights, model, cast(ShardedASGD, optimizer))
+            weights, problem = _computed(weights, model, cast(ShardedState, optimizer))
             saver.agree(CollectiveCall.EXPORT_AVERAGED, problem=problem)
         problem = _write_all(weights, saver.communicators, files)
         problem = problem and _translated(problem, path)
@@ -130,7 +131,7 @@ def export_averaged(
             files.discard()
 
 
-def _warn_before_start(optimizer: ShardedASGD) -> None:
+def _warn_before_start(optimizer: ShardedState) -> None:
     """Warn once, on the first rank, if no parameter's averaging has begun; raises the warning if it is an error."""
     problem = optimizer.averages.start.problem(
         "export_averaged()", "the file has the last iterate", optimizer.shards.cohort_of, optimizer.param_groups
@@ -139,7 +140,7 @@ def _warn_before_start(optimizer: ShardedASGD) -> None:
         raise problem
 
 
-def _metadata(optimizer: ShardedASGD) -> dict[str, str]:
+def _metadata(optimizer: ShardedState) -> dict[str, str]:
     """Return what the header says about the averages. Not collective; waits for scalars on a device."""
     shards = optimizer.shards
     # Once for each cohort, because of the waiting.
@@ -147,8 +148,8 @@ def _metadata(optimizer: ShardedASGD) -> dict[str, str]:
     for member in shards.held:
         cohort = shards.cohort_of[member.index]
         if cohort not in counts:
-            t0 = optimizer.param_groups[member.bucket.group_index].get("t0")
-            counts[cohort] = averaged_steps(cohort.step.item(), cohort.mu.item(), t0) if cohort.begun else 0
+            group, scalars = optimizer.param_groups[member.bucket.group_index], (cohort.step.item(), cohort.mu.item())
+            counts[cohort] = averaged_steps(*scalars, group["t0"], group.get(AVERAGE_KEY)) if cohort.begun else 0
     return averaging_metadata(counts[shards.cohort_of[member.index]] for member in shards.held)
 
 
@@ -167,7 +168,7 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
         ValueError: the model, its state dict or ``dtype`` cannot be exported.
         RuntimeError: parameters were moved, or are the averaged ones now.
     """
-    if not isinstance(optimizer, ShardedASGD) or optimizer.is_differentiable:
+    if not isinstance(optimizer, ShardedState) or optimizer.is_differentiable:
         raise TypeError(
             f"dist_asgd: export_averaged() is for ShardedASGD (and not with differentiable=True), got "
             f"{type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
@@ -236,7 +237,7 @@ def _is_wider(member: ShardedParam) -> bool:
 
 
 def _computed(
-    weights: Sequence[_Weight], model: nn.Module, optimizer: ShardedASGD
+    weights: Sequence[_Weight], model: nn.Module, optimizer: ShardedState
 ) -> tuple[list[_Weight], Exception | None]:
     """Let the model's hooks compute the weights that they compute, from the averages. Collective.
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from ...averaging_start import averaged_steps
 from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
+from ...update.weights import AVERAGE_KEY
 from ..containers import Containers
 from ..format.layouts import Prefix, described
 from ..format.manifest import CheckpointError
@@ -224,17 +225,23 @@ class CheckpointContents:
         """``t0`` of every parameter whose group has it, by name; another program's groups may lack it."""
         return {
             name: float(group["t0"])
-            for group in self.groups
-            if isinstance(group.get("t0"), int | float | Tensor)
-            for name in group["params"]
+            for name, group in self._group_of.items()
+            if isinstance(group.get("t0"), int | float)
+            or (isinstance(group.get("t0"), Tensor) and group["t0"].numel() == 1)
         }
 
     def averaged_steps(self, name: str) -> int | None:
-        """How many iterates ``ax`` of a parameter is the mean of: 0 before averaging has begun, None if unknown."""
+        """How many iterates ``ax`` of a parameter holds: 0 before averaging has begun, None if unknown."""
         if not self.has_begun_averaging(name):
             return 0
-        scalars = self.scalars[name]
-        return averaged_steps(scalars["step"].item(), scalars["mu"].item(), self.first_average_steps.get(name))
+        step, mu = (self.scalars[name][key].item() for key in ("step", "mu"))
+        return averaged_steps(
+            step, mu, self.first_average_steps.get(name), self._group_of.get(name, {}).get(AVERAGE_KEY)
+        )
+
+    @cached_property
+    def _group_of(self) -> dict[str, dict[str, Any]]:
+        return {name: group for group in self.groups for name in group["params"]}
 
     @cached_property
     def groups(self) -> list[dict[str, Any]]:
