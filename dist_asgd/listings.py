@@ -22,6 +22,8 @@ _MAX_ENTRIES = 20
 _SHARED = (Kind.SCALARS, Kind.HYPERPARAMETERS)
 _TENSORS = (Kind.PARAMETERS, Kind.AVERAGES, Kind.MASTERS, Kind.BUFFERS)
 
+_DEFAULTS = (("every", 1), ("warmup", 0))
+
 # The columns of ``inspect`` beside the parameter's name: a header, whether it is aligned to the right, the cell, and
 # the words for the line of what all parameters share. None: it is never on that line.
 _Column = tuple[str, bool, Callable[[ParameterEntry], str], str | None]
@@ -88,7 +90,12 @@ def _average(entry: ParameterEntry) -> str:
         return "averaging not begun"
     if entry.averaged_steps is None:
         return f"averaging begun, mu {entry.mu:.6g}"
-    return f"average of {entry.averaged_steps} iterate{'' if entry.averaged_steps == 1 else 's'}"
+    # Options that change nothing are left out.
+    options = {key: value for key, value in (entry.average_rule or {}).items() if (key, value) not in _DEFAULTS}
+    kind = options.pop("rule", "uniform")
+    shown = f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else ""
+    iterates = f"average of {entry.averaged_steps} iterate{'' if entry.averaged_steps == 1 else 's'}"
+    return f"{'' if kind == 'uniform' else f'{kind} '}{iterates}{shown}"
 
 
 def _number(value: float | None) -> str:

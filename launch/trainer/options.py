@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parallel import WITH_FULLY_SHARD, WITH_REPLICAS, Mode
+from parallel import REDUCED_BY_OPTIMIZER, WITH_FULLY_SHARD, WITH_REPLICAS, Mode
 
 
 class Precision(StrEnum):
@@ -92,6 +92,15 @@ class TrainOptions:
     overlap_forward: Annotated[
         bool, _option("Ranks", "Gather parameters while the next step's forward runs (zero1, zero2, hybrid).")
     ] = False
+    step_in_backward: Annotated[
+        bool,
+        _option(
+            "Ranks",
+            "Update each bucket as soon as backward has reduced its gradients, which nobody keeps then (zero2, hybrid; "
+            "on CPUs, with --clip 0).",
+            "--step-in-backward",
+        ),
+    ] = False
     lr: Annotated[float, _option("Optimizer", "Learning rate.", minimum=0)] = 0.3
     lambd: Annotated[float, _option("Optimizer", "ASGD's decay term.", minimum=0)] = 1e-4
     alpha: Annotated[float, _option("Optimizer", "ASGD's power for the decay of eta.", minimum=0)] = 0.75
@@ -152,6 +161,8 @@ class TrainOptions:
                 f"--tensor-parallel {self.tensor_parallel} does not divide --heads {self.heads}, by which attention is "
                 "split: give a divisor, or a new model other --heads"
             )
+        if self.step_in_backward:
+            self._check_step_in_backward()
         if self.t0 is not None and self.t0_share is not None:
             raise typer.BadParameter("--t0 and --t0-share are two ways to say one thing: give one of them")
         if self.overwrite and (self.resume or self.resume_from):
@@ -165,6 +176,25 @@ class TrainOptions:
         for name in ("lr", "lambd", "alpha", "weight_decay", "clip", "bucket_cap_mb"):
             if not math.isfinite(getattr(self, name)):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} is not finite")
+
+    def _check_step_in_backward(self) -> None:
+        """Raise typer.BadParameter if --step-in-backward cannot be combined with another option."""
+        if self.mode not in REDUCED_BY_OPTIMIZER:
+            who = "FSDP2" if self.mode in WITH_FULLY_SHARD else "DDP"
+            raise typer.BadParameter(
+                f"--step-in-backward is for --parallel {' and '.join(REDUCED_BY_OPTIMIZER)}, in which the optimizer "
+                f"reduces the gradients; with {self.mode} {who} does: pass --stage 2, or leave it out"
+            )
+        if self.clip:
+            raise typer.BadParameter(
+                f"--step-in-backward uses each gradient before the norm of all is known, so they cannot be clipped to "
+                f"--clip {self.clip:g}: pass --clip 0"
+            )
+        if self.overlap_forward:
+            raise typer.BadParameter(
+                "--step-in-backward gathers parameters during backward, so --overlap-forward has nothing to overlap: "
+                "give one of them"
+            )
 
     @property
     def mode(self) -> Mode:

@@ -32,6 +32,7 @@ class Mode(StrEnum):
 
 
 WRAPPED_IN_DDP = (Mode.DDP, Mode.ZERO1)
+REDUCED_BY_OPTIMIZER = (Mode.ZERO2, Mode.HYBRID)
 WITH_REPLICAS = (Mode.HSDP, Mode.HYBRID)
 WITH_FULLY_SHARD = (Mode.FSDP2, Mode.HSDP)
 

@@ -82,7 +82,7 @@ def _check_same_corpus(corpus: Corpus, processes: Processes) -> None:
 
 def _report(options: TrainOptions, summary: Summary, checkpoint: str) -> None:
     """Write the picture and the summary, and print them. Rank 0 calls it."""
-    picture = draw_losses(options.out, summary.first_average_step)
+    picture = draw_losses(options.out, summary.facts)
     write_summary(options.out, summary)
     console = Console(highlight=False)
     print_summary(console, summary)

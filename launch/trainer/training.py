@@ -22,12 +22,14 @@ from options import FIXED_BY_CHECKPOINT, Precision, TrainOptions
 from parallel import spread
 from processes import Processes, TrainingError
 from progress import ProgressDisplay
-from report import Evaluation, Memory, Summary
+from report import Evaluation, Facts, Memory, Summary, averaging_text, iterates_text
 from stopping import StopRequest
 
 _FORMAT = "byte-transformer training checkpoint 3"
 # Options that say how a run starts, and may differ when it is resumed.
 _START_OPTIONS = ("resume", "resume_from", "overwrite")
+# Options that say when averaging begins: a checkpoint has the step itself.
+_T0_OPTIONS = ("t0", "t0_share")
 _NUM_ASGD_SCALARS = 3  # step, eta and mu, which torch.optim.ASGD keeps for each parameter as float32 tensors
 
 
@@ -47,6 +49,7 @@ class Training:
         self._saved_step: int | None = None
         self._train_loss: float | None = None
         self._evaluation: Evaluation | None = None
+        self._t0_options: dict[str, Any] = {name: getattr(options, name) for name in _T0_OPTIONS}
         self._num_timed_steps = 0
         self._timed_seconds = 0.0
 
@@ -55,6 +58,11 @@ class Training:
         self._model = ByteTransformer(shape).to(processes.device)
         if options.dtype is Precision.BFLOAT16:
             self._model.to(torch.bfloat16)
+        if options.step_in_backward and processes.device.type != "cpu":
+            raise TrainingError(
+                f"--step-in-backward with parameters on {processes.device.type}: so far only parameters on CPUs are "
+                "updated in backward; leave it out"
+            )
         processes.broadcast_parameters(self._model)  # ranks may draw different random numbers
 
         self._spread = spread(self._model, options.mode, options.replicas, options.tensor_parallel, processes)
@@ -67,6 +75,7 @@ class Training:
             weight_decay=options.weight_decay,
             foreach=options.foreach,
             bucket_cap_mb=options.bucket_cap_mb,
+            step_in_backward=options.step_in_backward,
             **self._spread.optimizer_options,
         )
         if options.overlap_forward:
@@ -82,6 +91,21 @@ class Training:
     def num_parameters(self) -> int:
         """The number of elements of all parameters."""
         return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def facts(self) -> Facts:
+        """What the closing report and the picture say about the run."""
+        options, processes = self._options, self._processes
+        return Facts(
+            num_parameters=self.num_parameters,
+            parallel=self.description + ", step in backward" * options.step_in_backward,
+            num_ranks=processes.world_size,
+            device=processes.device.type,
+            steps=options.steps,
+            lr=options.lr,
+            schedule=str(options.schedule),
+            first_average_step=self.first_average_step,
+        )
 
     @property
     def first_average_step(self) -> int:
@@ -135,14 +159,33 @@ class Training:
             load_checkpoint(path, self._model, self._optimizer)
         self._scheduler.load_state_dict(content["scheduler"])
         self._step = content["step"]
+        self._keep_t0(content["options"])
         if path == str(self._checkpoints.path_of(self._step)):
             self._saved_step = self._step
         if self._console is not None:
             self._console.print(
-                f"resumed after step {self._step}, averaging begins after step {self.first_average_step}"
+                f"resumed after step {self._step:,} with the run's t0 of {self.first_average_step:,}: "
+                + averaging_text(self.first_average_step, self._optimizer.averaged_steps())
                 + "".join(f"; {change}" for change in self._changes(content, self._options.plain())),
                 highlight=False,
                 soft_wrap=True,
+            )
+
+    def _keep_t0(self, saved_options: dict[str, Any]) -> None:
+        """Go on with the t0 that the checkpoint has restored; raises TrainingError if an option asks for another.
+
+        The options that the run began with may be given once more, also where another --steps makes --t0-share
+        another step.
+        """
+        now = {name: getattr(self._options, name) for name in _T0_OPTIONS}
+        self._t0_options = {name: saved_options[name] for name in _T0_OPTIONS}
+        is_given = any(value is not None for value in now.values())
+        if is_given and now != self._t0_options and self._options.first_average_step != self.first_average_step:
+            option = "--t0" if self._options.t0 is not None else "--t0-share"
+            raise TrainingError(
+                f"{option} asks for averaging after step {self._options.first_average_step:,}, but the run that goes "
+                f"on has t0 {self.first_average_step:,}, and its average may hold iterates since then: leave {option} "
+                "out, or start anew without --resume"
             )
 
     def run(self, log: MetricsLog | None, stop: StopRequest) -> Summary:
@@ -226,16 +269,17 @@ class Training:
         return self._step % every == 0 and self._step < self._options.steps
 
     def _evaluate(self, log: MetricsLog | None, progress: ProgressDisplay) -> None:
-        last = average = self._held_out_loss()
-        note = "averaging has not begun"
-        # Up to step t0 + 2 the average is the last iterate, because mu is stored and acts in the next step.
-        if self._step > self.first_average_step + 2:
+        last = self._held_out_loss()
+        values = {"held_out_last": last}
+        averaged_steps = self._optimizer.averaged_steps()
+        note = averaging_text(self.first_average_step, averaged_steps)
+        if averaged_steps:
             with self._optimizer.averaged_parameters():
-                average = self._held_out_loss()
-            note = f"of the average {average:.4f}"
-        self._evaluation = Evaluation(self._step, last, average)
+                values["held_out_average"] = self._held_out_loss()
+            note = f"of the average {values['held_out_average']:.4f} ({iterates_text(averaged_steps)})"
+        self._evaluation = Evaluation(self._step, last, values.get("held_out_average"), averaged_steps)
         if log is not None:
-            log.write(self._step, held_out_last=last, held_out_average=average, tokens_per_second=self._speed())
+            log.write(self._step, **values, averaged_steps=averaged_steps, tokens_per_second=self._speed())
         progress.note(f"step {self._step}: held-out loss {last:.4f}, {note}")
 
     @torch.no_grad()
@@ -256,7 +300,8 @@ class Training:
 
     def _position(self) -> dict[str, Any]:
         """The arguments for a checkpoint besides model and optimizer. The data of a step follows from its number."""
-        extra = {"step": self._step, "options": self._options.plain(), "scheduler": self._scheduler.state_dict()}
+        options = self._options.plain() | self._t0_options
+        extra = {"step": self._step, "options": options, "scheduler": self._scheduler.state_dict()}
         return {"step": self._step, "extra": {"format": _FORMAT, **extra}}
 
     def _checked(self, content: Any) -> dict[str, Any]:
@@ -276,7 +321,7 @@ class Training:
         return [
             f"--{name.replace('_', '-')} is {now[name]}, was {then[name]}"
             for name in names
-            if name not in _START_OPTIONS and now[name] != then.get(name)
+            if name not in (*_START_OPTIONS, *_T0_OPTIONS) and now[name] != then.get(name)
         ]
 
     def _summary(self, signal_name: str | None) -> Summary:
@@ -285,12 +330,13 @@ class Training:
         parameters = list(self._model.parameters())
         parameter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         return Summary(
+            facts=self.facts,
             step=self._step,
             stopped_by=signal_name,
             train_loss=self._train_loss,
             evaluation=self._evaluation,
             tokens_per_second=self._speed(),
-            first_average_step=self.first_average_step,
+            averaged_steps=self._optimizer.averaged_steps(),
             average_dtype=str(self._optimizer.state[parameters[0]]["ax"].dtype).removeprefix("torch."),
             memory_by_rank=self._processes.gather(memory),
             unsharded=Memory(

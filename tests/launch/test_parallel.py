@@ -42,6 +42,16 @@ def test_losses_are_those_of_zero1_to_the_bit(zero1: Path, train: Train, tmp_pat
     assert losses(tmp_path) == losses(zero1)
 
 
+def test_steps_in_backward_have_the_losses_of_zero1_to_the_bit(zero1: Path, train: Train, tmp_path: Path) -> None:
+    """And keep no gradients."""
+    options = ("--stage", "2", "--step-in-backward", "--clip", "0", "--steps", "8", "--eval-windows", "7")
+    run = train(*options, "--out", str(tmp_path))
+    assert run.returncode == 0, run.stdout
+    assert losses(tmp_path) == losses(zero1)
+    assert [memory["gradient_bytes"] for memory in memory_of(tmp_path)] == [0, 0]
+    assert "zero2, step in backward on 2 ranks" in run.stdout
+
+
 @pytest.mark.parametrize(
     ("ranks", "options", "tolerance"),
     [
@@ -87,6 +97,13 @@ def test_split_layers_give_the_losses_of_whole_ones(train: Train, tmp_path: Path
         (
             {"parallel": "hybrid", "tensor_parallel": 2},
             "--tensor-parallel is for --parallel fsdp2 and hsdp, not hybrid",
+        ),
+        ({"parallel": "zero1", "step_in_backward": True, "clip": 0.0}, "with zero1 DDP does: pass --stage 2"),
+        ({"parallel": "hsdp", "step_in_backward": True, "clip": 0.0}, "with hsdp FSDP2 does: pass --stage 2"),
+        ({"parallel": "hybrid", "step_in_backward": True}, "cannot be clipped to --clip 1: pass --clip 0"),
+        (
+            {"parallel": "zero2", "step_in_backward": True, "clip": 0.0, "overlap_forward": True},
+            "--step-in-backward gathers parameters during backward",
         ),
         ({"parallel": "fsdp2", "tensor_parallel": 3}, "--tensor-parallel 3 does not divide --heads 4"),
     ],

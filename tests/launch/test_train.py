@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,9 +44,10 @@ def test_run_leaves_metrics_picture_table_and_checkpoint(finished: dict[int, Fin
     curves = losses(out)
     assert list(curves["train_loss"]) == list(range(1, 13))
     assert list(curves["held_out_last"]) == [3, 6, 9, 12]
-    # Up to step t0 + 2 the average is the last iterate, bit for bit; after it, another point.
-    assert curves["held_out_average"][3] == curves["held_out_last"][3]
+    # There is an average from step t0 + 2 on, with t0 = 3; of one iterate or more.
+    assert list(curves["held_out_average"]) == [6, 9, 12]
     assert curves["held_out_average"][12] != curves["held_out_last"][12]
+    assert [line["averaged_steps"] for line in read_lines(out) if "averaged_steps" in line] == [0, 2, 5, 8]
     assert curves["train_loss"][12] < curves["train_loss"][1]
 
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -55,6 +57,12 @@ def test_run_leaves_metrics_picture_table_and_checkpoint(finished: dict[int, Fin
     assert steps == ["step-00000008", "step-00000012"]
     for expected in ("last iterate", "average (float32)", "tokens per second", "rank 1", "losses.png"):
         assert expected in output
+    assert "12 steps, lr 0.3 (constant), t0 3" in output
+    assert "averaging begins after step 3" in output
+    assert re.search(r"held-out loss [0-9.]+, of the average [0-9.]+ \(8 iterates\)", output)
+    assert re.search(r"iterates in the average +│ +8 ", output)
+    is_worse = curves["held_out_average"][12] > curves["held_out_last"][12]
+    assert ("the average is worse than the last iterate" in output) == is_worse
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -92,7 +100,7 @@ def test_resumed_run_equals_uninterrupted_run(
     resume = ("--resume",) if latest else ("--resume-from", str(tmp_path / "kept"))
     run = train("--stage", str(stage), "--out", str(out), "--steps", "12", *resume)
     assert run.returncode == 0, run.stdout
-    assert "resumed after step 8" in run.stdout
+    assert "resumed after step 8 with the run's t0 of 3: the average holds 4 iterates" in run.stdout
     assert losses(out) == losses(finished[stage].out)
 
 
@@ -172,6 +180,21 @@ def test_resume_refuses_another_model(finished: dict[int, FinishedRun], train: T
     options = ("--resume", "--d-model", "32", "--lr", "0.01")
     run = train("--out", str(tmp_path), "--checkpoint", saved, *options)
     assert_fails_everywhere(run, "--d-model is 32, was 16, --lr is 0.01, was 0.3")
+
+
+def test_resume_keeps_t0(finished: dict[int, FinishedRun], train: Train, tmp_path: Path) -> None:
+    """It says so once; an option for another t0 is refused."""
+    saved = str(finished[1].out / "checkpoint")
+    shutil.copytree(saved, tmp_path / "checkpoint", symlinks=True)
+    common = ("--out", str(tmp_path), "--resume", "--steps", "14")
+    assert_fails_everywhere(train(*common, "--t0", "9"), "--t0 asks for averaging after step 9, but the run that goes")
+    run = train(*common, "--t0", "3")
+    assert run.returncode == 0, run.stdout
+    (line,) = (line for line in run.stdout.splitlines() if "resumed" in line)
+    assert "with the run's t0 of 3: the average holds 8 iterates" in line
+    assert "--t0" not in line
+    assert "iterates in the average" in run.stdout
+    assert json.loads((tmp_path / "summary.json").read_text())["averaged_steps"] == 10
 
 
 def test_missing_text_is_an_error_on_every_rank(train: Train, tmp_path: Path) -> None:

@@ -235,9 +235,11 @@ class CheckpointContents:
         if not self.has_begun_averaging(name):
             return 0
         step, mu = (self.scalars[name][key].item() for key in ("step", "mu"))
-        return averaged_steps(
-            step, mu, self.first_average_steps.get(name), self._group_of.get(name, {}).get(AVERAGE_KEY)
-        )
+        return averaged_steps(step, mu, self.first_average_steps.get(name), self.average_rule(name))
+
+    def average_rule(self, name: str) -> Any:
+        """The options of the rule by which a parameter is averaged; None for the mean of ``torch.optim.ASGD``."""
+        return self._group_of.get(name, {}).get(AVERAGE_KEY)
 
     @cached_property
     def _group_of(self) -> dict[str, dict[str, Any]]:

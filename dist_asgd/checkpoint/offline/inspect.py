@@ -31,7 +31,8 @@ class ParameterEntry:
     ``bytes`` are the parameter's, ``state_bytes`` those of its state. ``step``, ``eta``, ``mu`` and ``ax_dtype`` are
     None if the checkpoint has no state of it, and ``dtype`` is None if it has the state but not the parameter itself.
     ``t0`` is None if the checkpoint does not have it. ``averaged_steps`` is how many iterates the average holds: 0 if
-    ``averaging`` (its averaging has begun) is false, and None if the average is of a kind without such a number.
+    ``averaging`` (its averaging has begun) is false, and None if that is unknown. ``average_rule`` has the options of
+    the rule of averaging, None for the mean of ``torch.optim.ASGD``.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ParameterEntry:
     t0: float | None
     averaging: bool
     averaged_steps: int | None
+    average_rule: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,4 +151,5 @@ def _parameter(contents: CheckpointContents, name: str) -> ParameterEntry:
         t0=contents.first_average_steps.get(name),
         averaging=contents.has_begun_averaging(name),
         averaged_steps=contents.averaged_steps(name),
+        average_rule=rule if isinstance(rule := contents.average_rule(name), dict) else None,
     )
