@@ -19,7 +19,8 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("placements",), "presharded parameters (DTensor, FSDP1), replica groups, fragments shown as tensors"),
     (("parts", "portions"), "the functions that files of users name; their paths never change"),
     (("update",), "the rule on this rank's shards: plan, implementations, kernels, schedule, scalars"),
-    (("backward_checks", "precision_checks", "validation"), "what the constructor and add_param_group() accept"),
+    (("precision_checks",), "the dtypes of state and messages that the constructor accepts"),
+    (("backward_checks", "validation"), "what the constructor and add_param_group() accept"),
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
     (("fingerprints", "gather", "memory", "state", "stats"), "what a step needs beside gradients and the update"),
     (
