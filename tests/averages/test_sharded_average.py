@@ -271,7 +271,10 @@ def reads_what_has_arrived(rank: int, _world_size: int) -> None:
         optimizer.zero_grad()
         mlp_loss(model, seed).backward()
         optimizer.step()
+        assert seed == 0 or optimizer.gatherer.arrivals.keys
         average.update()
+        # What has not arrived could be read all the same, and would be right on a fast connection.
+        assert not optimizer.gatherer.arrivals.keys
         expected = expected or AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
         expected.update_parameters(model)
     assert expected is not None
