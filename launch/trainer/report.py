@@ -127,6 +127,8 @@ def draw_losses(folder: Path, facts: Facts) -> Path | None:
     whole, tail = figure.subplots(1, 2, width_ratios=(3, 2))
     for axes in (whole, tail):
         _draw_curves(axes, lines, facts.first_average_step)
+    # Single batches are noisier than the tail is high.
+    whole.plot(*_curve(lines, "train_loss"), color="0.75", linewidth=0.8, zorder=1, label="training batch")
     whole.set_xlim(left=0, right=lines[-1]["step"])
     whole.set_yscale("log")
     whole.yaxis.set_minor_formatter("{x:.1f}")
@@ -140,7 +142,6 @@ def draw_losses(folder: Path, facts: Facts) -> Path | None:
 
 
 def _draw_curves(axes: "Axes", lines: list[dict[str, Any]], first_average_step: int) -> None:
-    axes.plot(*_curve(lines, "train_loss"), color="0.75", linewidth=0.8, label="training batch")
     axes.plot(*_curve(lines, "held_out_last"), color="C0", marker=".", zorder=3, label="held out, last iterate")
     steps, losses = _curve(lines, "held_out_average")
     has_begun = first_average_step < lines[-1]["step"]
