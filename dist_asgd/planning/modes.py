@@ -135,7 +135,8 @@ def stage2(model: ModelShapes, setup: Setup, shards: int) -> Layout:
     if not setup.contiguous and setup.ranks > 1:
         in_flight += gloo_bytes(buckets, shards, setup.ranks // shards)
     found = _from_report(memory.report(buckets, in_flight), model, beside_bytes(model, setup, shards))
-    return Layout(replace(found, passing=_unsent_bytes(buckets, setup)), buckets)
+    notes = ("backward updates the buckets, with step_in_backward=True",) if setup.step_in_backward else ()
+    return Layout(replace(found, passing=_unsent_bytes(buckets, setup)), buckets, notes=notes)
 
 
 def beside_bytes(model: ModelShapes, setup: Setup, shards: int) -> int:
