@@ -68,6 +68,8 @@ def start_text(step: float, t0: float | None) -> str:
     """A sentence that says when the averaging of a run begins that has taken ``step`` steps; "" if ``t0`` is None."""
     if t0 is None:
         return ""
+    if t0 < 0:
+        return f"Averaging begins with the iterate of step {t0 + 2:,.0f}; this is step {step:,.0f}."
     shown = f"{t0:,.0f}" if float(t0).is_integer() else f"{t0:,}"
     if step < t0:
         return (
