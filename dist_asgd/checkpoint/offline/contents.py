@@ -255,8 +255,11 @@ class CheckpointContents:
 
     @cached_property
     def optimized(self) -> set[str]:
-        """The names of the parameters that the optimizer has."""
-        return {name for group in self.groups for name in group["params"]} | self.state.keys()
+        """The names of the parameters that the optimizer has, whichever optimizer it is."""
+        names = {name for group in self.groups for name in group["params"]}
+        if self.is_asgd:
+            return names | self.state.keys()
+        return names | {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
 
     def _by_model(self, names: Iterable[str]) -> list[str]:
         """``names`` in the order of the model; names that the model lacks come last."""
