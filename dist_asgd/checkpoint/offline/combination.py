@@ -19,8 +19,8 @@ from ..format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
 from .contents import CheckpointContents, Progress, no_progress
 from .convert import Weight, read_weight
 
-# Elements that are converted to float64 at a time: 8 MiB, beside the sum.
-_BLOCK = 1 << 20
+# Elements that are converted to float64 at a time: 1 MiB, beside the sum.
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _add(total: Tensor, values: Tensor, factor: float) -> None:
     for start in range(0, total.numel(), _BLOCK):
         into, block = (tensor[start : start + _BLOCK] for tensor in (total, values))
         # The product is rounded by itself: add_(alpha=...) may fuse both, which depends on the processor.
-        into += block.to(total.dtype) * factor
+        into += block.to(total.dtype, copy=True).mul_(factor)
 
 
 def scaled_weights(weights: Sequence[float] | None, count: int) -> list[float]:

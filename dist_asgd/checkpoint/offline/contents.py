@@ -280,7 +280,7 @@ class CheckpointContents:
         kinds = {(self.model[name].shape, self.model[name].dtype) for name in others}
         by_digest: dict[tuple[Any, ...], str] = {}
         # Those whose averaging has begun come first, as they are what a tie makes a difference for.
-        for name in sorted(params, key=lambda name: not self.has_begun_averaging(name)):
+        for name in sorted(params, key=lambda name: self.is_asgd and not self.has_begun_averaging(name)):
             if (self.model[name].shape, self.model[name].dtype) in kinds:
                 by_digest.setdefault(self._hash_of(self.model[name]), name)
         found = ((name, by_digest.get(self._hash_of(self.model[name]))) for name in others if by_digest)
