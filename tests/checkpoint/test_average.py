@@ -512,6 +512,25 @@ def test_between_refuses_averages_that_are_no_uniform_mean(steps: Steps, tmp_pat
     assert all(word in line for word in ("weight in", "ema", "no uniform mean", "0.1", "0.25"))
 
 
+def test_between_refuses_parameters_without_state(tmp_path: Path) -> None:
+    """``torch.optim.ASGD`` has no state of a parameter before its first gradient, and so no average."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.ASGD(model.parameters(), lr=0.1, t0=1)
+    for step in range(1, 9):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) if param is model.bias or step > 4 else None
+        optimizer.step()
+        if step in (4, 8):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state, optim = get_state_dict(model, optimizer)
+                dcp.save({"model": state, "optim": optim}, checkpoint_id=tmp_path / f"{step}", no_dist=True)
+    out = tmp_path / "out.safetensors"
+    line = one_line(cli("average", "--no-verify", "--between", tmp_path / "4", tmp_path / "8", out, status=1))
+    assert "averaging of parameter weight had not begun" in line
+    assert "(step 0, t0 1)" in line
+
+
 def test_between_notes_averages_that_are_too_coarse(tmp_path: Path, steps: Steps) -> None:
     """Averages in 16 bits were rounded at each step, which the difference magnifies."""
     model = nn.Linear(3, 2).bfloat16()
@@ -656,6 +675,8 @@ import os, signal, sys
 folder, *paths = sys.argv[1:]
 from dist_asgd.checkpoint.offline.contents import CheckpointContents
 from dist_asgd.cli import run
+# Jobs in the background of a shell ignore the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 read, count = CheckpointContents.tensor, [0]
 def tensor(self, key):
     count[0] += 1

@@ -31,7 +31,7 @@ from tests.harness.models import mlp, odd_net
 from tests.harness.ranks import run
 from tests.harness.topologies import OPTIONS, Run, build, whole_state
 
-COMMANDS = ["inspect", "verify", "consolidate", "export", "diff"]
+COMMANDS = ["inspect", "verify", "consolidate", "export", "average", "diff"]
 Saved = tuple[Path, dict[str, Tensor]]
 
 
@@ -536,6 +536,7 @@ def test_help_teaches(command: str) -> None:
         "verify": "manifest.json",
         "consolidate": "--force",
         "export": "--last",
+        "average": "--between",
         "diff": "Exit status",
         "inspect": "--no-verify",
         "plan": "--gpu-memory",

@@ -145,7 +145,7 @@ def plan_between(
     if rounding > _NOTABLE:
         merge.notes.append(
             f"the averages were rounded at every step, and their difference magnifies that: expect relative errors of "
-            f"about {rounding:.1g}. Checkpoints farther apart, or averages in float32 or float64, give smaller ones."
+            f"up to about {rounding:.1g}. Checkpoints farther apart, or averages in float32 or float64, give smaller ones."
         )
     return merge
 
