@@ -7,7 +7,9 @@ from .amp import GradScaler
 from .comm import PeerError
 from .memory import MemoryReport
 from .optimizer import ShardedASGD
+from .sharded_average import ShardedAverage
 from .stats import Stats
+from .update.weights import AverageRule, ExponentialMean, HalfLife, PowerMean, UniformMean
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -20,16 +22,22 @@ if TYPE_CHECKING:
     from .planning.planner import Plan, plan
 
 __all__ = [
+    "AverageRule",
     "CheckpointError",
     "CheckpointManager",
+    "ExponentialMean",
     "GradScaler",
+    "HalfLife",
     "MemoryReport",
     "PeerError",
     "PendingSave",
     "Plan",
+    "PowerMean",
     "Restored",
     "ShardedASGD",
+    "ShardedAverage",
     "Stats",
+    "UniformMean",
     "__version__",
     "async_save_checkpoint",
     "average_between",

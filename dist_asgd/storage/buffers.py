@@ -58,6 +58,9 @@ class ShardedParam(ABC):
 
     __slots__ = ("_bucket", "fragment", "index", "name", "param", "slot", "strides")
 
+    # Whether every rank has the parameter whole, and a fragment of its state by the layout of the bucket.
+    is_whole = False
+
     def __init__(
         self,
         param: Tensor,
@@ -201,6 +204,8 @@ class BucketParam(ShardedParam):
 
     __slots__ = ("_address", "_shape", "_view_strides")
 
+    is_whole = True
+
     def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
         super().__init__(param, name, index, bucket, slot, bucket.layout.fragment(slot, rank), memory_strides(param))
         self._shape = param.shape
@@ -325,6 +330,13 @@ class StateBuffer:
             for member in self.members:
                 member.set_masters(member.param_range(member.fragment.start, member.fragment.stop).float())
 
+    def state_shards(self) -> dict[str, Tensor]:
+        """This rank's shard ``(shard_numel,)`` of each sharded state of whole parameters, by its key in state dicts.
+
+        ``ax`` is the live state, ``master`` a new float32 tensor.
+        """
+        return {"ax": self.average}
+
     def reduced_gradient(self) -> Tensor | None:
         """The reduced gradient ``(shard_numel,)`` if this optimizer reduced it (stage 2); None if ``p.grad`` has it."""
         return None
@@ -386,11 +398,7 @@ class Bucket(StateBuffer):
         return self.gradient
 
     def state_shards(self) -> dict[str, Tensor]:
-        """This rank's shard ``(shard_numel,)`` of each sharded state, by its key in state dicts.
-
-        ``ax`` is the live state, ``master`` a new float32 tensor.
-        """
-        shards = {"ax": self.average}
+        shards = super().state_shards()
         if self.master is not None:
             out = torch.empty_like(self.average, dtype=torch.float32)
             shards["master"] = masters.read(self.shard, self.master, out)
