@@ -20,7 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from dist_asgd import CheckpointError, ShardedASGD, average_between, average_checkpoints, save_checkpoint
+from dist_asgd import (
+    CheckpointError,
+    PowerMean,
+    ShardedASGD,
+    ShardedAverage,
+    average_between,
+    average_checkpoints,
+    save_checkpoint,
+)
 from tests.checkpoint.test_cli import cli, from_json, one_line, python
 from tests.harness.bits import assert_same_bits, same_tree
 from tests.harness.ranks import run
@@ -510,6 +518,55 @@ def test_between_refuses_averages_that_are_no_uniform_mean(steps: Steps, tmp_pat
     steps.run("c", (9,))
     line = one_line(cli("average", "--between", steps["ema"], steps["c-9"], tmp_path / "o.safetensors", status=1))
     assert all(word in line for word in ("weight in", "ema", "no uniform mean", "0.1", "0.25"))
+
+
+def beside_adamw(folder: Path, steps: tuple[int, ...], **options: Any) -> list[Tensor]:
+    """Train with AdamW, and save a ShardedAverage at ``steps``; returns the iterates of the weight."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    average = ShardedAverage(model.named_parameters(), **options)
+    iterates = []
+    for step in range(1, steps[-1] + 1):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, float(step % 3))
+        optimizer.step()
+        average.update()
+        iterates.append(model.weight.detach().clone())
+        if step in steps:
+            save_checkpoint(folder / f"{step}", model, average, step=step)
+    return iterates
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (2, 3), (9, 2), (5, 4)])
+def test_between_averages_beside_another_optimizer(tmp_path: Path, start: int, every: int) -> None:
+    """Of a ShardedAverage those iterates count that it has counted."""
+    iterates = beside_adamw(tmp_path, (9, 20), start=start, every=every)
+    average_between(tmp_path / "9", tmp_path / "20", tmp_path / "out.safetensors")
+    counted = [iterates[index].double() for index in range(start, 20, every) if index >= 9]
+    mean = torch.stack(counted).mean(0)
+    assert torch.allclose(load_file(tmp_path / "out.safetensors")["weight"].double(), mean, rtol=1e-5, atol=1e-6)
+    # The other commands of this file read it, too.
+    average_checkpoints([tmp_path / "20"], tmp_path / "one.safetensors")
+    mean = torch.stack([iterates[index].double() for index in range(start, 20, every)]).mean(0)
+    assert torch.allclose(load_file(tmp_path / "one.safetensors")["weight"].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decay": 0.9}, ("no uniform mean", "exponential")),
+        ({"weight": PowerMean(2.0)}, ("no uniform mean", "power")),
+        ({"weight": lambda n: 1 / n}, ("no uniform mean", "custom")),
+        ({"every": 30}, ("no iterate of parameter", "both averages hold 1", "'every': 30")),
+        ({"start": 10}, ("had not begun in", "step 10 or later")),
+    ],
+)
+def test_between_refuses_other_rules(tmp_path: Path, options: dict[str, Any], words: tuple[str, ...]) -> None:
+    """By the rule that the checkpoint records."""
+    beside_adamw(tmp_path, (8, 20), **options)
+    out = tmp_path / "out.safetensors"
+    line = one_line(cli("average", "--between", tmp_path / "8", tmp_path / "20", out, status=1))
+    assert all(word in line for word in words), line
 
 
 def test_between_refuses_parameters_without_state(tmp_path: Path) -> None:

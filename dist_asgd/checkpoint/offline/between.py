@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from ...update.weights import AVERAGE_KEY, AverageSchedule, UniformMean, rule_of
 from ..format.manifest import CheckpointError
+from ..format.paths import AnyPath
 from ..format.safetensors import TensorSpec
 from .average import check_same_names, check_same_shapes, notes_of_ties, result_dtype, sources_as_facts
 from .combination import Combination, Merge, Term, copy_of
@@ -22,7 +24,7 @@ from .contents import STATE, CheckpointContents
 from .convert import check_dtype, plan_export
 
 # A run may change its learning rate, but an optimizer with another one of these is taken for another run.
-_OF_A_RUN = ("t0", "lambd", "alpha", "weight_decay", "maximize")
+_OF_A_RUN = ("t0", AVERAGE_KEY, "lambd", "alpha", "weight_decay", "maximize")
 # mu is stored in float32.
 _TOLERANCE = 1e-6
 # The share of the weights from which on rounding errors are worth a note.
@@ -31,25 +33,35 @@ _NOTABLE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class _Progress:
-    """How far the average of one parameter is: its steps, its ``t0``, and ``mu``, the weight of the next iterate."""
+    """How far the average of one parameter is: its steps, its ``t0``, and ``mu``, the weight of the next iterate.
+
+    ``schedule`` is that of a uniform mean: torch's own, or ``UniformMean`` with its ``every``.
+    """
 
     step: float
     t0: float
     mu: float
+    schedule: AverageSchedule
 
     @property
     def iterates(self) -> float:
-        """How many iterates the average holds; below 0 before averaging begins.
+        """How many iterates the average holds, as ``averaged_steps()`` counts them; below 0 before it begins.
 
-        After step s the next weight is mu = 1 / max(1, s - t0), so the average is a mean of s - t0 - 1 iterates
-        (torch/optim/asgd.py). If t0 is no whole number, or below 0, the first one counts for more or less than one.
+        Of torch's own mean, 1 / max(1, s - t0) is the next weight after step s (torch/optim/asgd.py), so it holds
+        s - t0 - 1 iterates. If t0 is no whole number, the first one counts for less than one.
         """
-        return self.step - self.t0 - 1
+        place = self.step - self.t0 - 1
+        return place if self.schedule.rule is None or place < 0 else self.schedule.num_iterates(self.step, self.t0)
+
+    @property
+    def wanted_mu(self) -> float:
+        """The weight of the next iterate in a uniform mean since ``t0``."""
+        return self.schedule.next_mu(self.step, self.t0)
 
     @property
     def is_uniform(self) -> bool:
         """Whether ``mu`` is that of a uniform mean since ``t0``, and not that of an EMA or another rule."""
-        return math.isclose(self.mu, 1 / max(1, self.step - self.t0), rel_tol=_TOLERANCE)
+        return math.isclose(self.mu, self.wanted_mu, rel_tol=_TOLERANCE)
 
 
 class _Run:
@@ -85,8 +97,22 @@ class _Run:
 
     def progress(self, param: str) -> _Progress:
         """Return how far the average of a parameter with state is."""
+        options = self.options(param)
         mu = float(self._contents.scalars[param]["mu"])
-        return _Progress(self.step(param), float(self.options(param)["t0"]), mu)
+        return _Progress(self.step(param), float(options["t0"]), mu, _schedule(options, param, self.path))
+
+
+def _schedule(options: Mapping[str, Any], param: str, path: AnyPath) -> AverageSchedule:
+    """The schedule of a uniform mean in the options of a group; ValueError if they have another rule."""
+    rule = options.get(AVERAGE_KEY)
+    if rule is None:
+        return AverageSchedule()
+    if not isinstance(rule, Mapping) or rule.get("rule") != UniformMean.name:
+        raise ValueError(
+            f"dist_asgd: the average of parameter {param} in {path} is no uniform mean, but has the rule {rule}. The "
+            f"mean of the iterates between two checkpoints follows from uniform means only."
+        )
+    return AverageSchedule(rule_of(rule, None))
 
 
 def plan_between(
@@ -145,7 +171,7 @@ def plan_between(
     if rounding > _NOTABLE:
         merge.notes.append(
             f"the averages were rounded at every step, and their difference magnifies that: expect relative errors of "
-            f"up to about {rounding:.1g}. Checkpoints farther apart, or averages in float32 or float64, give smaller ones."
+            f"up to about {rounding:.1g}. Checkpoints farther apart, or averages in a wider dtype, give smaller ones."
         )
     return merge
 
@@ -181,12 +207,19 @@ def _counts(param: str, earlier: _Run, later: _Run) -> tuple[float, float]:
             raise ValueError(
                 f"dist_asgd: the average of parameter {param} in {run.path} is no uniform mean since t0 = "
                 f"{found.t0:g}: after step {found.step:g} the weight of the next iterate is {found.mu:.6g}, where "
-                f"{1 / max(1, found.step - found.t0):.6g} was wanted. Of an EMA, or a mean with another rule, the "
+                f"{found.wanted_mu:.6g} was wanted. Of an EMA, or a mean with another rule, the "
                 f"iterates between two checkpoints cannot be told."
             )
     if progress[0].iterates < 0:
         raise _not_begun(param, earlier, later, options[0]["t0"])
-    return progress[0].iterates, progress[1].iterates
+    n1, n2 = (found.iterates for found in progress)
+    if n1 == n2:
+        raise ValueError(
+            f"dist_asgd: no iterate of parameter {param} was counted between {earlier.path} (step "
+            f"{progress[0].step:g}) and {later.path} (step {progress[1].step:g}): with {AVERAGE_KEY} "
+            f"{options[0].get(AVERAGE_KEY)} both averages hold {n1:g}. Name checkpoints farther apart."
+        )
+    return n1, n2
 
 
 def _not_begun(param: str, earlier: _Run, later: _Run, t0: float) -> ValueError:
