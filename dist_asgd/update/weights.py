@@ -50,6 +50,7 @@ class UniformMean(AverageRule):
     name: ClassVar[str] = "uniform"
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return 1 / n
 
 
@@ -77,6 +78,7 @@ class ExponentialMean(AverageRule):
         return min(self.decay, n / (self.warmup + n)) if self.warmup else self.decay
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return 1 - self.decay_of(n)
 
 
@@ -96,6 +98,7 @@ class HalfLife(AverageRule):
         _check_between("iterates", self.iterates, math.inf)
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return max(1 / n, -math.expm1(-math.log(2) / self.iterates))
 
 
@@ -116,6 +119,7 @@ class PowerMean(AverageRule):
             raise ValueError(f"dist_asgd: gamma must be a number >= 0, got {self.gamma!r}.")
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return -math.expm1((self.gamma + 1) * math.log1p(-1 / n))
 
 
