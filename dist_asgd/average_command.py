@@ -168,4 +168,5 @@ def _described(merge: Merge) -> str:
         how = ", weights " + ", ".join(f"{weight:.4g}" for weight in weights[:_MAX_LISTED])
         how += ", ..." * (len(weights) > _MAX_LISTED)
     kind = "EMA" if facts["rule"] == "ema" else "mean"
-    return f"{kind} of the {facts['of']} of {len(names)} checkpoints (steps {shown}{how})"
+    many = "s" * (len(names) != 1)
+    return f"{kind} of the {facts['of']} of {len(names)} checkpoint{many} (step{many} {shown}{how})"

@@ -226,7 +226,7 @@ def _not_begun(param: str, earlier: _Run, later: _Run, t0: float) -> ValueError:
     return ValueError(
         f"dist_asgd: the averaging of parameter {param} had not begun in {earlier.path} (step "
         f"{earlier.step(param):g}, t0 {float(t0):g}): its average has no iterates to take away from those of "
-        f"{later.path}. Name a checkpoint of step {float(t0) + 1:g} or later, or export {later.path.name} alone."
+        f"{later.path}. Name a checkpoint of step {float(t0) + 1:g} or later, or export {later.path} alone."
     )
 
 
