@@ -188,6 +188,9 @@ def export(
 
 def _metadata(contents: CheckpointContents, plan: Mapping[str, Weight]) -> dict[str, str]:
     """What the header says about the averages; "not exported" if there are some, and these are the last iterates."""
+    # The last iterates of other optimizers are exported, too.
+    if not contents.is_asgd:
+        return {}
     counts = [contents.averaged_steps(name) for name in contents.state]
     has_last_iterates = any(count != 0 for count in counts) and not any(weight.averaged for weight in plan.values())
     return {"averaging": "not exported"} if has_last_iterates else averaging_metadata(counts)
