@@ -211,16 +211,21 @@ class BucketParam(ShardedParam):
 
     def bring_home(self) -> None:
         """Copy the parameter's values into its slot, and make the slot its memory; called again if it was rebound."""
-        param, slot = self.param, self.slot
-        view = self.bucket.flat[slot.offset : slot.stop]
-        if param.is_complex():
-            view = torch.view_as_complex(view.view(-1, 2))
-        # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
-        view = view.as_strided(param.shape, self.strides)
-        view.copy_(param.detach())
+        self._slot_view().copy_(self.param.detach())
+        self.return_home()
+
+    def return_home(self) -> None:
+        """Make the slot the parameter's memory, with the values that are there; those it has elsewhere are dropped."""
         # Modules, hooks and autograd keep the parameter object; only its memory is another now. It has a storage of its
         # own over the bucket, because savers take tensors of one storage for one tensor.
-        param.data = own_storage(view)
+        self.param.data = own_storage(self._slot_view())
+
+    def _slot_view(self) -> Tensor:
+        view = self.bucket.flat[self.slot.offset : self.slot.stop]
+        if self.param.is_complex():
+            view = torch.view_as_complex(view.view(-1, 2))
+        # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
+        return view.as_strided(self.param.shape, self.strides)
 
     @property
     def is_rebound(self) -> bool:
