@@ -8,6 +8,7 @@ from .comm import PeerError
 from .memory import MemoryReport
 from .optimizer import ShardedASGD
 from .stats import Stats
+from .trigger import NonMonotonicTrigger
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointManager",
     "GradScaler",
     "MemoryReport",
+    "NonMonotonicTrigger",
     "PeerError",
     "PendingSave",
     "Plan",

@@ -33,7 +33,10 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
         "the steps of step_in_backward=True, which backward begins; what the update in step() begins with",
     ),
     (("optimizer",), "ShardedASGD"),
-    (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
+    (
+        ("amp", "checkpoint", "trigger"),
+        "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline; when averaging begins",
+    ),
     (("console",), "how commands print: tables, JSON, errors and exit statuses"),
     (("planning",), "bytes and traffic of each mode, before anything is built: plan()"),
     (("__init__",), "the public names"),
