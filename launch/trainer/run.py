@@ -155,9 +155,10 @@ class Run(ABC, Generic[OptionsT]):
             )
 
     def _resume(self, path: str) -> None:
-        content = self._processes.together(lambda: self._checked(read_extra(path)))
+        # Before anything is loaded; what is checked is the same on all ranks.
+        self._processes.together(lambda: self._checked(read_extra(path)))
         with for_the_user():
-            load_checkpoint(path, self._model, self._optimizer)
+            content = load_checkpoint(path, self._model, self._optimizer)
         self._step = content["step"]
         self._take(content)
         if path == str(self._checkpoints.path_of(self._step)):
