@@ -7,8 +7,10 @@ from .amp import GradScaler
 from .comm import PeerError
 from .memory import MemoryReport
 from .optimizer import ShardedASGD
+from .sharded_average import ShardedAverage
 from .stats import Stats
 from .trigger import NonMonotonicTrigger
+from .update.weights import AverageRule, ExponentialMean, HalfLife, PowerMean, UniformMean
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -20,17 +22,23 @@ if TYPE_CHECKING:
     from .planning.planner import Plan, plan
 
 __all__ = [
+    "AverageRule",
     "CheckpointError",
     "CheckpointManager",
+    "ExponentialMean",
     "GradScaler",
+    "HalfLife",
     "MemoryReport",
     "NonMonotonicTrigger",
     "PeerError",
     "PendingSave",
     "Plan",
+    "PowerMean",
     "Restored",
     "ShardedASGD",
+    "ShardedAverage",
     "Stats",
+    "UniformMean",
     "__version__",
     "async_save_checkpoint",
     "export_averaged",

@@ -7,13 +7,15 @@ enough behind to be undone: parameters and averages are never mixed up for good.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .comm import PeerError, public_call
 from .comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
@@ -25,6 +27,7 @@ from .storage.buffers import BucketParam, ShardedParam, StateBuffer
 from .storage.snapshots import mark_written
 from .update.operators import Updater
 from .update.schedule import Cohort
+from .update.weights import AVERAGE_KEY, AverageSchedule
 
 # Makes all ranks agree on what they do; takes what is wrong on this rank, and raises on all if anything is on any.
 Agree = Callable[[Exception | None], object]
@@ -117,6 +120,9 @@ class Averages:
     ``is_swapped`` is true from before the first exchange until everything is back.
     """
 
+    # Those whose averages are in place now, over all optimizers of the process; it keeps none of them alive.
+    _in_place: ClassVar[weakref.WeakSet[Averages]] = weakref.WeakSet()
+
     def __init__(self, updater: Updater, gatherer: Gatherer) -> None:
         self._updater = updater
         self._gatherer = gatherer
@@ -148,6 +154,18 @@ class Averages:
         if self.is_swapped:
             raise self.refusal(call)
 
+    @classmethod
+    def refuse_swapped(cls, call: str, params: Iterable[Tensor]) -> None:
+        """Raise RuntimeError if one of ``params`` is an average now, of whatever optimizer; ``call`` would read it."""
+        if not cls._in_place:
+            return
+        swapped = {id(member.param) for averages in cls._in_place for member in averages._begun}
+        if any(id(param) in swapped for param in params):
+            raise RuntimeError(
+                f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there. Call it after "
+                f"the with block."
+            )
+
     @contextmanager
     def in_place(
         self,
@@ -168,6 +186,7 @@ class Averages:
             self._leave(leave)
         if self.is_swapped:
             raise self.refusal("averaged_parameters()")
+        refusal = register_optimizer_step_pre_hook(_refuse_step)
         try:
             self._enter(shards.state_buffers, shards.cohort_of, enter, find_problem())
             self._gather()
@@ -179,6 +198,8 @@ class Averages:
                 self._exit_failed = True
                 self._leave(leave)
             raise
+        finally:
+            refusal.remove()
 
     @public_call
     def _enter(
@@ -212,6 +233,7 @@ class Averages:
     def _exchange_all(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
         """Put the averages in place of this rank's fragments of the parameters. Not collective."""
         self.is_swapped = True
+        self._in_place.add(self)
         # Once for each cohort: its scalars may be on a device, which the host waits for.
         has_begun = {cohort: cohort.begun for cohort in set(cohort_of.values())}
         for buffer in state_buffers:
@@ -264,7 +286,7 @@ class Averages:
         for member in self._begun:
             # What it has elsewhere is a copy of the average, which its slot holds, too.
             if isinstance(member, BucketParam) and member.is_rebound:
-                member.return_home()
+                member.bring_home(keep_slot=True)
         try:
             self._shards.follow_presharded()
             self._shards.follow_state()
@@ -295,6 +317,13 @@ class Averages:
     def _forget(self) -> None:
         self._buffers, self._exchanges, self._begun, self._num_gathered = [], [], [], 0
         self._leaving = self._exit_failed = self.is_swapped = False
+        self._in_place.discard(self)
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Refuse the step of any optimizer that would train averages instead of parameters; a hook before it."""
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    Averages.refuse_swapped(f"step() of {type(optimizer).__name__}", params)
 
 
 def refuse_differentiable() -> NoReturn:
@@ -311,6 +340,17 @@ def average_from_now(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) ->
         # Frozen parameters have no entry; torch's own state is a dict that would make one.
         entries = [state.get(param, {}) for param in group["params"]]
         group["t0"] = max((entry["step"].item() for entry in entries if "step" in entry), default=0.0)
+
+
+def num_averaged(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) -> int:
+    """Return how many iterates the averages in ``state`` hold, the most of all parameters."""
+    found = [0]
+    for group in groups:
+        # Parameters of one cohort share the tensor.
+        steps = {id(e["step"]): e["step"] for param in group["params"] if "step" in (e := state.get(param, {}))}
+        schedule = AverageSchedule(group.get(AVERAGE_KEY))
+        found += [schedule.num_iterates(step.item(), group["t0"]) for step in steps.values()]
+    return max(found)
 
 
 def _as_problem(error: BaseException | None) -> Exception | None:

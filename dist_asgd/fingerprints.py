@@ -15,6 +15,7 @@ from .comm import Communicators
 from .comm.agreement import NO_FINGERPRINT, Fingerprint
 from .placements import fsdp1
 from .placements.dtensor import describe_placement, is_dtensor
+from .precision_checks import check_precision_fits
 from .storage.buffers import Precision
 from .storage.memory_order import memory_strides
 from .validation import (
@@ -22,7 +23,6 @@ from .validation import (
     Held,
     check_hyperparameters,
     check_new_group,
-    check_precision_fits,
     hyperparameters,
     named_params,
 )

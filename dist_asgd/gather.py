@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,9 @@ class Arrivals:
     and ``on_failure`` is called if such a wait fails or is interrupted. On a device all waits are waits of the stream
     that was current in the step, and other streams that are current in a wait follow it.
     """
+
+    # Those that have left gathers to modules, over all optimizers of the process; it keeps none of them alive.
+    _deferring: ClassVar[weakref.WeakSet[Arrivals]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self._waits: dict[int, Wait] = {}
@@ -63,8 +68,18 @@ class Arrivals:
 
     def defer(self, params: Mapping[int, Sequence[Tensor]], devices: Iterable[torch.device]) -> None:
         """Leave the gathers in flight to those who read parameters: ``params`` of each, which lie on ``devices``."""
+        self._deferring.add(self)
         self._deferred = dict(params)
         self._streams = {device: torch.cuda.current_stream(device) for device in devices if device.type == "cuda"}
+
+    @classmethod
+    def wait_for_deferred(cls) -> None:
+        """Wait for the gathers that any optimizer of the process has left to modules.
+
+        ``ShardedAverage`` reads parameters past the modules.
+        """
+        for arrivals in list(cls._deferring):
+            arrivals.wait()
 
     def wait_for(self, keys: Container[int]) -> None:
         """Wait for the gathers of these buckets, as far as nobody has waited for them. PeerError if one fails."""

@@ -5,8 +5,8 @@ Attributes without an underscore (``shards``, say) are for the rooms above it, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,40 +15,30 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import memory
-from .averaging import Averages, average_from_now, refuse_differentiable
-from .backward_checks import check_step_in_backward
 from .backward_step import BackwardStep, check_whole
 from .comm import CollectiveCall, Communicators, describe_mesh
 from .comm.agreement import NO_FINGERPRINT, Agreement, public_call
-from .fingerprints import Hyperparameters, checked_fingerprint, groups_fingerprint
 from .forward import ForwardOverlap
-from .gather import Gatherer
 from .gradients import clip
 from .gradients.in_backward import gradients_of
 from .gradients.joined import shadow
 from .gradients.loss_scaling import ScalerInfo
-from .joining import JoinableOptimizer, method_of_torch, refuse_pickling, share_step
-from .placements import fsdp1
-from .placements.leaves import naming_non_leaves
-from .registry import ParamRegistry
-from .state import ParamShards
-from .state_dict.state_dicts import StateDicts
+from .joining import JoinableOptimizer, method_of_torch, share_step
+from .sharded_state import ShardedState
 from .stats import StepCounts, stats
 from .step_context import begin_update
 from .storage.buffers import Precision
-from .storage.frozen import is_held
 from .storage.layout import min_buckets
 from .update import differentiable
 from .update.batch import run_batches
-from .update.operators import Updater
-from .validation import check_new_group, check_options, check_precision_fits, params_of
+from .update.weights import AVERAGE_KEY, AverageRule, as_rule
+from .validation import check_options, params_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
+class ShardedASGD(ShardedState, JoinableOptimizer):
     """``torch.optim.ASGD`` with its state, and in stage 2 its gradients, sharded over the ranks of a process group.
 
     For one element x with gradient g, at step t = 1, 2, ... with eta = lr and mu = 1 at first
@@ -83,6 +73,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             reduce-scattered inside and this rank's shard of them is all-reduced across; parameters are gathered inside.
             A mesh of one dimension is its ranks, all of which hold shards.
         bucket_cap_mb: the largest flat bucket, in MiB, at up to 400 ranks; a larger parameter has one of its own.
+        average: a rule of averaging (``UniformMean``, ``ExponentialMean``, ``HalfLife``, ``PowerMean``), or a function
+            n -> weight of the n-th iterate after t0: mu of that step. None is the mean of ``torch.optim.ASGD``.
         average_dtype: the dtype of ``ax``, never narrower than the parameter. None is the parameter's dtype, and
             float32 for 16-bit ones. (For complex parameters it is that of the real and imaginary parts.)
         master_weights: 16-bit parameters are roundings of float32 masters, which are sharded and updated: 2 bytes an
@@ -102,9 +94,6 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         ValueError: an argument or a combination is not supported, or ranks disagree; on every rank.
     """
 
-    # True for trainers that save on rank 0 alone: several ranks then need consolidate_state_dict() before state_dict().
-    whole_state_dicts_only = False
-    __getstate__ = refuse_pickling
     stats = stats
 
     def __init__(
@@ -125,6 +114,7 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         process_group: dist.ProcessGroup | None = None,
         mesh: DeviceMesh | None = None,
         bucket_cap_mb: float = 25.0,
+        average: AverageRule | Callable[[int], float] | None = None,
         average_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: int | None = None,
@@ -134,102 +124,30 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         step_in_backward: bool = False,
     ) -> None:
         JoinableOptimizer.__init__(self)
-        self.communicators = Communicators(process_group, mesh, shared_memory)
-        self._agreement = Agreement(self.communicators.host)
-        self._updater = Updater()
-        self.gatherer = Gatherer(self.communicators)
-        self.averages = Averages(self._updater, self.gatherer)
+        communicators = Communicators(process_group, mesh, shared_memory)
+        self._agreement = Agreement(communicators.host)
         self.is_differentiable = differentiable is True
         self._stage = stage
-        self._precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
+        precision = Precision(average_dtype, master_weights, stochastic_rounding, reduce_dtype)
         flags = {"shard_replicated": shard_replicated, "shared_memory": shared_memory}
         flags["step_in_backward"] = step_in_backward
-        self._options = {"stage": stage, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb, **flags}
-        self._options |= self._precision.options()
-        self.gradients = gradients_of(stage, step_in_backward is True, self._agreement, self.communicators)
-        self._hyperparameters = Hyperparameters()
+        options = {"stage": stage, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb, **flags}
         defaults: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         defaults |= {"foreach": foreach, "maximize": maximize, "differentiable": differentiable}
         defaults |= {"capturable": capturable, **({} if fused is None else {"fused": fused})}
-        self._constructed = False
-        problem = self.communicators.problem
-        try:
-            check_options(stage, bucket_cap_mb, flags, self._precision, self.is_differentiable)
-            super().__init__(params, defaults)
-            check_precision_fits(self._precision, self.param_groups)
-        except Exception as error:
-            problem = problem or error
-        try:
-            # Every rank raises here if any has a problem or other arguments; nothing has been moved or made yet.
-            self._agree_on_groups(CollectiveCall.CONSTRUCT, 0, problem)
-        finally:
-            del problem  # its traceback refers to this frame
-        self._constructed = True
-        self.communicators.share_control()
-        at_least = min_buckets(stage, step_in_backward)
-        self.shards = ParamShards(
-            self.communicators, self.state, bucket_cap_mb, at_least, self._precision, shard_replicated
-        )
-        check = partial(checked_fingerprint, self._options, self.communicators, self._precision, stage)
-        self.registry = ParamRegistry(self.state, self.shards, self.gradients, self.gatherer, self._updater, check)
+        gradients = gradients_of(stage, step_in_backward is True, self._agreement, communicators)
+
+        def check() -> None:
+            check_options(stage, bucket_cap_mb, flags, precision, self.is_differentiable)
+            defaults.update({} if average is None else {AVERAGE_KEY: as_rule(average)})
+
+        self._construct(params, defaults, gradients, precision, options | precision.options(), check)
         self._backward_step = BackwardStep.of(self, self._updater, self._hyperparameters)
-        self._add_storage(0)
         self._forward = ForwardOverlap(self.shards, self.communicators, self.gatherer)
-        self._state_dicts = StateDicts(self, None if differentiable else self.shards, self.communicators, self.gatherer)
         self.counts = StepCounts(self.communicators)
 
-    # --- construction --------------------------------------------------------------------------------------
-
-    @public_call
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with hyperparameters of its own. Collective; if any rank raises, all do and nothing changes."""
-        if not self._constructed:
-            # The base constructor adds the first groups one by one; ranks compare them all at once, later.
-            self._add_checked(param_group)
-            return
-        self.averages.refuse_inside("add_param_group()")
-        self.adopt_params()
-        first, problem = len(self.param_groups), None
-        try:
-            try:
-                self._add_checked(param_group)
-            except Exception as error:
-                problem = error
-            self._agree_on_groups(CollectiveCall.ADD_PARAM_GROUP, first, problem)
-        except BaseException:
-            del self.param_groups[first:]
-            raise
-        self._add_storage(first)
-
-    def _add_checked(self, param_group: dict[str, Any]) -> None:
-        with naming_non_leaves(param_group, len(self.param_groups)):
-            method_of_torch("add_param_group")(self, param_group)
-        options = self.communicators, self._precision, self.is_differentiable, self._stage
-        check_new_group(self.param_groups, *options, partial(is_held, state=self.state))
-        check_step_in_backward(self._options, self.param_groups)
-
-    @public_call
-    def _agree_on_groups(self, call: CollectiveCall, first: int, problem: Exception | None) -> None:
-        fingerprint = groups_fingerprint(self._options, [] if problem else self.param_groups, first)
-        self.gradients.agree(call, fingerprint, problem)
-
-    def _add_storage(self, first_group: int) -> None:
-        """Give the groups from ``first_group`` on their buckets and their state."""
-        if not self.is_differentiable:
-            self.registry.add_groups(self.param_groups, first_group)
-            return
-        differentiable.init_states(self.param_groups[first_group:], self.state)
-
-    def adopt_params(self) -> None:
-        """Take parameters and ``param_groups`` as they are now; see ``registry.py``. Collective if they were changed.
-
-        Called first in every call that uses the parameters, also by ``checkpoint``.
-        """
-        self.gatherer.wait()
-        if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
-            return
-        self._state_dicts.forget_averages()
-        self.registry.adopt(self.param_groups)
+    def _min_buckets(self) -> int:
+        return min_buckets(self._stage, self._options["step_in_backward"])
 
     # --- the step ------------------------------------------------------------------------------------------
 
@@ -295,16 +213,8 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
             self.registry.compare_values(reports)
         return self.gradients.active(reports), scaler
 
-    def _problem(self, before_load: bool = False, ends_step: bool = False) -> Exception | None:
-        """What is wrong on this rank with parameters, state or (before a load replaces them) hyperparameters."""
-        try:
-            self.shards.check_unchanged(self.state)
-            if not before_load:
-                check_whole(self.shards, self._backward_step, ends_step)
-                self._hyperparameters.check(self.param_groups, self.shards.devices_of)
-        except Exception as error:
-            return error
-        return None
+    def _check_whole(self, ends_step: bool) -> None:
+        check_whole(self.shards, self._backward_step, ends_step)
 
     @public_call
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -349,101 +259,3 @@ class ShardedASGD(torch.optim.Optimizer, JoinableOptimizer):
         problem = self._forward.problem(module, params_of(self.param_groups))
         self.gradients.agree(CollectiveCall.OVERLAP_FORWARD, NO_FINGERPRINT, problem)
         self._forward.add(module)
-
-    @public_call
-    def wait_for_parameters(self) -> None:
-        """Wait until all parameters have arrived here, for those who read them past the modules. Not collective."""
-        self.gatherer.wait()
-
-    # --- the average ---------------------------------------------------------------------------------------
-
-    @contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
-        """Put the averaged weights ``ax`` in place of the parameters inside the block, on every rank.
-
-        Afterwards the parameters are back, bit for bit. Collective on entry and on exit, also when an exception leaves
-        the block. There is no second copy of the model: parameters and averages change places. If ``ax`` is wider than
-        the parameters (16-bit ones), each rank sets its own shard of them aside. Parameters whose averaging has not
-        begun (step <= t0) stay, and so do buffers of modules. Inside, calls that read the state are refused.
-        """
-        if self.is_differentiable:
-            refuse_differentiable()
-        self.adopt_params()
-        fsdp1.refuse("averaged_parameters()", params_of(self.param_groups), fsdp1.LOAD_AVERAGES)
-        with self.averages.in_place(self.shards, self.gradients.agree, self._problem):
-            yield
-
-    def start_averaging(self) -> None:
-        """Set ``t0`` of every group to its current step, so that averaging begins now.
-
-        No communication; call it at the same step on every rank. The next step still copies the parameters (mu is
-        stored), and ``ax`` is the mean of the iterates from the step after it on.
-        """
-        self.averages.refuse_inside("start_averaging()")
-        average_from_now(self.param_groups, self.state)
-
-    # --- state ---------------------------------------------------------------------------------------------
-
-    @public_call
-    def state_dict(self) -> dict[str, Any]:
-        """Hand out this rank's fragments of the state, without communication and without a copy of ``ax``.
-
-        On several ranks ``state[i]["ax"]`` is a ``ShardTensor``: it has the parameter's shape, and ``to_local()`` is
-        this rank's fragment, which goes on changing as the optimizer steps. ``torch.distributed.checkpoint`` saves and
-        loads it at any world size; it refuses to be taken for a whole tensor. Of a DTensor ``ax`` is a DTensor. Beside
-        parameters of FSDP1, whose helpers take all else for whole, it is collective and the other state is whole.
-        """
-        if not self._state_dicts.for_fsdp1():
-            self.shards.check_whole()
-        gathered = self._state_dicts.take_consolidated(self.whole_state_dicts_only)
-        return self.live_state() if gathered is None else gathered
-
-    def live_state(self, fresh: bool = False) -> dict[str, Any]:
-        """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped."""
-        self.averages.refuse_inside("state_dict()")
-        self.adopt_params()
-        return self._state_dicts.sharded(partial(self.gradients.agree, CollectiveCall.STATE_DICT), fresh)
-
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Make the next ``state_dict()`` on rank ``to`` the whole, unless a step or load comes before. Collective."""
-        self._state_dicts.consolidated = self.consolidated_state_dict(to)
-
-    @public_call
-    def consolidated_state_dict(self, to: int | None = 0) -> dict[str, Any]:
-        """Gather the whole state in ``torch.optim.ASGD``'s own layout, on the CPU. Collective.
-
-        It is returned on rank ``to`` of the process group (None: on all ranks), where state-dict hooks run; the other
-        ranks get ``{}``. Rank ``to`` holds the result and one bucket, the others what they already had.
-        """
-        self.averages.refuse_inside("consolidated_state_dict()")
-        self.adopt_params()
-        fsdp1.refuse("consolidated_state_dict()", params_of(self.param_groups), fsdp1.CALL_FSDP1)
-        if not self.is_differentiable:
-            fingerprint, problem = self._state_dicts.before_full(to)
-            self.gradients.agree(CollectiveCall.CONSOLIDATED_STATE_DICT, fingerprint, problem)
-        return self._state_dicts.full(to)
-
-    @public_call
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` gave this rank, a consolidated dict, or one of ``torch.optim.ASGD``. Collective.
-
-        Whole dicts load at any world size and on any layout; every rank passes the same. Nothing is cast to a
-        narrower dtype, and ``state_dict`` is not changed. If any rank raises, all do, and nothing changes.
-        Hyperparameters come from the dict, as in torch; ``capturable`` and ``differentiable`` stay this optimizer's.
-        """
-        self.averages.refuse_inside("load_state_dict()")
-        self.adopt_params()
-        problem = self._problem(before_load=True)
-        loaded, fingerprint, unreadable = self._state_dicts.parse(state_dict)
-        self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, problem or unreadable)
-        if loaded is not None and self.registry.take_in(self.param_groups, loaded.stepped):
-            loaded, fingerprint, unreadable = self._state_dicts.parse(loaded.source, run_hooks=False)
-            self.gradients.agree(CollectiveCall.LOAD_STATE_DICT, fingerprint, unreadable)
-        if loaded is not None:
-            agree = partial(self.gradients.agree, CollectiveCall.LOAD_STATE_DICT, NO_FINGERPRINT)
-            self._state_dicts.load(loaded, agree)
-
-    def memory_report(self) -> memory.MemoryReport:
-        """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""
-        in_flight = self._updater.scratch_bytes + self.communicators.scratch_bytes() + self.gatherer.scratch_bytes
-        return memory.report(self.shards.state_buffers, in_flight + self.gradients.in_flight_bytes)

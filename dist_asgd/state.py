@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from .comm import Communicators
 from .placements.copies import is_copy_of
 from .placements.dtensor import plain_tensor
-from .placements.presharded import FSDP1Param, PreshardedState, build_presharded, is_presharded
+from .placements.presharded import FSDP1Param, PreshardedState, is_presharded
+from .placements.presharded_buffers import build_presharded
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
 from .storage.frozen import FrozenBuffer, FrozenParam, any_trained, is_held
@@ -54,6 +56,7 @@ class ParamShards:
     cohorts     the scalars step, eta and mu of all parameters
     params      the parameters of each group, in their order
 
+    With ``moves_params`` False no parameter is moved: plain ones belong to another optimizer, and are averaged only.
     ``state`` is the optimizer's own dict, by parameter. Its entries are published here for users to read; each step
     checks that nobody has replaced one.
     """
@@ -66,6 +69,7 @@ class ParamShards:
         min_buckets: int,
         precision: Precision,
         shard_replicated: bool,
+        moves_params: bool = True,
     ) -> None:
         self._communicators = communicators
         self._state = state
@@ -73,6 +77,7 @@ class ParamShards:
         self._min_buckets = min_buckets
         self._precision = precision
         self._shard_replicated = shard_replicated
+        self._moves_params = moves_params
         # Indices of parameters that were rebound on this rank; cleared once ranks have compared their values.
         self.rebound: set[int] = set()
         self._logged = False
@@ -176,15 +181,16 @@ class ParamShards:
         self._publish([member for member in self.held if member.index not in known])
 
     def _hold(self, indexed: Sequence[NamedParam], group_index: int, cap_bytes: int) -> None:
+        stays = [not self._moves_params or is_presharded(param) for _, _, param in indexed]
         self.presharded += build_presharded(
-            [entry for entry in indexed if is_presharded(entry[2])],
+            list(compress(indexed, stays)),
             group_index,
             self._precision,
             self._bucket_cap_mb,
             self._communicators if self._shard_replicated else None,
         )
         self.buckets += build_buckets(
-            [entry for entry in indexed if not is_presharded(entry[2])],
+            [entry for entry, stay in zip(indexed, stays, strict=True) if not stay],
             group_index=group_index,
             rank=self._communicators.shard_rank,
             world_size=self._communicators.num_shards,
@@ -198,6 +204,11 @@ class ParamShards:
     def state_buffers(self) -> list[StateBuffer]:
         """All state buffers: buckets in reduce order, then presharded state."""
         return [*self.buckets, *self.presharded]
+
+    @property
+    def whole_buffers(self) -> list[StateBuffer]:
+        """The state buffers of parameters that every rank has whole."""
+        return [buffer for buffer in self.state_buffers if any(member.is_whole for member in buffer.members)]
 
     def devices_of(self, group_index: int) -> set[torch.device]:
         """The devices of a group's parameters."""

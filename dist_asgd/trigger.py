@@ -15,6 +15,7 @@ from .comm import CollectiveCall, public_call
 from .comm.agreement import Fingerprint
 from .optimizer import ShardedASGD
 from .placements.dtensor import is_dtensor
+from .sharded_average import ShardedAverage
 
 _KEYS = frozenset(("patience", "losses", "triggered"))
 
@@ -31,23 +32,24 @@ class NonMonotonicTrigger:
     1708.02182), as the authors' program computes it. So one of the last ``patience`` losses may be the lowest of all,
     and averaging begins if v is above the lowest of those before them.
 
-    The optimizer's ``t0`` has to lie beyond the end of the run, as its default does: averaging that has begun already
-    begins anew. Making a trigger sends nothing. ``update()`` is collective on the ranks of the optimizer.
+    Until then ``t0`` (of a ``ShardedAverage``, ``start``) has to lie beyond the end of the run, as the default of
+    ``ShardedASGD`` does: averaging that has begun already begins anew. Making a trigger sends nothing. ``update()`` is
+    collective on the ranks of the optimizer.
 
     Args:
-        optimizer: the ``ShardedASGD`` whose ``start_averaging()`` the trigger calls.
+        optimizer: the ``ShardedASGD`` or ``ShardedAverage`` whose ``start_averaging()`` the trigger calls.
         patience: n in the algorithm, in calls of ``update()``; at least 1, and the same on all ranks.
 
     Raises:
-        TypeError: the optimizer is no ``ShardedASGD``, or ``patience`` no integer.
+        TypeError: the optimizer is neither of these, or ``patience`` no integer.
         ValueError: ``patience`` is below 1.
     """
 
-    def __init__(self, optimizer: ShardedASGD, patience: int = 5) -> None:
-        if not isinstance(optimizer, ShardedASGD):
+    def __init__(self, optimizer: ShardedASGD | ShardedAverage, patience: int = 5) -> None:
+        if not isinstance(optimizer, ShardedASGD | ShardedAverage):
             raise TypeError(
-                f"dist_asgd: NonMonotonicTrigger calls start_averaging() of a ShardedASGD, and got "
-                f"{type(optimizer).__qualname__}. Pass the ShardedASGD itself, not what wraps it."
+                f"dist_asgd: NonMonotonicTrigger calls start_averaging() of a ShardedASGD or ShardedAverage, and got "
+                f"{type(optimizer).__qualname__}. Pass one of them itself, not what wraps it."
             )
         self._optimizer = optimizer
         self._patience = _checked_patience(patience)

@@ -19,26 +19,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .comm import Communicators
 from .placements import dtensor, fsdp1
 from .placements.leaves import refuse_sharded, refuse_unready
+from .precision_checks import DTYPES, check_kinds, check_rounding
 from .storage.buffers import Precision
 from .storage.memory_order import memory_strides, same_strides
 from .update import backend
+from .update.weights import AVERAGE_KEY, check_rule
 
 # Whether a parameter has or gets state; the others are frozen.
 Held = Callable[[Tensor], bool]
 REAL_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 FLAGS = ("maximize", "differentiable", "capturable")
 FORMS = ("foreach", "fused")
-# A hyperparameter that groups need not have; None is meant then.
-OPTIONAL = ("fused",)
-HYPERPARAMETERS = (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS)
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.complex64,
-    torch.complex128,
-)
+# Hyperparameters that groups need not have; None is meant then.
+OPTIONAL = ("fused", AVERAGE_KEY)
+HYPERPARAMETERS = (*REAL_HYPERPARAMETERS, *FLAGS, *FORMS, AVERAGE_KEY)
 
 
 def stays_on_device(group: dict[str, Any], key: str) -> bool:
@@ -67,7 +61,7 @@ def check_options(
     for key, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"dist_asgd: {key} must be True or False, got {flag!r}.")
-    _check_kinds(precision)
+    check_kinds(precision)
     if precision.reduce_dtype is not None and stage != 2:
         raise ValueError(
             "dist_asgd: reduce_dtype with stage=1: gradients arrive reduced there. Pass stage=2, or register one of "
@@ -83,53 +77,6 @@ def check_options(
         raise ValueError(
             f"dist_asgd: {asked[0]} with differentiable=True: everything has the parameters' dtype there. Leave "
             f"{asked[0]} out."
-        )
-
-
-def _check_kinds(precision: Precision) -> None:
-    """Raise ValueError unless every option of ``precision`` is of its kind."""
-    for key in ("average_dtype", "reduce_dtype"):
-        dtype = getattr(precision, key)
-        if dtype is not None and (dtype not in DTYPES or dtype.is_complex):
-            raise ValueError(f"dist_asgd: {key} must be None, float32, float64, bfloat16 or float16, got {dtype!r}.")
-    if not isinstance(precision.master_weights, bool):
-        raise ValueError(f"dist_asgd: master_weights must be True or False, got {precision.master_weights!r}.")
-    seed = precision.stochastic_rounding
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64):
-        raise ValueError(
-            f"dist_asgd: stochastic_rounding must be None or a seed, a whole number from 0 to 2^64 - 1, got {seed!r}."
-        )
-
-
-def check_precision_fits(precision: Precision, groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError if an option of ``precision`` has an effect on no parameter of ``groups`` (all groups)."""
-    dtypes = {param.dtype for group in groups for param in group["params"]}
-    if precision.master_weights and not dtypes & {torch.bfloat16, torch.float16}:
-        raise ValueError(
-            "dist_asgd: master_weights=True, but no parameter is bfloat16 or float16. Pass master_weights=False, or "
-            "convert the model first (model.bfloat16())."
-        )
-    if precision.stochastic_rounding is not None and torch.bfloat16 not in dtypes:
-        raise ValueError(
-            "dist_asgd: stochastic_rounding, but no parameter is bfloat16. Pass stochastic_rounding=None, or convert "
-            "the model first (model.bfloat16())."
-        )
-
-
-def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError if a parameter cannot be rounded as ``precision`` asks."""
-    half = next((name for name, param in named if param.dtype == torch.float16), None)
-    if precision.stochastic_rounding is not None and half is not None:
-        raise ValueError(
-            f"dist_asgd: stochastic_rounding is for bfloat16 parameters, and {half} is float16. Pass "
-            f"master_weights=True instead."
-        )
-    managed = next((name for name, param in named if fsdp1.is_managed(param)), None)
-    if precision.stochastic_rounding is not None and managed is not None:
-        raise ValueError(
-            f"dist_asgd: stochastic_rounding of {managed}, which FSDP1 manages: random numbers go by an "
-            f"element's place in the whole parameter, which only the module knows. Pass master_weights=True "
-            f"instead, or use fully_shard (FSDP2)."
         )
 
 
@@ -168,8 +115,10 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
             continue
         number = scalar(value)
         never = key == "t0" and number == math.inf
-        if number < 0 or not (math.isfinite(number) or never):
-            raise ValueError(f"dist_asgd: {where}: {key} must be finite and >= 0, got {number}.")
+        # -1 lets an average begin with the first iterate.
+        least = -1 if key == "t0" and AVERAGE_KEY in group else 0
+        if number < least or not (math.isfinite(number) or never):
+            raise ValueError(f"dist_asgd: {where}: {key} must be finite and >= {least}, got {number}.")
     for key in FLAGS:
         if not isinstance(group[key], bool):
             raise ValueError(f"dist_asgd: {where}: {key} must be True or False, got {group[key]!r}.")
@@ -177,6 +126,7 @@ def check_hyperparameters(group: dict[str, Any], where: str, devices: Iterable[t
         if not isinstance(form := group.get(key), bool | None):
             raise ValueError(f"dist_asgd: {where}: {key} must be None, True or False, got {form!r}.")
     _check_fused(group, where, devices)
+    check_rule(group, where)
     if group["capturable"] and not group.get("fused"):
         raise ValueError(
             f"dist_asgd: {where}: capturable=True without fused=True: step, eta and mu live on the host then, where a "
@@ -202,6 +152,8 @@ def _check_fused(group: dict[str, Any], where: str, known: Iterable[torch.device
         )
     for device in devices:
         reason = backend.why_unavailable(device)
+        if reason is None and AVERAGE_KEY in group and backend.of(device) is backend.TRITON:
+            reason = f"the scalars of {device} follow the mean of torch.optim.ASGD only, and average= is another rule"
         if reason is not None:
             raise ValueError(f"dist_asgd: {where}: fused=True, but {reason}. Pass fused=None.")
         if group["capturable"] and backend.of(device) is not backend.TRITON:
@@ -442,4 +394,5 @@ def hyperparameters(group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
     plain: list[tuple[str, object]] = [
         (key, "on the device" if stays_on_device(group, key) else scalar(group[key])) for key in REAL_HYPERPARAMETERS
     ]
-    return (*plain, *((key, group.get(key)) for key in (*FLAGS, *FORMS)))
+    options = [(AVERAGE_KEY, str(group[AVERAGE_KEY].options()))] if AVERAGE_KEY in group else []
+    return (*plain, *((key, group.get(key)) for key in (*FLAGS, *FORMS)), *options)

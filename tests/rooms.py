@@ -19,12 +19,14 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("placements",), "presharded parameters (DTensor, FSDP1), replica groups, fragments shown as tensors"),
     (("parts", "portions"), "the functions that files of users name; their paths never change"),
     (("update",), "the rule on this rank's shards: plan, implementations, kernels, schedule, scalars"),
+    (("precision_checks",), "the dtypes of state and messages that the constructor accepts"),
     (("backward_checks", "validation"), "what the constructor and add_param_group() accept"),
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
     (("fingerprints", "gather", "memory", "state", "stats"), "what a step needs beside gradients and the update"),
     (
-        ("averaging", "forward", "state_dict"),
-        "the averages in place of the parameters; the forward that begins before gathers have ended; state dicts",
+        ("averaging", "forward", "module_buffers", "state_dict"),
+        "the averages in place of the parameters, with the buffers of modules; the forward that begins before gathers "
+        "have ended; state dicts",
     ),
     (("joining",), "uneven inputs: what torch's Join calls on ranks that have no inputs left"),
     (("registry",), "the parameters that the optimizer was built for, beside those that param_groups hold now"),
@@ -32,7 +34,8 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
         ("backward_step", "step_context"),
         "the steps of step_in_backward=True, which backward begins; what the update in step() begins with",
     ),
-    (("optimizer",), "ShardedASGD"),
+    (("sharded_state",), "what ShardedASGD and ShardedAverage have in common: shards, averages in place, state dicts"),
+    (("optimizer", "sharded_average"), "ShardedASGD; ShardedAverage, the average alone beside any optimizer"),
     (
         ("amp", "checkpoint", "trigger"),
         "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline; when averaging begins",

@@ -47,6 +47,7 @@ PRIVATE_TO_TORCH = {
         "_C",
         "_base",
         "_foreach_copy_",
+        "_foreach_lerp_",
         "_foreach_mul_",
         "_foreach_norm",
         "_foreach_zero_",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from dist_asgd import NonMonotonicTrigger, ShardedASGD, load_checkpoint, save_checkpoint
+from dist_asgd import NonMonotonicTrigger, ShardedASGD, ShardedAverage, load_checkpoint, save_checkpoint
 from tests.harness.bits import assert_same_bits
 from tests.harness.meshes import mesh_of, sharded
 from tests.harness.ranks import run, run_errors
@@ -217,6 +217,27 @@ def test_ranks_that_differ(how: str, kind: str, words: Sequence[str]) -> None:
 # --- other modes, and refusals ------------------------------------------------------------------------------
 
 
+def beside_another_optimizer(_rank: int, _world_size: int) -> None:
+    """Job: a ``ShardedAverage`` begins with the update after the trigger."""
+    weight = nn.Parameter(torch.zeros(5))
+    average = ShardedAverage([("weight", weight)], start=10**9)
+    trigger = NonMonotonicTrigger(average, 2)
+    for number, loss in enumerate((*LOSSES, 3.0)):
+        with torch.no_grad():
+            weight.fill_(number)
+        average.update()
+        assert trigger.update(loss) is (number == BEGINS)
+    with average.averaged_parameters():
+        seen = range(BEGINS + 1, len(LOSSES) + 1)
+        torch.testing.assert_close(weight.detach(), torch.full((5,), sum(seen) / len(seen)))
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+def test_an_average_beside_another_optimizer(backend: str, world_size: int) -> None:
+    """Its mean has the iterates after the trigger, and no others."""
+    run(backend, world_size, beside_another_optimizer)
+
+
 def other_modes(_rank: int, world_size: int, mode: str) -> None:
     """Job: the decision with other placements, and with the step in backward."""
     if mode == "fsdp2":
@@ -261,7 +282,7 @@ def test_patience_is_checked(patience: Any, kind: type[Exception]) -> None:
 def test_other_optimizers_are_refused() -> None:
     """By name."""
     plain: Any = torch.optim.ASGD(nn.Linear(2, 2).parameters())
-    with pytest.raises(TypeError, match=r"start_averaging\(\) of a ShardedASGD, and got ASGD"):
+    with pytest.raises(TypeError, match=r"start_averaging\(\) of a ShardedASGD or ShardedAverage, and got ASGD"):
         NonMonotonicTrigger(plain)
 
 

@@ -22,8 +22,8 @@ from ..comm import PeerError
 from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, is_on_all_ranks, text_of
 from ..comm.reports import CollectiveCall
 from ..labels import Label, labelled
-from ..optimizer import ShardedASGD
 from ..placements.dtensor import is_dtensor, local_tensor
+from ..sharded_state import ShardedState
 from ..state import LOAD_CHECKPOINT
 from ..state_dict.backup import OptimizerBackup, find_unequal
 from .format.paths import UserPath
@@ -57,10 +57,10 @@ def apply(
         _agree_on(lambda: _load_optimizer(optimizer, loaded.optimizer), "the optimizer", path, saver, call)
         for live, fragment in loaded.fragments:
             live.copy_(fragment)
-        if isinstance(optimizer, ShardedASGD):
+        if isinstance(optimizer, ShardedState):
             # Before the model's own loading, which hands each live parameter to itself.
-            for bucket in optimizer.shards.buckets:
-                optimizer.gatherer.launch(bucket)
+            for buffer in optimizer.shards.whole_buffers:
+                optimizer.gatherer.launch(buffer)
             optimizer.gatherer.wait()
         strict = not loaded.mismatch
         _agree_on(lambda: model.load_state_dict(loaded.model, strict=strict), "the model", path, saver, call)
@@ -72,13 +72,13 @@ def apply(
         if problems:
             error.add_note(f"dist_asgd: not everything could be put back: {'; '.join(problems)}")
         raise
-    if isinstance(optimizer, ShardedASGD):
+    if isinstance(optimizer, ShardedState):
         optimizer.shards.torn_by = None
 
 
 def _load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Call ``load_state_dict()`` of the optimizer, which may be a subclass with one of its own. Collective."""
-    if not isinstance(optimizer, ShardedASGD):
+    if not isinstance(optimizer, ShardedState):
         optimizer.load_state_dict(state_dict)
         return
     shards = optimizer.shards
@@ -130,7 +130,7 @@ class _Backup:
 
     def __init__(self, loaded: CheckpointState, model: nn.Module, optimizer: Optimizer, whole: set[int]) -> None:
         held: set[int] = set()
-        if isinstance(optimizer, ShardedASGD) and not optimizer.is_differentiable:
+        if isinstance(optimizer, ShardedState) and not optimizer.is_differentiable:
             self._optimizer = OptimizerBackup(optimizer, optimizer.shards, optimizer.gatherer, whole)
             held = {id(member.param) for member in optimizer.shards.held}
         else:
@@ -143,8 +143,8 @@ class _Backup:
     ) -> _Backup:
         """Take a backup on every rank. Collective; raises on all ranks, and nothing is changed, if one cannot."""
         whole: set[int] = set()
-        if isinstance(optimizer, ShardedASGD) and not optimizer.registry.values_compared:
-            whole = find_unequal(optimizer.shards.buckets, saver.communicators)
+        if isinstance(optimizer, ShardedState) and not optimizer.registry.values_compared:
+            whole = find_unequal(optimizer.shards.whole_buffers, saver.communicators)
         backup: _Backup | None = None
         problem: Exception | None = None
         try:

@@ -28,9 +28,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..comm import Communicator
-from ..optimizer import ShardedASGD
 from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
+from ..sharded_state import ShardedState
 from ..state import MASTER_KEY
 from ..state_dict.own_entries import check_whole
 from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
@@ -85,11 +85,11 @@ def state_to_save(
     live, source_of = traced(model, params, keep_vars=True)
     names = names_of(model, optimizer, live)
     # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).
-    if isinstance(optimizer, ShardedASGD):
+    if isinstance(optimizer, ShardedState):
         optimizer.shards.check_whole()
         # Of each parameter rows are saved that other ranks have updated.
         optimizer.wait_for_parameters()
-    saved = optimizer.live_state() if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
+    saved = optimizer.live_state() if isinstance(optimizer, ShardedState) else optimizer.state_dict()
     cache = cache or FragmentCache()
     parts = cache.rows(optimizer, param_fragments(optimizer, saved, cache.fragments))
     model_state: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def state_to_save(
             value = value.detach()
         if not rank or _is_own(value, replica):
             model_state[names.of_model[key]] = value
-    if isinstance(optimizer, ShardedASGD):
+    if isinstance(optimizer, ShardedState):
         check_whole(optimizer.state, optimizer.shards.members, optimizer.communicators)
     optim: dict[str, Any] = {}
     first_names = [aliases[0] for aliases in names.of_params]

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
-from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
+from ..sharded_state import ShardedState
 from ..state import MASTER_KEY
 from ..state_dict.sharded import AVERAGE
 from ..state_dict.whole_tensors import whole_dtensors, whole_state
@@ -115,7 +115,7 @@ def export_averaged(
     try:
         saver.agree(CollectiveCall.EXPORT_AVERAGED, fingerprint, problem)
         if any(weight.is_computed for weight in weights):
-            weights, problem = _computed(weights, model, cast(ShardedASGD, optimizer))
+            weights, problem = _computed(weights, model, cast(ShardedState, optimizer))
             saver.agree(CollectiveCall.EXPORT_AVERAGED, problem=problem)
         problem = _write_all(weights, saver.communicators, files)
         problem = problem and _translated(problem, path)
@@ -140,7 +140,7 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
         ValueError: the model, its state dict or ``dtype`` cannot be exported.
         RuntimeError: parameters were moved, or are the averaged ones now.
     """
-    if not isinstance(optimizer, ShardedASGD) or optimizer.is_differentiable:
+    if not isinstance(optimizer, ShardedState) or optimizer.is_differentiable:
         raise TypeError(
             f"dist_asgd: export_averaged() is for ShardedASGD (and not with differentiable=True), got "
             f"{type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
@@ -209,7 +209,7 @@ def _is_wider(member: ShardedParam) -> bool:
 
 
 def _computed(
-    weights: Sequence[_Weight], model: nn.Module, optimizer: ShardedASGD
+    weights: Sequence[_Weight], model: nn.Module, optimizer: ShardedState
 ) -> tuple[list[_Weight], Exception | None]:
     """Let the model's hooks compute the weights that they compute, from the averages. Collective.
 

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
 from ..labels import Label, labelled
-from ..optimizer import ShardedASGD
 from ..placements.shard_tensor import ShardTensor
+from ..sharded_state import ShardedState
 from ..state import MASTER_KEY
 from ..state import own_entries as own_of
 from ..state_dict.sharded import AVERAGE
@@ -196,7 +196,7 @@ def _read_state(
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
-    live = optimizer.live_state(fresh=True) if isinstance(optimizer, ShardedASGD) else optimizer.state_dict()
+    live = optimizer.live_state(fresh=True) if isinstance(optimizer, ShardedState) else optimizer.state_dict()
     optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
     with_master = {
         n for i, entry in optimizer_state["state"].items() if MASTER_KEY in entry for n in names.of_params[i]

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..optimizer import ShardedASGD
 from ..placements import fsdp1
 from ..placements.dtensor import reshard
 from ..placements.presharded import FSDP1Param
+from ..sharded_state import ShardedState
 from ..state_dict.wrapper_names import CERTAIN_PARTS
 from ..storage.frozen import FrozenParam
 
@@ -94,7 +94,7 @@ def names_of(model: nn.Module, optimizer: Optimizer, state_keys: Iterable[str] |
     """
     reshard(model)
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    members = optimizer.shards.members if isinstance(optimizer, ShardedASGD) else None
+    members = optimizer.shards.members if isinstance(optimizer, ShardedState) else None
     if members is None or any(isinstance(member, (FSDP1Param, FrozenParam)) for member in members):
         fsdp1.refuse("a checkpoint of this package", params, fsdp1.USE_DCP)
     plain = PlainNames(model)

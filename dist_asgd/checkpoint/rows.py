@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optimizer import ShardedASGD
 from ..placements.shard_tensor import ShardTensor, memory_order
+from ..sharded_state import ShardedState
 from ..state_dict.sharded import ShardTensorCache
 
 # A shard has at least so many rows: then a rank writes at most a quarter more than its share of a parameter, and as
@@ -46,14 +46,14 @@ class FragmentCache:
         ``fragments`` are this rank's, which share memory with the whole parameters. The results do so too.
         """
         saved = dict(fragments)
-        if not isinstance(optimizer, ShardedASGD):
+        if not isinstance(optimizer, ShardedState):
             return saved
-        for bucket in optimizer.shards.buckets:
-            for member in bucket.members:
+        for buffer in optimizer.shards.whole_buffers:
+            for member in buffer.members:
                 fragment = saved.get(id(member.param))
                 if fragment is None:
                     continue
-                shard_numel = bucket.layout.shard_numel // (2 if member.param.is_complex() else 1)
+                shard_numel = buffer.layout.shard_numel // (2 if member.param.is_complex() else 1)
                 known = self._rows.get(member.index)
                 if known is None or known[0] is not fragment or known[1] != shard_numel:
                     rows = rows_of(fragment, member.param, shard_numel, member.index % 2 == 0)

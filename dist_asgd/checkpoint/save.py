@@ -24,7 +24,7 @@ from ..comm.reports import CollectiveCall
 from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..labels import Label, label, labelled
-from ..optimizer import ShardedASGD
+from ..sharded_state import ShardedState
 from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
 from .format import folder
 from .format.file_report import Described, FileReport, described, packed, unpacked
@@ -103,7 +103,7 @@ class Saver:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._gradients: Gradients | None = None
-        if isinstance(optimizer, ShardedASGD):
+        if isinstance(optimizer, ShardedState):
             self.communicators, self._gradients = optimizer.communicators, optimizer.gradients
         else:
             self.communicators = Communicators(None)
@@ -356,12 +356,12 @@ def _check(step: int, when_busy: str) -> None:
 
 def take_in(optimizer: Optimizer, indices: Iterable[int]) -> bool:
     """Give the frozen ones of these parameters state, as in torch, for a load; whether there are any. Collective."""
-    return isinstance(optimizer, ShardedASGD) and optimizer.registry.take_in(optimizer.param_groups, indices)
+    return isinstance(optimizer, ShardedState) and optimizer.registry.take_in(optimizer.param_groups, indices)
 
 
 def adopt_params(optimizer: Optimizer) -> None:
     """Let a ShardedASGD take parameters and ``param_groups`` as they are now. Collective if they were changed."""
-    if isinstance(optimizer, ShardedASGD):
+    if isinstance(optimizer, ShardedState):
         optimizer.adopt_params()
 
 

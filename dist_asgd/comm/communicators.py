@@ -251,6 +251,11 @@ class Communicators:
                 self._on[device.type] = Hybrid(inside, self.among(self._axes.replicate, device))
         return self._on[device.type]
 
+    @property
+    def shard_ranks(self) -> Ranks:
+        """The ranks that hold the shards of one replica, this one among them, as ranks of the default group."""
+        return self._axes.shard
+
     def shard_rank_of(self, rank: int) -> int | None:
         """Return the number of the shard that ``rank`` of all ranks holds; None if it belongs to another replica."""
         global_rank = self._axes.everyone[rank]

@@ -3,7 +3,8 @@
 A ``PreshardedState`` is the state buffer of presharded parameters of one group, dtype and device: their local tensors
 stay with whoever sharded them, who also reduces their gradients and gathers them for the forward. Ranks that hold the
 same local tensors (HSDP, replicated parameters of tensor parallelism) form a replica group and share the work: each has
-the state of its shard, updates that, and receives the others' shards after the update.
+the state of its shard, updates that, and receives the others' shards after the update. Plain parameters of
+``ShardedAverage``, which are another optimizer's, stay where they are too: all ranks are one replica group of theirs.
 
 Each step looks at them twice, in one pass each: ``PreshardedState.follow`` at every local tensor, before anything else,
 and ``PreshardedState.inspect_gradients`` at every gradient, before the ranks agree.
@@ -20,10 +21,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..comm import Communicators
 from ..comm.rank_names import RankNames
 from ..storage.buffers import Precision, ShardedParam, StateBuffer
-from ..storage.layout import MIN_BUCKETS, Slot, bucket_cap_bytes, fill_buckets, lay_out
+from ..storage.layout import Slot, lay_out
 from ..storage.memory_order import flattened, memory_strides, same_strides
 from ..storage.published import own_storage
 from ..storage.snapshots import TensorSnapshot
@@ -41,7 +41,7 @@ def is_presharded(param: Tensor) -> bool:
     return dtensor.is_dtensor(param) or fsdp1.is_managed(param)
 
 
-def _local_tensor_of(param: Tensor) -> Tensor:
+def local_tensor_of(param: Tensor) -> Tensor:
     """The local tensor of a presharded parameter of either kind; only while it has no ``PreshardedParam`` yet."""
     return dtensor.local_tensor(param) if dtensor.is_dtensor(param) else param
 
@@ -69,7 +69,7 @@ class PreshardedParam(ShardedParam):
     __slots__ = ("_address", "_flat", "_shape")
 
     def __init__(self, param: Tensor, name: str, index: int, bucket: PreshardedState, slot: Slot) -> None:
-        local = _local_tensor_of(param)
+        local = local_tensor_of(param)
         fragment = bucket.layout.fragment(slot, 0 if bucket.replicas is None else bucket.replicas.rank)
         super().__init__(param, name, index, bucket, slot, fragment, memory_strides(local))
         self._shape = local.shape
@@ -275,6 +275,47 @@ class FSDP1Param(PreshardedParam):
         raise fsdp1.refusal("clip_grad_norm_()", "Call clip_grad_norm_() of that module")
 
 
+class PlainParam(PreshardedParam):
+    """A plain parameter of another optimizer: whole on every rank, and averaged where it lies."""
+
+    __slots__ = ()
+
+    is_whole = True
+
+    @property
+    def local(self) -> Tensor:
+        return self.param
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.param.grad
+
+    def fits(self, gradient: Tensor) -> bool:
+        # Nobody reads gradients of parameters that are only averaged.
+        return True
+
+    def is_misplaced(self, gradient: Tensor | None) -> bool:
+        return False
+
+    def align_gradient(self, have: Sequence[int], misplaced: Sequence[int], names: RankNames) -> None:
+        raise AssertionError("gradients of parameters that are only averaged are never misplaced")
+
+    @property
+    def rng_offset(self) -> int:
+        return self.fragment.param_start
+
+    def fragment_of(self, whole: Tensor) -> Tensor:
+        flat = flattened(whole, self.strides)
+        return flat[self.fragment.param_start : self.fragment.param_start + self.fragment.numel]
+
+    def state_entry(self, fragment: Tensor) -> Tensor:
+        return own_storage(fragment)
+
+    @property
+    def norm_owner(self) -> int:
+        return int(self.fragment.numel > 0)
+
+
 class PreshardedState(StateBuffer):
     """The state buffer of presharded parameters of one group, dtype and device.
 
@@ -287,14 +328,12 @@ class PreshardedState(StateBuffer):
         self, params: Sequence[NamedParam], group_index: int, precision: Precision, replicas: ReplicaGroup | None
     ) -> None:
         self.replicas = replicas
-        like = _local_tensor_of(params[0][2])
-        numels, itemsize = [_numel(param) for _, _, param in params], like.dtype.to_real().itemsize
+        like = local_tensor_of(params[0][2])
+        numels, itemsize = [num_reals(param) for _, _, param in params], like.dtype.to_real().itemsize
         layout = lay_out(numels, itemsize, 1 if replicas is None else len(replicas.ranks))
         super().__init__(layout, like, group_index, precision)
         self.members: list[PreshardedParam] = [
-            DTensorParam(param, name, index, self, slot)
-            if dtensor.is_dtensor(param)
-            else FSDP1Param(param, name, index, self, slot)
+            _member(param, name, index, self, slot)
             for (index, name, param), slot in zip(params, self.layout.slots, strict=True)
         ]
         self._follow_all([member.local for member in self.members])
@@ -348,49 +387,13 @@ class PreshardedState(StateBuffer):
         dtensor.reshard_modules()
 
 
-def _numel(param: Tensor) -> int:
+def _member(param: Tensor, name: str, index: int, buffer: PreshardedState, slot: Slot) -> PreshardedParam:
+    if dtensor.is_dtensor(param):
+        return DTensorParam(param, name, index, buffer, slot)
+    kind = FSDP1Param if fsdp1.is_managed(param) else PlainParam
+    return kind(param, name, index, buffer, slot)
+
+
+def num_reals(param: Tensor) -> int:
     """The number of real elements of the local tensor of a presharded parameter."""
-    return _local_tensor_of(param).numel() * (2 if param.is_complex() else 1)
-
-
-def fill_state_buffers(
-    numels: Sequence[int], itemsize: int, bucket_cap_mb: float, num_replicas: int
-) -> list[list[int]]:
-    """Put local tensors that one replica group shares into state buffers; returns the positions of each one's."""
-    cap_bytes = bucket_cap_bytes(bucket_cap_mb, sum(numels) * itemsize, MIN_BUCKETS[2], num_replicas)
-    return fill_buckets(numels, itemsize, cap_bytes)
-
-
-def build_presharded(
-    params: Sequence[NamedParam],
-    group_index: int,
-    precision: Precision,
-    bucket_cap_mb: float,
-    communicators: Communicators | None,
-) -> list[PreshardedState]:
-    """Make the state buffers of one group's presharded parameters, given as (index, name, parameter).
-
-    With ``communicators``, replica groups share their parameters, and the call is collective on each of them; their
-    state buffers have at most ``bucket_cap_mb`` MiB of parameters, so that one is gathered while the next is updated.
-    Without ``communicators``, each rank has the state of its whole local tensors.
-    """
-    classes: dict[tuple[torch.dtype, torch.device, tuple[int, ...]], list[NamedParam]] = {}
-    for entry in params:
-        param = entry[2]
-        local = _local_tensor_of(param)
-        shared = communicators is not None and dtensor.is_dtensor(param)
-        ranks = dtensor.replica_ranks(cast("DTensor", param)) if shared else ()
-        # A state buffer belongs to one replica group, whose ranks gather it.
-        classes.setdefault((local.dtype, local.device, ranks if len(ranks) > 1 else ()), []).append(entry)
-    state_buffers: list[PreshardedState] = []
-    for (dtype, device, ranks), alike in classes.items():
-        if communicators is None or not ranks:
-            state_buffers.append(PreshardedState(alike, group_index, precision, None))
-            continue
-        replicas = ReplicaGroup(ranks, ranks.index(communicators.ranks[communicators.rank]), communicators)
-        # All ranks make their communicators now, in one order: if that fails, the constructor fails and not a step.
-        replicas.on(device)
-        numels = [_numel(param) for _, _, param in alike]
-        for chosen in fill_state_buffers(numels, dtype.to_real().itemsize, bucket_cap_mb, len(ranks)):
-            state_buffers.append(PreshardedState([alike[i] for i in chosen], group_index, precision, replicas))
-    return state_buffers
+    return local_tensor_of(param).numel() * (2 if param.is_complex() else 1)

@@ -4,7 +4,7 @@ HSDP and the replicated parameters of tensor parallelism make such groups. Each 
 shard of the local tensors and updates that; an all-gather inside the group makes the local tensors whole again.
 
 No messages decide which rank has which fragment: the mesh, the layout of the local tensors and the rank do.
-``build_presharded`` in ``presharded.py`` makes the groups and the layouts.
+``build_presharded`` in ``presharded_buffers.py`` makes the groups and the layouts.
 """
 
 from __future__ import annotations

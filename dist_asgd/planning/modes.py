@@ -19,7 +19,7 @@ from ..gradients.scratch import scratch_bytes
 from ..gradients.sending import MAX_IN_FLIGHT, direct_numel
 from ..gradients.transfers import MAX_LAUNCHED
 from ..placements.dtensor import chunk_of
-from ..placements.presharded import fill_state_buffers
+from ..placements.presharded_buffers import fill_state_buffers
 from ..storage.bucketing import build_buckets, reduce_order
 from ..storage.buffers import Bucket, StateBuffer
 from ..storage.layout import BucketLayout, bucket_cap_bytes, lay_out, min_buckets

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ..precision_checks import check_precision_fits
 from ..storage.buffers import Precision
-from ..validation import check_options, check_precision_fits
+from ..validation import check_options
 from . import choice, modes, traffic
 from .arguments import MOST_RANKS, bytes_of, check_dtype, links_of, topology
 from .choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STAGE2, UNSHARDED

@@ -24,21 +24,25 @@ from ..storage.snapshots import mark_written
 from ..update.schedule import Cohort
 
 
-def find_unequal(buckets: Sequence[Bucket], communicators: Communicators) -> set[int]:
-    """Return the positions of those ``buckets`` whose parameters are not the same on all ranks. Collective.
+def find_unequal(buffers: Sequence[StateBuffer], communicators: Communicators) -> set[int]:
+    """Return the ``id()`` of those ``buffers`` whose parameters are not the same on all ranks. Collective.
+
+    They are buffers of parameters that every rank has whole, in the same order on all ranks.
 
     Ranks that have not stepped together may have started from other values. Each then keeps a whole copy of them, as
     the shards of all ranks would not bring its own values back.
     """
-    if communicators.world_size == 1 or not buckets:
+    if communicators.world_size == 1 or not buffers:
         return set()
-    return set(communicators.host.differing(on_host([checksum(bucket.flat) for bucket in buckets])))
+    sums = [checksum(whole) for buffer in buffers for whole in _params_in(buffer, whole=True)]
+    owners = [id(buffer) for buffer in buffers for _ in _params_in(buffer, whole=True)]
+    return {owners[position] for position in communicators.host.differing(on_host(sums))}
 
 
 class _BufferBackup:
     """A copy on the host of what a state buffer holds on this rank: average, masters, and parameters.
 
-    Of parameters in a bucket it has this rank's shard, or all of them if ``whole``.
+    Of parameters that every rank has whole it has this rank's shard, or all of them if ``whole``.
     """
 
     def __init__(self, buffer: StateBuffer, whole: bool) -> None:
@@ -66,7 +70,12 @@ def _params_in(buffer: StateBuffer, whole: bool) -> list[Tensor]:
     if isinstance(buffer, Bucket):
         return [buffer.flat if whole else buffer.shard]
     assert isinstance(buffer, PreshardedState)
-    return [member.flat for member in buffer.members]
+    return [
+        member.param_range(member.fragment.start, member.fragment.stop)
+        if member.is_whole and not whole
+        else member.flat
+        for member in buffer.members
+    ]
 
 
 def _on_host(tensor: Tensor) -> Tensor:
@@ -80,7 +89,7 @@ class OptimizerBackup:
         optimizer: any optimizer.
         shards: those of a ``ShardedASGD``; None for another optimizer, whose parameters the backup does not have.
         gatherer: that of the ``ShardedASGD``.
-        whole: the positions of buckets whose parameters are copied whole.
+        whole: the ``id()`` of state buffers whose parameters are copied whole.
     """
 
     def __init__(
@@ -100,12 +109,11 @@ class OptimizerBackup:
             (key, entry, dict(entry) if isinstance(entry, dict) else entry) for key, entry in optimizer.state.items()
         ]
         self._buffers: list[_BufferBackup] = []
-        self._to_gather: list[Bucket] = []
+        self._to_gather: list[StateBuffer] = []
         self._cohorts: list[Cohort] = []
         if shards is not None:
-            buffers = enumerate(shards.state_buffers)
-            self._buffers = [_BufferBackup(buffer, position in whole) for position, buffer in buffers]
-            self._to_gather = [bucket for position, bucket in enumerate(shards.buckets) if position not in whole]
+            self._buffers = [_BufferBackup(buffer, id(buffer) in whole) for buffer in shards.state_buffers]
+            self._to_gather = [buffer for buffer in shards.whole_buffers if id(buffer) not in whole]
             self._cohorts = [_as_now(c) for c in {id(c): c for c in shards.cohort_of.values()}.values()]
 
     @torch.no_grad()
@@ -128,8 +136,8 @@ class OptimizerBackup:
             return
         for backup in self._buffers:
             backup.put_back()
-        for bucket in self._to_gather:
-            self._gatherer.launch(bucket)
+        for buffer in self._to_gather:
+            self._gatherer.launch(buffer)
         self._gatherer.wait()
         for buffer in shards.state_buffers:
             buffer.on_params_written()

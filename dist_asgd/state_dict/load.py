@@ -26,6 +26,7 @@ from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.frozen import FrozenParam
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
+from ..update.weights import AVERAGE_KEY, AverageRule, rule_of
 from ..validation import hyperparameters
 from . import own_entries
 from .wrapper_names import check_order
@@ -346,6 +347,8 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
         loaded.pop(key, None)
         if key in own:
             loaded[key] = own[key]
+    if AVERAGE_KEY in loaded and not isinstance(loaded[AVERAGE_KEY], AverageRule):
+        loaded[AVERAGE_KEY] = rule_of(loaded[AVERAGE_KEY], own.get(AVERAGE_KEY))
     # As in torch, names in the dict replace those of the group.
     if names is None and own_names is not None:
         loaded["param_names"] = own_names

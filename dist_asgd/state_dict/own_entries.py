@@ -17,7 +17,7 @@ from torch import Tensor
 from ..comm import Communicators
 from ..placements.dtensor import describe_placement, dtensor_like, is_dtensor, local_like
 from ..state import KEYS, MASTER_KEY, own_entries
-from ..storage.buffers import BucketParam, ShardedParam
+from ..storage.buffers import ShardedParam
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -63,7 +63,7 @@ def check_whole(state: State, members: Sequence[ShardedParam], communicators: Co
     of_optimizer(state, len(members))
     for member in members:
         for key, value in own_entries(state.get(member.param, {})).items():
-            if not isinstance(value, Tensor) or communicators.num_shards == 1 or not isinstance(member, BucketParam):
+            if not isinstance(value, Tensor) or communicators.num_shards == 1 or not member.is_whole:
                 continue
             fragment, shape = tuple(member.average.shape), tuple(member.param.shape)
             # One element is more often a number.

@@ -15,13 +15,14 @@ from torch import Tensor
 from ..comm import Communicators
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
-from ..placements.presharded import DTensorParam, PreshardedParam
+from ..placements.presharded import DTensorParam
 from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
 from ..state import ParamShards
 from ..storage.buffers import ShardedParam
 from ..storage.published import own_storage
 from ..update.schedule import Cohort
+from ..update.weights import AverageRule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -168,7 +169,7 @@ class _EntryTensors:
         return made
 
     def _make(self, member: ShardedParam, fragment: Tensor) -> Tensor:
-        if isinstance(member, PreshardedParam):
+        if not member.is_whole:
             return member.state_entry(fragment)
         fragment = own_storage(fragment)
         communicators, shape, strides = self._communicators, member.param.shape, member.strides
@@ -194,6 +195,9 @@ class _EntryTensors:
 
 
 def _snapshot(value: Any) -> Any:
+    if isinstance(value, AverageRule):
+        # Plain values, which load without executing anything.
+        return value.options()
     # A Tensor lr is changed in place later, and the state dict must keep the value of now.
     return value.detach().clone() if isinstance(value, Tensor) else value
 

@@ -23,7 +23,7 @@ from ..comm import Communicators
 from ..comm.base import ShardCollectives
 from ..placements.presharded import DTensorParam
 from ..placements.shard_tensor import ShardTensor
-from ..storage.buffers import Bucket, BucketParam, ShardedParam
+from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import as_real
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def whole_state(
             On backends that send messages between two ranks (Gloo) a batch is then one tensor.
     """
     staging = _Staging()
-    in_buckets = [param for param in params if isinstance(param, BucketParam)]
+    in_buckets = [param for param in params if param.is_whole]
     for batch in _bucket_batches(in_buckets, one_by_one, communicators):
         bucket = batch.bucket
         for key, shard in (bucket.state_shards() if masters else {"ax": bucket.average}).items():
@@ -116,14 +116,14 @@ class _Staging:
 class _BucketBatch(NamedTuple):
     """Some parameters of a bucket; elements ``[start, stop)`` of the bucket travel, with the padding in between."""
 
-    bucket: Bucket
-    params: list[BucketParam]
+    bucket: StateBuffer
+    params: list[ShardedParam]
     start: int
     stop: int
 
 
 def _bucket_batches(
-    params: Sequence[BucketParam], one_by_one: bool, communicators: Communicators
+    params: Sequence[ShardedParam], one_by_one: bool, communicators: Communicators
 ) -> list[_BucketBatch]:
     """Make the batches, the largest first: the staging buffer is then allocated once."""
     batches: list[_BucketBatch] = []
@@ -200,7 +200,7 @@ def _gather_columns(
     return None if received is None else received.view(-1)
 
 
-def _view(param: BucketParam, reals: Tensor) -> Tensor:
+def _view(param: ShardedParam, reals: Tensor) -> Tensor:
     """View real elements ``(slot_numel,)`` in memory order as a tensor like the parameter."""
     flat = torch.view_as_complex(reals.view(-1, 2)) if param.dtype.is_complex else reals
     return flat.as_strided(param.param.shape, param.strides, flat.storage_offset())

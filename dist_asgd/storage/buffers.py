@@ -58,6 +58,9 @@ class ShardedParam(ABC):
 
     __slots__ = ("_bucket", "fragment", "index", "name", "param", "slot", "strides")
 
+    # Whether every rank has the parameter whole, and a fragment of its state by the layout of the bucket.
+    is_whole = False
+
     def __init__(
         self,
         param: Tensor,
@@ -201,6 +204,8 @@ class BucketParam(ShardedParam):
 
     __slots__ = ("_address", "_shape", "_view_strides")
 
+    is_whole = True
+
     def __init__(self, param: Tensor, name: str, index: int, bucket: Bucket, slot: Slot, rank: int) -> None:
         super().__init__(param, name, index, bucket, slot, bucket.layout.fragment(slot, rank), memory_strides(param))
         self._shape = param.shape
@@ -209,23 +214,19 @@ class BucketParam(ShardedParam):
         self._view_strides = param.stride()
         Owners.claim(param, bucket, name)
 
-    def bring_home(self) -> None:
-        """Copy the parameter's values into its slot, and make the slot its memory; called again if it was rebound."""
-        self._slot_view().copy_(self.param.detach())
-        self.return_home()
-
-    def return_home(self) -> None:
-        """Make the slot the parameter's memory, with the values that are there; those it has elsewhere are dropped."""
-        # Modules, hooks and autograd keep the parameter object; only its memory is another now. It has a storage of its
-        # own over the bucket, because savers take tensors of one storage for one tensor.
-        self.param.data = own_storage(self._slot_view())
-
-    def _slot_view(self) -> Tensor:
-        view = self.bucket.flat[self.slot.offset : self.slot.stop]
-        if self.param.is_complex():
+    def bring_home(self, keep_slot: bool = False) -> None:
+        """Make the slot the parameter's memory, and copy its values there or, with ``keep_slot``, take those there."""
+        param, slot = self.param, self.slot
+        view = self.bucket.flat[slot.offset : slot.stop]
+        if param.is_complex():
             view = torch.view_as_complex(view.view(-1, 2))
         # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
-        return view.as_strided(self.param.shape, self.strides)
+        view = view.as_strided(param.shape, self.strides)
+        if not keep_slot:
+            view.copy_(param.detach())
+        # Modules, hooks and autograd keep the parameter object; only its memory is another now. It has a storage of its
+        # own over the bucket, because savers take tensors of one storage for one tensor.
+        param.data = own_storage(view)
 
     @property
     def is_rebound(self) -> bool:
@@ -330,6 +331,13 @@ class StateBuffer:
             for member in self.members:
                 member.set_masters(member.param_range(member.fragment.start, member.fragment.stop).float())
 
+    def state_shards(self) -> dict[str, Tensor]:
+        """This rank's shard ``(shard_numel,)`` of each sharded state of whole parameters, by its key in state dicts.
+
+        ``ax`` is the live state, ``master`` a new float32 tensor.
+        """
+        return {"ax": self.average}
+
     def reduced_gradient(self) -> Tensor | None:
         """The reduced gradient ``(shard_numel,)`` if this optimizer reduced it (stage 2); None if ``p.grad`` has it."""
         return None
@@ -391,11 +399,7 @@ class Bucket(StateBuffer):
         return self.gradient
 
     def state_shards(self) -> dict[str, Tensor]:
-        """This rank's shard ``(shard_numel,)`` of each sharded state, by its key in state dicts.
-
-        ``ax`` is the live state, ``master`` a new float32 tensor.
-        """
-        shards = {"ax": self.average}
+        shards = super().state_shards()
         if self.master is not None:
             out = torch.empty_like(self.average, dtype=torch.float32)
             shards["master"] = masters.read(self.shard, self.master, out)

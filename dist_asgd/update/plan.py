@@ -14,6 +14,7 @@ from torch import Tensor
 from ..storage.buffers import ShardedParam, StateBuffer
 from . import cpu, rounding
 from .batch import Batch
+from .means import mean_batches
 from .operators import GradientRange, OperatorBatch, Tile, tile_numel
 from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 from .segments import KernelDtypes, Segment, SegmentGradients
@@ -93,6 +94,8 @@ def plan_batches(
 
     ``average_bytes`` is the size of all averages that this rank updates in a step, in all state buffers.
     """
+    if hyper.implementation in (Implementation.LERP, Implementation.MEAN):
+        return mean_batches(buffer, cohorts.by_index, active)
     if hyper.device is not None:
         return [_device_batch(buffer, cohorts, active, hyper)]
     if hyper.implementation is Implementation.FUSED:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from . import backend
 from .scalars import ScalarTable
+from .weights import AVERAGE_KEY, AverageSchedule
 
+TORCH_SCHEDULE = AverageSchedule()
 # The largest count that float32 reaches in steps of one.
 MAX_FLOAT32_COUNT = 1 << 24
 
@@ -34,11 +36,17 @@ class Implementation(Enum):
     FORLOOP  torch's for-loop form, in tiles of torch operators (reference.py)
     FOREACH  torch's foreach form, in tiles of torch operators (foreach.py)
     FUSED    the for-loop form, in one pass of a compiled kernel (kernel.c, cuda.py)
+
+    Of ``ShardedAverage``, which leaves parameters as they are, in the forms of torch.optim.swa_utils (means.py):
+    LERP     ``_foreach_lerp_``, as get_ema_multi_avg_fn and get_swa_multi_avg_fn call it
+    MEAN     the formulas of get_ema_avg_fn and get_swa_avg_fn
     """
 
     FORLOOP = 1
     FOREACH = 2
     FUSED = 3
+    LERP = 4
+    MEAN = 5
 
     @classmethod
     def of(cls, group: dict[str, Any], device_type: str | None) -> Implementation:
@@ -73,6 +81,7 @@ class StepHyperparameters:
     maximize: bool
     implementation: Implementation
     device: torch.device | None = None
+    average: AverageSchedule = TORCH_SCHEDULE
 
     @classmethod
     def of(
@@ -91,6 +100,7 @@ class StepHyperparameters:
             group["maximize"],
             implementation,
             device,
+            AverageSchedule(group[AVERAGE_KEY]) if AVERAGE_KEY in group else TORCH_SCHEDULE,
         )
 
 
@@ -205,6 +215,8 @@ class Cohort:
     def advance(self, hyper: StepHyperparameters) -> None:
         """After step t: ``step <- t``, ``eta <- lr / (1 + lambd * lr * t)^alpha``, ``mu <- 1 / max(1, t - t0)``.
 
+        Another rule of averaging has another ``mu``, see weights.py.
+
         As in torch, the for-loop form computes eta in double precision and the foreach form on 0-dim tensors: the two
         differ in about half of the steps by one unit in the last place.
         """
@@ -215,7 +227,7 @@ class Cohort:
         step = self.step.item()
         t: float | Tensor = self.step if hyper.implementation is Implementation.FOREACH else step
         _set(self.eta, hyper.lr / ((1 + hyper.lambd * hyper.lr * t) ** hyper.alpha))
-        _set(self.mu, 1 / max(1, step - hyper.t0))
+        _set(self.mu, hyper.average.next_mu(step, hyper.t0))
 
 
 def _set(scalar: Tensor, value: float | Tensor) -> None:
