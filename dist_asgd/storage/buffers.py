@@ -216,8 +216,7 @@ class BucketParam(ShardedParam):
 
     def bring_home(self, keep_slot: bool = False) -> None:
         """Make the slot the parameter's memory, and copy its values there or, with ``keep_slot``, take those there."""
-        param, slot = self.param, self.slot
-        view = self.bucket.flat[slot.offset : slot.stop]
+        param, view = self.param, self.bucket.flat[self.slot.offset : self.slot.stop]
         if param.is_complex():
             view = torch.view_as_complex(view.view(-1, 2))
         # The parameter keeps its strides (channels-last, for example), so that modules compute as before.

@@ -1,6 +1,6 @@
 """Trains a word-level language model with NT-ASGD, under torchrun or as `python launch/trainer/train_words.py`.
 
-    torchrun --standalone --nproc-per-node 2 launch/trainer/train_words.py --stage 2 --steps 1500
+    torchrun --standalone --nproc-per-node 2 launch/trainer/train_words.py --stage 2
 
 `word_options.py` has the command line, `lstm.py` the model, and `word_training.py` the training step.
 """

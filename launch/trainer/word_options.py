@@ -41,6 +41,9 @@ class WordOptions(RunOptions):
         int, option("Optimizer", "Latest evaluations that may stay above the lowest loss before.", minimum=1)
     ] = 5
 
+    steps: Annotated[int, option("Run", "Optimizer steps in all.", minimum=1)] = 1500
+    eval_every: Annotated[int, option("Run", "Steps between evaluations.", minimum=1)] = 25
+    log_every: Annotated[int, option("Run", "Steps between lines of metrics.", minimum=1)] = 5
     bptt: Annotated[int, option("Run", "Words of a window, about: its length is drawn anew each step.", minimum=2)] = 35
     batch: Annotated[int, option("Run", "Columns of text per rank.", minimum=1)] = 16
     out: Annotated[Path, option("Files", "Metrics, TensorBoard events, picture and summary.")] = Path("runs/words")

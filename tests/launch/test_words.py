@@ -247,14 +247,13 @@ def test_stages_agree_to_the_bit(finished: dict[int, tuple[Path, str]]) -> None:
     assert losses(finished[1][0]) == losses(finished[2][0])
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before the trigger", "after it"])
 def test_a_resumed_run_takes_the_same_decision(
-    finished: dict[int, tuple[Path, str]], train_words: Train, tmp_path: Path, before: bool
+    finished: dict[int, tuple[Path, str]], train_words: Train, tmp_path: Path
 ) -> None:
     """Bit for bit, with the hidden states, dropout and learning rates of the run that was not interrupted."""
     begins = triggered_at(finished[1][0])
-    step = (begins - 1) // 8 * 8 if before else -(-begins // 8) * 8
-    assert 0 < step < 40, "there is no such checkpoint"
+    step = (begins - 1) // 8 * 8
+    assert step > 0, "there is no checkpoint before the trigger"
     out = tmp_path / "out"
     shutil.copytree(finished[1][0], out, symlinks=True)
     kept = tmp_path / "kept"
@@ -263,7 +262,7 @@ def test_a_resumed_run_takes_the_same_decision(
     run_ = train_words("--stage", "1", "--out", str(out), "--resume-from", str(kept))
     assert run_.returncode == 0, run_.stdout
     assert f"resumed after step {step}" in run_.stdout
-    assert ("so averaging begins" in run_.stdout) == before
+    assert "so averaging begins" in run_.stdout
     assert losses(out) == losses(finished[1][0])
 
 
@@ -281,6 +280,6 @@ def test_a_run_goes_on_on_another_number_of_ranks(
 def test_another_model_is_refused(finished: dict[int, tuple[Path, str]], train_words: Train, tmp_path: Path) -> None:
     """With the options that differ."""
     kept = str(finished[1][0] / "checkpoint" / "step-00000032")
-    run_ = train_words("--out", str(tmp_path), "--resume-from", kept, "--hidden", "13", "--patience", "3")
+    run_ = train_words("--out", str(tmp_path), "--resume-from", kept, "--hidden", "13", "--patience", "3", ranks=1)
     assert run_.returncode != 0
     assert "--hidden is 13, was 12, --patience is 3, was 2" in run_.stdout
