@@ -40,8 +40,14 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
         ("amp", "checkpoint", "trigger"),
         "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline; when averaging begins",
     ),
-    (("console",), "how commands print: tables, JSON, errors and exit statuses"),
-    (("planning",), "bytes and traffic of each mode, before anything is built: plan()"),
+    (
+        ("arguments", "console"),
+        "the options that commands share; how commands print: tables, JSON, errors and exit statuses",
+    ),
+    (
+        ("average_command", "planning"),
+        "dist-asgd average; bytes and traffic of each mode, before anything is built: plan()",
+    ),
     (("__init__",), "the public names"),
     (("cli",), "the command line"),
     (("integrations",), "adapters for trainers, one module for each library"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, ShardedAverage
 from tests.harness.bits import assert_same_bits
 from tests.harness.meshes import dtensors, set_gradients, sharded, whole
 from tests.harness.models import odd_loss, odd_net
@@ -208,8 +208,8 @@ def copied(model: nn.Module) -> None:
 
 
 def into_one_chunk(model: nn.Module) -> None:
-    """Parameters get views of one buffer, as ``flatten_parameters()`` of ``nn.LSTM`` binds its weights for cuDNN."""
-    params = [p for p in model.parameters() if p.numel()]
+    """Contiguous parameters get views of one buffer, as ``flatten_parameters()`` binds weights for cuDNN."""
+    params = [p for p in model.parameters() if p.numel() and p.is_contiguous()]
     chunk = torch.cat([p.data.flatten() for p in params])
     for p, values_of_p in zip(params, chunk.split([p.numel() for p in params]), strict=True):
         p.data = values_of_p.view_as(p)
@@ -256,3 +256,33 @@ def test_parameters_that_are_rebound_inside_come_back(
     if move is local_tensors and world_size == 1:
         pytest.skip("FSDP2 has several ranks")
     run(backend, world_size, moves, move, stage, wide)
+
+
+def moves_beside(rank: int, _world_size: int, move: Any) -> None:
+    """Job: the same of a ``ShardedAverage``, whose parameters another optimizer trains."""
+    pair = []
+    for _ in range(2):
+        model = odd_net()
+        pair.append((model, torch.optim.SGD(model.parameters(), lr=0.1), ShardedAverage(model.named_parameters())))
+    for seed in range(4):
+        for model, optimizer, average in pair:
+            set_gradients(model, seed)
+            optimizer.step()
+            average.update()
+        model, _, average = pair[0]
+        before = values(model)
+        with average.averaged_parameters():
+            if rank != 1:
+                move(model)
+        assert_same_values(values(model), before, "afterwards")
+    with pair[0][2].averaged_parameters(), pair[1][2].averaged_parameters():
+        assert_same_values(values(pair[0][0]), values(pair[1][0]), "the averages at the end")
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+@pytest.mark.parametrize("move", [copied, into_one_chunk])
+def test_parameters_of_another_optimizer_that_are_rebound_inside_come_back(
+    backend: str, world_size: int, move: Any
+) -> None:
+    """They stay where they were moved, with the values from before."""
+    run(backend, world_size, moves_beside, move)

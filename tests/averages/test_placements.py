@@ -1,4 +1,4 @@
-"""``ShardedAverage`` on sharded and replicated parameters: the bits of torch's EMA of the whole model in each layout."""
+"""``ShardedAverage`` on sharded and replicated parameters: the bits of torch's EMA of the whole model in each one."""
 
 from pathlib import Path
 
