@@ -26,23 +26,26 @@ _BYTES_CAPTION = (
 class Facts:
     """What a reader has to know of a run to judge its losses."""
 
+    model: str  # its kind
     num_parameters: int
+    unit: str  # what losses are the mean over: "byte", say
     parallel: str  # the mode, with its options, for people
     num_ranks: int
     device: str
     steps: int  # that the run has in all
     lr: float
     schedule: str
-    first_average_step: int  # t0
+    first_average_step: int | None  # t0; None while nobody knows when averaging begins
 
     def model_text(self) -> str:
         """The model and the ranks, in a line."""
         ranks = f"{self.num_ranks} rank{'' if self.num_ranks == 1 else 's'}"
-        return f"byte transformer of {self.num_parameters:,} parameters, {self.parallel} on {ranks} ({self.device})"
+        return f"{self.model} of {self.num_parameters:,} parameters, {self.parallel} on {ranks} ({self.device})"
 
     def steps_text(self) -> str:
         """The steps and the optimizer, in a line."""
-        return f"{self.steps:,} steps, lr {self.lr:g} ({self.schedule}), t0 {self.first_average_step:,}"
+        t0 = "" if self.first_average_step is None else f", t0 {self.first_average_step:,}"
+        return f"{self.steps:,} steps, lr {self.lr:g} ({self.schedule}){t0}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out losses after `step` steps, in nats per byte.
+    """The held-out losses after `step` steps, in nats per unit.
 
     `average` is that of the average over `averaged_steps` iterates; None before averaging has begun.
     """
@@ -91,10 +94,12 @@ class Summary:
     stats_by_rank: list[Stats]  # what the optimizer has sent and waited for in this run
 
 
-def averaging_text(first_average_step: int, averaged_steps: int) -> str:
+def averaging_text(first_average_step: int | None, averaged_steps: int) -> str:
     """What has become of the average so far, as part of a sentence."""
     if averaged_steps:
         return f"the average holds {iterates_text(averaged_steps)}"
+    if first_average_step is None:
+        return "averaging has not begun"
     return f"averaging begins after step {first_average_step:,}"
 
 
@@ -133,7 +138,7 @@ def draw_losses(folder: Path, facts: Facts) -> Path | None:
     whole.set_yscale("log")
     whole.yaxis.set_minor_formatter("{x:.1f}")
     whole.yaxis.set_major_formatter("{x:.1f}")
-    whole.set_ylabel("loss, nats per byte")
+    whole.set_ylabel(f"loss, nats per {facts.unit}")
     whole.legend()
     _zoom(tail, lines, facts.first_average_step)
     file = folder / "losses.png"
@@ -141,19 +146,18 @@ def draw_losses(folder: Path, facts: Facts) -> Path | None:
     return file
 
 
-def _draw_curves(axes: "Axes", lines: list[dict[str, Any]], first_average_step: int) -> None:
+def _draw_curves(axes: "Axes", lines: list[dict[str, Any]], first_average_step: int | None) -> None:
     axes.plot(*_curve(lines, "held_out_last"), color="C0", marker=".", zorder=3, label="held out, last iterate")
     steps, losses = _curve(lines, "held_out_average")
-    has_begun = first_average_step < lines[-1]["step"]
     axes.plot(steps, losses, color="C3", marker=".", zorder=3, label="held out, average" if steps else None)
-    if has_begun:
+    if first_average_step is not None and first_average_step < lines[-1]["step"]:
         label = f"t0 = {first_average_step:,}: averaging begins"
         axes.axvline(first_average_step, color="0.4", linestyle=":", linewidth=1, label=label)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3, which="both")
 
 
-def _zoom(axes: "Axes", lines: list[dict[str, Any]], first_average_step: int) -> None:
+def _zoom(axes: "Axes", lines: list[dict[str, Any]], first_average_step: int | None) -> None:
     """Show the tail of the held-out losses, with their values at the end."""
     last_step = lines[-1]["step"]
     curves = {"last iterate": _curve(lines, "held_out_last"), "average": _curve(lines, "held_out_average")}
@@ -161,7 +165,8 @@ def _zoom(axes: "Axes", lines: list[dict[str, Any]], first_average_step: int) ->
     if not evaluated:
         axes.set_visible(False)
         return
-    begin = first_average_step if last_step / 2 < first_average_step < last_step else last_step / 2
+    t0 = last_step if first_average_step is None else first_average_step
+    begin = t0 if last_step / 2 < t0 < last_step else last_step / 2
     begin = min(begin, evaluated[-2:][0])
     shown = [
         loss for steps, losses in curves.values() for step, loss in zip(steps, losses, strict=True) if step >= begin
@@ -220,8 +225,8 @@ def _outcome_table(summary: Summary) -> Table:
     evaluation = summary.evaluation
     table = Table(title=f"after step {summary.step:,}", title_justify="left")
     table.add_column("")
-    table.add_column("nats per byte", justify="right")
-    table.add_column("bits per byte", justify="right")
+    table.add_column(f"nats per {summary.facts.unit}", justify="right")
+    table.add_column(f"bits per {summary.facts.unit}", justify="right")
     table.add_row("training, latest batch", *_loss_cells(summary.train_loss))
     at_step = "" if evaluation is None else f" at step {evaluation.step:,}"
     table.add_row(f"held out{at_step}, last iterate", *_loss_cells(None if evaluation is None else evaluation.last))
@@ -233,7 +238,7 @@ def _outcome_table(summary: Summary) -> Table:
     table.add_section()
     if summary.averaged_steps:
         table.add_row("iterates in the average", f"{summary.averaged_steps:,}", "")
-    else:
+    elif summary.facts.first_average_step is not None:
         table.add_row("averaging begins after step (t0)", f"{summary.facts.first_average_step:,}", "")
     table.add_row("tokens per second, all ranks", f"{summary.tokens_per_second:,.0f}", "")
     return table

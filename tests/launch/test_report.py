@@ -26,7 +26,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def facts_of(report: ModuleType) -> Any:
     """A run of 100 steps on two ranks."""
-    return report.Facts(186_944, "zero2", 2, "cpu", 100, 2.0, "constant", 60)
+    return report.Facts("byte transformer", 186_944, "byte", "zero2", 2, "cpu", 100, 2.0, "constant", 60)
 
 
 def drawn(report: ModuleType, folder: Path, lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Figure:
