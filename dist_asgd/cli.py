@@ -152,6 +152,12 @@ def _print_summary(summary: Summary) -> None:
             shown = ", ".join(f"{e.name} {_shape(e.shape)} {e.dtype}" if e.dtype else e.name for e in entries[:20])
             more = f", and {len(entries) - 20} more" if len(entries) > 20 else ""
             typer.echo(encodable(plain(f"{title}: {shown}{more}")))
+    for average in summary.averages:
+        typer.echo(
+            encodable(plain(f"average {average}, {average.num_parameters} parameters, {decimal(average.bytes)}"))
+        )
+    if summary.optimizer:
+        typer.echo(encodable(plain(f"optimizer: {summary.optimizer}")))
     if summary.other_keys:
         typer.echo(encodable(plain(f"other keys: {summary.other_keys}")))
     typer.echo(
@@ -209,12 +215,13 @@ def consolidate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write model and optimizer state to one file, for use in one process.
+    """Write model, optimizer state and averages to one file, for use in one process.
 
     **OUT.pt** is for `torch.load(OUT)`: a dict with `model`, for `load_state_dict` of the module, and `optim`, for
-    `load_state_dict` of `torch.optim.ASGD` or `ShardedASGD`. Writing it needs as much memory as the file holds. If the
-    checkpoint does not record parameter groups, parameters with equal hyperparameters make one group, in the
-    optimizer's order, and are named in `param_names`.
+    `load_state_dict` of `torch.optim.ASGD` or `ShardedASGD`, or of the class that was saved. If averages were saved
+    beside the optimizer, `averages` has them by name, for `load_state_dict` of a `ShardedAverage`. Writing it needs as
+    much memory as the file holds. If the checkpoint does not record parameter groups, parameters with equal
+    hyperparameters make one group, in the optimizer's order, and are named in `param_names`.
 
     **OUT.safetensors** has the same tensors under the checkpoint's keys (`model.…`, `optim.state.….ax`), written one at
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
@@ -232,6 +239,15 @@ def export(
     directory: Directory,
     out: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)],
     last: Annotated[bool, typer.Option("--last", help="Export the last iterate instead of the average.")] = False,
+    average: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Which average, if DIR has several: one that was saved beside the optimizer, or 'optim' for that of "
+            "the optimizer itself.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Convert the optimizer's parameters. Default: each keeps its own dtype.", show_default=False),
@@ -258,6 +274,8 @@ def export(
     """
     with reported():
         contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
+        if not last or average is not None:
+            contents = convert.with_average(contents, average)
         plan = convert.plan_export(
             contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
         )
