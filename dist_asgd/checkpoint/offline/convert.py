@@ -58,9 +58,11 @@ def with_average(contents: CheckpointContents, name: str | None) -> CheckpointCo
         name = known[0] if known else OPTIM
     elif name not in known:
         what = "has several averages, and export writes one" if name is None else f"has no average {name!r}"
+        listed = ", ".join(
+            f"{known_name} (the optimizer's)" if known_name == OPTIM else known_name for known_name in known
+        )
         raise ValueError(
-            f"dist_asgd: {contents.opened.path} {what}. Pass one of its own with --average: "
-            f"{', '.join(known) or 'it has none'} ({OPTIM!r} is that of the optimizer)."
+            f"dist_asgd: {contents.opened.path} {what}. Pass --average with one of: {listed or '(it has none)'}."
         )
     return contents if name == OPTIM else contents.average(name)
 
