@@ -26,7 +26,15 @@ from .storage.snapshots import NO_GRADIENTS
 from .update.batch import StepContext, run_batches
 from .update.schedule import Implementation, StepHyperparameters
 from .update.segments import UNSCALED
-from .update.weights import AVERAGE_KEY, AverageRule, ExponentialMean, UniformMean, as_rule, with_every
+from .update.weights import (
+    AVERAGE_KEY,
+    ONLY_AVERAGE_KEY,
+    AverageRule,
+    ExponentialMean,
+    UniformMean,
+    as_rule,
+    with_every,
+)
 from .validation import check_options, params_of
 
 if TYPE_CHECKING:
@@ -109,6 +117,7 @@ class ShardedAverage(ShardedState):
         # An ASGD that moves nothing: its state is what checkpoints, exports and commands know.
         defaults: dict[str, Any] = {"lr": 0.0, "lambd": 0.0, "alpha": 0.0, "t0": 0.0, "weight_decay": 0.0}
         defaults |= {"foreach": foreach, "maximize": False, "differentiable": False, "capturable": False}
+        defaults[ONLY_AVERAGE_KEY] = True
         model = named_params if isinstance(named_params, nn.Module) else None
         params: Any = list(named_params.named_parameters() if isinstance(named_params, nn.Module) else named_params)
 

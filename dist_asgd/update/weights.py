@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 # The key in ``param_groups``. Groups without it average as torch.optim.ASGD does.
 AVERAGE_KEY = "average"
+# The key in ``param_groups`` of a ``ShardedAverage``, where it is True: what has it trains nothing.
+ONLY_AVERAGE_KEY = "only_average"
 # The largest number below 1 that float32 has.
 BELOW_ONE = 1 - 2.0**-24
 
@@ -168,9 +170,7 @@ def rule_of(options: Any, own: AverageRule | None) -> AverageRule:
         ValueError: they describe none, or a function, and the constructor got no function.
     """
     if not isinstance(options, Mapping) or not isinstance(options.get("rule"), str):
-        raise ValueError(
-            f"dist_asgd: {AVERAGE_KEY} of a group must be the options of a rule of averaging: {options!r}."
-        )
+        raise ValueError(f"dist_asgd: {AVERAGE_KEY} of a group must be the options of a rule, got {options!r}.")
     values = {key: value for key, value in options.items() if key != "rule"}
     if options["rule"] == CustomMean.name:
         if not isinstance(own, CustomMean):
