@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..averaging import Averages
 from ..comm import Communicator
 from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
@@ -83,6 +84,7 @@ def state_to_save(
         if is_lazy(buffer):
             savable_tensor(buffer, f"{MODEL}.{name}")
     params = params_of(optimizer.param_groups)
+    Averages.refuse_swapped("saving a checkpoint", params)
     live, source_of = traced(model, params, keep_vars=True)
     names = names_of(model, optimizer, live)
     # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..averaging import Averages
 from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
@@ -150,6 +151,7 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
         raise optimizer.averages.refusal("export_averaged()")
     shards = optimizer.shards
     params = [member.param for member in shards.members]
+    Averages.refuse_swapped("export_averaged()", params)
     fsdp1.refuse("export_averaged()", params, fsdp1.SAVE_AVERAGES)
     shards.check_unchanged(optimizer.state)
     if dtype is not None and not dtype.is_floating_point:

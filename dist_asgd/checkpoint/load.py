@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
+from ..averaging import Averages as InPlace
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
 from ..labels import Label, labelled
@@ -26,6 +27,7 @@ from ..sharded_average import ShardedAverage
 from ..sharded_state import ShardedState
 from ..state import MASTER_KEY
 from ..state_dict.sharded import AVERAGE
+from ..validation import params_of
 from .apply import apply
 from .averages import Averages
 from .containers import Containers
@@ -186,7 +188,9 @@ def _open_together(
         identity = identity_of(path, verify=verify)
         entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", identity)]
         entries.append(("prefix", repr(prefix)))
-        fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
+        fingerprint = Fingerprint(
+            "checkpoints to load", entries, "Load the same checkpoint, with the same averages, on every rank."
+        )
     except Exception as error:
         problem = error
     saver.agree(call, fingerprint, problem)
@@ -210,6 +214,7 @@ def _read_state(
 ) -> CheckpointState:
     """Read all that this rank needs; changes nothing."""
     refuse(optimizer)
+    InPlace.refuse_swapped("loading a checkpoint", params_of(optimizer.param_groups))
     mismatch = KeyMismatch()
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)

@@ -88,19 +88,22 @@ def entries_of(optimizer: Optimizer, saved: Mapping[str, Any], names: Names, ran
         entries[own_entries.OBJECTS] = own.objects
     name = class_of(optimizer)
     entry_of = [saved["state"].get(index, {}) for index in range(len(first_names))]
-    if name != ASGD and not rank and not any(AVERAGE in entry for entry in entry_of):
+    is_asgd = name == ASGD or any(AVERAGE in entry for entry in entry_of)
+    if not is_asgd and not rank:
         entries[CLASS] = name
     for index, (param_name, entry) in enumerate(zip(first_names, entry_of, strict=True)):
         kept = {key: entry[key] for key in (*SCALARS, AVERAGE, MASTER_KEY) if AVERAGE in entry and key in entry}
         for key, value in (kept | own.of_params.get(index, {})).items():
             if not rank or is_own(value, replica):
                 entries[f"{STATE}.{param_name}.{key}"] = value
+    # torch's readers ask for every option that their optimizer has: torch.optim.ASGD has no ``fused``, and AdamW has.
+    not_saved = NOT_SAVED if is_asgd else ("params",)
     for group in () if rank else saved["param_groups"]:
         # NotGatherable is written as the False that it stands for.
         options = {
             key: False if isinstance(value, NotGatherable) else value
             for key, value in group.items()
-            if key not in NOT_SAVED
+            if key not in not_saved
         }
         for key in options:
             if not isinstance(key, str) or not key or "." in key:

@@ -196,7 +196,9 @@ class Saver:
                 with label(Label.SAVE_COPY):
                     state = state._replace(sections=self._staging.copy(state.sections))
             entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]
-            fingerprint = Fingerprint("checkpoints to save", entries, "Pass the same path and step on every rank.")
+            fingerprint = Fingerprint(
+                "checkpoints to save", entries, "Pass the same path, step and averages on every rank."
+            )
         except Exception as error:
             problem = error
         self.agree(call, fingerprint, problem)

@@ -14,7 +14,7 @@ STATE, GROUPS = "state", "param_groups"
 # The class of an optimizer that is no ASGD, by which a load into another one is refused.
 CLASS = "class"
 SCALARS = ("step", "eta", "mu")
-# Keys of groups that say how a process runs, or which parameters there are.
+# Keys of groups that say how a process runs, or which parameters there are: no load takes them, and no ASGD has them.
 NOT_SAVED = ("params", "fused")
 
 
