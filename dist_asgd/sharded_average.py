@@ -35,12 +35,10 @@ from .update.weights import (
     as_rule,
     with_every,
 )
-from .validation import check_options, params_of
+from .validation import check_options
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-NamedParams = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class ShardedAverage(ShardedState):
@@ -93,7 +91,7 @@ class ShardedAverage(ShardedState):
 
     def __init__(
         self,
-        named_params: NamedParams,
+        named_params: torch.nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         decay: float | None = None,
         start: float = 0,
@@ -153,7 +151,7 @@ class ShardedAverage(ShardedState):
             RuntimeError: parameters were replaced or converted, or are averages now. On this rank only.
         """
         self.adopt_params()
-        self.averages.refuse_swapped("update()", params_of(self.param_groups))
+        self.averages.refuse_swapped("update()", (param for group in self.param_groups for param in group["params"]))
         problem = self._problem()
         if problem is not None:
             raise problem
@@ -173,8 +171,7 @@ class ShardedAverage(ShardedState):
 
     def _num_updates(self) -> int:
         """How many updates were made, of the parameter that has seen most; ranks compare it in collective calls."""
-        cohorts = {id(cohort): cohort for cohort in self.shards.cohort_of.values()} if self._constructed else {}
-        return max((int(cohort.step.item()) for cohort in cohorts.values()), default=0)
+        return int(self.shards.cohorts.num_steps()) if self._constructed else 0
 
     def adopt_params(self) -> None:
         """Take parameters and ``param_groups`` as they are now; as ``ShardedASGD`` does. Collective if they differ."""

@@ -277,6 +277,10 @@ class Cohorts:
     def _tables_follow(self, cohort: Cohort) -> bool:
         return self._tables[self._group_of[min(cohort.indices)]].follow(cohort)
 
+    def num_steps(self) -> float:
+        """The steps of the cohort that has taken most; waits for the device if its scalars are on one."""
+        return max((cohort.step.item() for cohorts in self._groups for cohort in cohorts), default=0.0)
+
     def add_group(self, lr: float | Tensor, num_params: int) -> None:
         """Append a group of ``num_params`` parameters, which share a cohort that has not stepped."""
         group_index, first = len(self._groups), len(self._group_of)
@@ -337,6 +341,7 @@ class Cohorts:
                     yield stepping
             for cohort in self._groups[group_index]:
                 if not cohort.indices.isdisjoint(active):
+                    hyper.average.check(cohort.step, hyper.t0)
                     if (hyper.device is not None) != (cohort.row is not None):
                         self._move(cohort, group_index, hyper.device)
                         yield cohort.indices

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 # The key in ``param_groups``. Groups without it average as torch.optim.ASGD does.
 AVERAGE_KEY = "average"
 # The key in ``param_groups`` of a ``ShardedAverage``, where it is True: what has it trains nothing.
@@ -50,6 +52,7 @@ class UniformMean(AverageRule):
     name: ClassVar[str] = "uniform"
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return 1 / n
 
 
@@ -77,6 +80,7 @@ class ExponentialMean(AverageRule):
         return min(self.decay, n / (self.warmup + n)) if self.warmup else self.decay
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return 1 - self.decay_of(n)
 
 
@@ -96,6 +100,7 @@ class HalfLife(AverageRule):
         _check_between("iterates", self.iterates, math.inf)
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return max(1 / n, -math.expm1(-math.log(2) / self.iterates))
 
 
@@ -116,6 +121,7 @@ class PowerMean(AverageRule):
             raise ValueError(f"dist_asgd: gamma must be a number >= 0, got {self.gamma!r}.")
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return -math.expm1((self.gamma + 1) * math.log1p(-1 / n))
 
 
@@ -220,6 +226,15 @@ class AverageSchedule:
         # Also as float32 it stays below 1, which says that there is no average yet.
         number = self.num_iterates(step, t0) + 1
         return min(self.rule.weight(number), BELOW_ONE) if self.counts(step + 1, t0) else 0.0
+
+    def check(self, step: Tensor, t0: float) -> None:
+        """Call a function of the user's for the weights of the step after ``step``, 0-dim, and of the next one.
+
+        It may raise, and does so before anything is written.
+        """
+        if isinstance(self.rule, CustomMean):
+            for number in (step.item(), step.item() + 1):
+                self.next_mu(number, t0)
 
     def counts(self, step: float, t0: float) -> bool:
         """Whether the iterate of ``step`` = 1, 2, ... enters the average."""
