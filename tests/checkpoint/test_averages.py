@@ -35,8 +35,10 @@ from dist_asgd.cli import app
 from dist_asgd.update.weights import AverageSchedule
 from tests.checkpoint.test_any_optimizer import placed, whole
 from tests.harness.bits import assert_same_bits
+from tests.harness.meshes import hybrid_mesh
 from tests.harness.models import mlp
 from tests.harness.ranks import run, run_errors
+from tests.harness.topologies import build
 
 RULES: dict[str, tuple[AverageRule, int]] = {
     "ema": (ExponentialMean(0.75), 0),
@@ -46,12 +48,19 @@ RULES: dict[str, tuple[AverageRule, int]] = {
 
 
 class Life:
-    """A model, AdamW (or another optimizer) and averages of it, plain on every rank or on FSDP2. Collective."""
+    """A model, AdamW (or another optimizer) and averages of it, on ``kind`` of parameters. Collective.
+
+    They are ``plain`` on every rank, ``hybrid`` (plain, and two replicas of the averages' shards), or DTensors of
+    ``fsdp2``, ``hsdp`` or tensor parallelism (``tp``); ``stage2`` has a ShardedASGD.
+    """
 
     def __init__(self, kind: str, seed: int = 0, rules: Any = RULES) -> None:
         self.model: nn.Module = mlp(width=8, depth=1, seed=seed)
         if kind == "fsdp2":
             fully_shard(self.model)
+        elif kind in ("hsdp", "tp"):
+            self.model = build(kind, seed=seed).model
+            del self.model.seen
         if kind == "stage2":
             self.optimizer: torch.optim.Optimizer = ShardedASGD(
                 self.model.named_parameters(), lr=0.02, t0=2, stage=2, bucket_cap_mb=0.001
@@ -59,7 +68,13 @@ class Life:
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02)
         self.averages = {
-            name: ShardedAverage(self.model.named_parameters(), weight=rule, start=start, bucket_cap_mb=0.001)
+            name: ShardedAverage(
+                self.model.named_parameters(),
+                weight=rule,
+                start=start,
+                bucket_cap_mb=0.001,
+                mesh=hybrid_mesh((2, 2)) if kind == "hybrid" else None,
+            )
             for name, (rule, start) in rules.items()
         }
 
@@ -102,13 +117,17 @@ History = list[tuple[str, int, list[tuple[str, int]]]]
 """Lives, each on a kind of parameters and a number of ranks, with actions and their numbers."""
 
 
+PLACES = [("plain", 1), ("plain", 3), ("hybrid", 4), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2)]
+
+
 def history_of(seed: int) -> History:
     """Three lives; each but the last ends with a save, and the next one loads it."""
     draw = random.Random(seed)
     lives: History = []
     number = 0
-    for _ in range(3):
-        kind, ranks = draw.choice([("plain", 1), ("plain", 2), ("plain", 4), ("fsdp2", 2), ("fsdp2", 3)])
+    for life in range(3):
+        # Over the seeds, every place is the first, the second and the third.
+        kind, ranks = PLACES[(seed * (life + 1) + 2 * life) % len(PLACES)]
         actions = []
         for _ in range(draw.randint(3, 8)):
             number += 1
@@ -202,13 +221,16 @@ def oracle(history: History) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(len(PLACES)))
 def test_random_histories(seed: int, tmp_path: Path) -> None:
     """Steps with and without updates, swaps, exceptions on one rank and all, saves, loads on other layouts."""
     history = history_of(seed)
     found: list[Any] = []
     for number, (kind, ranks, actions) in enumerate(history):
         found = run("none" if ranks == 1 else "gloo", ranks, lives, kind, actions, str(tmp_path), number)
+        if kind == "hybrid":
+            # The second replica, ranks 2 and 3, has nothing to write.
+            assert {path.name[:3] for path in (tmp_path / str(number)).glob("*.distcp")} == {"__0", "__1"}
     expected = oracle(history)
     for each in found:
         assert_same(each, expected)
