@@ -37,8 +37,14 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("sharded_state",), "what ShardedASGD and ShardedAverage have in common: shards, averages in place, state dicts"),
     (("optimizer", "sharded_average"), "ShardedASGD; ShardedAverage, the average alone beside any optimizer"),
     (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
-    (("console",), "how commands print: tables, JSON, errors and exit statuses"),
-    (("planning",), "bytes and traffic of each mode, before anything is built: plan()"),
+    (
+        ("arguments", "console"),
+        "the options that commands share; how commands print: tables, JSON, errors and exit statuses",
+    ),
+    (
+        ("average_command", "planning"),
+        "dist-asgd average; bytes and traffic of each mode, before anything is built: plan()",
+    ),
     (("__init__",), "the public names"),
     (("cli",), "the command line"),
     (("integrations",), "adapters for trainers, one module for each library"),
