@@ -71,7 +71,8 @@ class _Run:
         if not contents.is_asgd or not contents.state:
             raise CheckpointError(
                 f"dist_asgd: {contents.opened.path} has no averages: there is no state of ASGD under "
-                f"'{contents.state_prefix}...'. The mean of the iterates between two checkpoints follows from their averages only."
+                f"'{contents.state_prefix}...'. The mean of the iterates between two checkpoints follows from their "
+                f"averages only."
             )
         self._contents = contents
         self.path = contents.opened.path
