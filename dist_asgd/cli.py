@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from .arguments import (
     GIGABYTE,
     AsJson,
+    AverageName,
     ExportDtype,
     Force,
     MaxShardGb,
@@ -221,15 +222,7 @@ def export(
     directory: Directory,
     out: OutSafetensors,
     last: Annotated[bool, typer.Option("--last", help="Export the last iterate instead of the average.")] = False,
-    average: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Which average, if DIR has several: one that was saved beside the optimizer, or 'optim' for that of "
-            "the optimizer itself.",
-            show_default=False,
-        ),
-    ] = None,
+    name: AverageName = None,
     dtype: ExportDtype = None,
     max_shard_gb: MaxShardGb = DEFAULT_MAX_BYTES / GIGABYTE,
     ties_by_value: TiesByValue = True,
@@ -248,8 +241,8 @@ def export(
     """
     with reported():
         contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
-        if not last or average is not None:
-            contents = convert.with_average(contents, average)
+        if not last or name is not None:
+            contents = convert.with_average(contents, name)
         plan = convert.plan_export(contents, last, torch_dtype(dtype), ties_by_value=ties_by_value)
         total = sum(weight.spec.bytes for weight in plan.values())
         with progress_bar("exporting", total) as progress:

@@ -479,6 +479,40 @@ def test_from_training_on_fsdp2_to_a_plain_model(tmp_path: Path) -> None:
     assert (entry["name"], entry["updates"], entry["iterates"]) == ("ema", 5, 5)
 
 
+def test_averages_over_checkpoints_are_of_the_one_that_is_named(tmp_path: Path) -> None:
+    """``dist-asgd average`` and ``--between`` take the averages beside an optimizer as they take its own."""
+    life = Life("plain")
+    iterates: list[dict[str, Tensor]] = []
+    tails: list[dict[str, Tensor]] = []
+    for number in range(1, 11):
+        life.step(number)
+        life.update()
+        iterates.append({name: p.detach().double().clone() for name, p in life.model.named_parameters()})
+        if number in (6, 10):
+            path = tmp_path / str(number)
+            save_checkpoint(path, life.model, life.optimizer, step=number, averages=life.averages)
+            with life.averages["tail"].averaged_parameters():
+                tails.append({name: p.detach().double().clone() for name, p in life.model.named_parameters()})
+    command = CliRunner()
+    out = str(tmp_path / "out.safetensors")
+    paths = [str(tmp_path / "6"), str(tmp_path / "10")]
+    result = command.invoke(app, ["average", *paths, out])
+    assert result.exit_code == 1
+    assert "has several averages" in result.output
+    mean = {name: (tails[0][name] + tails[1][name]) / 2 for name in tails[0]}
+    between = {name: sum((each[name] for each in iterates[6:]), torch.zeros(())) / 4 for name in mean}
+    last = {name: (iterates[5][name] + iterates[9][name]) / 2 for name in mean}
+    for arguments, expected in (
+        (["--average", "tail"], mean),
+        (["--average", "tail", "--between"], between),
+        (["--last"], last),
+    ):
+        result = command.invoke(app, ["average", *paths, out, "--force", *arguments])
+        assert result.exit_code == 0, result.output
+        for name, value in load_file(out).items():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_commands_ask_which_average(tmp_path: Path) -> None:
     """If there are several; of a ShardedASGD its own is one. ``diff`` and ``consolidate`` have all of them."""
     life = Life("stage2")

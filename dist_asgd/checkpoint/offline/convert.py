@@ -64,7 +64,8 @@ def with_average(contents: CheckpointContents, name: str | None) -> CheckpointCo
             f"{known_name} (the optimizer's)" if known_name == OPTIM else known_name for known_name in known
         )
         raise ValueError(
-            f"dist_asgd: {contents.opened.path} {what}. Pass --average with one of: {listed or '(it has none)'}."
+            f"dist_asgd: {contents.opened.path} {what}. Pass --average (average=) with one of: "
+            f"{listed or '(it has none)'}."
         )
     return contents if name == OPTIM else contents.average(name)
 
