@@ -36,7 +36,10 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     ),
     (("sharded_state",), "what ShardedASGD and ShardedAverage have in common: shards, averages in place, state dicts"),
     (("optimizer", "sharded_average"), "ShardedASGD; ShardedAverage, the average alone beside any optimizer"),
-    (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
+    (
+        ("amp", "checkpoint", "trigger"),
+        "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline; when averaging begins",
+    ),
     (
         ("arguments", "console"),
         "the options that commands share; how commands print: tables, JSON, errors and exit statuses",
