@@ -52,6 +52,10 @@ def print_summary(summary: Summary) -> None:
         if entries:
             more = f", and {len(entries) - _MAX_ENTRIES} more" if len(entries) > _MAX_ENTRIES else ""
             _print(f"{title}: {', '.join(map(_entry, entries[:_MAX_ENTRIES]))}{more}")
+    for entry in summary.averages:
+        _print(f"average {entry}, {entry.num_parameters} parameters, {decimal(entry.bytes)}")
+    if summary.optimizer:
+        _print(f"optimizer: {summary.optimizer}")
     if summary.other_keys:
         _print(f"other keys: {summary.other_keys}")
     _print(

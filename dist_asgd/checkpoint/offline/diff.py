@@ -19,10 +19,14 @@ from torch import Tensor
 
 from ...state import MASTER_KEY
 from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
+from ..sections import AVERAGES, OPTIM, SCALARS
+from ..sections import GROUPS as GROUPS_WORD
+from ..sections import STATE as STATE_WORD
 from ..values import same_bits, same_values
-from .contents import GROUPS, MODEL, SCALARS, STATE, CheckpointContents, Progress, TensorEntry, no_progress
+from .contents import MODEL, CheckpointContents, Progress, TensorEntry, no_progress
 
 _EXTRA = "extra."
+_STATE, _GROUPS = f"{OPTIM}.{STATE_WORD}.", f"{OPTIM}.{GROUPS_WORD}."
 # Options that hold parameters' names.
 _NAMES = ("param_names", "params")
 # How many places of two values are listed at which they differ.
@@ -43,6 +47,7 @@ class Kind(StrEnum):
     MASTERS = "masters"
     SCALARS = "scalars"
     HYPERPARAMETERS = "hyperparameters"
+    BESIDE = "averages beside the optimizer"
     BUFFERS = "other entries of the model"
     EXTRA = "extra"
     OTHERS = "other entries"
@@ -74,7 +79,7 @@ class Comparison:
     def __init__(self, a: CheckpointContents, b: CheckpointContents) -> None:
         self._a, self._b = a, b
         self._key_in_a, self._key_in_b = _by_plain_key(a), _by_plain_key(b)
-        self._params = {_name_of(key)[0] for key in self._keys() if key.startswith((STATE, GROUPS))}
+        self._params = {_name_of(key)[0] for key in self._keys() if key.startswith((_STATE, _GROUPS))}
         self.num_keys = Counter(map(self._kind_of, self._keys()))
 
     def _keys(self) -> list[str]:
@@ -114,11 +119,13 @@ class Comparison:
         name, entry = _name_of(key)
         if key.startswith(MODEL):
             return Kind.PARAMETERS if name in self._params else Kind.BUFFERS
-        if key.startswith(STATE):
+        if key.startswith(_STATE):
             of_state = {"ax": Kind.AVERAGES, MASTER_KEY: Kind.MASTERS, **dict.fromkeys(SCALARS, Kind.SCALARS)}
             return of_state.get(entry, Kind.OTHERS)
-        if key.startswith(GROUPS):
+        if key.startswith(_GROUPS):
             return Kind.HYPERPARAMETERS
+        if key.startswith(f"{AVERAGES}."):
+            return Kind.BESIDE
         return Kind.EXTRA if key.startswith(_EXTRA) else Kind.OTHERS
 
     def _difference(self, key: str, description: str, kind: Kind | None = None, **numbers: Any) -> Difference:
@@ -166,7 +173,7 @@ def _by_plain_key(contents: CheckpointContents) -> dict[str, str]:
 
 def _name_of(key: str) -> tuple[str, str]:
     """The parameter or the entry that a key is of, and the last word if the key has more than that."""
-    for prefix in (STATE, GROUPS):
+    for prefix in (_STATE, _GROUPS):
         if key.startswith(prefix):
             name, _, entry = key.removeprefix(prefix).rpartition(".")
             return name, entry
