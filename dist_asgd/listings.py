@@ -76,6 +76,8 @@ def _print_parameters(parameters: Sequence[ParameterEntry]) -> None:
             columns.append(column)
     if shared:
         _print(f"all: {', '.join(shared)}")
+    if not parameters:
+        return
     rows = [[p.name, *(cell(p) for _, _, cell, _ in columns)] for p in parameters]
     right = [index for index, column in enumerate(columns, 1) if column[1]]
     print_table(("parameter", *(column[0] for column in columns)), rows, right=right)
@@ -166,7 +168,8 @@ def _print_kind(kind: Kind, differences: Sequence[Difference]) -> None:
             _print(f"  {difference.key}")
     else:
         for difference in differences:
-            _print(f"  {difference.key}: {difference.description}")
+            relative = "" if difference.relative is None else f", relative {_short(difference.relative)}"
+            _print(f"  {difference.key}: {difference.description}{relative}")
 
 
 def _order(value: float | None) -> float:

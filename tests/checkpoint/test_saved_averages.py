@@ -472,7 +472,7 @@ def test_from_training_on_fsdp2_to_a_plain_model(tmp_path: Path) -> None:
         model.load_state_dict(load_file(tmp_path / f"{file}.safetensors"))
         assert_same({name: value.detach() for name, value in model.state_dict().items()}, expected)
     assert command.invoke(app, ["verify", str(path)]).exit_code == 0
-    shown = command.invoke(app, ["inspect", str(path)]).output
+    shown = " ".join(command.invoke(app, ["inspect", str(path)]).output.split())
     assert "average ema: exponential (decay 0.8, warmup 0.0), 5 updates, average of 5 iterates, 4 parameters" in shown
     assert "optimizer: AdamW" in shown
     (entry,) = json.loads(command.invoke(app, ["inspect", str(path), "--json"]).output)["averages"]

@@ -148,7 +148,7 @@ class Comparison:
         largest = float(gap.nan_to_num(0.0, float("inf"), float("inf")).max())
         if not different:
             description = "equal but for the sign of zeros or NaN payloads"
-        elif self._kind_of(key) is Kind.SCALARS:
+        elif first.numel() == 1 and not first.is_complex():
             description = f"{first.item():.9g} and {second.item():.9g}"
         else:
             description = f"{different} of {first.numel()} elements"
