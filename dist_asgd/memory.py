@@ -37,10 +37,14 @@ class MemoryReport:
     full_gradient_bytes: int
 
 
-def report(state_buffers: Sequence[StateBuffer], in_flight_bytes: int) -> MemoryReport:
-    """Add up the bytes of all state buffers of an optimizer and of their members. Not collective."""
+def report(state_buffers: Sequence[StateBuffer], in_flight_bytes: int, has_gradients: bool = True) -> MemoryReport:
+    """Add up the bytes of all state buffers of an optimizer and of their members. Not collective.
+
+    Without ``has_gradients``, gradients are those of another optimizer, and do not count.
+    """
     members: list[ShardedParam] = [member for buffer in state_buffers for member in buffer.members]
-    param_gradients = sum(member.gradient.nbytes for member in members if member.gradient is not None)
+    trained = [member for member in members if has_gradients and member.param.requires_grad]
+    param_gradients = has_gradients * sum(member.gradient.nbytes for member in members if member.gradient is not None)
     reduced = [buffer.reduced_gradient() for buffer in state_buffers]
     # A presharded parameter that no other rank needs lies in no flat storage.
     flat = [buffer for buffer in state_buffers if buffer.flat is not None]
@@ -53,5 +57,5 @@ def report(state_buffers: Sequence[StateBuffer], in_flight_bytes: int) -> Memory
         gradient_bytes=param_gradients + sum(gradient.nbytes for gradient in reduced if gradient is not None),
         in_flight_bytes=in_flight_bytes,
         full_state_bytes=sum(member.param.nbytes for member in members),
-        full_gradient_bytes=sum(member.param.nbytes for member in members if member.param.requires_grad),
+        full_gradient_bytes=sum(member.param.nbytes for member in trained),
     )

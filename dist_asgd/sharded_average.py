@@ -24,13 +24,19 @@ from .storage.snapshots import NO_GRADIENTS
 from .update.batch import StepContext, run_batches
 from .update.schedule import Implementation, StepHyperparameters
 from .update.segments import UNSCALED
-from .update.weights import AVERAGE_KEY, AverageRule, ExponentialMean, UniformMean, as_rule, with_every
-from .validation import check_options, params_of
+from .update.weights import (
+    AVERAGE_KEY,
+    ONLY_AVERAGE_KEY,
+    AverageRule,
+    ExponentialMean,
+    UniformMean,
+    as_rule,
+    with_every,
+)
+from .validation import check_options
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-NamedParams = nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class ShardedAverage(ShardedState):
@@ -83,7 +89,7 @@ class ShardedAverage(ShardedState):
 
     def __init__(
         self,
-        named_params: NamedParams,
+        named_params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         decay: float | None = None,
         start: float = 0,
@@ -107,6 +113,7 @@ class ShardedAverage(ShardedState):
         # An ASGD that moves nothing: its state is what checkpoints, exports and commands know.
         defaults: dict[str, Any] = {"lr": 0.0, "lambd": 0.0, "alpha": 0.0, "t0": 0.0, "weight_decay": 0.0}
         defaults |= {"foreach": foreach, "maximize": False, "differentiable": False, "capturable": False}
+        defaults[ONLY_AVERAGE_KEY] = True
         model = named_params if isinstance(named_params, nn.Module) else None
         params: Any = list(named_params.named_parameters() if isinstance(named_params, nn.Module) else named_params)
 
@@ -141,7 +148,7 @@ class ShardedAverage(ShardedState):
             RuntimeError: parameters were replaced or converted, or are averages now. On this rank only.
         """
         self.adopt_params()
-        self.averages.refuse_swapped("update()", params_of(self.param_groups))
+        self.averages.refuse_swapped("update()", (param for group in self.param_groups for param in group["params"]))
         problem = self._problem()
         if problem is not None:
             raise problem
@@ -161,8 +168,7 @@ class ShardedAverage(ShardedState):
 
     def _num_updates(self) -> int:
         """How many updates were made, of the parameter that has seen most; ranks compare it in collective calls."""
-        cohorts = {id(cohort): cohort for cohort in self.shards.cohort_of.values()} if self._constructed else {}
-        return max((int(cohort.step.item()) for cohort in cohorts.values()), default=0)
+        return int(self.shards.cohorts.num_steps()) if self._constructed else 0
 
     def adopt_params(self) -> None:
         """Take parameters and ``param_groups`` as they are now; as ``ShardedASGD`` does. Collective if they differ."""

@@ -290,4 +290,5 @@ class ShardedState(torch.optim.Optimizer):
     def memory_report(self) -> memory.MemoryReport:
         """Count the bytes held on this rank, beside those that ``torch.optim.ASGD`` would hold. Not collective."""
         in_flight = self._updater.scratch_bytes + self.communicators.scratch_bytes() + self.gatherer.scratch_bytes
-        return memory.report(self.shards.state_buffers, in_flight + self.gradients.in_flight_bytes)
+        buffers, in_flight = self.shards.state_buffers, in_flight + self.gradients.in_flight_bytes
+        return memory.report(buffers, in_flight, has_gradients=self._moves_params)

@@ -26,7 +26,7 @@ from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.frozen import FrozenParam
 from ..storage.memory_order import as_real, in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
-from ..update.weights import AVERAGE_KEY, AverageRule, rule_of
+from ..update.weights import AVERAGE_KEY, ONLY_AVERAGE_KEY, AverageRule, rule_of
 from ..validation import hyperparameters
 from . import own_entries
 from .wrapper_names import check_order
@@ -347,6 +347,12 @@ def _group(index: int, saved: dict[str, Any], own: dict[str, Any], defaults: dic
         loaded.pop(key, None)
         if key in own:
             loaded[key] = own[key]
+    if bool(saved.get(ONLY_AVERAGE_KEY)) != bool(own.get(ONLY_AVERAGE_KEY)):
+        kinds = ("an optimizer", "a ShardedAverage")
+        raise ValueError(
+            f"dist_asgd: param_groups[{index}] of the state dict is that of {kinds[ONLY_AVERAGE_KEY in saved]}, and "
+            f"this is {kinds[ONLY_AVERAGE_KEY in own]}: their hyperparameters differ. Load it into what saved it."
+        )
     if AVERAGE_KEY in loaded and not isinstance(loaded[AVERAGE_KEY], AverageRule):
         loaded[AVERAGE_KEY] = rule_of(loaded[AVERAGE_KEY], own.get(AVERAGE_KEY))
     # As in torch, names in the dict replace those of the group.

@@ -8,6 +8,7 @@ State buffers, buckets, gradient shards and send buffers are made here. Nothing 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from functools import cache
 from pathlib import Path
@@ -32,9 +33,14 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor ``(numel,)`` of zeros as ``empty`` does."""
-    # Not torch.zeros(), which touches the memory before anything can be asked for.
-    return empty(numel, dtype, device).zero_()
+    """Make a tensor ``(numel,)`` of zeros as ``empty`` does. On CPUs a large one takes memory when it is written."""
+    size = page_bytes() if device.type == "cpu" and numel * dtype.itemsize >= MIN_BYTES else 0
+    if not size:
+        return torch.zeros(numel, dtype=dtype, device=device)
+    # Fresh memory of the system, which is zero. That of torch.zeros() is touched before anything can be asked for.
+    memory = mmap.mmap(-1, numel * dtype.itemsize + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    longer = torch.frombuffer(memory, dtype=dtype)
+    return _advised(longer, numel, size) if type(longer) is Tensor else longer[:numel]
 
 
 @cache

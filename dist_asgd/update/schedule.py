@@ -277,6 +277,10 @@ class Cohorts:
     def _tables_follow(self, cohort: Cohort) -> bool:
         return self._tables[self._group_of[min(cohort.indices)]].follow(cohort)
 
+    def num_steps(self) -> float:
+        """The steps of the cohort that has taken most; waits for the device if its scalars are on one."""
+        return max((cohort.step.item() for cohorts in self._groups for cohort in cohorts), default=0.0)
+
     def add_group(self, lr: float | Tensor, num_params: int) -> None:
         """Append a group of ``num_params`` parameters, which share a cohort that has not stepped."""
         group_index, first = len(self._groups), len(self._group_of)

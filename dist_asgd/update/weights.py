@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 # The key in ``param_groups``. Groups without it average as torch.optim.ASGD does.
 AVERAGE_KEY = "average"
+# The key in ``param_groups`` of a ``ShardedAverage``, where it is True: what has it trains nothing.
+ONLY_AVERAGE_KEY = "only_average"
 # The largest number below 1 that float32 has.
 BELOW_ONE = 1 - 2.0**-24
 
@@ -48,6 +50,7 @@ class UniformMean(AverageRule):
     name: ClassVar[str] = "uniform"
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return 1 / n
 
 
@@ -75,6 +78,7 @@ class ExponentialMean(AverageRule):
         return min(self.decay, n / (self.warmup + n)) if self.warmup else self.decay
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return 1 - self.decay_of(n)
 
 
@@ -94,6 +98,7 @@ class HalfLife(AverageRule):
         _check_between("iterates", self.iterates, math.inf)
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return max(1 / n, -math.expm1(-math.log(2) / self.iterates))
 
 
@@ -114,6 +119,7 @@ class PowerMean(AverageRule):
             raise ValueError(f"dist_asgd: gamma must be a number >= 0, got {self.gamma!r}.")
 
     def weight(self, n: int) -> float:
+        """Return the weight of iterate ``n`` >= 2, see the class."""
         return -math.expm1((self.gamma + 1) * math.log1p(-1 / n))
 
 
@@ -168,9 +174,7 @@ def rule_of(options: Any, own: AverageRule | None) -> AverageRule:
         ValueError: they describe none, or a function, and the constructor got no function.
     """
     if not isinstance(options, Mapping) or not isinstance(options.get("rule"), str):
-        raise ValueError(
-            f"dist_asgd: {AVERAGE_KEY} of a group must be the options of a rule of averaging: {options!r}."
-        )
+        raise ValueError(f"dist_asgd: {AVERAGE_KEY} of a group must be the options of a rule, got {options!r}.")
     values = {key: value for key, value in options.items() if key != "rule"}
     if options["rule"] == CustomMean.name:
         if not isinstance(own, CustomMean):
