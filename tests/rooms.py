@@ -36,7 +36,11 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     ),
     (("sharded_state",), "what ShardedASGD and ShardedAverage have in common: shards, averages in place, state dicts"),
     (("optimizer", "sharded_average"), "ShardedASGD; ShardedAverage, the average alone beside any optimizer"),
-    (("amp", "checkpoint"), "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline"),
+    (
+        ("amp", "batch_statistics", "checkpoint"),
+        "the gradient scaler; BatchNorm's statistics for averages; checkpoints on disk, export, and work on checkpoints "
+        "offline",
+    ),
     (("console",), "how commands print: tables, JSON, errors and exit statuses"),
     (("planning",), "bytes and traffic of each mode, before anything is built: plan()"),
     (("__init__",), "the public names"),

@@ -61,6 +61,7 @@ class CollectiveCall(IntEnum):
     END_OF_JOIN = 22
     STATE_DICT = 23
     OVERLAP_FORWARD = 24
+    UPDATE_BATCH_NORM = 25
 
     @property
     def text(self) -> str:
