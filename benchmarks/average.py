@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import average_speed
 from benchmarks.average_speed import BOUND, NUM_RANKS, NUM_SMALL, SMALL_NUMEL, WAYS
-from benchmarks.average_statistics import LAMBDS, SHARES, Regression, Size, floors, quadratic_curves, regression_curves
+from benchmarks.average_statistics import SHARES, Regression, Size, floors, quadratic_curves, regression_curves
 from benchmarks.average_statistics import starts as measure_starts
 from benchmarks.measure import progress
 from benchmarks.report import markdown_table, surroundings
@@ -88,39 +88,35 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-_CURVES_NOTE = """The excess loss, a mean over {replicates} independent runs. *quadratic*: 16 coordinates with \
-curvatures from 0.2 to 1,
-gradient noise of variance 1, learning rate 0.5. *regression*: logistic regression of whether a cell of a map lies above
-the median elevation (matplotlib's sample of the Jacksboro fault, 8,686 cells, 6 features), batches of 64, learning rate
-0.125. The optimizer is `ShardedASGD` with lambd=0 and alpha=0. The error falls by n^slope; the expected slope is that of
-the exact expectation at the same n, and the law that for large n. A slope out of the bound ends the benchmark with an
-error."""
+_CURVES_NOTE = """The excess loss, a mean over {replicates} independent runs. *quadratic*: 16 coordinates with
+curvatures from 0.2 to 1, gradient noise of variance 1, learning rate 0.5. *regression*: logistic regression of
+whether a cell of a map lies above the median elevation (the sample of the Jacksboro fault that matplotlib ships,
+8,686 cells, 6 features), batches of 64, learning rate 0.125. The optimizer is `ShardedASGD` with lambd=0 and alpha=0.
+Errors go like n^slope. The expected slope is that of the exact expectations at the same n, and the law is the slope
+for large n. A slope that is out of its bound ends the benchmark with an error."""
 
-_DERIVATION = """The slope is `sum_k c_k log(error_k)` with the weights c of least squares. An error is a mean over R \
-runs of a quadratic
-form in Gaussian variables with covariance M, so that its logarithm has a standard deviation of about
-d = sqrt(2 tr(M²) / (R tr(M)²)), and the slope at most d · sum |c| (Minkowski's inequality), however errors at different n
-depend on each other. The bound is four times that. The average of the regression converges to a point beside the minimum,
-because the loss is no quadratic: the expected error has the leading term of that bias, and the bound as much again. The
-docstring of `benchmarks/average_statistics.py` has the whole derivation."""
+_DERIVATION = """The slope is `sum_k c_k log(error_k)`, with the weights c of least squares. An error is a mean over R
+runs of a quadratic form in Gaussian variables with covariance M. Its logarithm has a standard deviation of about `d =
+sqrt(2 tr(M M) / (R tr(M)^2))`, so that of the slope is at most `d sum |c_k|` (Minkowski's inequality), however errors
+at different n depend on each other. The bound is four times that. The average of the regression converges to a point
+beside the minimum, because the loss is no quadratic: the expected errors have the leading term of that bias, and the
+bound as much again. The docstring of `benchmarks/average_statistics.py` has the whole derivation."""
 
-_STARTS_NOTE = """The regression from zero weights, with a constant learning rate of {lr}: the excess loss at the end, \
-by the share of the
-run at which averaging begins. All averages of a column saw the same iterates: they are `ShardedAverage`s with different
-`start` beside one `torch.optim.SGD`. The cosine begins at the same learning rate and ends at 0."""
+_STARTS_NOTE = """The regression from zero weights, with a constant learning rate of {lr}: the excess loss at the end,
+by the share of the run at which averaging begins. All averages of a column have the same iterates: they are
+`ShardedAverage`s with different `start` beside one `torch.optim.SGD`. The cosine begins at the same learning rate,
+and ends at 0."""
 
-_FLOORS_NOTE = """The regression from its minimum, `ShardedASGD` with learning rate {lr}, the average of \
-{regression_steps:,} iterates. lambd is a penalty of
-lambd / 2 times the square of the weights: the average converges to the minimum of the penalised loss, whose excess loss
-is the floor (computed by Newton's method). With alpha=0.75, torch's default, the learning rate falls as
-(1 + lambd lr t)^-0.75."""
+_FLOORS_NOTE = """The regression from its minimum, with `ShardedASGD` and a learning rate of {lr}: the excess loss of
+the average of {regression_steps:,} iterates. lambd acts as a penalty of lambd / 2 times the square of the weights,
+and the average converges to the minimum of the penalised loss. The floor is the excess loss there, computed by
+Newton's method. With alpha=0.75, torch's default, the learning rate falls as (1 + lambd lr t)^-0.75."""
 
-_MEMORY_NOTE = """*Of the bound* is the time of the plain loop over as many elements as a rank's shard, by the time of \
-an update, as a median
-over rounds: one that moves all parameters on each of 2 ranks cannot have more than 0.50. Memory is that of the rank with
-the most, above the model: *held* after an update, *peak* while the average is made and updated three times, *evaluating*
-the peak while the averages come in place and go again, above what is held. `AveragedModel` is evaluated where it is, and
-asserts on FSDP2. By hand, parameters are set aside for the time."""
+_MEMORY_NOTE = """*Of the bound* is the time of the plain loop, by that of the update in the same round (a median):
+those that move all parameters on each of 2 ranks cannot have more than 0.50. Memory is that of the rank that has
+most, above the model: *held* after an update, *peak* while the average is made and updated three times, and
+*evaluating* the peak above *held* while the averages come in place and go again. `AveragedModel` is evaluated where
+it is, and asserts on FSDP2. By hand, the parameters are set aside meanwhile."""
 
 
 def slopes(report: Mapping[str, Any]) -> str:

@@ -115,21 +115,20 @@ class Shadow(Average):
 
 @dataclass(frozen=True)
 class Way:
-    """A line of the table. ``words`` are the share of three words an element that a rank moves, of all parameters."""
+    """A line of the table: how an average of a model is made, and whether the model is wrapped in FSDP2."""
 
     key: str
     label: str
     make: Callable[[nn.Module], Average]
     fsdp2: bool = False
-    is_sharded: bool = True
 
 
 WAYS = (
     Way("ema", "ShardedAverage, EMA", lambda model: Sharded(model, DECAY)),
     Way("mean", "ShardedAverage, mean", lambda model: Sharded(model, None)),
-    Way("torch-ema", "`AveragedModel(use_buffers=True)`, EMA", lambda m: Whole(m, DECAY), is_sharded=False),
-    Way("torch-mean", "`AveragedModel(use_buffers=True)`, SWA", lambda m: Whole(m, None), is_sharded=False),
-    Way("foreach", "`torch._foreach_lerp_` by hand", lambda model: Shadow(model, DECAY), is_sharded=False),
+    Way("torch-ema", "`AveragedModel(use_buffers=True)`, EMA", lambda m: Whole(m, DECAY)),
+    Way("torch-mean", "`AveragedModel(use_buffers=True)`, SWA", lambda m: Whole(m, None)),
+    Way("foreach", "`torch._foreach_lerp_` by hand", lambda model: Shadow(model, DECAY)),
     Way("fsdp2-ema", "ShardedAverage, EMA, on FSDP2", lambda model: Sharded(model, DECAY), fsdp2=True),
     Way("fsdp2-shadow", "shadow of local tensors by hand, on FSDP2", lambda m: Shadow(m, DECAY), fsdp2=True),
 )

@@ -16,8 +16,8 @@ last one stays where it is, and its slope is 0. The mean of n iterates has the v
 which is ``s2 / (a^2 n)`` for large n: the slope of the averaged error is -1, for any learning rate (Polyak & Juditsky
 1992). If the learning rate is ``eta_t``, ``v <- (1 - eta_t a)^2 v + eta_t^2 s2``. With a cosine that ends at 0 and k
 steps to go it is about ``eta (pi k / 2T)^2``; noise of the last ``T^(2/3)`` steps is not forgotten, and so the last
-iterate's error falls like ``T^(-2/3)``. On the quadratic all of this is exact. ``expected`` has these variances, and the
-slope that they have is the expected one.
+iterate's error falls like ``T^(-2/3)``. On the quadratic all of this is exact. The expected errors have these
+variances, and the expected slope is theirs.
 
 **The bound of the slope.** The slope is ``sum_k c_k log(error_k)``, with ``c_k = (u_k - mean u) / sum_k (u_k - mean
 u)^2`` and ``u_k = log n_k``. The error of one replicate is a quadratic form of a Gaussian vector (that of the quadratic
@@ -29,15 +29,15 @@ all the same. The bound is four times that. The bias of a logarithm, ``-d^2 / 2`
 
 **The regression** is no quadratic: its average converges to a point beside the minimum (Dieuleveut, Durmus & Bach
 2020), at ``b = -H^-1 f'''[V] / 2`` with V the covariance of the iterates, of which eta / 2 times the noise's is the
-leading term. The expected error therefore has ``b^T H b / 2`` on top, which does not fall. That expansion ends after its
-first order in eta, and so as much as that term is allowed as its error: ``sum_k |c_k| bias / error_k`` is added to the
-bound. Other terms of that order change all errors by the same factor, and no slope.
+leading term. The expected error therefore has ``b^T H b / 2`` on top, which does not fall. That expansion ends after
+its first order in eta, and so as much as that term is allowed as its error: ``sum_k |c_k| bias / error_k`` is added to
+the bound. Other terms of that order change all errors by the same factor, and no slope.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -72,8 +72,8 @@ class Size:
 class Curve:
     """The errors of one way to train, with ``n`` iterates averaged, or after ``n`` steps of a schedule.
 
-    ``law`` is the slope for large n, and ``spread`` the relative standard deviation of an error. ``bias`` is the part of
-    the expected errors that does not fall.
+    ``law`` is the slope for large n, and ``spread`` the relative standard deviation of an error. ``bias`` is the part
+    of the expected errors that does not fall.
     """
 
     problem: str
@@ -285,8 +285,11 @@ class Regression:
         from matplotlib import cbook
 
         self.replicates = replicates
-        elevation = np.asarray(cbook.get_sample_data("jacksboro_fault_dem.npz")["elevation"], dtype=float)[::4, ::4]
-        self.features = torch.from_numpy(_polynomials(*elevation.shape, degree=2))  # (cells, features)
+        sample: Any = cbook.get_sample_data("jacksboro_fault_dem.npz")
+        elevation = np.asarray(sample["elevation"], dtype=float)[::4, ::4]
+        self.features = torch.from_numpy(
+            _polynomials(elevation.shape[0], elevation.shape[1], degree=2)
+        )  # (cells, features)
         self.labels = torch.from_numpy((elevation.ravel() > np.median(elevation)).astype(float))  # (cells,)
         self.minimum = self.minimum_with(0.0)
         self.least = float(self.losses(self.minimum[None])[0])
@@ -468,7 +471,7 @@ def floors(size: Size, seed: int = 3) -> list[Floor]:
     for _ in range(num_forgotten + size.regression_steps):
         # All cases at once, each replicate with a batch of its own.
         gradient = problem.gradient(torch.cat([w.detach() for w in params]), generator)
-        for w, of_case in zip(params, gradient.split(problem.replicates), strict=True):
+        for w, of_case in zip(params, torch.split(gradient, problem.replicates), strict=True):
             w.grad = of_case
         optimizer.step()
     with optimizer.averaged_parameters():
