@@ -207,16 +207,16 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
         for curve in (curve for curve in report["curves"] if curve["problem"] == problem):
             kind = next(kind for kind in ("cosine", "average", "last iterate") if kind in curve["name"])
             colour, n = COLOURS[kind], curve["n"]
-            axes.loglog(n, curve["expected"], color=colour, linewidth=1.2)
-            axes.loglog(n, curve["measured"], "o", color=colour, markersize=4)
-            text = f"{curve['name']}: slope {curve['slope']:.2f}"
-            axes.annotate(
-                text, (n[0], curve["measured"][0]), xytext=(0, 7), textcoords="offset points", color=colour, fontsize=8
-            )
+            label = f"{curve['name']}: slope {curve['slope']:.2f}"
+            axes.plot(n, curve["expected"], color=colour, linewidth=1.2)
+            axes.plot(n, curve["measured"], "o", color=colour, markersize=4, label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(n, [f"{k:,}" for k in n])
+        axes.legend(loc="lower left", frameon=False, labelcolor="linecolor", handletextpad=0.2, fontsize=9)
         axes.set_title({"quadratic": "noisy quadratic", "regression": "logistic regression"}[problem], loc="left")
         axes.set_xlabel("n: iterates in the average, or steps of the cosine")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(y=0.12)
     figure.axes[0].set_ylabel("excess loss")
     figure.savefig(file, metadata={"Date": None})
     # matplotlib ends lines of paths with blanks.
