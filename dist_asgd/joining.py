@@ -251,11 +251,11 @@ def _set_hyperparameters(groups: list[dict[str, Any]], values: list[dict[str, An
                 group[key] = other[key]
 
 
-def refuse_pickling(_: object) -> NoReturn:
+def refuse_pickling(optimizer: object) -> NoReturn:
     """Raise the TypeError of an optimizer that is pickled or copied; its ``__getstate__``."""
     raise TypeError(
-        "dist_asgd: ShardedASGD cannot be pickled or deep-copied: it holds a process group and views of the "
-        "model's storage. Save consolidated_state_dict() and load it into a new optimizer."
+        f"dist_asgd: {type(optimizer).__name__} cannot be pickled or deep-copied: it holds a process group and views "
+        f"of the model's storage. Save consolidated_state_dict() and load it into a new optimizer."
     )
 
 

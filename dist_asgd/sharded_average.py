@@ -89,7 +89,7 @@ class ShardedAverage(ShardedState):
 
     def __init__(
         self,
-        named_params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]],
+        named_params: torch.nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         decay: float | None = None,
         start: float = 0,

@@ -80,6 +80,7 @@ def plan(
     step_in_backward: Annotated[
         bool, typer.Option("--step-in-backward", help="Stage 2 updates each bucket during backward (Gloo).")
     ] = False,
+    averages: Annotated[int, typer.Option(help="How many ShardedAverage there are beside the optimizer.")] = 0,
     backend: Annotated[Backend, typer.Option(help="nccl for GPUs, gloo for CPUs.")] = Backend.NCCL,
     link_gbit: Annotated[
         float | None,
@@ -134,6 +135,7 @@ def plan(
             gradient_as_bucket_view=gradient_as_bucket_view,
             fused=fused,
             step_in_backward=step_in_backward,
+            averages=averages,
             backend=backend.value,
             link_gbit=link_gbit,
             latency_us=latency_us,

@@ -41,7 +41,7 @@ class RankBytes:
         padding: Those of ``parameters`` that belong to no parameter.
         unmanaged: Frozen parameters and buffers of the model, of which the optimizer holds nothing.
         gradients: Gradients between backward and ``zero_grad()``, as in ``MemoryReport.gradient_bytes``.
-        average: This rank's shards of ``ax``.
+        average: This rank's shards of ``ax``, and of the averages beside the optimizer.
         masters: This rank's shards of float32 masters, without what 16-bit parameters hold of them.
         buffers: What the optimizer keeps between steps to send and to update, as in ``MemoryReport.in_flight_bytes``.
         passing: What is there for a part of a step, of the optimizer and of others: gradients that were not sent yet,
@@ -96,7 +96,7 @@ def unsharded(model: ModelShapes, setup: Setup) -> Layout:
         parameters=trained,
         unmanaged=model.frozen_bytes + model.buffer_bytes,
         gradients=trained,
-        average=trained,
+        average=trained * (1 + setup.averages),
         passing=intermediate + _beside_ddp(trained, setup),
     )
     notes = ("torch's ax has the parameters' 16 bits and stops moving",) if _narrow(model) else ()
@@ -119,7 +119,7 @@ def stage1(model: ModelShapes, setup: Setup, shards: int) -> Layout:
         for member in bucket.members:
             member.param.grad = torch.empty_like(member.param)
     report = memory.report(buckets, update_bytes(buckets, setup))
-    found = _from_report(report, model)
+    found = _from_report(report, model, beside_bytes(model, setup, shards))
     return Layout(replace(found, passing=_beside_ddp(found.gradients, setup)), buckets)
 
 
@@ -134,17 +134,39 @@ def stage2(model: ModelShapes, setup: Setup, shards: int) -> Layout:
             bucket.gradient_shard()
     if not setup.contiguous and setup.ranks > 1:
         in_flight += gloo_bytes(buckets, shards, setup.ranks // shards)
-    found = _from_report(memory.report(buckets, in_flight), model)
-    return Layout(replace(found, passing=_unsent_bytes(buckets, setup)), buckets)
+    found = _from_report(memory.report(buckets, in_flight), model, beside_bytes(model, setup, shards))
+    notes = ("backward updates the buckets, with step_in_backward=True",) if setup.step_in_backward else ()
+    return Layout(replace(found, passing=_unsent_bytes(buckets, setup)), buckets, notes=notes)
 
 
-def _from_report(report: memory.MemoryReport, model: ModelShapes) -> RankBytes:
+def beside_bytes(model: ModelShapes, setup: Setup, shards: int) -> int:
+    """The averages beside the optimizer of plain parameters on this rank, as ``build_presharded`` cuts them."""
+    found = 0
+    for group in model.groups:
+        classes: dict[torch.dtype, list[ParamShape]] = {}
+        for param in group:
+            if param.trained:
+                classes.setdefault(param.dtype, []).append(param)
+        for dtype, alike in classes.items():
+            reals = 2 if dtype.is_complex else 1
+            numels = [param.numel * reals for param in alike]
+            itemsize = dtype.itemsize // reals
+            positions = fill_state_buffers(numels, itemsize, setup.bucket_cap_mb, shards)
+            cut = [[numels[i] for i in of_one] for of_one in positions] if shards > 1 else [numels]
+            like = torch.empty(0, dtype=dtype, device="meta")
+            for of_one in cut:
+                buffer = StateBuffer(lay_out(of_one, itemsize, shards), like, 0, setup.precision)
+                found += buffer.average.nbytes
+    return found * setup.averages
+
+
+def _from_report(report: memory.MemoryReport, model: ModelShapes, beside: int) -> RankBytes:
     return RankBytes(
         parameters=report.parameter_bytes,
         padding=report.padding_bytes,
         unmanaged=model.frozen_bytes + model.buffer_bytes,
         gradients=report.gradient_bytes,
-        average=report.state_bytes,
+        average=report.state_bytes + beside,
         masters=report.master_bytes,
         buffers=report.in_flight_bytes,
     )
@@ -255,7 +277,7 @@ def dtensors(model: ModelShapes, setup: Setup, replicas: int, shards: int) -> La
         parameters=local_bytes,
         unmanaged=frozen + model.buffer_bytes,
         gradients=local_bytes,
-        average=sum(buffer.average.nbytes for buffer in state_buffers),
+        average=sum(buffer.average.nbytes for buffer in state_buffers) * (1 + setup.averages),
         masters=sum(buffer.master.nbytes for buffer in state_buffers if buffer.master is not None),
         buffers=buffers,
         passing=_fsdp2_bytes(model) if shards > 1 else 0,

@@ -184,6 +184,7 @@ def plan(
     gradient_as_bucket_view: bool = True,
     fused: bool = False,
     step_in_backward: bool = False,
+    averages: int = 0,
     backend: str = "nccl",
     link_gbit: float | None = None,
     latency_us: float | None = None,
@@ -210,6 +211,8 @@ def plan(
         average_dtype, master_weights, reduce_dtype, bucket_cap_mb, fused: As in ``ShardedASGD``.
         step_in_backward: As in ``ShardedASGD``, for the modes of stage 2; with ``backend="gloo"``. Times are those of
             stage 2 without it.
+        averages: How many ``ShardedAverage`` of all trained parameters there are beside the optimizer; beside
+            ``torch.optim.ASGD`` each is a whole copy, as torch's ``AveragedModel`` is.
         gradient_as_bucket_view: As in ``DistributedDataParallel``; False adds the bytes of its buckets.
         backend: "nccl" for GPUs, "gloo" for CPUs.
         link_gbit: What a node sends to the others for all of its ranks, in Gbit/s, while it receives as much. With it
@@ -235,13 +238,24 @@ def plan(
     per_node, grid, notes = topology(ranks, ranks_per_node, mesh)
     if backend not in BACKENDS:
         raise ValueError(f"dist_asgd: backend must be {' or '.join(BACKENDS)}, got {backend!r}.")
+    if isinstance(averages, bool) or not isinstance(averages, int) or averages < 0:
+        raise ValueError(f"dist_asgd: averages must be a whole number from 0 on, got {averages!r}.")
     if step_in_backward and backend != "gloo":
         raise ValueError(
             f"dist_asgd: step_in_backward with backend={backend!r}: so far only parameters on CPUs are updated in "
             f"backward. Pass backend='gloo' (--backend gloo), or leave step_in_backward out."
         )
     setup = Setup(
-        ranks, per_node, grid, precision, bucket_cap_mb, backend, gradient_as_bucket_view, fused, step_in_backward
+        ranks,
+        per_node,
+        grid,
+        precision,
+        bucket_cap_mb,
+        backend,
+        gradient_as_bucket_view,
+        fused,
+        step_in_backward,
+        averages,
     )
     memory = None if gpu_memory is None else bytes_of(gpu_memory, "gpu_memory", least=1)
     extra = bytes_of(activations, "activations")

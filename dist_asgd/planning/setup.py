@@ -24,6 +24,7 @@ class Setup:
     gradient_as_bucket_view   whether gradients are views of DDP's buckets, or have memory beside them
     fused                     whether the update is ``fused=True``, which needs no scratch memory on GPUs
     step_in_backward          whether stage 2 updates buckets during backward
+    averages                  how many ``ShardedAverage`` of the same parameters there are beside the optimizer
     """
 
     ranks: int
@@ -35,6 +36,7 @@ class Setup:
     gradient_as_bucket_view: bool = True
     fused: bool = False
     step_in_backward: bool = False
+    averages: int = 0
 
     @property
     def nodes(self) -> int:

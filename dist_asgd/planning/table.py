@@ -35,7 +35,7 @@ def text_of(plan: Plan) -> str:
         parts.append(f"Time of a step, estimated for {_links_text(plan)}\n{_time_table(plan)}")
     if plan.others:
         parts.append(f"Bytes on a rank in other precisions\n{_precisions_table(plan)}")
-    parts.append(_folded(f"Take {plan.recommended}: {plan.why}" if plan.recommended else plan.why))
+    parts.append(_folded(f"Take {plan.recommended} (*): {plan.why}" if plan.recommended else plan.why))
     notes = [f"{row.mode}: {note}." for row in plan.rows for note in row.notes]
     parts.append("\n".join(_folded(f"- {text}", "  ") for text in (*notes, *plan.assumptions)))
     return "\n\n".join(parts)

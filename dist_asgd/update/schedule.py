@@ -341,6 +341,7 @@ class Cohorts:
                     yield stepping
             for cohort in self._groups[group_index]:
                 if not cohort.indices.isdisjoint(active):
+                    hyper.average.check(cohort.step, hyper.t0)
                     if (hyper.device is not None) != (cohort.row is not None):
                         self._move(cohort, group_index, hyper.device)
                         yield cohort.indices

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 # The key in ``param_groups``. Groups without it average as torch.optim.ASGD does.
 AVERAGE_KEY = "average"
 # The key in ``param_groups`` of a ``ShardedAverage``, where it is True: what has it trains nothing.
@@ -224,6 +226,15 @@ class AverageSchedule:
         # Also as float32 it stays below 1, which says that there is no average yet.
         number = self.num_iterates(step, t0) + 1
         return min(self.rule.weight(number), BELOW_ONE) if self.counts(step + 1, t0) else 0.0
+
+    def check(self, step: Tensor, t0: float) -> None:
+        """Call a function of the user's for the weights of the step after ``step``, 0-dim, and of the next one.
+
+        It may raise, and does so before anything is written.
+        """
+        if isinstance(self.rule, CustomMean):
+            for number in (step.item(), step.item() + 1):
+                self.next_mu(number, t0)
 
     def counts(self, step: float, t0: float) -> bool:
         """Whether the iterate of ``step`` = 1, 2, ... enters the average."""

@@ -384,6 +384,41 @@ def test_groups_have_no_options_that_would_be_ignored() -> None:
     assert [group["average"] for group in average.param_groups] == [ExponentialMean(0.5), UniformMean(), UniformMean()]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_function_that_fails_leaves_everything_whole(beside: bool) -> None:
+    """It is called before anything is written, so that the next call goes on."""
+    fails = [False]
+
+    def weight(n: int) -> float:
+        if fails[0]:
+            raise KeyError(n)
+        return 2 / (n + 1)
+
+    model = mlp()
+    subject: Any
+    if beside:
+        subject = ShardedAverage(model.named_parameters(), weight=weight)
+        advance = subject.update
+    else:
+        subject = ShardedASGD(model.parameters(), lr=0.1, t0=0, average=weight)
+        advance = subject.step
+    for seed in range(5):
+        mlp_loss(model, seed).backward()
+        advance()
+    before = copy.deepcopy(subject.consolidated_state_dict()), [p.detach().clone() for p in model.parameters()]
+    fails[0] = True
+    with pytest.raises(KeyError):
+        advance()
+    fails[0] = False
+    after = subject.consolidated_state_dict()
+    for index, entry in before[0]["state"].items():
+        for key, value in entry.items():
+            assert_same_bits(after["state"][index][key], value, key)
+    for p, q in zip(model.parameters(), before[1], strict=True):
+        assert_same_bits(p.detach(), q, "parameters")
+    advance()
+
+
 def test_state_of_optimizers_and_averages_is_not_mixed_up() -> None:
     """An lr of 0 that an optimizer has taken from an average would stop its training in silence."""
     model = mlp()

@@ -274,7 +274,7 @@ def test_a_plan_is_frozen_and_reads_as_a_table() -> None:
     text = str(found)
     for row in found.rows:
         assert any(line.startswith(row.mode) for line in text.splitlines())
-    assert f"Take {found.recommended}: {found.why[:20]}" in text
+    assert f"Take {found.recommended} (*): {found.why[:20]}" in text
     assert json.loads(json.dumps(found.as_dict()))["rows"][0]["bytes"] == asdict(found.rows[0].bytes)
     with pytest.raises(KeyError, match=r"it has torch\.optim\.ASGD, stage 1"):
         found.row("stage 3")
