@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,8 +24,10 @@ from benchmarks.average_statistics import SHARES, Regression, Size, floors, quad
 from benchmarks.average_statistics import starts as measure_starts
 from benchmarks.measure import progress
 from benchmarks.report import markdown_table, surroundings
+from benchmarks.step_pages import rounded
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
 NOTHING = "–"
 MIB = 2**20
 COLOURS = {"last iterate": "#8c8c8c", "average": "#1f6fb4", "cosine": "#d1781e"}
@@ -191,6 +194,27 @@ def speeds(speed: Mapping[str, Any]) -> str:
     return markdown_table(["", "ms", "of the bound", "many, ms", "held", "peak", "evaluating"], rows)
 
 
+# --- the pages ------------------------------------------------------------------------------------------------------
+
+PAGES = (DOCS / "averages.md", DOCS / "benchmarks.md")
+_PLACE = re.compile(r"(<!-- benchmarks\.average: (\w+) -->\n\n)(?:\|.*?\n\n)?(<!-- end -->)", re.DOTALL)
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """The tables that pages have copies of, by name."""
+    return {
+        "starts": starts(report["starts"]),
+        "lambds": lambds(report["floors"]),
+        "speeds": speeds(report["speed"]),
+        "slopes": slopes(report),
+    }
+
+
+def with_copies(text: str, report: Mapping[str, Any]) -> str:
+    """The text of a page, with each table between ``<!-- benchmarks.average: NAME -->`` and ``<!-- end -->``."""
+    return _PLACE.sub(lambda place: f"{place[1]}{tables(report)[place[2]]}\n\n{place[3]}", text)
+
+
 # --- the picture ---------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +224,9 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "average"
+    # The same figures make the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "benchmarks.average"
+    matplotlib.rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     problems = list(dict.fromkeys(curve["problem"] for curve in report["curves"]))
     for axes, problem in zip(figure.subplots(1, len(problems)), problems, strict=True):
@@ -229,13 +255,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less of everything, of which the figures say little")
     parser.add_argument("--rounds", type=int, default=31, help="timed rounds of the updates (%(default)s)")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the files go (benchmarks/results)")
+    parser.add_argument("--again", action="store_true", help="make the files again from average.json, measure nothing")
+    parser.add_argument("--publish", action="store_true", help="also write the tables into the pages of docs")
     options = parser.parse_args()
-    report = measure(options.quick, min(options.rounds, 7) if options.quick else options.rounds)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "average.json").write_text(json.dumps(report, indent=1) + "\n")
+    figures = options.folder / "average.json"
+    if options.again:
+        report = json.loads(figures.read_text())
+    else:
+        report = measure(options.quick, min(options.rounds, 7) if options.quick else options.rounds)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        report = rounded(report)
+        figures.write_text(json.dumps(report, indent=1) + "\n")
     text = as_markdown(report)
     (options.folder / "average.md").write_text(text)
     draw(report, options.folder / "average.svg")
+    for page in PAGES if options.publish else ():
+        page.write_text(with_copies(page.read_text(), report))
     sys.stdout.write(text)
     wrong = out_of_bounds(report)
     if wrong:

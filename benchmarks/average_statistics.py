@@ -102,14 +102,6 @@ class Curve:
         of_bias = float(weights @ (self.bias / np.asarray(self.expected)))
         return NUM_SIGMAS * self.spread * float(weights.sum()) + of_bias
 
-    def check(self) -> None:
-        """Raise AssertionError if the measured slope is out of bounds."""
-        if not abs(self.slope - self.expected_slope) <= self.bound:
-            raise AssertionError(
-                f"{self.problem}, {self.name}: the slope is {self.slope:.3f}, and {self.expected_slope:.3f} +- "
-                f"{self.bound:.3f} was expected"
-            )
-
     def as_dict(self) -> dict[str, Any]:
         """The fields and the slopes, for JSON."""
         return {**asdict(self), "slope": self.slope, "expected_slope": self.expected_slope, "bound": self.bound}
