@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint.format.manifest import CheckpointError
     from .checkpoint.load import load_checkpoint, read_extra
     from .checkpoint.manager import CheckpointManager, Restored
+    from .checkpoint.offline.merge import average_between, average_checkpoints
     from .checkpoint.save import PendingSave, async_save_checkpoint, save_checkpoint
     from .planning.planner import Plan, plan
 
@@ -40,6 +41,8 @@ __all__ = [
     "UniformMean",
     "__version__",
     "async_save_checkpoint",
+    "average_between",
+    "average_checkpoints",
     "export_averaged",
     "load_checkpoint",
     "plan",
@@ -57,6 +60,8 @@ _ON_DEMAND = {
     "Plan": "planning.planner",
     "Restored": "checkpoint.manager",
     "async_save_checkpoint": "checkpoint.save",
+    "average_between": "checkpoint.offline.merge",
+    "average_checkpoints": "checkpoint.offline.merge",
     "export_averaged": "checkpoint.export",
     "load_checkpoint": "checkpoint.load",
     "plan": "planning.planner",

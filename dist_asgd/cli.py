@@ -3,7 +3,7 @@
 Results go to standard output, progress and errors to standard error. The exit status is 0 if a command succeeded, and
 1 on an error, for a damaged checkpoint and for checkpoints that differ. As with diff(1), ``diff`` reports an error as
 2. A wrong command line is also 2. The work is done in ``checkpoint/offline``; this file parses and prints. ``plan`` is
-in ``planning/command.py``.
+in ``planning/command.py``, and ``average`` in ``average_command.py``.
 """
 
 from __future__ import annotations
@@ -11,15 +11,27 @@ from __future__ import annotations
 import gc
 import io
 import sys
-from enum import StrEnum
 from typing import Annotated
 
 import torch
 import typer
 from rich.filesize import decimal
 
+from .arguments import (
+    GIGABYTE,
+    AsJson,
+    ExportDtype,
+    Force,
+    MaxShardGb,
+    OutSafetensors,
+    Prefix,
+    TiesByValue,
+    Verify,
+    torch_dtype,
+)
+from .average_command import average
 from .checkpoint.format.layouts import prefix_of_text
-from .checkpoint.format.paths import AnyPath, as_path
+from .checkpoint.format.paths import as_path
 from .checkpoint.format.safetensors import DEFAULT_MAX_BYTES
 from .checkpoint.offline import convert
 from .checkpoint.offline.contents import CheckpointContents
@@ -34,6 +46,7 @@ from .console import (
     plain,
     print_json,
     print_table,
+    print_written,
     printing,
     progress_bar,
     reported,
@@ -50,39 +63,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_GIGABYTE = 1_000_000_000
-
-
-class Dtype(StrEnum):
-    """A dtype that an export can be converted to."""
-
-    FLOAT64 = "float64"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 Directory = Annotated[
     str, typer.Argument(metavar="DIR", help="A checkpoint: the directory that a save has written.", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify/--no-verify",
-        help="Check every byte that is read against manifest.json. --no-verify reads checkpoints without a manifest, "
-        "such as those of FSDP2 and dcp.save; it does not notice damaged data.",
-    ),
-]
-Prefix = Annotated[
-    str,
-    typer.Option(
-        metavar="TEXT",
-        help="What the keys begin with if another program wrote DIR: 'app' for app.model and app.optim, or "
-        "'model=,optim=optimizer' for a model without a prefix and its optimizer.",
-        show_default=False,
-    ),
 ]
 
 
@@ -111,6 +93,7 @@ def main(
 
 
 app.command("plan")(plan_job)
+app.command("average")(average)
 
 
 @app.command()
@@ -224,25 +207,17 @@ def consolidate(
         with progress_bar("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
             paths = convert.consolidate(contents, as_path(out), overwrite=force, progress=progress)
     with printing():
-        _print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
+        print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
 
 
 @app.command()
 def export(
     directory: Directory,
-    out: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)],
+    out: OutSafetensors,
     last: Annotated[bool, typer.Option("--last", help="Export the last iterate instead of the average.")] = False,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Convert the optimizer's parameters. Default: each keeps its own dtype.", show_default=False),
-    ] = None,
-    max_shard_gb: Annotated[
-        float, typer.Option(help="Write several files and an index above this many gigabytes.", min=1e-6)
-    ] = DEFAULT_MAX_BYTES / _GIGABYTE,
-    ties_by_value: Annotated[
-        bool,
-        typer.Option(help="If DIR does not record ties, export what has a parameter's values as that parameter."),
-    ] = True,
+    dtype: ExportDtype = None,
+    max_shard_gb: MaxShardGb = DEFAULT_MAX_BYTES / GIGABYTE,
+    ties_by_value: TiesByValue = True,
     verify: Verify = True,
     prefix: Prefix = "",
     force: Force = False,
@@ -258,45 +233,20 @@ def export(
     """
     with reported():
         contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
-        plan = convert.plan_export(
-            contents, last, None if dtype is None else getattr(torch, dtype.value), ties_by_value=ties_by_value
-        )
+        plan = convert.plan_export(contents, last, torch_dtype(dtype), ties_by_value=ties_by_value)
         total = sum(weight.spec.bytes for weight in plan.values())
         with progress_bar("exporting", total) as progress:
-            max_bytes = int(max_shard_gb * _GIGABYTE)
+            max_bytes = int(max_shard_gb * GIGABYTE)
             to = as_path(out)
             paths = convert.export(contents, to, plan, max_bytes=max_bytes, overwrite=force, progress=progress)
-    if not last or dtype is not None:
-        _note_ties(contents, ties_by_value)
+    note = convert.note_of_ties(contents, ties_by_value) if not last or dtype is not None else ""
+    if note:
+        typer.echo(plain(f"note: {note}"), err=True)
     averaged = sum(weight.averaged for weight in plan.values())
     with printing():
-        _print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
+        print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
         typer.echo("note: averaging has not begun for any parameter: these are the last iterates.", err=True)
-
-
-def _note_ties(contents: CheckpointContents, taken: bool) -> None:
-    """Say on standard error which entries have a parameter's values in a checkpoint that does not record ties."""
-    tied = sorted(contents.tied_by_value.items())
-    if not tied:
-        return
-    shown = ", ".join(f"{name} ({param})" for name, param in tied[:5]) + f" and {len(tied) - 5} more" * (len(tied) > 5)
-    what = "were exported as that parameter" if taken else "were exported as they are"
-    other = "--no-ties-by-value" if taken else "--ties-by-value"
-    note = f"note: {contents.opened.path} does not record ties. Entries with the values of a parameter {what}: {shown}."
-    typer.echo(plain(f"{note} Pass {other} if they {'only look alike' if taken else 'are tied'}."), err=True)
-
-
-def _print_written(paths: list[AnyPath], as_json: bool, counts: dict[str, int]) -> None:
-    """Report the files that were written, their size, and ``counts`` by name."""
-    total = sum(path.stat().st_size for path in paths)
-    if as_json:
-        print_json({"files": [str(path) for path in paths], "bytes": total, **counts})
-        return
-    counted = ", ".join(f"{number} {name}" for name, number in counts.items())
-    for path in paths:
-        typer.echo(encodable(plain(f"wrote {path}")))
-    typer.echo(f"{decimal(total)}: {counted}")
 
 
 @app.command()

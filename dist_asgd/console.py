@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import wrap
 from typing import Any
@@ -17,8 +17,11 @@ from typing import Any
 import typer
 from rich.cells import cell_len
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
+
+from .checkpoint.format.paths import AnyPath
 
 
 @contextmanager
@@ -120,3 +123,15 @@ def progress_bar(label: str, total_bytes: int) -> Iterator[Callable[[int], None]
 
 def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2))
+
+
+def print_written(paths: Sequence[AnyPath], as_json: bool, counts: Mapping[str, int], **facts: Any) -> None:
+    """Report the files that a command has written, their size, ``counts`` by name, and in JSON also ``facts``."""
+    total = sum(path.stat().st_size for path in paths)
+    if as_json:
+        print_json({"files": [str(path) for path in paths], "bytes": total, **counts, **facts})
+        return
+    counted = ", ".join(f"{number} {name}" for name, number in counts.items())
+    for path in paths:
+        typer.echo(encodable(plain(f"wrote {path}")))
+    typer.echo(f"{decimal(total)}: {counted}")

@@ -41,8 +41,14 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
         "the gradient scaler; BatchNorm's statistics for averages; checkpoints on disk, export, and work on checkpoints "
         "offline",
     ),
-    (("console",), "how commands print: tables, JSON, errors and exit statuses"),
-    (("planning",), "bytes and traffic of each mode, before anything is built: plan()"),
+    (
+        ("arguments", "console"),
+        "the options that commands share; how commands print: tables, JSON, errors and exit statuses",
+    ),
+    (
+        ("average_command", "planning"),
+        "dist-asgd average; bytes and traffic of each mode, before anything is built: plan()",
+    ),
     (("__init__",), "the public names"),
     (("cli",), "the command line"),
     (("integrations",), "adapters for trainers, one module for each library"),

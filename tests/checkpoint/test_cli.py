@@ -31,7 +31,7 @@ from tests.harness.models import mlp, odd_net
 from tests.harness.ranks import run
 from tests.harness.topologies import OPTIONS, Run, build, whole_state
 
-COMMANDS = ["inspect", "verify", "consolidate", "export", "diff"]
+COMMANDS = ["inspect", "verify", "consolidate", "export", "average", "diff"]
 Saved = tuple[Path, dict[str, Tensor]]
 
 
@@ -504,7 +504,7 @@ def test_a_full_disk_leaves_nothing(two: Saved, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["inspect", "consolidate", "export", "diff"])
+@pytest.mark.parametrize("command", ["inspect", "consolidate", "export", "average", "diff"])
 def test_commands_run_nothing_and_load_no_damage(one: Saved, tmp_path: Path, command: str) -> None:
     """A payload in an object, or a flipped bit in a tensor, is an error; nothing is written or executed."""
     canary = tmp_path / "canary"
@@ -536,6 +536,7 @@ def test_help_teaches(command: str) -> None:
         "verify": "manifest.json",
         "consolidate": "--force",
         "export": "--last",
+        "average": "--between",
         "diff": "Exit status",
         "inspect": "--no-verify",
         "plan": "--gpu-memory",

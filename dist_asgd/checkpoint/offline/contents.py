@@ -255,8 +255,11 @@ class CheckpointContents:
 
     @cached_property
     def optimized(self) -> set[str]:
-        """The names of the parameters that the optimizer has."""
-        return {name for group in self.groups for name in group["params"]} | self.state.keys()
+        """The names of the parameters that the optimizer has, whichever optimizer it is."""
+        names = {name for group in self.groups for name in group["params"]}
+        if self.is_asgd:
+            return names | self.state.keys()
+        return names | {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
 
     def _by_model(self, names: Iterable[str]) -> list[str]:
         """``names`` in the order of the model; names that the model lacks come last."""
@@ -277,7 +280,7 @@ class CheckpointContents:
         kinds = {(self.model[name].shape, self.model[name].dtype) for name in others}
         by_digest: dict[tuple[Any, ...], str] = {}
         # Those whose averaging has begun come first, as they are what a tie makes a difference for.
-        for name in sorted(params, key=lambda name: not self.has_begun_averaging(name)):
+        for name in sorted(params, key=lambda name: self.is_asgd and not self.has_begun_averaging(name)):
             if (self.model[name].shape, self.model[name].dtype) in kinds:
                 by_digest.setdefault(self._hash_of(self.model[name]), name)
         found = ((name, by_digest.get(self._hash_of(self.model[name]))) for name in others if by_digest)

@@ -1,6 +1,6 @@
 """Converts a checkpoint to other files, in one process: to one for ``torch.optim.ASGD``, or to the weights alone.
 
-The commands ``export`` and ``consolidate`` call it.
+The commands ``export`` and ``consolidate`` call it, and ``average`` chooses and reads its tensors with it.
 """
 
 from __future__ import annotations
@@ -32,31 +32,39 @@ class Weight:
     """One tensor of an export.
 
     ``key`` is the checkpoint's key that it is read from, and ``region`` the part of it, None for all; ``spec`` has the
-    dtype and shape that it is written with, and ``averaged`` says whether it is a parameter's average.
+    dtype and shape that it is written with, and ``averaged`` says whether it is a parameter's average. ``params`` are
+    the optimizer's parameters that it comes from, by name; a buffer has none.
     """
 
     key: str
     spec: TensorSpec
     averaged: bool
     region: Region | None = None
+    params: tuple[str, ...] = ()
 
 
 def plan_export(
-    contents: CheckpointContents, last: bool, dtype: torch.dtype | None, *, ties_by_value: bool = True
+    contents: CheckpointContents,
+    last: bool,
+    dtype: torch.dtype | None,
+    *,
+    ties_by_value: bool = True,
+    masters: bool = False,
 ) -> dict[str, Weight]:
     """Choose the tensors of an export, by name: each parameter's average if its averaging has begun and not ``last``.
 
     Parameters of the optimizer are converted to ``dtype``, unless it is None. Buffers, and parameters that the
     optimizer does not have, keep their dtype. Raises CheckpointError if the checkpoint has no model, and ValueError if
     a tensor cannot be converted to ``dtype``, or if not every average would be in the export. Of a checkpoint without a
-    record of ties, ``ties_by_value`` says whether an entry with the values of a parameter is that parameter.
+    record of ties, ``ties_by_value`` says whether an entry with the values of a parameter is that parameter. With
+    ``masters`` the last iterate of a parameter is read from its float32 master, if it has one, also if it is not
+    converted.
     """
     if not contents.model:
         raise CheckpointError(
             f"dist_asgd: {contents.opened.path} has no model (no keys '{MODEL}...'). {_advice(contents)}"
         )
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
+    check_dtype(dtype)
     plan: dict[str, Weight] = {}
     exported: set[str] = set()
     for name, entry in contents.model.items():
@@ -70,7 +78,8 @@ def plan_export(
                 f"{_listed(params)}, whose averaging had begun, and only the model knows how. {_REMEDY}"
             )
         wanted = entry.dtype
-        if dtype is not None and contents.optimized.intersection(params):
+        optimized = tuple(param for param in params if param in contents.optimized)
+        if dtype is not None and optimized:
             if entry.dtype.is_complex:
                 raise ValueError(f"dist_asgd: parameter {name} is {entry.dtype} and cannot be exported as {dtype}.")
             # Hooks may quantise weights.
@@ -85,9 +94,10 @@ def plan_export(
                     f"dist_asgd: {contents.opened.path}: {name} is {list(entry.shape)}, and is recorded to come from "
                     f"parameter {begun[0]}, whose ax is {list(average.shape)}: the record is damaged."
                 )
-            plan[name] = Weight(average.key, spec, True, region)
+            plan[name] = Weight(average.key, spec, True, region, optimized)
         else:
-            plan[name] = _last_iterate(contents, () if is_computed else params, entry, spec, region)
+            key, of = _last_iterate(contents, () if is_computed else params, entry, spec, region, masters)
+            plan[name] = Weight(key, spec, False, of, optimized)
     left_out = [] if last else [n for n in contents.state if contents.has_begun_averaging(n) and n not in exported]
     if left_out:
         raise ValueError(
@@ -95,6 +105,12 @@ def plan_export(
             f"parameters: a state_dict hook of the model renamed, fused or dropped them. {_REMEDY}"
         )
     return plan
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless weights can be converted to ``dtype``; None converts nothing."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
 
 
 _REMEDY = (
@@ -122,14 +138,24 @@ def _source(contents: CheckpointContents, name: str, ties_by_value: bool) -> tup
 
 
 def _last_iterate(
-    contents: CheckpointContents, params: Sequence[str], entry: TensorEntry, spec: TensorSpec, region: Region | None
-) -> Weight:
-    """The last iterate of ``entry``: of the float32 master of its parameter, if it is converted and has one."""
-    master = contents.state.get(params[0], {}).get(MASTER_KEY) if len(params) == 1 else None
-    if master is None or spec.dtype == entry.dtype:
-        return Weight(entry.key, spec, False)
+    contents: CheckpointContents,
+    params: Sequence[str],
+    entry: TensorEntry,
+    spec: TensorSpec,
+    region: Region | None,
+    masters: bool,
+) -> tuple[str, Region | None]:
+    """The key, and the region of it, that has the last iterate of ``entry``: of its parameter's master if that counts.
+
+    It counts if the entry is converted, or with ``masters`` always.
+    """
+    if len(params) != 1 or not contents.is_asgd or (spec.dtype == entry.dtype and not masters):
+        return entry.key, None
+    master = contents.state.get(params[0], {}).get(MASTER_KEY)
+    if master is None:
+        return entry.key, None
     fits = master.shape == entry.shape if region is None else region.fits(entry.shape, master.shape)
-    return Weight(master.key, spec, False, region) if fits else Weight(entry.key, spec, False)
+    return (master.key, region) if fits else (entry.key, None)
 
 
 def _advice(contents: CheckpointContents) -> str:
@@ -153,14 +179,33 @@ def export(
     files = TensorFiles(out, specs, metadata={}, max_bytes=max_bytes, overwrite=overwrite)
     with files:
         for name, weight in plan.items():
-            whole = contents.tensor(weight.key)
-            if weight.region is not None:
-                whole = weight.region.of(whole.contiguous())
-            files.write(name, whole.to(weight.spec.dtype))
-            # Let go of before the next one is read.
-            del whole
+            # The tensor gets no name, because it would live on while the next one is read.
+            files.write(name, read_weight(contents, weight).to(weight.spec.dtype))
             progress(weight.spec.bytes)
     return files.paths
+
+
+def read_weight(contents: CheckpointContents, weight: Weight) -> Tensor:
+    """Read the whole tensor of ``weight`` on the CPU, with the dtype and strides of the checkpoint."""
+    whole = contents.tensor(weight.key)
+    return whole if weight.region is None else weight.region.of(whole.contiguous())
+
+
+def note_of_ties(contents: CheckpointContents, taken: bool) -> str:
+    """Return which entries have a parameter's values in a checkpoint that does not record ties; "" if there are none.
+
+    ``taken`` says whether they were exported as that parameter (``ties_by_value``).
+    """
+    tied = sorted(contents.tied_by_value.items())
+    if not tied:
+        return ""
+    shown = ", ".join(f"{name} ({param})" for name, param in tied[:5]) + f" and {len(tied) - 5} more" * (len(tied) > 5)
+    what = "were exported as that parameter" if taken else "were exported as they are"
+    other = "--no-ties-by-value" if taken else "--ties-by-value"
+    return (
+        f"{contents.opened.path} does not record ties. Entries with the values of a parameter {what}: {shown}. Pass "
+        f"{other} if they {'only look alike' if taken else 'are tied'}."
+    )
 
 
 def consolidate(
