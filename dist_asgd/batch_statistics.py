@@ -26,8 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .comm import CollectiveCall, Communicator, Communicators, public_call
 from .comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint
+from .optimizer import ShardedASGD
 from .placements import fsdp1
 from .placements.dtensor import is_dtensor
+from .sharded_average import ShardedAverage
 from .sharded_state import ShardedState
 
 # ``agree(fingerprint, problem)`` raises on all ranks if any has a problem, or another fingerprint.
@@ -107,7 +109,7 @@ class Layer:
 def update_batch_norm(
     loader: Iterable[Any],
     model: nn.Module,
-    average: ShardedState | None = None,
+    average: ShardedASGD | ShardedAverage | None = None,
     *,
     device: torch.device | str | int | None = None,
     process_group: dist.ProcessGroup | None = None,

@@ -38,8 +38,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("optimizer", "sharded_average"), "ShardedASGD; ShardedAverage, the average alone beside any optimizer"),
     (
         ("amp", "batch_statistics", "checkpoint"),
-        "the gradient scaler; BatchNorm's statistics for averages; checkpoints on disk, export, and work on checkpoints "
-        "offline",
+        "the gradient scaler; BatchNorm's statistics; checkpoints on disk, export, and work on checkpoints offline",
     ),
     (
         ("arguments", "console"),
