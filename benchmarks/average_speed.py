@@ -159,13 +159,16 @@ class Updates:
         small = ManyTensors()
         self._small = {way.key: way.make(small).update for way in WAYS if not way.fsdp2}
 
-    def seconds(self, key: str, small: bool = False) -> float:
-        """The seconds of one update, from a barrier on; ``small``: of the 1,000 parameters."""
+    def seconds(self, key: str, small: bool = False) -> tuple[float, float]:
+        """The seconds of one update, from a barrier on, and those of the processor; ``small``: of 1,000 parameters.
+
+        A rank has one thread, whose processor time leaves out what other programs take.
+        """
         call = (self._small if small else self._calls)[key]
         dist.barrier()
-        begin = time.perf_counter()
+        begin, begin_processor = time.perf_counter(), time.thread_time()
         call()
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, time.thread_time() - begin_processor
 
 
 class Memory:
@@ -218,41 +221,44 @@ def bound(numel: int) -> Callable[[], object]:
 
 
 def measure(quick: bool, num_rounds: int) -> dict[str, Any]:
-    """All figures: medians in seconds and their quartiles by key, the same of small parameters, and bytes."""
+    """All figures: medians of seconds by key, those of small parameters (of the processor), shares, and bytes."""
     shape = Shape().tiny() if quick else Shape()
     model = build_model(shape)
     keys = [BOUND, *(way.key for way in WAYS)]
-    seconds: dict[str, list[float]] = {key: [] for key in keys}
+    clock: dict[str, list[float]] = {key: [] for key in keys}
+    processor: dict[str, list[float]] = {key: [] for key in keys}
     small: dict[str, list[float]] = {way.key: [] for way in WAYS if not way.fsdp2}
     with Team(Updates, NUM_RANKS, shape, start="forkserver") as team:
         team.wait_ready()
         for number in range(-NUM_WARMUP, num_rounds):
             progress(f"updates: round {number + 1} of {num_rounds}")
             for key in rotated(keys, max(number, 0)):
-                taken = max(team.call("seconds", key))
+                ranks = team.call("seconds", key)
                 if number >= 0:
-                    seconds[key].append(taken)
+                    clock[key].append(max(taken for taken, _ in ranks))
+                    processor[key].append(max(taken for _, taken in ranks))
             for key in small:
-                taken = max(team.call("seconds", key, True))
+                ranks = team.call("seconds", key, True)
                 if number >= 0:
-                    small[key].append(taken)
+                    small[key].append(max(taken for _, taken in ranks))
     memory: dict[str, dict[str, int]] = {}
     for way in WAYS:
         progress(f"memory of {way.label}")
         with Team(Memory, NUM_RANKS, way.key, shape, entrance=follow_memory, start="forkserver") as team:
             team.wait_ready()
-            ranks = team.call("peaks")
-            memory[way.key] = {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
+            peaks = team.call("peaks")
+            memory[way.key] = {kind: max(rank[kind] for rank in peaks) for kind in peaks[0]}
     progress("")
     return {
         "parameter_bytes": parameter_bytes(model),
         "num_parameters": len(list(model.parameters())),
         "rounds": num_rounds,
         "huge_page_bytes": huge_pages.page_bytes(),
-        "seconds": {key: statistics.median(values) for key, values in seconds.items()},
+        "seconds": {key: statistics.median(values) for key, values in clock.items()},
+        "processor_seconds": {key: statistics.median(values) for key, values in processor.items()},
         "of_bound": {
-            key: statistics.median(a / b for a, b in zip(seconds[BOUND], values, strict=True))
-            for key, values in seconds.items()
+            key: statistics.median(a / b for a, b in zip(processor[BOUND], values, strict=True))
+            for key, values in processor.items()
         },
         "small_seconds": {key: statistics.median(values) for key, values in small.items()},
         "bytes": memory,
