@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import average_speed
-from benchmarks.average_speed import BOUND, NUM_RANKS, NUM_SMALL, SMALL_NUMEL, WAYS
+from benchmarks.average_speed import BOUND, NUM_RANKS, NUM_SMALL, SMALL_NUMEL, WAYS, WIDE
 from benchmarks.average_statistics import SHARES, Regression, Size, floors, quadratic_curves, regression_curves
 from benchmarks.average_statistics import starts as measure_starts
 from benchmarks.measure import progress
@@ -122,7 +122,9 @@ _MEMORY_NOTE = """*Of the bound* is the processor time of the plain loop, by tha
 median): those that move all parameters on each of 2 ranks cannot have more than 0.50. Memory is that of the rank that
 has most, above the model: *held* after an update, *peak* while the average is made and updated three times, and
 *evaluating* the peak above *held* while the averages come in place and go again. `AveragedModel` is evaluated where it
-is, and asserts on FSDP2. By hand, the parameters are set aside meanwhile."""
+is, and asserts on FSDP2. By hand, the parameters are set aside meanwhile. What keeps the update
+of many tensors from the bound is the host, with an operator and some checks for each tensor: what they need has left the
+caches between two updates."""
 
 
 def slopes(report: Mapping[str, Any]) -> str:
@@ -196,16 +198,20 @@ def speeds(speed: Mapping[str, Any]) -> str:
                 f"{memory['evaluating'] / MIB:.0f} MiB",
             ]
         )
+    times = f"{speed['seconds'][WIDE] * 1e3:.1f}", f"{speed['processor_seconds'][WIDE] * 1e3:.1f}"
+    label = f"ShardedAverage, EMA, {speed['wide_bytes'] / 4e6:.0f}M in two layers"
+    rows.append([label, *times, f"{speed['of_bound'][WIDE]:.2f}", *[NOTHING] * 4])
     return markdown_table(["", "ms", "processor, ms", "of the bound", "many, ms", "held", "peak", "evaluating"], rows)
 
 
 def goals(speed: Mapping[str, Any]) -> str:
     """What updates and evaluations with ``ShardedAverage`` are to reach, on plain parameters and under FSDP2."""
     ours = [way.key for way in WAYS if way.label.startswith("ShardedAverage")]
-    share = min(speed["of_bound"][key] for key in ours)
+    of_bound = speed["of_bound"]
+    share = " / ".join(f"{value:.2f}" for value in (of_bound[WIDE], of_bound["ema"], of_bound["fsdp2-ema"]))
     extra = max(speed["bytes"][key]["evaluating"] for key in ours)
     rows = [
-        ["update: share of the bound", f">= {LEAST_SHARE:.2f}", f"{share:.2f}"],
+        ["update: share of the bound; two layers / many tensors / FSDP2", f">= {LEAST_SHARE:.2f}", share],
         [
             "evaluating: memory above what is held",
             f"<= {BUCKET_BYTES / MIB:.0f} MiB, a bucket",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from benchmarks.measure import progress, rotated
-from benchmarks.model import GPT, Shape, build_model, parameter_bytes
+from benchmarks.model import GPT, Shape, WideShape, build_model, parameter_bytes
 from benchmarks.peers import local, peer_of
 from benchmarks.ranks import Team
 from benchmarks.trainer import follow_memory, peak_bytes, reset_peak, settled_bytes
@@ -41,6 +41,8 @@ DECAY = 0.999
 NUM_WARMUP = 3
 NUM_SMALL, SMALL_NUMEL = 1000, 64
 BOUND = "bound"
+# The same for few large parameters, in which the host has less to do for each byte.
+WIDE, WIDE_BOUND = "wide-ema", "wide-bound"
 
 
 class Average:
@@ -150,12 +152,16 @@ class ManyTensors(nn.Module):
 class Updates:
     """An actor of ``benchmarks.ranks``: all averages of one rank, of one plain model and of one under FSDP2."""
 
-    def __init__(self, _rank: int, world_size: int, shape: Shape) -> None:
+    def __init__(self, _rank: int, world_size: int, quick: bool) -> None:
+        shape = shape_of(quick)
         plain, wrapped = build_model(shape), peer_of("fsdp2").wrap(build_model(shape))
         numel = parameter_bytes(plain) // 4
         self._calls: dict[str, Callable[[], object]] = {BOUND: bound(numel // world_size)}
         for way in WAYS:
             self._calls[way.key] = way.make(wrapped if way.fsdp2 else plain).update
+        wide = build_model(WideShape().tiny() if quick else WideShape())
+        self._calls[WIDE_BOUND] = bound(parameter_bytes(wide) // 4 // world_size)
+        self._calls[WIDE] = Sharded(wide, DECAY).update
         small = ManyTensors()
         self._small = {way.key: way.make(small).update for way in WAYS if not way.fsdp2}
 
@@ -220,15 +226,20 @@ def bound(numel: int) -> Callable[[], object]:
     return run
 
 
+def shape_of(quick: bool) -> Shape:
+    """The sizes of the model of most lines."""
+    return Shape().tiny() if quick else Shape()
+
+
 def measure(quick: bool, num_rounds: int) -> dict[str, Any]:
     """All figures: medians of seconds by key, those of small parameters (of the processor), shares, and bytes."""
-    shape = Shape().tiny() if quick else Shape()
+    shape = shape_of(quick)
     model = build_model(shape)
-    keys = [BOUND, *(way.key for way in WAYS)]
+    keys = [BOUND, *(way.key for way in WAYS), WIDE_BOUND, WIDE]
     clock: dict[str, list[float]] = {key: [] for key in keys}
     processor: dict[str, list[float]] = {key: [] for key in keys}
     small: dict[str, list[float]] = {way.key: [] for way in WAYS if not way.fsdp2}
-    with Team(Updates, NUM_RANKS, shape, start="forkserver") as team:
+    with Team(Updates, NUM_RANKS, quick, start="forkserver") as team:
         team.wait_ready()
         for number in range(-NUM_WARMUP, num_rounds):
             progress(f"updates: round {number + 1} of {num_rounds}")
@@ -252,12 +263,15 @@ def measure(quick: bool, num_rounds: int) -> dict[str, Any]:
     return {
         "parameter_bytes": parameter_bytes(model),
         "num_parameters": len(list(model.parameters())),
+        "wide_bytes": parameter_bytes(build_model(WideShape().tiny() if quick else WideShape())),
         "rounds": num_rounds,
         "huge_page_bytes": huge_pages.page_bytes(),
         "seconds": {key: statistics.median(values) for key, values in clock.items()},
         "processor_seconds": {key: statistics.median(values) for key, values in processor.items()},
         "of_bound": {
-            key: statistics.median(a / b for a, b in zip(processor[BOUND], values, strict=True))
+            key: statistics.median(
+                a / b for a, b in zip(processor[WIDE_BOUND if key == WIDE else BOUND], values, strict=True)
+            )
             for key, values in processor.items()
         },
         "small_seconds": {key: statistics.median(values) for key, values in small.items()},
