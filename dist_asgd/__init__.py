@@ -10,6 +10,7 @@ from .memory import MemoryReport
 from .optimizer import ShardedASGD
 from .sharded_average import ShardedAverage
 from .stats import Stats
+from .trigger import NonMonotonicTrigger
 from .update.weights import AverageRule, ExponentialMean, HalfLife, PowerMean, UniformMean
 from .version import __version__
 
@@ -30,6 +31,7 @@ __all__ = [
     "GradScaler",
     "HalfLife",
     "MemoryReport",
+    "NonMonotonicTrigger",
     "PeerError",
     "PendingSave",
     "Plan",

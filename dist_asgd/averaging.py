@@ -23,7 +23,7 @@ from .comm.reports import CollectiveCall
 from .gather import Gatherer
 from .labels import Label, labelled
 from .state import ParamShards
-from .storage.buffers import ShardedParam, StateBuffer
+from .storage.buffers import BucketParam, ShardedParam, StateBuffer
 from .storage.snapshots import mark_written
 from .update.operators import Updater
 from .update.schedule import Cohort
@@ -129,8 +129,8 @@ class Averages:
         self._buffers: list[StateBuffer] = []
         self._exchanges: list[FragmentExchange | FragmentCopy] = []
         # The parameters that other ranks or this one exchange fragments of.
-        self._written: list[Tensor] = []
-        self._find_moved: Callable[[], Exception | None] = lambda: None
+        self._begun: list[ShardedParam] = []
+        self._shards: ParamShards | None = None
         # How many of the buffers were gathered since ranks last agreed, and whether they have agreed to leave.
         self._num_gathered = 0
         self._leaving = False
@@ -159,7 +159,7 @@ class Averages:
         """Raise RuntimeError if one of ``params`` is an average now, of whatever optimizer; ``call`` would read it."""
         if not cls._in_place:
             return
-        swapped = {id(param) for averages in cls._in_place for param in averages._written}
+        swapped = {id(member.param) for averages in cls._in_place for member in averages._begun}
         if any(id(param) in swapped for param in params):
             raise RuntimeError(
                 f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there. Call it after "
@@ -180,8 +180,8 @@ class Averages:
         """
         enter = partial(agree, CollectiveCall.AVERAGED_PARAMETERS, NO_FINGERPRINT)
         leave = partial(agree, CollectiveCall.END_OF_AVERAGED_PARAMETERS, NO_FINGERPRINT)
-        # Published averages that are moved inside the block are followed before they are exchanged back.
-        self._find_moved = shards.state_problem
+        # Averages and parameters that are moved inside the block are followed before they are exchanged back.
+        self._shards = shards
         if self._exit_failed:
             self._leave(leave)
         if self.is_swapped:
@@ -242,7 +242,7 @@ class Averages:
             if not begun:
                 continue
             self._buffers.append(buffer)
-            self._written += [member.param for member in begun]
+            self._begun += begun
             mark_written([member.param for member in begun])
             for member in begun:
                 if member.fragment.numel:
@@ -260,7 +260,7 @@ class Averages:
             # The other ranks wait for the gathers of entering, if this one was interrupted in them.
             self._gather()
             try:
-                leave(self._find_moved())
+                leave(self._follow_moved())
             except (CallsDiffer, PeerError):
                 # Other ranks are not on their way out: a gather would hang, so the averages stay.
                 self._exit_failed = True
@@ -275,10 +275,29 @@ class Averages:
         if failure is not None:
             raise failure
 
+    @torch.no_grad()
+    def _follow_moved(self) -> Exception | None:
+        """Follow state and parameters that were moved inside the block; returns the error of what cannot be followed.
+
+        Without it the parameters would be brought back to memory that they have left. (``flatten_parameters()`` of
+        ``nn.LSTM`` rebinds them in a forward.)
+        """
+        assert self._shards is not None
+        for member in self._begun:
+            # What it has elsewhere is a copy of the average, which its slot holds, too.
+            if isinstance(member, BucketParam) and member.is_rebound:
+                member.bring_home(keep_slot=True)
+        try:
+            self._shards.follow_presharded()
+            self._shards.follow_state()
+        except RuntimeError as error:
+            return error
+        return None
+
     @labelled(Label.SWAP)
     @torch.no_grad()
     def _undo_all(self) -> None:
-        mark_written(self._written)
+        mark_written([member.param for member in self._begun])
         for exchange in self._exchanges:
             # First, as all exchanges share the scratch memory that holds a torn tile.
             exchange.mend()
@@ -296,7 +315,7 @@ class Averages:
         self._gatherer.wait()
 
     def _forget(self) -> None:
-        self._buffers, self._exchanges, self._written, self._num_gathered = [], [], [], 0
+        self._buffers, self._exchanges, self._begun, self._num_gathered = [], [], [], 0
         self._leaving = self._exit_failed = self.is_swapped = False
         self._in_place.discard(self)
 

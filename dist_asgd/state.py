@@ -268,10 +268,7 @@ class ParamShards:
             )
         if not all(snapshot.is_current() for snapshot in self._snapshots):
             self._follow_rebound()
-        for buffer in self.presharded:
-            # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
-            if buffer.follow():
-                self._plans.forget()
+        self.follow_presharded()
         if self.torn_by is not None:
             # Entries may be replaced by half; whatever reads them is refused, and a load publishes them anew.
             return
@@ -280,6 +277,13 @@ class ParamShards:
         if not self._published.matches(self._state):
             self._raise_replaced()
         self.follow_state()
+
+    def follow_presharded(self) -> None:
+        """Follow local tensors of DTensors that were put elsewhere; RuntimeError if one has become another kind."""
+        for buffer in self.presharded:
+            # FSDP2 may put local tensors elsewhere between steps: the plan has their old addresses.
+            if buffer.follow():
+                self._plans.forget()
 
     def follow_state(self) -> None:
         """Follow published state that was moved to other memory. Called before state is read; not collective.
@@ -290,14 +294,6 @@ class ParamShards:
             self.cohorts.follow(lambda index: self.members[index].name)
             for shown, members in self._shown:
                 shown.follow(partial(_name_at, members))
-
-    def state_problem(self) -> Exception | None:
-        """The error of ``follow_state``, for all ranks to raise; None if there is none."""
-        try:
-            self.follow_state()
-        except RuntimeError as error:
-            return error
-        return None
 
     def _follow_rebound(self) -> None:
         """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""

@@ -42,7 +42,7 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|contextlib|os|pathlib|types|typing)\..*"),
-    (r"py:.*", r"(Any|Callable|Iterator|Path|Tensor|Optimizer|ParamsT|DeviceMesh|ProcessGroup|NoReturn)"),
+    (r"py:.*", r"(Any|Callable|Iterator|Path|Tensor|Optimizer|ParamsT|DeviceMesh|ProcessGroup|NoReturn|nn\.Module)"),
     (r"py:class", r"dist\.ProcessGroup|dist_asgd\.checkpoint\..*\.Open\w+"),
 ]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, ShardedAverage
 from tests.harness.bits import assert_same_bits
+from tests.harness.meshes import dtensors, set_gradients, sharded, whole
 from tests.harness.models import odd_loss, odd_net
 from tests.harness.ranks import run
 
@@ -28,7 +29,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 
 def values(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: whole(p).clone() for name, p in model.named_parameters()}
 
 
 def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor], when: str) -> None:
@@ -198,3 +199,90 @@ def many_small(_rank: int, _world_size: int) -> None:
 def test_parameters_of_one_bucket_may_begin_at_different_times(backend: str, world_size: int) -> None:
     """Each by its own step."""
     run(backend, world_size, many_small)
+
+
+def copied(model: nn.Module) -> None:
+    """Each parameter gets a copy of its own."""
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def into_one_chunk(model: nn.Module) -> None:
+    """Contiguous parameters get views of one buffer, as ``flatten_parameters()`` binds weights for cuDNN."""
+    params = [p for p in model.parameters() if p.numel() and p.is_contiguous()]
+    chunk = torch.cat([p.data.flatten() for p in params])
+    for p, values_of_p in zip(params, chunk.split([p.numel() for p in params]), strict=True):
+        p.data = values_of_p.view_as(p)
+
+
+def local_tensors(model: nn.Module) -> None:
+    """DTensors get copies of their local tensors, as FSDP2 makes them in the first forward."""
+    for _, p in dtensors(model):
+        p._local_tensor = p._local_tensor.clone()
+
+
+def moves(rank: int, world_size: int, move: Any, stage: int, wide: bool) -> None:
+    """Job: parameters that are rebound inside the block are back afterwards, and training goes on undisturbed."""
+    pair = []
+    for _ in range(2):
+        model = sharded("fsdp2", world_size) if move is local_tensors else odd_net()
+        model.to(torch.bfloat16 if wide else torch.float32)
+        pair.append((model, ShardedASGD(model.parameters(), t0=1, stage=stage, **OPTIONS)))
+    for number in range(3):
+        for model, optimizer in pair:
+            for seed in range(2 * number, 2 * number + 2):
+                set_gradients(model, seed)
+                optimizer.step()
+        model, optimizer = pair[0]
+        before, ax = values(model), optimizer.consolidated_state_dict(to=None)["state"]
+        with optimizer.averaged_parameters():
+            averaged = values(model)
+            if rank != 1:
+                move(model)
+            assert_same_values(values(model), averaged, "inside")
+        assert_same_values(values(model), before, "afterwards")
+        for index, entry in optimizer.consolidated_state_dict(to=None)["state"].items():
+            assert_same_bits(entry["ax"], ax[index]["ax"], "ax afterwards")
+    assert_same_values(values(pair[0][0]), values(pair[1][0]), "at the end")
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+@pytest.mark.parametrize("wide", [False, True], ids=["same dtype", "wider"])
+@pytest.mark.parametrize(("move", "stage"), [(copied, 2), (into_one_chunk, 1), (into_one_chunk, 2), (local_tensors, 1)])
+def test_parameters_that_are_rebound_inside_come_back(
+    backend: str, world_size: int, move: Any, stage: int, wide: bool
+) -> None:
+    """On all ranks, whichever of them rebinds; none of them takes the averages for parameters."""
+    if move is local_tensors and world_size == 1:
+        pytest.skip("FSDP2 has several ranks")
+    run(backend, world_size, moves, move, stage, wide)
+
+
+def moves_beside(rank: int, _world_size: int, move: Any) -> None:
+    """Job: the same of a ``ShardedAverage``, whose parameters another optimizer trains."""
+    pair = []
+    for _ in range(2):
+        model = odd_net()
+        pair.append((model, torch.optim.SGD(model.parameters(), lr=0.1), ShardedAverage(model.named_parameters())))
+    for seed in range(4):
+        for model, optimizer, average in pair:
+            set_gradients(model, seed)
+            optimizer.step()
+            average.update()
+        model, _, average = pair[0]
+        before = values(model)
+        with average.averaged_parameters():
+            if rank != 1:
+                move(model)
+        assert_same_values(values(model), before, "afterwards")
+    with pair[0][2].averaged_parameters(), pair[1][2].averaged_parameters():
+        assert_same_values(values(pair[0][0]), values(pair[1][0]), "the averages at the end")
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("none", 1), ("gloo", 2)])
+@pytest.mark.parametrize("move", [copied, into_one_chunk])
+def test_parameters_of_another_optimizer_that_are_rebound_inside_come_back(
+    backend: str, world_size: int, move: Any
+) -> None:
+    """They stay where they were moved, with the values from before."""
+    run(backend, world_size, moves_beside, move)

@@ -50,6 +50,35 @@ def test_one_gpu_gives_torchs_bits(dtype: torch.dtype, form: str, stage: int) ->
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("drops", [False, True], ids=["nn.LSTM", "weight drop"])
+def test_lstm_weights_that_cudnn_takes_away(drops: bool) -> None:
+    """``flatten_parameters()`` binds weights to cuDNN's chunk, by hand, or in a forward with a dropped weight."""
+    results = []
+    for cls in (ShardedASGD, torch.optim.ASGD):
+        torch.manual_seed(0)
+        layer = torch.nn.LSTM(8, 16).to("cuda")
+        optimizer = cls(layer.parameters(), lr=0.1, t0=1)
+        for _ in range(6):
+            inputs, mask = torch.randn(5, 3, 8, device="cuda"), torch.rand(64, 16, device="cuda") > 0.3
+            layer.flatten_parameters()
+            weights = {"weight_hh_l0": layer.weight_hh_l0 * mask} if drops else {}
+            optimizer.zero_grad()
+            torch.func.functional_call(layer, weights, (inputs,))[0].square().mean().backward()
+            optimizer.step()
+            if isinstance(optimizer, ShardedASGD):
+                before = [p.detach().clone() for p in layer.parameters()]
+                with torch.no_grad(), optimizer.averaged_parameters():
+                    layer.flatten_parameters()
+                    layer(inputs)
+                assert all(torch.equal(p, kept) for p, kept in zip(layer.parameters(), before, strict=True))
+        results.append([p.detach().clone() for p in layer.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        # cuDNN may add gradients up in another order each time.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_a_step_in_a_cuda_graph() -> None:
     """Replayed with an lr that changes on the device, beside the same steps outside of graphs."""
     device = torch.device("cuda")

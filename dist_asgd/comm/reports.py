@@ -61,7 +61,8 @@ class CollectiveCall(IntEnum):
     END_OF_JOIN = 22
     STATE_DICT = 23
     OVERLAP_FORWARD = 24
-    UPDATE_BATCH_NORM = 25
+    UPDATE_TRIGGER = 25
+    UPDATE_BATCH_NORM = 26
 
     @property
     def text(self) -> str:
@@ -70,6 +71,8 @@ class CollectiveCall(IntEnum):
             return "a call after parameters or param_groups were changed"
         if self is CollectiveCall.UNFREEZE:
             return "a call after frozen parameters became trained ones"
+        if self is CollectiveCall.UPDATE_TRIGGER:
+            return "NonMonotonicTrigger.update()"
         if self is CollectiveCall.GRADIENT:
             return "an operator on p.grad"
         if self is CollectiveCall.JOINED:

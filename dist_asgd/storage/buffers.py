@@ -214,15 +214,15 @@ class BucketParam(ShardedParam):
         self._view_strides = param.stride()
         Owners.claim(param, bucket, name)
 
-    def bring_home(self) -> None:
-        """Copy the parameter's values into its slot, and make the slot its memory; called again if it was rebound."""
-        param, slot = self.param, self.slot
-        view = self.bucket.flat[slot.offset : slot.stop]
+    def bring_home(self, keep_slot: bool = False) -> None:
+        """Make the slot the parameter's memory, and copy its values there or, with ``keep_slot``, take those there."""
+        param, view = self.param, self.bucket.flat[self.slot.offset : self.slot.stop]
         if param.is_complex():
             view = torch.view_as_complex(view.view(-1, 2))
         # The parameter keeps its strides (channels-last, for example), so that modules compute as before.
         view = view.as_strided(param.shape, self.strides)
-        view.copy_(param.detach())
+        if not keep_slot:
+            view.copy_(param.detach())
         # Modules, hooks and autograd keep the parameter object; only its memory is another now. It has a storage of its
         # own over the bucket, because savers take tensors of one storage for one tensor.
         param.data = own_storage(view)

@@ -70,7 +70,7 @@ class Spread:
 
 
 def spread(
-    model: ByteTransformer, mode: Mode, num_replicas: int | None, tensor_parallel: int, processes: Processes
+    model: nn.Module, mode: Mode, num_replicas: int | None, tensor_parallel: int, processes: Processes
 ) -> Spread:
     """Wrap or shard `model` as `mode` says; raises TrainingError if the ranks do not allow it. Collective."""
     if not processes.is_distributed:
@@ -128,10 +128,10 @@ def _counted(replicas: int) -> str:
     return "1 replica" if replicas == 1 else f"{replicas} replicas"
 
 
-def _fully_shard(
-    model: ByteTransformer, mode: Mode, replicas: int, tensor_parallel: int, processes: Processes
-) -> Spread:
+def _fully_shard(model: nn.Module, mode: Mode, replicas: int, tensor_parallel: int, processes: Processes) -> Spread:
     """Split layers by tensor parallelism, then apply FSDP2 to each block and to the rest of the model. Collective."""
+    if not isinstance(model, ByteTransformer):
+        raise TrainingError(f"--parallel {mode} shards the blocks of a transformer, which this model has not")
     if processes.world_size % tensor_parallel:
         raise TrainingError(f"--tensor-parallel {tensor_parallel} does not divide the {processes.world_size} ranks")
     shards = processes.world_size // (replicas * tensor_parallel)

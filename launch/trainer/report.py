@@ -26,7 +26,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out losses after `step` steps, in nats per byte, of the last iterate and of the average."""
+    """The held-out losses after `step` steps, in nats per unit, of the last iterate and of the average."""
 
     step: int
     last: float
@@ -42,6 +42,7 @@ class Summary:
     train_loss: float | None
     evaluation: Evaluation | None
     tokens_per_second: float
+    unit: str  # what losses are the mean over: "byte", say
     first_average_step: int  # t0
     average_dtype: str
     memory_by_rank: list[Memory]
@@ -56,8 +57,11 @@ def write_summary(folder: Path, summary: Summary) -> Path:
     return file
 
 
-def draw_losses(folder: Path, first_average_step: int) -> Path | None:
-    """Draw the training loss and both held-out losses to losses.png; returns its path, or None without any metrics."""
+def draw_losses(folder: Path, first_average_step: int, unit: str) -> Path | None:
+    """Draw the training loss and both held-out losses to losses.png; returns its path, or None without any metrics.
+
+    Losses are in nats per `unit`. A `first_average_step` beyond the last step is not drawn.
+    """
     import matplotlib  # imported late, as only rank 0 draws
     from matplotlib.figure import Figure
 
@@ -70,13 +74,14 @@ def draw_losses(folder: Path, first_average_step: int) -> Path | None:
     axes.plot(*_curve(lines, "train_loss"), color="0.75", linewidth=0.8, label="training batch")
     axes.plot(*_curve(lines, "held_out_last"), color="C0", marker=".", zorder=3, label="held out, last iterate")
     axes.plot(*_curve(lines, "held_out_average"), color="C3", marker=".", label="held out, average")
-    axes.axvline(first_average_step, color="0.4", linestyle=":", linewidth=1, label="t0: averaging begins")
+    if first_average_step <= lines[-1]["step"]:
+        axes.axvline(first_average_step, color="0.4", linestyle=":", linewidth=1, label="t0: averaging begins")
     axes.set_xlim(left=0, right=lines[-1]["step"])
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.yaxis.set_major_formatter("{x:.1f}")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per byte")
+    axes.set_ylabel(f"loss, nats per {unit}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     file = folder / "losses.png"
@@ -100,8 +105,8 @@ def print_summary(console: Console, summary: Summary) -> None:
 def _outcome_table(summary: Summary) -> Table:
     table = Table(title=f"after step {summary.step}", title_justify="left")
     table.add_column("")
-    table.add_column("nats per byte", justify="right")
-    table.add_column("bits per byte", justify="right")
+    table.add_column(f"nats per {summary.unit}", justify="right")
+    table.add_column(f"bits per {summary.unit}", justify="right")
     table.add_row("training, latest batch", *_loss_cells(summary.train_loss))
     at_step = "" if summary.evaluation is None else f" at step {summary.evaluation.step}"
     last = None if summary.evaluation is None else summary.evaluation.last
