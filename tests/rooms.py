@@ -38,8 +38,8 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("optimizer", "sharded_average"), "ShardedASGD; ShardedAverage, the average alone beside any optimizer"),
     (
         ("amp", "batch_statistics", "checkpoint", "trigger"),
-        "the gradient scaler; BatchNorm's statistics; checkpoints on disk, export, and work on checkpoints offline; when "
-        "averaging begins",
+        "the gradient scaler; BatchNorm's statistics; checkpoints on disk, export, and work on checkpoints offline; "
+        "when averaging begins",
     ),
     (
         ("arguments", "console"),
