@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .checkpoint.load import load_checkpoint, read_extra
     from .checkpoint.manager import CheckpointManager, Restored
     from .checkpoint.offline.merge import average_between, average_checkpoints
-    from .checkpoint.save import PendingSave, async_save_checkpoint, save_checkpoint
+    from .checkpoint.pending import PendingSave
+    from .checkpoint.save import async_save_checkpoint, save_checkpoint
     from .planning.planner import Plan, plan
 
 __all__ = [
@@ -58,7 +59,7 @@ __all__ = [
 _ON_DEMAND = {
     "CheckpointError": "checkpoint.format.manifest",
     "CheckpointManager": "checkpoint.manager",
-    "PendingSave": "checkpoint.save",
+    "PendingSave": "checkpoint.pending",
     "Plan": "planning.planner",
     "Restored": "checkpoint.manager",
     "async_save_checkpoint": "checkpoint.save",

@@ -44,6 +44,16 @@ Prefix = Annotated[
         show_default=False,
     ),
 ]
+AverageName = Annotated[
+    str | None,
+    typer.Option(
+        "--average",
+        metavar="NAME",
+        help="Which average, if DIR has several: one that was saved beside the optimizer, or 'optim' for that of the "
+        "optimizer itself.",
+        show_default=False,
+    ),
+]
 OutSafetensors = Annotated[
     str, typer.Argument(metavar="OUT.safetensors", help="The file to write.", show_default=False)
 ]

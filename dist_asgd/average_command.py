@@ -9,6 +9,7 @@ import typer
 from .arguments import (
     GIGABYTE,
     AsJson,
+    AverageName,
     ExportDtype,
     Force,
     MaxShardGb,
@@ -49,6 +50,7 @@ def average(
         ),
     ] = "",
     last: Annotated[bool, typer.Option("--last", help="Average the last iterates instead of the averages.")] = False,
+    name: AverageName = None,
     ema: Annotated[
         float | None,
         typer.Option(
@@ -97,7 +99,7 @@ def average(
         to = as_path(out)
         # Before checkpoints are read, which takes longer than to see that OUT is a checkpoint or was left out.
         check_out(to, force)
-        merge = _merge(sources, weights, last, ema, between, latest, dtype, ties_by_value, verify, prefix)
+        merge = _merge(sources, weights, last, name, ema, between, latest, dtype, ties_by_value, verify, prefix)
         with progress_bar("averaging", merge.total_bytes) as progress:
             max_bytes = int(max_shard_gb * GIGABYTE)
             paths = write_merge(merge, to, max_bytes=max_bytes, overwrite=force, progress=progress)
@@ -114,6 +116,7 @@ def _merge(
     sources: list[str],
     weights: str,
     last: bool,
+    name: str | None,
     ema: float | None,
     between: bool,
     latest: int | None,
@@ -124,7 +127,8 @@ def _merge(
 ) -> Merge:
     """Plan what the options ask for; ValueError if they do not go together."""
     if not between:
-        opened = open_sources(sources, latest=latest, verify=verify, prefix=prefix_of_text(prefix))
+        read = prefix_of_text(prefix)
+        opened = open_sources(sources, latest=latest, last=last, average=name, verify=verify, prefix=read)
         given = _numbers(weights) if weights else None
         return plan_average(
             opened, weights=given, decay=ema, last=last, dtype=torch_dtype(dtype), ties_by_value=ties_by_value
@@ -136,7 +140,7 @@ def _merge(
                 f"dist_asgd: {option} cannot be combined with --between, whose result follows from the two averages "
                 f"and their numbers of iterates. Leave out one of the two."
             )
-    opened = open_sources(sources, verify=verify, prefix=prefix_of_text(prefix))
+    opened = open_sources(sources, average=name, verify=verify, prefix=prefix_of_text(prefix))
     if len(opened) != 2:
         raise ValueError(
             f"dist_asgd: --between wants two checkpoints of a run, the earlier one first, and then OUT; got "

@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from .arguments import (
     GIGABYTE,
     AsJson,
+    AverageName,
     ExportDtype,
     Force,
     MaxShardGb,
@@ -135,6 +136,11 @@ def _print_summary(summary: Summary) -> None:
             shown = ", ".join(f"{e.name} {_shape(e.shape)} {e.dtype}" if e.dtype else e.name for e in entries[:20])
             more = f", and {len(entries) - 20} more" if len(entries) > 20 else ""
             typer.echo(encodable(plain(f"{title}: {shown}{more}")))
+    for entry in summary.averages:
+        size = f"{entry.num_parameters} parameters, {decimal(entry.bytes)}"
+        typer.echo(encodable(plain(f"average {entry}, {size}")))
+    if summary.optimizer:
+        typer.echo(encodable(plain(f"optimizer: {summary.optimizer}")))
     if summary.other_keys:
         typer.echo(encodable(plain(f"other keys: {summary.other_keys}")))
     typer.echo(
@@ -192,12 +198,13 @@ def consolidate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write model and optimizer state to one file, for use in one process.
+    """Write model, optimizer state and averages to one file, for use in one process.
 
     **OUT.pt** is for `torch.load(OUT)`: a dict with `model`, for `load_state_dict` of the module, and `optim`, for
-    `load_state_dict` of `torch.optim.ASGD` or `ShardedASGD`. Writing it needs as much memory as the file holds. If the
-    checkpoint does not record parameter groups, parameters with equal hyperparameters make one group, in the
-    optimizer's order, and are named in `param_names`.
+    `load_state_dict` of `torch.optim.ASGD` or `ShardedASGD`, or of the class that was saved. If averages were saved
+    beside the optimizer, `averages` has them by name, for `load_state_dict` of a `ShardedAverage`. Writing it needs as
+    much memory as the file holds. If the checkpoint does not record parameter groups, parameters with equal
+    hyperparameters make one group, in the optimizer's order, and are named in `param_names`.
 
     **OUT.safetensors** has the same tensors under the checkpoint's keys (`model.…`, `optim.state.….ax`), written one at
     a time, and the parameter groups as JSON in its metadata (`param_groups`).
@@ -215,6 +222,7 @@ def export(
     directory: Directory,
     out: OutSafetensors,
     last: Annotated[bool, typer.Option("--last", help="Export the last iterate instead of the average.")] = False,
+    name: AverageName = None,
     dtype: ExportDtype = None,
     max_shard_gb: MaxShardGb = DEFAULT_MAX_BYTES / GIGABYTE,
     ties_by_value: TiesByValue = True,
@@ -233,6 +241,8 @@ def export(
     """
     with reported():
         contents = CheckpointContents(as_path(directory), verify=verify, prefix=prefix_of_text(prefix))
+        if not last or name is not None:
+            contents = convert.with_average(contents, name)
         plan = convert.plan_export(contents, last, torch_dtype(dtype), ties_by_value=ties_by_value)
         total = sum(weight.spec.bytes for weight in plan.values())
         with progress_bar("exporting", total) as progress:

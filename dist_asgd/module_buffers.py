@@ -7,7 +7,7 @@ Buffers differ between ranks unless DDP broadcasts them, so that each rank keeps
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,14 +28,20 @@ class ModuleBuffers:
           as that of the parameters, and for dtypes without fractions the last values
     """
 
-    def __init__(self, model: nn.Module | None, mode: str, state: dict[Any, Any]) -> None:
+    def __init__(
+        self, model: nn.Module | None, mode: str, state: dict[Any, Any], plain_name: Callable[[str], str] = str
+    ) -> None:
+        """``plain_name`` gives a buffer the name that it has without wrappers: a checkpoint loads in other ones."""
         self._model = None if model is None else weakref.ref(model)
         self._mode = mode
         self._state = state
+        self._plain_name = plain_name
 
     def _live(self) -> dict[str, Tensor]:
         model = None if self._model is None or self._mode == "keep" else self._model()
-        return {} if model is None else {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
+        if model is None:
+            return {}
+        return {self._plain_name(name): buffer for name, buffer in model.named_buffers() if buffer is not None}
 
     def update(self, hyper: StepHyperparameters, number: float) -> None:
         """Take the buffers of update ``number``, whose parameters are taken with ``hyper``. No communication."""
@@ -48,7 +54,11 @@ class ModuleBuffers:
             mean = kept.get(name)
             if mean is None or mean.shape != live.shape or mean.dtype != live.dtype:
                 kept[name] = live.detach().clone()
-            elif n == 1 or self._mode == "copy" or not (live.is_floating_point() or live.is_complex()):
+                continue
+            if mean.device != live.device:
+                # A checkpoint is read on the host.
+                mean = kept[name] = mean.to(live.device)
+            if n == 1 or self._mode == "copy" or not (live.is_floating_point() or live.is_complex()):
                 mean.copy_(live)
             elif hyper.implementation is Implementation.LERP:
                 mean.lerp_(live, rule.weight(n))

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +20,7 @@ from .gather import Arrivals
 from .gradients.absent import NoGradients
 from .module_buffers import ModuleBuffers, check_buffers
 from .sharded_state import ShardedState
+from .state_dict.wrapper_names import name_below, wrappers_of
 from .storage.buffers import Precision
 from .storage.snapshots import NO_GRADIENTS
 from .update.batch import StepContext, run_batches
@@ -128,7 +130,8 @@ class ShardedAverage(ShardedState):
         gradients = NoGradients(Agreement(communicators.host), communicators, self._num_updates)
         self._construct(params, defaults, gradients, precision, options, check)
         self._check_device(average_device)
-        self._buffers = ModuleBuffers(model, buffers, self.state)
+        plain_name = str if model is None else partial(name_below, wrappers_of(model))
+        self._buffers = ModuleBuffers(model, buffers, self.state, plain_name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose iterates are counted from its first update on. Collective; see ``ShardedASGD``."""

@@ -1,8 +1,8 @@
-"""Applying a checkpoint that was read: it changes model and optimizer on all ranks, or on none.
+"""Applying a checkpoint that was read: it changes model, optimizer and averages on all ranks, or on none.
 
 Code of users runs while a checkpoint is applied: hooks on state dicts, ``set_extra_state()``, and ``load_state_dict()``
 of their own modules. It may raise on some ranks only, when half is written. So ``apply`` first takes a backup; after
-each half, the optimizer and the model, the ranks agree, and if any has a problem all of them put the backup back.
+the optimizer, each average and the model, the ranks agree, and if any has a problem all of them put the backup back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import io
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,15 +24,19 @@ from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, is_on_all_rank
 from ..comm.reports import CollectiveCall
 from ..labels import Label, labelled
 from ..placements.dtensor import is_dtensor, local_tensor
+from ..sharded_average import ShardedAverage
 from ..sharded_state import ShardedState
 from ..state import LOAD_CHECKPOINT
 from ..state_dict.backup import OptimizerBackup, find_unequal
 from .format.paths import UserPath
+from .optimizer_entries import restore_dtypes
 from .save import Saver
+from .sections import STATE
 from .values import deep_copy
 
 if TYPE_CHECKING:
     from .load import CheckpointState
+    from .optimizer_state import OptimizerState
 
 # Below this size a tensor is copied without comparing it first.
 _SMALL_BYTES = 1 << 16
@@ -46,15 +51,19 @@ def apply(
     call: CollectiveCall,
     model: nn.Module,
     optimizer: Optimizer,
+    averages: Mapping[str, ShardedAverage],
 ) -> None:
-    """Write everything that was read into ``model`` and ``optimizer``. Collective.
+    """Write everything that was read into ``model``, ``optimizer`` and ``averages``. Collective.
 
     If code of the user raises on any rank, every rank raises it, and has what it had before. An interruption
     (KeyboardInterrupt) is this rank's own: the next call of the optimizer says that it may be torn.
     """
-    backup = _Backup.agreed(loaded, saver, call, model, optimizer)
+    backup = _Backup.agreed(loaded, saver, call, model, optimizer, averages)
     try:
         _agree_on(lambda: _load_optimizer(optimizer, loaded.optimizer), "the optimizer", path, saver, call)
+        for name, state in loaded.averages.items():
+            load = partial(_load_optimizer, averages[name], state)
+            _agree_on(load, f"the average {name!r}", path, saver, call)
         for live, fragment in loaded.fragments:
             live.copy_(fragment)
         if isinstance(optimizer, ShardedState):
@@ -72,14 +81,17 @@ def apply(
         if problems:
             error.add_note(f"dist_asgd: not everything could be put back: {'; '.join(problems)}")
         raise
-    if isinstance(optimizer, ShardedState):
-        optimizer.shards.torn_by = None
+    for owner in (optimizer, *(averages[name] for name in loaded.averages)):
+        if isinstance(owner, ShardedState):
+            owner.shards.torn_by = None
 
 
-def _load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: Optimizer, loaded: OptimizerState) -> None:
     """Call ``load_state_dict()`` of the optimizer, which may be a subclass with one of its own. Collective."""
+    state_dict = loaded.state_dict
     if not isinstance(optimizer, ShardedState):
         optimizer.load_state_dict(state_dict)
+        restore_dtypes(optimizer, state_dict[STATE], loaded.same_dtype)
         return
     shards = optimizer.shards
     shards.torn_by, shards.load_has_begun = LOAD_CHECKPOINT, False
@@ -126,20 +138,38 @@ def _refusal(error: Exception, what: str, path: UserPath) -> Exception:
 
 
 class _Backup:
-    """What model and optimizer have before a checkpoint is applied."""
+    """What model, optimizer and averages have before a checkpoint is applied."""
 
-    def __init__(self, loaded: CheckpointState, model: nn.Module, optimizer: Optimizer, whole: set[int]) -> None:
+    def __init__(
+        self,
+        loaded: CheckpointState,
+        model: nn.Module,
+        optimizer: Optimizer,
+        averages: Mapping[str, ShardedAverage],
+        whole: set[int],
+    ) -> None:
         held: set[int] = set()
         if isinstance(optimizer, ShardedState) and not optimizer.is_differentiable:
             self._optimizer = OptimizerBackup(optimizer, optimizer.shards, optimizer.gatherer, whole)
             held = {id(member.param) for member in optimizer.shards.held}
         else:
             self._optimizer = OptimizerBackup(optimizer)
+        # Their parameters are those of the optimizer and the model, which are put back from there.
+        self._averages = [
+            (average, OptimizerBackup(average, average.shards, average.gatherer, with_params=False))
+            for average in (averages[name] for name in loaded.averages)
+        ]
         self._model = ModelBackup(model, held, loaded.model)
 
     @classmethod
     def agreed(
-        cls, loaded: CheckpointState, saver: Saver, call: CollectiveCall, model: nn.Module, optimizer: Optimizer
+        cls,
+        loaded: CheckpointState,
+        saver: Saver,
+        call: CollectiveCall,
+        model: nn.Module,
+        optimizer: Optimizer,
+        averages: Mapping[str, ShardedAverage],
     ) -> _Backup:
         """Take a backup on every rank. Collective; raises on all ranks, and nothing is changed, if one cannot."""
         whole: set[int] = set()
@@ -148,7 +178,7 @@ class _Backup:
         backup: _Backup | None = None
         problem: Exception | None = None
         try:
-            backup = cls(loaded, model, optimizer, whole)
+            backup = cls(loaded, model, optimizer, averages, whole)
         except Exception as error:
             problem = error
         saver.agree(call, NO_FINGERPRINT, problem)
@@ -158,6 +188,8 @@ class _Backup:
     def put_back(self, optimizer: Optimizer) -> list[str]:
         """Put everything back; returns what could not be. Collective for a ShardedASGD."""
         self._optimizer.put_back(optimizer)
+        for average, backup in self._averages:
+            backup.put_back(average)
         return self._model.put_back()
 
 

@@ -3,10 +3,13 @@
 The keys are those of ``get_state_dict`` of ``torch.distributed.checkpoint`` (DCP):
 
 ``model.<name>``                      parameters and buffers, under their true shape
-``optim.state.<name>.<key>``          step, eta, mu, ax, a master and own entries of the user of each parameter
+``optim.state.<name>.<key>``          step, eta, mu, ax, a master and own entries of the user of each parameter; of
+                                      another optimizer than ASGD whatever it keeps
+``optim.class``                       the class of an optimizer that is no ASGD
 ``optim.own``                         own entries that have no such key, see ``own_entries``
 ``optim.sources``                     parameters that entries of the model come from, see ``source_record``
 ``optim.param_groups.<name>.<key>``   the hyperparameters of its group, for each parameter
+``averages.<average>.…``              the same as below ``optim`` of each average beside the optimizer
 ``extra.<rank>``                      the values that the caller adds on each rank
 ``containers.<key>``                  how a dict or list is built of its leaves, see ``containers``
 
@@ -19,7 +22,7 @@ with a copy writes it. Only copies on unrelated meshes (tensor parallelism insid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -27,36 +30,32 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..averaging import Averages
 from ..comm import Communicator
 from ..placements.dtensor import is_dtensor, is_first_copy
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..sharded_state import ShardedState
-from ..state import MASTER_KEY
 from ..state_dict.own_entries import check_whole
-from ..state_dict.sharded import AVERAGE, NotGatherable, ShardTensorCache
+from ..state_dict.sharded import AVERAGE, ShardTensorCache
 from ..validation import params_of
-from . import own_entries
 from .containers import CONTAINERS, take_apart
 from .format.writer import ChunkToWrite, KeyPath, Serialized
 from .names import names_of
+from .optimizer_entries import entries_of, is_own, refuse
 from .rows import FragmentCache
+from .sections import AVERAGES, EXTRA, MODEL, OPTIM
 from .source_record import SOURCES, record_of
 from .sources import traced
-from .values import CONSTANTS, check_option, plain, savable_object, savable_tensor
+from .values import CONSTANTS, plain, savable_object, savable_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-MODEL, OPTIM, EXTRA = "model", "optim", "extra"
-STATE, GROUPS = "state", "param_groups"
-SCALARS = ("step", "eta", "mu")
-# Keys of groups that say how a process runs, or which parameters there are.
-NOT_SAVED = ("params", "fused")
 # No such tensor is a DTensor or a ShardTensor; most tensors are of these types, and asking further is left out.
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 State = dict[str, dict[str, Any]]
-"""The sections ``model``, ``optim`` and ``extra`` of a checkpoint; the keys of each follow its name and a dot."""
+"""The sections of a checkpoint (``model``, ``optim``, ``averages``, ``extra``); keys follow the name and a dot."""
 
 
 # inference_mode(False): in inference mode a DTensor could not be detached.
@@ -69,19 +68,23 @@ def state_to_save(
     rank: int,
     replica: int = 0,
     cache: FragmentCache | None = None,
+    averages: Mapping[str, ShardedState] | None = None,
 ) -> State:
-    """Return what this rank has to save of ``model`` and ``optimizer``, and its ``extra``; tensors are the live ones.
+    """Return what this rank has to save of ``model``, ``optimizer``, ``averages`` and ``extra``, all live tensors.
 
     Not collective. Rank 0 saves whatever all ranks hold alike, the other ranks only their fragments.
 
     Args:
         replica: which copy of the shards this rank holds, in hybrid sharding; only the first copy is saved.
         cache: what was made of the fragments of parameters in the last call, which is used again.
+        averages: those beside the optimizer, by name.
     """
+    refuse(optimizer)
     for name, buffer in model.named_buffers():
         if is_lazy(buffer):
             savable_tensor(buffer, f"{MODEL}.{name}")
     params = params_of(optimizer.param_groups)
+    Averages.refuse_swapped("saving a checkpoint", params)
     live, source_of = traced(model, params, keep_vars=True)
     names = names_of(model, optimizer, live)
     # Not state_dict() of a ShardedASGD, of which the next call may have to be the whole (consolidate_state_dict).
@@ -100,44 +103,19 @@ def state_to_save(
             value = part
         elif isinstance(value, Tensor):
             value = value.detach()
-        if not rank or _is_own(value, replica):
+        if not rank or is_own(value, replica):
             model_state[names.of_model[key]] = value
     if isinstance(optimizer, ShardedState):
         check_whole(optimizer.state, optimizer.shards.members, optimizer.communicators)
-    optim: dict[str, Any] = {}
-    first_names = [aliases[0] for aliases in names.of_params]
-    own = own_entries.to_save(saved["state"], first_names)
-    if own.objects is not None and not rank:
-        optim[own_entries.OBJECTS] = own.objects
+    optim = entries_of(optimizer, saved, names, rank, replica)
     if not rank:
         record = record_of(live, names, params, [*model.parameters(), *model.buffers()], source_of)
         if record is not None:
             optim[SOURCES] = record.serialize()
-    for index, name in enumerate(first_names):
-        entry = saved["state"].get(index, {})
-        kept = {key: entry[key] for key in (*SCALARS, AVERAGE, MASTER_KEY) if key in entry}
-        for key, value in (kept | own.of_params.get(index, {})).items():
-            if not rank or _is_own(value, replica):
-                optim[f"{STATE}.{name}.{key}"] = value
-    for group in () if rank else saved["param_groups"]:
-        # NotGatherable is written as the False that it stands for.
-        options = {
-            key: False if isinstance(value, NotGatherable) else value
-            for key, value in group.items()
-            if key not in NOT_SAVED
-        }
-        for key in options:
-            if not isinstance(key, str) or not key or "." in key:
-                raise ValueError(
-                    f"dist_asgd: param_groups has an option {key!r:.80}, and a checkpoint could not tell it from the "
-                    f"names of parameters: use a name without dots."
-                )
-            check_option(options[key], f"the option {key!r:.80} of param_groups")
-        for index in group["params"]:
-            prefix = f"{GROUPS}.{names.of_params[index][0]}."
-            for key, value in options.items():
-                optim[prefix + key] = value
     state: State = {MODEL: model_state, OPTIM: optim}
+    for name, average in (averages or {}).items():
+        below = state.setdefault(AVERAGES, {})
+        below |= {f"{name}.{key}": value for key, value in _average_to_save(model, average, live, rank).items()}
     if extra is not None:
         # In a tuple, because DCP takes dicts and lists apart.
         state[EXTRA] = {str(rank): savable_object(plain(extra), "extra", in_tuple=True)}
@@ -171,14 +149,13 @@ def param_fragments(
     return fragments
 
 
-def _is_own(value: Any, replica: int) -> bool:
-    """Whether a rank other than 0 may have to write ``value``: it is sharded, and of the first replica.
-
-    A container is if it holds something that is.
-    """
-    if isinstance(value, Mapping | list):
-        return any(_is_own(item, replica) for item in (value.values() if isinstance(value, Mapping) else value))
-    return not replica if isinstance(value, ShardTensor) else is_dtensor(value)
+def _average_to_save(model: nn.Module, average: ShardedState, keys: Iterable[str], rank: int) -> dict[str, Any]:
+    """Return what this rank has to save of an average beside the optimizer, by key below its root."""
+    average.shards.check_whole()
+    saved = average.live_state()
+    check_whole(average.state, average.shards.members, average.communicators)
+    # Its mesh may have other replicas than that of the optimizer.
+    return entries_of(average, saved, names_of(model, average, keys), rank, average.communicators.replica)
 
 
 # --- the flat state --------------------------------------------------------------------------------------
@@ -222,7 +199,7 @@ def flat_state(state: State, rank: int, replica: int = 0) -> FlatState:
                 if skeleton is not None and not rank:
                     skeletons[f"{section}.{key}"] = objects.skeleton(value, skeleton, f"{section}.{key}")
                 if rank:
-                    leaves = {name: leaf for name, leaf in leaves.items() if _is_own(leaf, replica)}
+                    leaves = {name: leaf for name, leaf in leaves.items() if is_own(leaf, replica)}
             for name, leaf in leaves.items():
                 if name in paths:
                     raise ValueError(f"dist_asgd: two entries of the state have the key {name} in a checkpoint.")

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..averaging import Averages
 from ..comm import Communicators
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
+from ..module_buffers import KEY as BUFFERS_KEY
 from ..placements import fsdp1
 from ..placements.dtensor import is_dtensor
 from ..sharded_state import ShardedState
@@ -27,7 +29,7 @@ from ..state_dict.whole_tensors import whole_dtensors, whole_state
 from ..storage.buffers import ShardedParam
 from .format.paths import UserPath, as_path
 from .format.safetensors import DEFAULT_MAX_BYTES, TensorFiles, TensorSpec
-from .names import names_of
+from .names import Names, PlainNames, names_of
 from .save import Saver, adopt_params
 from .sources import Region, traced
 
@@ -74,17 +76,17 @@ def export_averaged(
     parameter whose averaging has begun, and the value itself of other parameters and of buffers. If state_dict hooks
     compute entries from parameters, they compute them from the averages, as inside ``averaged_parameters()``; a hook
     that leaves out a parameter whose averaging has begun is an error. Statistics of BatchNorm belong to the last
-    iterate, unless ``update_batch_norm()`` was called before. Rank 0 writes, and needs memory for one parameter, or
-    with NCCL and other backends that gather by collectives, for one bucket; the other ranks need that of one fragment
-    at most. The model and the optimizer do not change. If the weights have more than ``max_bytes``, there are several
-    files and an index, which transformers loads: ``model-00001-of-00002.safetensors``, ...,
-    ``model.safetensors.index.json``.
+    iterate, unless ``update_batch_norm()`` was called before, or a ``ShardedAverage`` keeps them (``buffers="average"``
+    or ``"copy"``). Rank 0 writes, and needs memory for one parameter, or with NCCL and other backends that gather by
+    collectives, for one bucket; the other ranks need that of one fragment at most. The model and the optimizer do not
+    change. If the weights have more than ``max_bytes``, there are several files and an index, which transformers loads:
+    ``model-00001-of-00002.safetensors``, ..., ``model.safetensors.index.json``.
 
     Args:
         path: the file that rank 0 writes, on a file system, where it appears whole or not at all, or in an object
             store, to which it is uploaded from a temporary folder of rank 0.
         model: the model that has the optimizer's parameters; it may be wrapped in DDP or ``torch.compile``.
-        optimizer: a ShardedASGD.
+        optimizer: a ShardedASGD or a ShardedAverage.
         dtype: the floating-point dtype of the optimizer's parameters in the file; None: each parameter's own.
             What is converted comes from the float32 averages and masters, if there are any.
         max_bytes: the size above which there are several files, each of at most so many bytes, or of one tensor.
@@ -94,7 +96,7 @@ def export_averaged(
         ValueError: an argument is not supported, ``path`` is taken, an average would be left out, or ranks disagree;
             on every rank.
         RuntimeError: the disk is full or not writable (on every rank), or inside ``averaged_parameters()``.
-        TypeError: the optimizer is not a ShardedASGD.
+        TypeError: the optimizer is no ShardedASGD and no ShardedAverage.
         PeerError: a rank died.
     """
     saver = Saver.of(optimizer)
@@ -142,19 +144,21 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
     """
     if not isinstance(optimizer, ShardedState) or optimizer.is_differentiable:
         raise TypeError(
-            f"dist_asgd: export_averaged() is for ShardedASGD (and not with differentiable=True), got "
-            f"{type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
+            f"dist_asgd: export_averaged() is for ShardedASGD (and not with differentiable=True) and ShardedAverage, "
+            f"got {type(optimizer).__name__}. Save a checkpoint, and use dist-asgd export."
         )
     if optimizer.averages.is_swapped:
         raise optimizer.averages.refusal("export_averaged()")
     shards = optimizer.shards
     params = [member.param for member in shards.members]
+    Averages.refuse_swapped("export_averaged()", params)
     fsdp1.refuse("export_averaged()", params, fsdp1.SAVE_AVERAGES)
     shards.check_unchanged(optimizer.state)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")
     state, source_of = traced(model, params)
     names = names_of(model, optimizer, state)
+    buffers = _kept_buffers(model, optimizer, names)
     weights, exported = [], set[int]()
     for key, value in state.items():
         name = names.of_model[key]
@@ -172,7 +176,8 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
                 raise ValueError(f"dist_asgd: parameter {name} is {value.dtype} and cannot be exported as {dtype}.")
             # Frozen ones may be of any dtype: quantised weights stay as they are.
             wanted = dtype if value.is_floating_point() else value.dtype
-        is_computed = bool(begun) and source.is_computed
+        # Buffers that the average keeps take their place inside averaged_parameters() as well.
+        is_computed = (bool(begun) and source.is_computed) or (not source.roots and name in buffers)
         if is_computed and wanted.itemsize > value.dtype.itemsize and any(map(_is_wider, begun)):
             raise ValueError(
                 f"dist_asgd: cannot export {name} as {wanted}: a state_dict hook of the model computes it in "
@@ -201,6 +206,16 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
             f"the hook for the export, or save model.state_dict() yourself inside optimizer.averaged_parameters()."
         )
     return weights
+
+
+def _kept_buffers(model: nn.Module, optimizer: ShardedState, names: Names) -> set[str]:
+    """Return the names of what may come from buffers that a ``ShardedAverage`` keeps: of all but the parameters."""
+    state: dict[Any, Any] = optimizer.state
+    if not state.get(BUFFERS_KEY):
+        return set()
+    plain = PlainNames(model)
+    params = {plain.of(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    return set(names.of_model.values()) - params
 
 
 def _is_wider(member: ShardedParam) -> bool:

@@ -24,13 +24,15 @@ _MAX_LISTED = 20
 class KeyMismatch:
     """Names that the checkpoint lacks, names that only the checkpoint has, and shapes that differ.
 
-    ``num_matches`` counts the names that both have. ``hint`` says what else to do about names that are missing.
+    ``num_matches`` counts the names that both have. ``averages`` are those of the names that are averages. ``hint``
+    says what else to do about the names.
     """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     num_matches: int = 0
+    averages: list[str] = field(default_factory=list)
     hint: str = ""
 
     def __bool__(self) -> bool:
@@ -167,6 +169,12 @@ class CheckpointKeys:
         """Return the dtype of a tensor; None for an object."""
         entry = self.keys[key]
         return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        entry = self.keys[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return tuple(entry.size)
 
     def is_single(self, key: str) -> bool:
         """Whether ``key`` is a tensor of one element in one chunk, which ``values`` reads."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -17,28 +18,31 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim import Optimizer
 
+from ..averaging import Averages as InPlace
 from ..comm.agreement import NO_FINGERPRINT, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
 from ..labels import Label, labelled
 from ..placements.shard_tensor import ShardTensor
+from ..sharded_average import ShardedAverage
 from ..sharded_state import ShardedState
 from ..state import MASTER_KEY
-from ..state import own_entries as own_of
 from ..state_dict.sharded import AVERAGE
-from . import own_entries
+from ..validation import params_of
 from .apply import apply
+from .averages import Averages
 from .containers import Containers
-from .entries import EXTRA, MODEL, OPTIM, SCALARS, STATE, param_fragments
+from .entries import param_fragments
 from .format.chunk_table import ChunkTable
 from .format.identity import identity_of
 from .format.layouts import Prefix, check_prefix, hint
-from .format.manifest import CheckpointError
 from .format.paths import AnyPath, UserPath, as_path
 from .format.reader import CheckedReader, OpenCheckpoint
-from .keys import CheckpointKeys, KeyMismatch, PlainNameIndex, listed
+from .keys import CheckpointKeys, KeyMismatch, listed
 from .names import Names, names_of
-from .options import group_options, option_keys_of, option_values
+from .optimizer_entries import refuse
+from .optimizer_state import OptimizerState, read_optimizer
 from .save import Saver, adopt_params, take_in
+from .sections import EXTRA, MODEL, OPTIM, STATE, average_names, root_of
 
 # The end of the keys under which torch keeps what get_extra_state() returns.
 _EXTRA_STATE_KEY_SUFFIX = "_extra_state"
@@ -54,6 +58,7 @@ class CheckpointState:
             gathers the rest, so this has the live parameter itself.
         fragments: (live fragment, loaded fragment) pairs of these parameters.
         optimizer: for ``optimizer.load_state_dict()``.
+        averages: the same for each average that the checkpoint has.
         extra: what this rank gave as ``extra``, or None.
         step: the number of steps of the manifest, None without a manifest.
         mismatch: the names that were not loaded.
@@ -62,17 +67,12 @@ class CheckpointState:
 
     model: dict[str, Any]
     fragments: list[tuple[ShardTensor, ShardTensor]]
-    optimizer: dict[str, Any]
+    optimizer: OptimizerState
+    averages: dict[str, OptimizerState]
     extra: Any
     step: int | None
     mismatch: KeyMismatch
     without_master: list[str]
-
-    @property
-    def with_average(self) -> list[int]:
-        """The parameters of which ``optimizer`` has an average."""
-        state = self.optimizer[STATE]
-        return [key for key, entry in state.items() if type(key) is int and AVERAGE in entry]
 
 
 def load_checkpoint(
@@ -83,23 +83,26 @@ def load_checkpoint(
     strict: bool = True,
     verify: bool = True,
     prefix: Prefix = "",
+    averages: Averages = None,
 ) -> Any:
-    """Load what any topology saved into ``model`` and ``optimizer``, on all ranks. Collective. Returns ``extra``.
+    """Load what any topology saved into ``model``, ``optimizer`` and ``averages``. Collective. Returns ``extra``.
 
     Everything is read into memory of its own and checked; it is applied when every rank has all it needs. If any rank
-    fails, every rank raises, and model and optimizer are bit for bit what they were. Nothing in the checkpoint is
-    executed. Hyperparameters come from the checkpoint, as in torch.
+    fails, every rank raises, and model, optimizer and averages are bit for bit what they were. Nothing in the
+    checkpoint is executed. Hyperparameters, and the rules of averages, come from the checkpoint, as in torch.
 
     Args:
         path: a checkpoint's directory, or its address in an object store.
         model, optimizer: as for ``save_checkpoint``; wrappers, stage and world size may differ from those at the save.
         strict: False: load the entries that match by name and shape, keep the rest as it is, and log what was kept.
-            True: parameters that were added, removed or renamed are an error that lists them.
+            True: parameters and averages that were added, removed or renamed are an error that lists them, and so is
+            the state of an optimizer of another class.
         verify: check every byte that is read against the manifest. False is for checkpoints that something else wrote
             (FSDP2 with ``dcp.save``) and that have none.
         prefix: where something else has put model and optimizer: a string that stands before ``model`` and ``optim``
             in the checkpoint's keys (``"app"``), or a dict that says what stands in their place
             (``{"model": "", "optim": "optimizer"}``). The error about missing names says which one fits.
+        averages: a ``ShardedAverage``, or several by name, as for ``save_checkpoint``.
 
     Returns:
         What this rank gave as ``extra``, if as many ranks saved the checkpoint as load it; on another number of ranks
@@ -111,7 +114,9 @@ def load_checkpoint(
         PeerError: a rank died.
     """
     call = CollectiveCall.LOAD_CHECKPOINT
-    return restore(Saver.of(optimizer), call, path, model, optimizer, strict, verify, prefix).extra
+    saver = Saver.of(optimizer)
+    kept = saver.agree_on_averages(call, averages, optimizer)
+    return restore(saver, call, path, model, optimizer, strict, verify, prefix, kept).extra
 
 
 def read_extra(path: UserPath, *, rank: int = 0, verify: bool = True) -> Any:
@@ -132,19 +137,20 @@ def restore(
     strict: bool,
     verify: bool,
     prefix: Prefix = "",
+    averages: Mapping[str, ShardedAverage] = MappingProxyType({}),
 ) -> CheckpointState:
     """Do the work of ``load_checkpoint``, and return everything that was read. Collective; raises on all ranks."""
     adopt_params(optimizer)
     reader = _open_together(saver, call, path, strict, verify, prefix)
     loaded: CheckpointState | None = None
-    while loaded is None or take_in(optimizer, loaded.with_average):
+    while loaded is None or _take_in(loaded, optimizer, averages):
         problem: Exception | None = None
         try:
-            loaded = _read_state(as_path(path), reader, model, optimizer, strict, saver)
+            loaded = _read_state(as_path(path), reader, model, optimizer, averages, strict, saver)
         except Exception as error:
             problem = error
         saver.agree(call, NO_FINGERPRINT, problem)
-    apply(loaded, path, saver, call, model, optimizer)
+    apply(loaded, path, saver, call, model, optimizer, averages)
     if loaded.mismatch and saver.rank == 0:
         _LOG.warning("loaded what matches of %s: %s", path, loaded.mismatch)
     if loaded.without_master and saver.rank == 0:
@@ -156,6 +162,13 @@ def restore(
             listed(loaded.without_master),
         )
     return loaded
+
+
+def _take_in(loaded: CheckpointState, optimizer: Optimizer, averages: Mapping[str, ShardedAverage]) -> bool:
+    """Give frozen parameters of which state was read some to load it into; whether there are any. Collective."""
+    pairs = [(optimizer, loaded.optimizer), *((averages[name], state) for name, state in loaded.averages.items())]
+    found = [take_in(owner, state.with_average) for owner, state in pairs]
+    return any(found)
 
 
 @labelled(Label.LOAD_OPEN)
@@ -175,7 +188,9 @@ def _open_together(
         identity = identity_of(path, verify=verify)
         entries: list[tuple[str, object]] = [("strict", strict), ("verify", verify), ("save", identity)]
         entries.append(("prefix", repr(prefix)))
-        fingerprint = Fingerprint("checkpoints to load", entries, "Load the same checkpoint on every rank.")
+        fingerprint = Fingerprint(
+            "checkpoints to load", entries, "Load the same checkpoint, with the same averages, on every rank."
+        )
     except Exception as error:
         problem = error
     saver.agree(call, fingerprint, problem)
@@ -189,32 +204,42 @@ def _open_together(
 
 @labelled(Label.LOAD_READ)
 def _read_state(
-    path: AnyPath, reader: CheckedReader, model: nn.Module, optimizer: Optimizer, strict: bool, saver: Saver
+    path: AnyPath,
+    reader: CheckedReader,
+    model: nn.Module,
+    optimizer: Optimizer,
+    averages: Mapping[str, ShardedAverage],
+    strict: bool,
+    saver: Saver,
 ) -> CheckpointState:
     """Read all that this rank needs; changes nothing."""
+    refuse(optimizer)
+    InPlace.refuse_swapped("loading a checkpoint", params_of(optimizer.param_groups))
     mismatch = KeyMismatch()
     checkpoint = CheckpointKeys(reader, mismatch)
     names = names_of(model, optimizer)
     # The state of now says how ax and masters are sharded on this rank, and what strict=False keeps.
     live = optimizer.live_state(fresh=True) if isinstance(optimizer, ShardedState) else optimizer.state_dict()
-    optimizer_state = _optimizer_state(checkpoint, names, optimizer, live, mismatch)
-    with_master = {
-        n for i, entry in optimizer_state["state"].items() if MASTER_KEY in entry for n in names.of_params[i]
-    }
+    state = read_optimizer(checkpoint, names, optimizer, live, mismatch, OPTIM, strict)
+    entries = state.state_dict[STATE]
+    with_master = {n for i in state.with_average if MASTER_KEY in entries[i] for n in names.of_params[i]}
     live_fragments = param_fragments(optimizer, live, {})
     masters = _masters_of(checkpoint, names)
     model_state, fragments = _model_state(checkpoint, names, model, with_master, masters, live_fragments, mismatch)
-    optimizer_state["state"] |= own_entries.of_optimizer(checkpoint, {} if strict else live["state"])
+    of_averages = _averages(checkpoint, model, averages, mismatch, strict)
     # The keys are compared before the tensors are read, so that a wrong checkpoint is refused at once.
-    if mismatch.missing:
+    if any(name not in mismatch.averages for name in mismatch.missing):
         mismatch.hint = hint(checkpoint.keys, names.of_model.values())
+    elif mismatch.averages:
+        mismatch.hint = "Averages are loaded by averages={name: average}, under the names that they were saved with."
     mismatch.check(path, strict)
     checkpoint.read_tensors()
     saved_by = reader.opened.saved_by
     return CheckpointState(
         model_state,
         fragments,
-        optimizer_state,
+        state,
+        of_averages,
         _extra(checkpoint, saver.rank if saved_by is None or saved_by.world_size == saver.world_size else 0),
         None if saved_by is None else saved_by.step,
         mismatch,
@@ -227,6 +252,29 @@ def _without_master(names: Names, masters: Mapping[str, str], with_master: set[s
     params = [param for group in optimizer.param_groups for param in group["params"]]
     named = zip((aliases[0] for aliases in names.of_params), params, strict=True)
     return [n for n, p in named if n in masters and n not in with_master and p.dtype.itemsize < torch.float32.itemsize]
+
+
+def _averages(
+    checkpoint: CheckpointKeys,
+    model: nn.Module,
+    averages: Mapping[str, ShardedAverage],
+    mismatch: KeyMismatch,
+    strict: bool,
+) -> dict[str, OptimizerState]:
+    """Return ``averages`` of ``CheckpointState``, and note which averages only one side has."""
+    saved = average_names(checkpoint.keys)
+    missing = [root_of(name) for name in averages if name not in saved]
+    unexpected = [root_of(name) for name in saved if name not in averages]
+    mismatch.missing += missing
+    mismatch.unexpected += unexpected
+    mismatch.averages = [*missing, *unexpected]
+    found = {}
+    for name in saved:
+        if name in averages:
+            average, root = averages[name], root_of(name)
+            live = average.live_state(fresh=True)
+            found[name] = read_optimizer(checkpoint, names_of(model, average), average, live, mismatch, root, strict)
+    return found
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -282,10 +330,15 @@ def _masters_of(checkpoint: CheckpointKeys, names: Names) -> dict[str, str]:
     masters: dict[str, str] = {}
     for aliases in names.of_params:
         keys = (checkpoint.find(f"{OPTIM}.{STATE}.{name}.{MASTER_KEY}") for name in aliases)
-        key = next((key for key in keys if key is not None), None)
+        # Without an average beside it, it is something that another optimizer calls so.
+        key = next((key for key in keys if key is not None and _has_average(checkpoint, key)), None)
         if key is not None:
             masters |= dict.fromkeys(aliases, key)
     return masters
+
+
+def _has_average(checkpoint: CheckpointKeys, key: str) -> bool:
+    return AVERAGE in checkpoint.parents[key.rpartition(".")[0]]
 
 
 def _read_objects(
@@ -316,101 +369,6 @@ def _read_objects(
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(_is_empty, value.values()))
-
-
-# --- the optimizer ---------------------------------------------------------------------------------------
-
-
-def _optimizer_state(
-    checkpoint: CheckpointKeys, names: Names, optimizer: Optimizer, live: dict[str, Any], mismatch: KeyMismatch
-) -> dict[str, Any]:
-    """Return ``optimizer`` of ``CheckpointState``; ``live`` is the state dict of now."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    options_of = option_keys_of(checkpoint)
-    state_prefix = f"{OPTIM}.{STATE}."
-    known = options_of.keys() | {
-        parent.removeprefix(state_prefix) for parent in checkpoint.parents if parent.startswith(state_prefix)
-    }
-    by_plain_name = PlainNameIndex(known)
-    used: set[str] = set()
-    used_name: dict[int, str] = {}
-    state_keys: dict[int, dict[str, str]] = {}
-    option_keys: dict[int, dict[str, str]] = {}
-    for index, aliases in enumerate(names.of_params):
-        # Of a shared parameter any name will do: another wrapping may have put another one first.
-        name = next((found for n in aliases if (found := by_plain_name.find(n)) is not None), None)
-        if name is None:
-            mismatch.missing.append(state_prefix + aliases[0])
-            continue
-        used.add(state_prefix + name)
-        used_name[index] = name
-        state_keys[index] = checkpoint.parents.get(state_prefix + name, {})
-        option_keys[index] = options_of.get(name, {})
-    mismatch.unexpected += [
-        parent
-        for parent, below in checkpoint.parents.items()
-        if parent.startswith(state_prefix) and AVERAGE in below and parent not in used
-    ]
-    mismatch.num_matches += len(used_name)
-    scalar_keys = [key for below in state_keys.values() for last, key in below.items() if last in SCALARS]
-    scalars = checkpoint.values(scalar_keys)
-    own = own_entries.of_params(checkpoint, state_keys, used_name, params, live["state"])
-    state: dict[int, Any] = {}
-    for index, param in enumerate(params):
-        entry = live["state"].get(index)
-        if index in state_keys:
-            model_keys = (checkpoint.find(f"{MODEL}.{name}") for name in names.of_params[index])
-            model_key = next((key for key in model_keys if key is not None), None)
-            entry = _param_state(checkpoint, state_keys[index], scalars, entry, param, model_key)
-            entry = {**(entry or {}), **own.get(index, {})} or None
-        if entry is not None:
-            state[index] = entry
-    options = option_values(checkpoint, option_keys, live["param_groups"])
-    groups = [group_options(group, option_keys, options) for group in live["param_groups"]]
-    for group in groups:
-        for index in group["params"]:
-            # As in torch: a parameter that has never stepped has no state.
-            entry = state.get(index, {})
-            if index not in state_keys or AVERAGE not in entry or not _never_stepped(entry, group["lr"]):
-                continue
-            # Own entries are kept, and with them all others: torch makes none beside them.
-            if not own_of(entry):
-                del state[index]
-    return {"state": state, "param_groups": groups}
-
-
-def _param_state(
-    checkpoint: CheckpointKeys,
-    keys: dict[str, str],
-    scalars: dict[str, Tensor],
-    live: dict[str, Any] | None,
-    param: Tensor,
-    model_key: str | None,
-) -> dict[str, Any] | None:
-    """Return the entry of one parameter, from its keys by their last word; None if the checkpoint has no ``ax``.
-
-    ``live`` is the entry of now, whose ``ax`` and master say how the loaded ones are sharded. ``model_key`` is the key
-    of the parameter itself.
-    """
-    if AVERAGE not in keys:
-        return None
-    absent = [key for key in SCALARS if key not in keys]
-    if absent:
-        raise CheckpointError(f"dist_asgd: {keys[AVERAGE]} is there without {absent}: this is no state of ASGD.")
-    live = live or {AVERAGE: param.detach()}
-    # Cloned: equal values were read once, and torch's optimizer keeps the tensors that it is given.
-    entry: dict[str, Any] = {key: scalars[keys[key]].reshape(()).clone() for key in SCALARS}
-    for key in (AVERAGE, MASTER_KEY):
-        # Without a saved master the saved parameter is one: it is read before it is rounded to this model's dtype.
-        source = keys.get(key, model_key if key == MASTER_KEY else None)
-        if key in live and source is not None:
-            entry[key] = checkpoint.target_for(source, live[key], widen=True)
-    return entry
-
-
-def _never_stepped(entry: dict[str, Any], lr: Any) -> bool:
-    eta = entry["eta"]
-    return bool(entry["step"] == 0 and eta == torch.as_tensor(lr, dtype=eta.dtype, device=eta.device).reshape(()))
 
 
 def _extra(checkpoint: CheckpointKeys, rank: int) -> Any:

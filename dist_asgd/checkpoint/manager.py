@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..comm.agreement import Fingerprint
 from ..comm.reports import CollectiveCall
+from .averages import Averages
 from .format import folder as folders
 from .format.folder import NewCheckpoint, step_name, steps_in
 from .format.manifest import CheckpointError
@@ -19,7 +20,8 @@ from .format.nearby import refuse_as_folder
 from .format.paths import AnyPath, UserPath, absolute, as_path, is_store
 from .load import restore
 from .offline.verify import newest_whole
-from .save import PendingSave, Saver, WhenBusy
+from .pending import PendingSave
+from .save import Saver, WhenBusy
 
 _LOG = logging.getLogger("dist_asgd")
 
@@ -72,14 +74,18 @@ class CheckpointManager:
         if not is_store(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> AnyPath:
+    def save(
+        self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None, averages: Averages = None
+    ) -> AnyPath:
         """Save as ``save_checkpoint`` does, and remove superseded checkpoints. Collective. Returns the directory."""
-        self._save(CollectiveCall.SAVE_CHECKPOINT, model, optimizer, step, extra)
+        self._save(CollectiveCall.SAVE_CHECKPOINT, model, optimizer, step, extra, averages)
         return self.path_of(step)
 
-    def async_save(self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None) -> PendingSave:
+    def async_save(
+        self, model: nn.Module, optimizer: Optimizer, *, step: int, extra: Any = None, averages: Averages = None
+    ) -> PendingSave:
         """Do the same in the background, as ``async_save_checkpoint`` does. Collective."""
-        pending = self._save(CollectiveCall.ASYNC_SAVE_CHECKPOINT, model, optimizer, step, extra)
+        pending = self._save(CollectiveCall.ASYNC_SAVE_CHECKPOINT, model, optimizer, step, extra, averages)
         assert pending is not None
         return pending
 
@@ -111,6 +117,7 @@ class CheckpointManager:
         strict: bool = True,
         verify: bool = True,
         fallback: bool = False,
+        averages: Averages = None,
     ) -> Restored | None:
         """Load the checkpoint of ``step``, or the latest, as ``load_checkpoint`` does. Collective.
 
@@ -130,12 +137,14 @@ class CheckpointManager:
             ),
         )
         saver.wait_pending()
+        kept = saver.agree_on_averages(CollectiveCall.RESTORE_CHECKPOINT, averages, optimizer)
         # Rank 0 decides which is the latest: on a shared file system other ranks may not see the newest one yet.
         candidates = saver.on_first(CollectiveCall.RESTORE_CHECKPOINT, lambda: self._candidates(step))
         skipped: list[tuple[AnyPath, str]] = []
         for path in candidates:
             try:
-                loaded = restore(saver, CollectiveCall.RESTORE_CHECKPOINT, path, model, optimizer, strict, verify)
+                call = CollectiveCall.RESTORE_CHECKPOINT
+                loaded = restore(saver, call, path, model, optimizer, strict, verify, averages=kept)
             except CheckpointError as error:
                 # All ranks raise it, whichever of them has met the damage, so all of them go on to the same one.
                 skipped.append((path, str(error)))
@@ -165,12 +174,18 @@ class CheckpointManager:
             self.wait()
 
     def _save(
-        self, call: CollectiveCall, model: nn.Module, optimizer: Optimizer, step: int, extra: Any
+        self,
+        call: CollectiveCall,
+        model: nn.Module,
+        optimizer: Optimizer,
+        step: int,
+        extra: Any,
+        averages: Averages,
     ) -> PendingSave | None:
         saver = Saver.of(optimizer)
         path = self.path_of(step) if isinstance(step, int) and step >= 0 else self.folder
-        begin, commit = self._begin, self._commit
-        self._last_save = saver.save(call, path, model, optimizer, step, extra, self._when_busy, begin, commit)
+        begin, commit, busy = self._begin, self._commit, self._when_busy
+        self._last_save = saver.save(call, path, model, optimizer, step, extra, averages, busy, begin, commit)
         return self._last_save
 
     def _candidates(self, step: int | None) -> list[AnyPath]:

@@ -10,21 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .containers import CONTAINERS, Containers
-from .entries import GROUPS, NOT_SAVED, OPTIM
 from .format.writer import KeyPath
 from .keys import CheckpointKeys
+from .sections import GROUPS, NOT_SAVED
 from .values import deep_copy, same_values
 
 NOT_LOADED = (*NOT_SAVED, "param_names")
 
 
-def option_keys_of(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
-    """Return, by parameter name, the keys of its group's hyperparameters, by hyperparameter.
+def option_keys_of(checkpoint: CheckpointKeys, root: str) -> dict[str, dict[str, str]]:
+    """Return, by parameter name, the keys of its group's hyperparameters below ``root``, by hyperparameter.
 
     In a flattened state dict they stand under the parameter's name; else under the group's number, beside the list of
     the group's parameter names. The key of a container is the one that it would have as a whole.
     """
-    below_of = options_by_owner(checkpoint)
+    below_of = options_by_owner(checkpoint, root)
     numbered = [below for below in below_of.values() if below.get("params") in checkpoint.keys]
     lists = checkpoint.values([below["params"] for below in numbered])
     options = {
@@ -41,13 +41,13 @@ def option_keys_of(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
     return {name: keys for name, keys in loaded.items() if keys}
 
 
-def options_by_owner(checkpoint: CheckpointKeys) -> dict[str, dict[str, str]]:
-    """Return the keys of options, by the parameter's name or the group's number, and then by option."""
-    prefix = f"{OPTIM}.{GROUPS}."
+def options_by_owner(checkpoint: CheckpointKeys, root: str) -> dict[str, dict[str, str]]:
+    """Return the keys of options below ``root``, by the parameter's name or the group's number, and by option."""
+    prefix = f"{root}.{GROUPS}."
     below_of: dict[str, dict[str, str]] = {}
     for key in checkpoint.keys:
         if key.startswith(prefix):
-            whole = _option_key(checkpoint.path_of(key), key)
+            whole = _option_key(checkpoint.path_of(key), key, prefix)
         elif key.startswith(f"{CONTAINERS}.{prefix}"):
             whole = key.removeprefix(f"{CONTAINERS}.")
         else:
@@ -63,9 +63,9 @@ def is_numbered(checkpoint: CheckpointKeys, below: Mapping[str, str]) -> bool:
     return any(len(path) > 3 and path[1] == GROUPS and isinstance(path[2], int) for path in paths)
 
 
-def _option_key(path: KeyPath, key: str) -> str:
+def _option_key(path: KeyPath, key: str, prefix: str) -> str:
     """Return the key of the whole option that ``key`` lies in, by DCP's path of it."""
-    if len(path) > 2 and str(path[1]).startswith(f"{GROUPS}."):
+    if len(path) > 2 and f"{path[0]}.{path[1]}".startswith(prefix):
         return f"{path[0]}.{path[1]}"
     if len(path) > 4 and path[1] == GROUPS and isinstance(path[2], int):
         return ".".join(map(str, path[:4]))

@@ -1,7 +1,8 @@
 """Own entries in a checkpoint: what users keep in ``optimizer.state`` beside step, eta, mu, ax and masters.
 
 Tensors and plain numbers of a parameter lie under ``optim.state.<name>.<key>``, as DCP puts them there, so that FSDP2
-with ``torch.optim.ASGD`` reads and writes the same. Everything else (entries of the optimizer, containers, keys that
+with ``torch.optim.ASGD`` reads and writes the same. So does the state of other optimizers, such as AdamW, all of which
+this file treats as own entries. Everything else (entries of the optimizer, containers, keys that
 would not be the last word of such a name) is one object, ``optim.own``: a pair of dicts, the entries of the optimizer,
 and those of parameters by name. Rank 0 saves whatever is no DTensor. Saving calls ``to_save`` and loading the others.
 """
@@ -18,6 +19,7 @@ from ..placements.dtensor import is_dtensor
 from ..state import KEYS, MASTER_KEY
 from ..state import own_entries as own_of
 from ..state_dict.own_entries import on_host
+from ..state_dict.sharded import AVERAGE
 from .format.archives import serialized
 from .format.writer import Serialized
 from .values import CONSTANTS, plain, savable_tensor, tensors_in
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
     from .keys import CheckpointKeys
 
 OBJECTS = "own"
-OBJECTS_KEY = f"optim.{OBJECTS}"
-# The last words of keys that are no own entries.
+# The last words of keys that are no own entries, of parameters that have an average.
 RESERVED = (*KEYS, MASTER_KEY)
 
 
@@ -47,7 +48,9 @@ def to_save(state: Mapping[Any, Any], names: Sequence[str]) -> OwnEntries:
     direct: dict[int, dict[str, Any]] = {}
     of_params: dict[str, dict[Any, Any]] = {}
     for index, name in enumerate(names):
-        for key, value in own_of(state.get(index, {})).items():
+        entry = state.get(index, {})
+        # Without an average it is the state of another optimizer, such as AdamW's, and all of it is saved here.
+        for key, value in (own_of(entry) if AVERAGE in entry else entry).items():
             what = f"state[p][{key!r}] of parameter {name}"
             value = plain(value)
             has_place = isinstance(key, str) and key and "." not in key
@@ -101,35 +104,62 @@ def of_params(
     names: Mapping[int, str],
     params: Sequence[Tensor],
     live: Mapping[int, Mapping[Any, Any]],
+    root: str,
 ) -> dict[int, dict[Any, Any]]:
     """Return the own entries of the parameters in ``keys``, by index; their tensors are read later.
+
+    Of a parameter without an average they are all that the checkpoint has of its state.
 
     Args:
         keys: of each parameter, the checkpoint's keys of its state by their last word.
         names: what the checkpoint calls each parameter.
         params: all parameters of the optimizer.
         live: the ``state`` of now, which says how own DTensors are placed.
+        root: the root of the keys.
     """
     own: dict[int, dict[Any, Any]] = {}
-    objects = [
+    wanted = [
         (index, last, key)
         for index, below in keys.items()
         for last, key in below.items()
-        if last not in RESERVED and not isinstance(checkpoint.keys[key], TensorStorageMetadata)
+        if AVERAGE not in below or last not in RESERVED
     ]
-    values = checkpoint.values([key for *_, key in objects]) if objects else {}
-    _, by_name = shared_and_by_name(_read_objects(checkpoint))
-    for index, below in keys.items():
+    # Numbers are read at once, with the objects: many parameters share the chunk of one.
+    at_once = [(index, last, key) for index, last, key in wanted if _is_number(checkpoint, key)]
+    values = checkpoint.values([key for *_, key in at_once]) if at_once else {}
+    _, by_name = shared_and_by_name(_read_objects(checkpoint, root))
+    for index in keys:
         entries: dict[Any, Any] = dict(by_name.get(names[index], {}))
-        for last, key in below.items():
-            if last not in RESERVED and isinstance(checkpoint.keys[key], TensorStorageMetadata):
-                like = _placed_like(live.get(index, {}).get(last), params[index])
-                entries[last] = checkpoint.target_as_saved(key, like)
         if entries:
             own[index] = entries
-    for index, last, key in objects:
-        own.setdefault(index, {})[last] = values[key]
+    for index, last, key in wanted:
+        if key in values:
+            value = values[key]
+            own.setdefault(index, {})[last] = value.reshape(()).clone() if isinstance(value, Tensor) else value
+            continue
+        now = live.get(index, {}).get(last)
+        if AVERAGE not in keys[index]:
+            _check_placement(checkpoint, key, now, params[index])
+        own.setdefault(index, {})[last] = checkpoint.target_as_saved(key, _placed_like(now, params[index]))
     return own
+
+
+def _is_number(checkpoint: CheckpointKeys, key: str) -> bool:
+    """Whether ``key`` is an object, or a tensor without dimensions in one chunk."""
+    entry = checkpoint.keys[key]
+    return not isinstance(entry, TensorStorageMetadata) or (not len(entry.size) and checkpoint.is_single(key))
+
+
+def _check_placement(checkpoint: CheckpointKeys, key: str, now: Any, param: Tensor) -> None:
+    """Raise ValueError if nothing says how the tensor ``key`` is to be placed beside a DTensor."""
+    shape = tuple(checkpoint.shape_of(key))
+    known = now if isinstance(now, Tensor) else param
+    if is_dtensor(param) and shape and tuple(known.shape) != shape:
+        raise ValueError(
+            f"dist_asgd: {key} is {shape} in the checkpoint, and its parameter is a DTensor of shape "
+            f"{tuple(param.shape)}: nothing says how to place it. Load it into an optimizer that has taken a step on "
+            f"the same model, or on parameters that are not sharded."
+        )
 
 
 def _placed_like(live: Any, param: Tensor) -> Tensor | None:
@@ -139,18 +169,19 @@ def _placed_like(live: Any, param: Tensor) -> Tensor | None:
     return param.detach() if live is None and is_dtensor(param) else None
 
 
-def of_optimizer(checkpoint: CheckpointKeys, kept: Mapping[Any, Any]) -> dict[Any, Any]:
+def of_optimizer(checkpoint: CheckpointKeys, kept: Mapping[Any, Any], root: str) -> dict[Any, Any]:
     """Return the own entries of the optimizer: those of the checkpoint, and of the state dict ``kept`` the others."""
-    shared, _ = shared_and_by_name(_read_objects(checkpoint))
+    shared, _ = shared_and_by_name(_read_objects(checkpoint, root))
     return {key: value for key, value in kept.items() if type(key) is not int} | shared
 
 
-def _read_objects(checkpoint: CheckpointKeys) -> Any:
-    return checkpoint.values([OBJECTS_KEY])[OBJECTS_KEY] if OBJECTS_KEY in checkpoint.keys else None
+def _read_objects(checkpoint: CheckpointKeys, root: str) -> Any:
+    key = f"{root}.{OBJECTS}"
+    return checkpoint.values([key])[key] if key in checkpoint.keys else None
 
 
 def shared_and_by_name(value: Any) -> tuple[dict[Any, Any], dict[str, dict[Any, Any]]]:
-    """Return the two dicts in ``value``, which was read from ``OBJECTS_KEY``; both are empty if it is no such pair."""
+    """Return the two dicts in ``value``, which was read from the key ``own``; both are empty if it is no such pair."""
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, dict) for part in value):
         return value[0], {name: own for name, own in value[1].items() if isinstance(own, dict)}
     return {}, {}

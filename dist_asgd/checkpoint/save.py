@@ -8,8 +8,6 @@ of its own, while training goes on.
 
 from __future__ import annotations
 
-import atexit
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -21,10 +19,11 @@ from torch.optim import Optimizer
 from ..comm import Communicator, Communicators, PeerError
 from ..comm.agreement import NO_FINGERPRINT, Agreement, Fingerprint, public_call
 from ..comm.reports import CollectiveCall
-from ..comm.tracebacks import release_frames
 from ..gradients.base import Gradients
 from ..labels import Label, label, labelled
+from ..sharded_average import ShardedAverage
 from ..sharded_state import ShardedState
+from .averages import Averages, check_ranks, named
 from .entries import FlatState, LocalChunks, flat_state, local_chunks, state_to_save, without_copies
 from .format import folder
 from .format.file_report import Described, FileReport, described, packed, unpacked
@@ -32,66 +31,15 @@ from .format.folder import NewCheckpoint
 from .format.paths import AnyPath, UserPath, absolute, as_path
 from .format.room import check_room, least_bytes
 from .format.writer import Frames, RankFile, WrittenFile
+from .pending import PendingSave
 from .rows import FragmentCache
 from .staging import StagingArea
 
 T = TypeVar("T")
 WhenBusy = Literal["wait", "refuse"]
+_SAME_AVERAGES = "Pass the same averages on every rank, under the same names."
 # The attribute of the optimizer that holds its Saver.
 _SAVER_ATTRIBUTE = "dist_asgd_saver"
-
-
-class PendingSave:
-    """A save in the background. ``wait()`` raises the save's error, the same one on every rank."""
-
-    def __init__(self, path: AnyPath, step: int, work: Callable[[], None]) -> None:
-        self.path = path
-        self.step = step
-        self._work: Callable[[], None] | None = work
-        self._failure: BaseException | None = None
-        self._may_begin = threading.Event()
-        # Not a daemon: the interpreter does not end before the checkpoint is whole.
-        self._thread = threading.Thread(target=self._run, name=f"dist_asgd save of {path.name}")
-        atexit.register(self._wait_at_exit)
-        try:
-            self._thread.start()
-        finally:
-            # Also if a signal interrupts start(): the interpreter waits for this thread at exit.
-            self._may_begin.set()
-
-    def _run(self) -> None:
-        # A new thread would keep the interpreter lock for 5 ms; waiting gives it back to the training loop at once.
-        self._may_begin.wait()
-        # The work refers to the state: drop it when the thread ends, although the caller may keep this object longer.
-        work, self._work = self._work, None
-        assert work is not None
-        try:
-            work()
-        except BaseException as error:
-            release_frames(error)
-            self._failure = error
-        finally:
-            del work
-
-    def done(self) -> bool:
-        """Whether this rank's work has ended, with or without an error."""
-        return not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Wait until the checkpoint is whole, on disk. Its error is raised once: here, in the next save or at exit."""
-        self._thread.join()
-        atexit.unregister(self._wait_at_exit)
-        failure, self._failure = self._failure, None
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            # The traceback of the error refers to this frame.
-            del failure
-
-    def _wait_at_exit(self) -> None:
-        """Raise the error of a save that nobody has waited for, so that it is at least printed."""
-        self.wait()
 
 
 class Saver:
@@ -153,6 +101,27 @@ class Saver:
             # Not watched: while files are written, ranks wait for each other's disks.
             self._agreement = Agreement(self._background, watches_waits=False)
 
+    def agree_on_averages(
+        self, call: CollectiveCall, averages: Averages, optimizer: Optimizer
+    ) -> dict[str, ShardedAverage]:
+        """Return the averages that the caller passed, by name. Collective if there are any: all ranks have the same.
+
+        A rank that passes none comes to its next agreement, and all ranks raise there.
+        """
+        kept: dict[str, ShardedAverage] = {}
+        fingerprint, problem = NO_FINGERPRINT, None
+        try:
+            kept = named(averages, optimizer)
+            check_ranks(kept, self.communicators)
+            fingerprint = Fingerprint("averages of a checkpoint", [("averages", list(kept))], _SAME_AVERAGES)
+        except Exception as error:
+            problem = error
+        if averages is not None and (kept or problem):
+            self.agree(call, fingerprint, problem)
+        for average in kept.values():
+            average.adopt_params()
+        return kept
+
     def on_first(self, call: CollectiveCall, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0, return its result on every rank, raise its error on every rank. Collective."""
         result = self._run_on_first(call, action)
@@ -196,6 +165,7 @@ class Saver:
         optimizer: Optimizer,
         step: int,
         extra: Any,
+        averages: Averages,
         when_busy: WhenBusy,
         begin: Callable[[AnyPath], NewCheckpoint],
         commit: Callable[[NewCheckpoint], None],
@@ -205,6 +175,7 @@ class Saver:
         ``begin`` makes the directory to write in, ``commit`` moves it to its final path; both run on rank 0.
         """
         adopt_params(optimizer)
+        kept = self.agree_on_averages(call, averages, optimizer)
         fingerprint, problem = NO_FINGERPRINT, None
         target, state = cast(AnyPath, Path()), FlatState({}, {})
         try:
@@ -219,16 +190,21 @@ class Saver:
             self.wait_pending()
             rank, replica = self.rank, self.communicators.replica
             with label(Label.SAVE_STATE):
-                found = state_to_save(model, optimizer, extra, rank, replica, self._fragments)
+                found = state_to_save(model, optimizer, extra, rank, replica, self._fragments, kept)
                 state = flat_state(found, rank, replica)
             if call is CollectiveCall.ASYNC_SAVE_CHECKPOINT:
                 with label(Label.SAVE_COPY):
                     state = state._replace(sections=self._staging.copy(state.sections))
             entries: list[tuple[str, object]] = [("path", str(target)), ("step", step)]
-            fingerprint = Fingerprint("checkpoints to save", entries, "Pass the same path and step on every rank.")
+            fingerprint = Fingerprint(
+                "checkpoints to save", entries, "Pass the same path, step and averages on every rank."
+            )
         except Exception as error:
             problem = error
         self.agree(call, fingerprint, problem)
+        for average in kept.values():
+            # Averages that were not updated equally often are those of different steps.
+            average.gradients.agree(call)
 
         def write() -> None:
             self._write(call, target, state, step, begin, commit)
@@ -395,8 +371,9 @@ def save_checkpoint(
     *,
     step: int,
     extra: Any = None,
+    averages: Averages = None,
 ) -> None:
-    """Save ``model`` and ``optimizer`` from all ranks into a new directory ``path``. Collective.
+    """Save ``model``, ``optimizer`` and ``averages`` from all ranks into a new directory ``path``. Collective.
 
     The checkpoint loads in any topology: one process, stage 1 and 2, FSDP2 with ``torch.optim.ASGD``, at any world
     size. On return it is whole, on disk or in the store, and hashed. After an error, which every rank raises, there is
@@ -406,19 +383,22 @@ def save_checkpoint(
         path: the checkpoint's own directory; its parent must exist, on a file system that all ranks share. ``~`` and
             ``file://`` work, and so do addresses of object stores (``s3://bucket/run``), as text or as a ``UPath``.
         model: the module whose parameters the optimizer was given, wrapped by DDP or torch.compile or not.
-        optimizer: a ``ShardedASGD`` of any stage, or ``torch.optim.ASGD`` (on FSDP2 parameters too).
+        optimizer: a ``ShardedASGD`` of any stage, or another optimizer (``torch.optim.ASGD``, AdamW, SGD, ...), also on
+            parameters of FSDP2. One whose state has no place in a checkpoint, such as LBFGS, is refused.
         step: the number of steps taken, for the manifest.
+        averages: a ``ShardedAverage`` beside the optimizer, or several by name: ``{"ema": ema, "tail": tail}``.
         extra: further values to save for this rank: tensors, numbers, strings, None, and dicts, lists and tuples of
             them (state dicts of lr schedulers, RNG states, the position in the data).
 
     Raises:
-        ValueError: ``path`` exists, ``extra`` cannot be loaded safely, or ranks disagree.
+        ValueError: ``path`` exists, ``extra`` or something in the optimizer's state cannot be loaded safely, or ranks
+            disagree.
         RuntimeError: the file system or the store refused (disk full, read-only, vanished, no answer).
         PeerError: a rank died.
     """
     saver = Saver.of(optimizer)
     call = CollectiveCall.SAVE_CHECKPOINT
-    saver.save(call, path, model, optimizer, step, extra, "wait", folder.begin, folder.put_in_place)
+    saver.save(call, path, model, optimizer, step, extra, averages, "wait", folder.begin, folder.put_in_place)
 
 
 def async_save_checkpoint(
@@ -428,6 +408,7 @@ def async_save_checkpoint(
     *,
     step: int,
     extra: Any = None,
+    averages: Averages = None,
     when_busy: WhenBusy = "wait",
 ) -> PendingSave:
     """Save in the background what ``save_checkpoint`` saves. Collective.
@@ -442,6 +423,7 @@ def async_save_checkpoint(
     """
     saver = Saver.of(optimizer)
     call = CollectiveCall.ASYNC_SAVE_CHECKPOINT
-    pending = saver.save(call, path, model, optimizer, step, extra, when_busy, folder.begin, folder.put_in_place)
+    begin, commit = folder.begin, folder.put_in_place
+    pending = saver.save(call, path, model, optimizer, step, extra, averages, when_busy, begin, commit)
     assert pending is not None
     return pending

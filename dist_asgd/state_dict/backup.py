@@ -42,14 +42,15 @@ def find_unequal(buffers: Sequence[StateBuffer], communicators: Communicators) -
 class _BufferBackup:
     """A copy on the host of what a state buffer holds on this rank: average, masters, and parameters.
 
-    Of parameters that every rank has whole it has this rank's shard, or all of them if ``whole``.
+    Of parameters that every rank has whole it has this rank's shard, or all of them if ``whole``; none unless
+    ``with_params``.
     """
 
-    def __init__(self, buffer: StateBuffer, whole: bool) -> None:
+    def __init__(self, buffer: StateBuffer, whole: bool, with_params: bool) -> None:
         self._buffer = buffer
         self._average = _on_host(buffer.average)
         self._master = None if buffer.master is None else _on_host(buffer.master)
-        self._pairs = [(live, _on_host(live)) for live in _params_in(buffer, whole)]
+        self._pairs = [(live, _on_host(live)) for live in _params_in(buffer, whole) if with_params]
 
     def put_back(self) -> None:
         """Write everything back. No communication: the shards of other ranks have to be gathered afterwards."""
@@ -90,6 +91,7 @@ class OptimizerBackup:
         shards: those of a ``ShardedASGD``; None for another optimizer, whose parameters the backup does not have.
         gatherer: that of the ``ShardedASGD``.
         whole: the ``id()`` of state buffers whose parameters are copied whole.
+        with_params: False for an average whose parameters another backup has.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class OptimizerBackup:
         shards: ParamShards | None = None,
         gatherer: Gatherer | None = None,
         whole: Collection[int] = (),
+        with_params: bool = True,
     ) -> None:
         self._shards, self._gatherer = shards, gatherer
         self._torn_by = None if shards is None else shards.torn_by
@@ -112,8 +115,9 @@ class OptimizerBackup:
         self._to_gather: list[StateBuffer] = []
         self._cohorts: list[Cohort] = []
         if shards is not None:
-            self._buffers = [_BufferBackup(buffer, id(buffer) in whole) for buffer in shards.state_buffers]
-            self._to_gather = [buffer for buffer in shards.whole_buffers if id(buffer) not in whole]
+            self._buffers = [_BufferBackup(buffer, id(buffer) in whole, with_params) for buffer in shards.state_buffers]
+            if with_params:
+                self._to_gather = [buffer for buffer in shards.whole_buffers if id(buffer) not in whole]
             self._cohorts = [_as_now(c) for c in {id(c): c for c in shards.cohort_of.values()}.values()]
 
     @torch.no_grad()

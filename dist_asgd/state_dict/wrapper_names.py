@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
 # No module has a child of these names for a reason of its own.
 CERTAIN_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 # DDP and DataParallel say "module", and so may anybody else.
@@ -19,6 +22,25 @@ def without_parts(name: str, parts: frozenset[str] = PARTS) -> str:
     """Return ``name`` without the ``parts``, wherever in it they are; its last word stays."""
     *modules, last = name.split(".")
     return ".".join([*(word for word in modules if word not in parts), last])
+
+
+def wrappers_of(model: nn.Module) -> str:
+    """Return what the wrappers around ``model`` put before all names in it, such as ``"module._orig_mod."``."""
+    before = ""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            part, model = "module", model.module
+        else:
+            found = next(((p, m) for p, m in model.named_children() if p in CERTAIN_PARTS), None)
+            if found is None:
+                return before
+            part, model = found
+        before += f"{part}."
+
+
+def name_below(before: str, name: str) -> str:
+    """Return ``name`` without what ``wrappers_of`` has returned, and without the parts that are certainly wrappers'."""
+    return without_parts(name.removeprefix(before), CERTAIN_PARTS)
 
 
 def check_order(index: int, names: Sequence[Any], own_names: Sequence[Any]) -> None:

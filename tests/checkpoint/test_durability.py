@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dist_asgd import CheckpointManager, PeerError, async_save_checkpoint, load_checkpoint, save_checkpoint
 from dist_asgd.checkpoint.format import directory, reader, writer
-from dist_asgd.checkpoint.save import PendingSave, Saver
+from dist_asgd.checkpoint.pending import PendingSave
+from dist_asgd.checkpoint.save import Saver
 from tests.harness.ranks import run, run_errors
 from tests.harness.topologies import Run, assert_same_state, build, whole_state
 

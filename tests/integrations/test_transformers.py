@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 
 pytest.importorskip("transformers")
@@ -29,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from dist_asgd import ShardedASGD
+from dist_asgd import ShardedASGD, ShardedAverage, export_averaged, load_checkpoint, save_checkpoint
 from dist_asgd.integrations.transformers import ShardedASGDCallback, Stage2Mixin
 from dist_asgd.integrations.wrappers import sharded_asgd
 from tests.harness.bits import assert_same_bits
@@ -480,3 +481,54 @@ def test_what_cannot_work_is_an_error_on_every_rank(
 def test_one_rank_has_no_ddp(tmp_path: Path) -> None:
     """So nothing has to be left out."""
     run("none", 1, wrong, WITHOUT, tmp_path)
+
+
+# --- AdamW, and an average beside it -----------------------------------------------------------------------
+
+
+def trains_on_fsdp2(rank: int, _world_size: int, tied: bool, folder: Path) -> dict[str, Tensor]:
+    """Job: train by hand, save, go on from the checkpoint in another model, and export its average; its weights."""
+    batches = Tokens(48).ids.view(6, 8, 8)
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer, ShardedAverage]:
+        # Without dropout, so that the restart sees the same.
+        model = build(Case(tied=tied)).eval()
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, optimizer, ShardedAverage(model.named_parameters(), decay=0.75)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, ema: ShardedAverage, batches: Tensor) -> None:
+        for ids in batches:
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            ema.update()
+
+    model, optimizer, ema = made()
+    train(model, optimizer, ema, batches[:3])
+    save_checkpoint(folder / "half", model, optimizer, step=3, averages={"ema": ema})
+    train(model, optimizer, ema, batches[3:])
+    again, its_optimizer, its_ema = made()
+    load_checkpoint(folder / "half", again, its_optimizer, averages={"ema": its_ema})
+    train(again, its_optimizer, its_ema, batches[3:])
+    save_checkpoint(folder / "whole", again, its_optimizer, step=6, averages={"ema": its_ema})
+    for which in ("job", "checkpoint"):
+        if rank == 0:
+            model.config.save_pretrained(folder / which)
+    export_averaged(folder / "job" / "model.safetensors", again, its_ema)
+    with ema.averaged_parameters():
+        return {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_average_beside_adamw_is_loaded_by_from_pretrained(tmp_path: Path, tied: bool) -> None:
+    """From training on 2 ranks of FSDP2, with a restart, to a model for inference: from the job and a checkpoint."""
+    expected = run("gloo", 2, trains_on_fsdp2, tied, tmp_path)[0]
+    command = [sys.executable, "-m", "dist_asgd", "export", str(tmp_path / "whole"), "--average", "ema"]
+    subprocess.run([*command, str(tmp_path / "checkpoint" / "model.safetensors")], check=True)
+    for which in ("job", "checkpoint"):
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path / which)
+        found = loaded.state_dict()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_same_bits(found[name], value, f"{name} of the {which}")

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 Prefix = str | Mapping[str, str]
 SECTIONS = ("model", "optim")
-_KEPT = ("extra.", "containers.")
+_KEPT = ("averages.", "extra.", "containers.")
 _EXTRA_STATE = "_extra_state"
 _MAX_SHOWN = 8
 # Names have fewer words; a file that is not trusted may have any.
@@ -178,6 +178,9 @@ def _fitting(keys: Iterable[str], names: set[str]) -> dict[str, str]:
         for at in range(min(len(words), _MAX_WORDS)):
             if ".".join(words[at:]) in names:
                 before["model"][".".join(words[:at])] += 1
+            # Averages beside the optimizer have an ax as well.
+            if words[0] == "averages":
+                continue
             if words[-1] == "ax" and words[at] == "state" and ".".join(words[at + 1 : -1]) in names:
                 before["optim"][".".join(words[:at])] += 1
     return {section: counts.most_common(1)[0][0] for section, counts in before.items() if counts}

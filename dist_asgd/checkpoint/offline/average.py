@@ -15,7 +15,7 @@ import torch
 from ..format.manifest import CheckpointError
 from ..format.safetensors import TensorSpec
 from .combination import Combination, Merge, Term, copy_of, scaled_weights
-from .contents import STATE, CheckpointContents
+from .contents import CheckpointContents
 from .convert import Weight, check_dtype, note_of_ties, plan_export
 
 Plan = Mapping[str, Weight]
@@ -119,8 +119,8 @@ def check_decay(decay: float) -> None:
 def _values(source: CheckpointContents, last: bool, ties_by_value: bool) -> Plan:
     if not last and not source.is_asgd:
         raise CheckpointError(
-            f"dist_asgd: {source.opened.path} has no averages: the state under '{STATE}...' is not that of ASGD. "
-            f"Average the last iterates (--last, last=True)."
+            f"dist_asgd: {source.opened.path} has no averages: the state under '{source.state_prefix}...' is not that "
+            f"of ASGD. Average the last iterates (--last, last=True)."
         )
     # Masters, because a parameter in 16 bits is a rounded copy of its master.
     return plan_export(source, last, None, ties_by_value=ties_by_value, masters=True)

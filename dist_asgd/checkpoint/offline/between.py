@@ -20,7 +20,7 @@ from ..format.paths import AnyPath
 from ..format.safetensors import TensorSpec
 from .average import check_same_names, check_same_shapes, notes_of_ties, result_dtype, sources_as_facts
 from .combination import Combination, Merge, Term, copy_of
-from .contents import STATE, CheckpointContents
+from .contents import CheckpointContents
 from .convert import check_dtype, plan_export
 
 # A run may change its learning rate, but an optimizer with another one of these is taken for another run.
@@ -70,8 +70,9 @@ class _Run:
     def __init__(self, contents: CheckpointContents) -> None:
         if not contents.is_asgd or not contents.state:
             raise CheckpointError(
-                f"dist_asgd: {contents.opened.path} has no averages: there is no state of ASGD under '{STATE}...'. The "
-                f"mean of the iterates between two checkpoints follows from their averages only."
+                f"dist_asgd: {contents.opened.path} has no averages: there is no state of ASGD under "
+                f"'{contents.state_prefix}...'. The mean of the iterates between two checkpoints follows from their "
+                f"averages only."
             )
         self._contents = contents
         self.path = contents.opened.path

@@ -3,7 +3,8 @@
 The commands of ``dist_asgd/cli.py`` use it through the other modules of this folder. Keys are DCP's:
 ``model.<name>``, ``optim.state.<name>.<step|eta|mu|ax|master>`` and own entries of users beside them, ``optim.own``
 with own entries of other kinds (see ``checkpoint/own_entries.py``), and plain values under
-``optim.param_groups.<name>.<option>``, where ``<name>`` is a parameter's fully qualified name.
+``optim.param_groups.<name>.<option>``, where ``<name>`` is a parameter's fully qualified name. An average beside the
+optimizer has the same below ``averages.<average>`` in place of ``optim``.
 """
 
 from __future__ import annotations
@@ -20,21 +21,19 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ...state_dict.wrapper_names import CERTAIN_PARTS, without_parts
-from ..containers import Containers
+from ..containers import CONTAINERS, Containers
 from ..format.layouts import Prefix, described
 from ..format.manifest import CheckpointError
 from ..format.paths import UserPath
 from ..format.reader import CheckedReader
 from ..keys import CheckpointKeys, KeyMismatch
 from ..options import is_numbered, option_values, options_by_owner
-from ..own_entries import OBJECTS_KEY, RESERVED, shared_and_by_name
+from ..own_entries import OBJECTS, RESERVED, shared_and_by_name
+from ..sections import AVERAGES, CLASS, EXTRA, OPTIM, SCALARS, STATE, average_names, root_of
 from ..source_record import SOURCES_KEY, SourceRecord
 from ..values import bytes_of
 
 MODEL = "model."
-STATE = "optim.state."
-GROUPS = "optim.param_groups."
-SCALARS = ("step", "eta", "mu")
 
 Progress = Callable[[int], None]
 """A function that is called with the number of bytes of tensors that were processed since its last call."""
@@ -67,7 +66,12 @@ class CheckpointContents:
     """
 
     def __init__(self, path: UserPath, *, verify: bool = True, prefix: Prefix = "") -> None:
-        reader = CheckedReader(path, verify=verify, prefix=prefix)
+        self._read(CheckedReader(path, verify=verify, prefix=prefix), OPTIM)
+
+    def _read(self, reader: CheckedReader, root: str) -> None:
+        self._reader = reader
+        self.root = root
+        self.state_prefix = f"{root}.{STATE}."
         self.opened = reader.opened
         self._keys = CheckpointKeys(reader, KeyMismatch())
         entries = self.opened.metadata.state_dict_metadata
@@ -77,6 +81,24 @@ class CheckpointContents:
             if isinstance(entry := entries[key], TensorStorageMetadata)
         }
         self.objects: list[str] = [key for key in self._in_order(entries) if key not in self.tensors]
+
+    def average(self, name: str) -> CheckpointContents:
+        """Return the checkpoint with the average ``name``, one of ``average_names``, in the optimizer's place."""
+        contents = object.__new__(CheckpointContents)
+        contents._read(self._reader, root_of(name))
+        return contents
+
+    @cached_property
+    def average_names(self) -> list[str]:
+        """The names of the averages beside the optimizer."""
+        return average_names(self.opened.metadata.state_dict_metadata)
+
+    @cached_property
+    def optimizer_class(self) -> str | None:
+        """The class of an optimizer that is no ASGD; None for an ASGD, and if the checkpoint does not say."""
+        key = f"{self.root}.{CLASS}"
+        found = self.value(key) if key in self.objects else None
+        return found if isinstance(found, str) else None
 
     def _in_order(self, keys: Iterable[str]) -> list[str]:
         """``keys`` in the order in which they were saved. The planner's data keeps that order, the storage does not."""
@@ -93,7 +115,7 @@ class CheckpointContents:
         inside = {leaf for key in self._containers.extra_states() for leaf in self._containers.leaves(key)}
         tensors = ((key, entry) for key, entry in self.tensors.items() if key.startswith(MODEL))
         entries = {key.removeprefix(MODEL): entry for key, entry in tensors if key not in inside}
-        params = {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
+        params = {_split(key, self.state_prefix)[0] for key in self.tensors if key.startswith(self.state_prefix)}
         model: dict[str, TensorEntry] = {}
         for name, entry in entries.items():
             plain, param = without_parts(name, CERTAIN_PARTS), without_parts(name)
@@ -117,12 +139,12 @@ class CheckpointContents:
     @cached_property
     def is_asgd(self) -> bool:
         """Whether the optimizer's state, if there is any, is that of ASGD: others have no averages."""
-        states = [key for key in self.tensors if key.startswith(STATE)]
+        states = [key for key in self.tensors if key.startswith(self.state_prefix)]
         return not states or any(key.endswith(".ax") for key in states)
 
     def other_keys(self) -> str:
         """Return a sentence about the keys that are no model, no ASGD state and nothing else of this package, or ""."""
-        known = ("model", "optim", "extra", "containers") if self.is_asgd else ("model", "extra", "containers")
+        known = ("model", AVERAGES, EXTRA, CONTAINERS, *((OPTIM,) if self.is_asgd else ()))
         return described(self.opened.metadata.state_dict_metadata, known)
 
     @cached_property
@@ -134,11 +156,14 @@ class CheckpointContents:
 
     @cached_property
     def state(self) -> dict[str, dict[str, TensorEntry]]:
-        """The optimizer's tensors by parameter name, in the order of the model, and then by state key."""
+        """The tensors of an ASGD by parameter name, in the order of the model, and then by state key.
+
+        It is empty for an optimizer of another class, whose tensors are in ``own_tensors``.
+        """
         state: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
-            if key.startswith(STATE):
-                name, state_key = _split(key, STATE)
+            if key.startswith(self.state_prefix) and self.is_asgd:
+                name, state_key = _split(key, self.state_prefix)
                 state.setdefault(name, {})[state_key] = entry
         wanted = {"step", "eta", "mu", "ax"}
         if any(entries.keys() >= wanted for entries in state.values()):
@@ -196,21 +221,22 @@ class CheckpointContents:
 
     @cached_property
     def own_tensors(self) -> dict[str, dict[str, TensorEntry]]:
-        """Tensors that users keep in the optimizer's state, by parameter name, and then by key."""
+        """Tensors that users, or an optimizer that is no ASGD, keep in its state, by parameter name and by key."""
         own: dict[str, dict[str, TensorEntry]] = {}
         for key, entry in self.tensors.items():
-            name, state_key = _split(key, STATE)
-            if key.startswith(STATE) and state_key not in RESERVED:
+            name, state_key = _split(key, self.state_prefix)
+            if key.startswith(self.state_prefix) and (name not in self.state or state_key not in RESERVED):
                 own.setdefault(name, {})[state_key] = entry
         return own
 
     @cached_property
     def own_objects(self) -> tuple[dict[Any, Any], dict[str, dict[Any, Any]]]:
         """What users keep in the optimizer's state that is no tensor: of the optimizer, and of parameters by name."""
-        shared, by_name = shared_and_by_name(self.value(OBJECTS_KEY) if OBJECTS_KEY in self.objects else None)
+        whole = f"{self.root}.{OBJECTS}"
+        shared, by_name = shared_and_by_name(self.value(whole) if whole in self.objects else None)
         for key in self.objects:
-            if key.startswith(STATE):
-                name, state_key = _split(key, STATE)
+            if key.startswith(self.state_prefix):
+                name, state_key = _split(key, self.state_prefix)
                 by_name.setdefault(name, {})[state_key] = self.value(key)
         return shared, by_name
 
@@ -227,7 +253,7 @@ class CheckpointContents:
         """
         nested: dict[int, dict[str, Any]] = {}
         flat: dict[str, dict[str, Any]] = {}
-        below_of = options_by_owner(self._keys)
+        below_of = options_by_owner(self._keys, self.root)
         values = option_values(self._keys, below_of)
         for owner, below in below_of.items():
             options = {option: values[key] for option, key in below.items()}
@@ -259,7 +285,8 @@ class CheckpointContents:
         names = {name for group in self.groups for name in group["params"]}
         if self.is_asgd:
             return names | self.state.keys()
-        return names | {_split(key, STATE)[0] for key in self.tensors if key.startswith(STATE)}
+        prefix = self.state_prefix
+        return names | {_split(key, prefix)[0] for key in self.tensors if key.startswith(prefix)}
 
     def _by_model(self, names: Iterable[str]) -> list[str]:
         """``names`` in the order of the model; names that the model lacks come last."""

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ...module_buffers import KEY as BUFFERS_KEY
 from ...state import MASTER_KEY
 from ..format.directory import sync_directory
 from ..format.locks import open_alone
@@ -21,8 +22,9 @@ from ..format.manifest import CheckpointError
 from ..format.output import Output, check_free, siblings
 from ..format.paths import AnyPath
 from ..format.safetensors import DEFAULT_MAX_BYTES, SUFFIX, TensorFiles, TensorSpec
+from ..sections import AVERAGES, OPTIM
 from ..sources import Region
-from .contents import MODEL, STATE, CheckpointContents, Progress, TensorEntry, no_progress
+from .contents import MODEL, CheckpointContents, Progress, TensorEntry, no_progress
 
 GROUPS_KEY = "param_groups"
 
@@ -33,7 +35,8 @@ class Weight:
 
     ``key`` is the checkpoint's key that it is read from, and ``region`` the part of it, None for all; ``spec`` has the
     dtype and shape that it is written with, and ``averaged`` says whether it is a parameter's average. ``params`` are
-    the optimizer's parameters that it comes from, by name; a buffer has none.
+    the optimizer's parameters that it comes from, by name; a buffer has none. ``value`` is the tensor itself if it was
+    read already.
     """
 
     key: str
@@ -41,6 +44,30 @@ class Weight:
     averaged: bool
     region: Region | None = None
     params: tuple[str, ...] = ()
+    value: Tensor | None = None
+
+
+def with_average(contents: CheckpointContents, name: str | None) -> CheckpointContents:
+    """Return ``contents`` with the average ``name`` in the optimizer's place; it is the one to export.
+
+    ``"optim"`` is the average of the optimizer itself, and None is the only one that there is.
+
+    Raises:
+        ValueError: there is none of this name, or ``name`` is None and there are several; the error lists them.
+    """
+    known = [OPTIM] * bool(contents.state) + contents.average_names
+    if name is None and len(known) < 2:
+        name = known[0] if known else OPTIM
+    elif name not in known:
+        what = "has several averages, and export writes one" if name is None else f"has no average {name!r}"
+        listed = ", ".join(
+            f"{known_name} (the optimizer's)" if known_name == OPTIM else known_name for known_name in known
+        )
+        raise ValueError(
+            f"dist_asgd: {contents.opened.path} {what}. Pass --average (average=) with one of: "
+            f"{listed or '(it has none)'}."
+        )
+    return contents if name == OPTIM else contents.average(name)
 
 
 def plan_export(
@@ -67,6 +94,7 @@ def plan_export(
     check_dtype(dtype)
     plan: dict[str, Weight] = {}
     exported: set[str] = set()
+    kept = {} if last else _kept_buffers(contents)
     for name, entry in contents.model.items():
         params, region = _source(contents, name, ties_by_value)
         begun = [] if last else [param for param in params if contents.has_begun_averaging(param)]
@@ -86,7 +114,9 @@ def plan_export(
             wanted = dtype if entry.dtype.is_floating_point else wanted
         exported.update(begun)
         spec = TensorSpec(wanted, entry.shape)
-        if begun:
+        if name in kept:
+            plan[name] = Weight(entry.key, spec, False, value=kept[name])
+        elif begun:
             average = contents.state[begun[0]]["ax"]
             fits = average.shape == entry.shape if region is None else region.fits(entry.shape, average.shape)
             if not fits:
@@ -105,6 +135,18 @@ def plan_export(
             f"parameters: a state_dict hook of the model renamed, fused or dropped them. {_REMEDY}"
         )
     return plan
+
+
+def _kept_buffers(contents: CheckpointContents) -> dict[str, Tensor]:
+    """Read the buffers that a ``ShardedAverage`` keeps (``buffers="average"`` or ``"copy"``), by name in the model."""
+    shared, _ = contents.own_objects
+    kept = shared.get(BUFFERS_KEY)
+    found: dict[str, Tensor] = {}
+    for name, value in kept.items() if isinstance(kept, dict) else ():
+        entry = contents.model.get(name)
+        if entry is not None and isinstance(value, Tensor) and (value.shape, value.dtype) == (entry.shape, entry.dtype):
+            found[name] = value
+    return found
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -187,7 +229,7 @@ def export(
 
 def read_weight(contents: CheckpointContents, weight: Weight) -> Tensor:
     """Read the whole tensor of ``weight`` on the CPU, with the dtype and strides of the checkpoint."""
-    whole = contents.tensor(weight.key)
+    whole = contents.tensor(weight.key) if weight.value is None else weight.value
     return whole if weight.region is None else weight.region.of(whole.contiguous())
 
 
@@ -211,16 +253,18 @@ def note_of_ties(contents: CheckpointContents, taken: bool) -> str:
 def consolidate(
     contents: CheckpointContents, out: AnyPath, *, overwrite: bool = False, progress: Progress = no_progress
 ) -> list[AnyPath]:
-    """Write the whole model and optimizer state to ``out``, and return the files.
+    """Write the whole model, optimizer state and averages to ``out``, and return the files.
 
-    A ``.pt`` file is a dict with ``model``, the state dict of a module, and ``optim``, the state dict of a
-    ``torch.optim.ASGD``. It is assembled in memory. A ``.safetensors`` file has the tensors under the checkpoint's own
-    keys, and the parameter groups as JSON in its metadata. It is written one tensor at a time. Raises CheckpointError
-    if the checkpoint has no optimizer state, and ValueError for another suffix.
+    A ``.pt`` file is a dict with ``model``, the state dict of a module, ``optim``, the state dict of a
+    ``torch.optim.ASGD`` or of the optimizer that was saved, and ``averages``, those of averages by name, if there are
+    any. It is assembled in memory. A ``.safetensors`` file has the tensors under the checkpoint's own keys, and the
+    parameter groups as JSON in its metadata. It is written one tensor at a time. Raises CheckpointError if the
+    checkpoint has no optimizer state, and ValueError for another suffix.
     """
     if not contents.state and not contents.groups:
         raise CheckpointError(
-            f"dist_asgd: {contents.opened.path} has no optimizer state (no keys '{STATE}...'). {_advice(contents)}"
+            f"dist_asgd: {contents.opened.path} has no optimizer state (no keys '{contents.state_prefix}...'). "
+            f"{_advice(contents)}"
         )
     if out.suffix == SUFFIX:
         return _to_safetensors(contents, out, overwrite, progress)
@@ -269,8 +313,17 @@ def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
     keys = [entry.key for entry in contents.model.values()]
     model: dict[str, Any] = {key.removeprefix(MODEL): tensor for key, tensor in contents.read(keys, progress)}
     model |= contents.model_objects()
+    whole = {"model": model, OPTIM: _state_dict(contents, progress)}
+    if contents.average_names:
+        views = {name: contents.average(name) for name in contents.average_names}
+        whole[AVERAGES] = {name: _state_dict(view, progress) for name, view in views.items()}
+    return whole
+
+
+def _state_dict(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
+    """The state dict of the optimizer, or of the average in its place."""
     names = [name for group in contents.groups for name in group["params"]]
-    unlisted = contents.state.keys() - set(names)
+    unlisted = (contents.state.keys() | contents.own_tensors.keys()) - set(names)
     if unlisted:
         raise CheckpointError(
             f"dist_asgd: {contents.opened.path} has state of {sorted(unlisted)[0]}, but no hyperparameters for it."
@@ -293,7 +346,7 @@ def _whole(contents: CheckpointContents, progress: Progress) -> dict[str, Any]:
         options = {key: value for key, value in group.items() if key != "params"}
         groups.append({**options, "param_names": group["params"], "params": list(range(first, first + count))})
         first += count
-    return {"model": model, "optim": {"state": state, GROUPS_KEY: groups}}
+    return {"state": state, GROUPS_KEY: groups}
 
 
 def _keys(contents: CheckpointContents, *prefixes: str) -> list[str]:
@@ -302,16 +355,26 @@ def _keys(contents: CheckpointContents, *prefixes: str) -> list[str]:
 
 def _to_safetensors(contents: CheckpointContents, out: AnyPath, overwrite: bool, progress: Progress) -> list[AnyPath]:
     # One file at any size: the consolidated state is read back by key, and no loader of shards expects it.
-    keys = _keys(contents, MODEL, STATE)
+    views = {name: contents.average(name) for name in contents.average_names}
+    keys = _keys(contents, MODEL, contents.state_prefix, *(view.state_prefix for view in views.values()))
+    _, numbers = contents.own_objects
+    if numbers and not contents.is_asgd:
+        raise ValueError(
+            f"dist_asgd: the optimizer in {contents.opened.path} keeps values of parameters that are no tensors, and a "
+            f"{SUFFIX} file would lose them. Consolidate to a .pt file."
+        )
     specs = {key: TensorSpec(contents.tensors[key].dtype, contents.tensors[key].shape) for key in keys}
     try:
-        groups = json.dumps(contents.groups, default=_as_json)
+        metadata = {GROUPS_KEY: json.dumps(contents.groups, default=_as_json)}
+        if views:
+            of_averages = {name: view.groups for name, view in views.items()}
+            metadata[f"{AVERAGES}.{GROUPS_KEY}"] = json.dumps(of_averages, default=_as_json)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"dist_asgd: the options of {contents.opened.path} cannot be written as JSON ({error}), which is what a "
             f"{SUFFIX} file has. Consolidate to a .pt file."
         ) from error
-    files = TensorFiles(out, specs, metadata={GROUPS_KEY: groups}, max_bytes=1 << 62, overwrite=overwrite)
+    files = TensorFiles(out, specs, metadata=metadata, max_bytes=1 << 62, overwrite=overwrite)
     with files:
         for key, spec in specs.items():
             # The tensor gets no name, because it would live on while the next one is read.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...update.weights import AVERAGE_KEY, AverageSchedule, UniformMean
 from .contents import CheckpointContents, TensorEntry
 
 # Names of data files: of DCP, and of DCP with safetensors.
@@ -46,12 +47,34 @@ class ParameterEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class AverageEntry:
+    """One average beside the optimizer.
+
+    ``rule`` are the options of its rule, ``updates`` the calls of ``update()``, and ``iterates`` how many of them the
+    average holds; both are of the parameter that has fewest. ``bytes`` are those of its state.
+    """
+
+    name: str
+    rule: dict[str, Any]
+    updates: int
+    iterates: int
+    num_parameters: int
+    bytes: int
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k} {v}" for k, v in self.rule.items() if k != "rule" and (k, v) != ("every", 1))
+        rule = f"{self.rule.get('rule', 'unknown')}{f' ({options})' if options else ''}"
+        return f"{self.name}: {rule}, {self.updates} updates, average of {self.iterates} iterates"
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """The result of ``summarize``.
 
     ``step`` and ``written_by``, the version of dist_asgd, come from the manifest and are None without one. ``others``
     are the model's buffers and the parameters that the optimizer does not have. ``extra`` are the values that the user
-    saved. ``other_keys`` is a sentence about keys of other layouts and other optimizers, or "".
+    saved. ``averages`` are those beside the optimizer, whose class is ``optimizer`` if it is no ASGD. ``other_keys`` is
+    a sentence about keys of other layouts and other optimizers, or "".
     """
 
     path: str
@@ -68,6 +91,8 @@ class Summary:
     others: list[OtherEntry]
     extra: list[OtherEntry]
     other_keys: str = ""
+    optimizer: str | None = None
+    averages: list[AverageEntry] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as plain values for JSON, in which numbers that are not finite become None."""
@@ -115,7 +140,24 @@ def summarize(contents: CheckpointContents) -> Summary:
         others=[_other(name, entry) for name, entry in contents.model.items() if name not in optimized],
         extra=sorted((*extra_tensors, *extra_objects), key=lambda entry: (len(entry.name), entry.name)),
         other_keys=contents.other_keys(),
+        optimizer=contents.optimizer_class,
+        averages=[_average(name, contents.average(name)) for name in contents.average_names],
     )
+
+
+def _average(name: str, contents: CheckpointContents) -> AverageEntry:
+    rule: dict[str, Any] = {}
+    counts: list[tuple[int, int]] = []
+    for group in contents.groups:
+        rule = options if isinstance(options := group.get(AVERAGE_KEY), dict) else {}
+        # Which iterates count depends on ``every`` alone, so that a function of the user's is not needed.
+        every = rule.get("every", 1)
+        schedule = AverageSchedule(UniformMean(every=every if isinstance(every, int) and every > 0 else 1))
+        for param in group["params"]:
+            step = float(contents.scalars[param]["step"]) if param in contents.scalars else 0.0
+            counts.append((int(step), schedule.num_iterates(step, float(group.get("t0", 0)))))
+    size = sum(tensor.bytes for state in contents.state.values() for tensor in state.values())
+    return AverageEntry(name, rule, *min(counts, default=(0, 0)), len(counts), size)
 
 
 def _other(name: str, entry: TensorEntry) -> OtherEntry:

@@ -23,6 +23,7 @@ from .average import plan_average
 from .between import plan_between
 from .combination import Merge, write
 from .contents import CheckpointContents, Progress, no_progress
+from .convert import with_average
 
 _LOG = logging.getLogger("dist_asgd")
 
@@ -35,6 +36,7 @@ def average_checkpoints(
     ema: float | None = None,
     latest: int | None = None,
     last: bool = False,
+    average: str | None = None,
     dtype: torch.dtype | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     overwrite: bool = False,
@@ -63,7 +65,9 @@ def average_checkpoints(
         weights: the weight of each checkpoint, in the same order; None weighs all alike. A weight of 0 leaves one out.
         ema: the decay of an exponential moving average over the checkpoints, at least 0 and below 1.
         latest: take only so many of the checkpoints, from the end.
-        last: average the last iterates, and not the averages. Other optimizers than ASGD have those only.
+        last: average the last iterates, and not the averages. Other optimizers than ASGD have those only, unless
+            averages were saved beside them.
+        average: which average, if checkpoints have several: the name of one beside the optimizer, or ``"optim"``.
         dtype: the floating-point dtype of the averaged entries in the file; None: each parameter's own, or the wider
             one if checkpoints differ.
         max_bytes: the size above which there are several files and an index.
@@ -80,7 +84,7 @@ def average_checkpoints(
     """
     target = as_path(out)
     check_out(target, overwrite)
-    opened = open_sources(sources, latest=latest, verify=verify, prefix=prefix)
+    opened = open_sources(sources, latest=latest, last=last, average=average, verify=verify, prefix=prefix)
     merge = plan_average(opened, weights=weights, decay=ema, last=last, dtype=dtype, ties_by_value=ties_by_value)
     return _written(merge, target, max_bytes, overwrite)
 
@@ -90,6 +94,7 @@ def average_between(
     second: UserPath,
     out: UserPath,
     *,
+    average: str | None = None,
     dtype: torch.dtype | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     overwrite: bool = False,
@@ -110,6 +115,7 @@ def average_between(
         first: the earlier checkpoint, of step t0 + 1 or later.
         second: the later one, of the same run: with the same t0, lambd, alpha and weight_decay.
         out: the file to write; the other arguments are those of ``average_checkpoints``.
+        average: which average, as in ``average_checkpoints``.
         dtype: the floating-point dtype of the averaged entries; None: each parameter's own.
         max_bytes: the size above which there are several files and an index.
         overwrite: replace the files that an earlier export wrote to ``out``.
@@ -126,7 +132,8 @@ def average_between(
     """
     target = as_path(out)
     check_out(target, overwrite)
-    opened = [CheckpointContents(as_path(path), verify=verify, prefix=prefix) for path in (first, second)]
+    paths = (as_path(first), as_path(second))
+    opened = [with_average(CheckpointContents(path, verify=verify, prefix=prefix), average) for path in paths]
     return _written(plan_between(*opened, dtype=dtype, ties_by_value=ties_by_value), target, max_bytes, overwrite)
 
 
@@ -150,11 +157,19 @@ def write_merge(
 
 
 def open_sources(
-    sources: UserPath | Sequence[UserPath], *, latest: int | None = None, verify: bool = True, prefix: Prefix = ""
+    sources: UserPath | Sequence[UserPath],
+    *,
+    latest: int | None = None,
+    last: bool = False,
+    average: str | None = None,
+    verify: bool = True,
+    prefix: Prefix = "",
 ) -> list[CheckpointContents]:
     """Open the checkpoints that ``sources`` name, in their order; ``latest`` takes so many from the end.
 
-    Raises CheckpointError if one cannot be read, and ValueError if there is none, or one is there twice.
+    Each has the ``average``, as ``with_average`` finds it, in the optimizer's place; none is needed with ``last``.
+    Raises CheckpointError if one cannot be read, and ValueError if there is none, or one is there twice, or it is not
+    clear which average is meant.
     """
     # A path may be a str, which is a sequence as well.
     given = cast(Sequence[UserPath], sources if isinstance(sources, list | tuple) else [sources])
@@ -173,7 +188,8 @@ def open_sources(
                 f"once. Weights (--weights) let one count for more."
             )
         known[place] = path
-    return [CheckpointContents(path, verify=verify, prefix=prefix) for path in paths]
+    opened = [CheckpointContents(path, verify=verify, prefix=prefix) for path in paths]
+    return opened if last and average is None else [with_average(contents, average) for contents in opened]
 
 
 def _checkpoints_at(source: AnyPath, verify: bool) -> list[AnyPath]:
