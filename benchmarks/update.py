@@ -66,15 +66,16 @@ def machine(numel: int, num_threads: int, device: str) -> Iterator[tuple[str, Ca
 
 def plain_loop(p: torch.Tensor, g: torch.Tensor, ax: torch.Tensor, num_threads: int) -> Call | None:
     """A C loop with the update's accesses to these float32 arrays, in place; None without a compiler."""
-    triad = _triad()
-    if triad is None:
+    library = plain_library()
+    if library is None:
         return None
+    triad = library.triad
     length, factor, threads = ctypes.c_int64(p.numel()), ctypes.c_float(1e-6), ctypes.c_int64(num_threads)
     return lambda: triad(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (p, g, ax)), length, factor, threads)
 
 
-def _triad() -> Callable[..., object] | None:
-    """Compile ``triad.c`` for this machine; None without a compiler."""
+def plain_library() -> ctypes.CDLL | None:
+    """Compile ``triad.c`` for this machine and load it; None without a compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
@@ -83,8 +84,7 @@ def _triad() -> Callable[..., object] | None:
         source = Path(__file__).with_name("triad.c")
         flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-        function: Callable[..., object] = ctypes.CDLL(str(library)).triad
-    return function
+        return ctypes.CDLL(str(library))
 
 
 def measure(

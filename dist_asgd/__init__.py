@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .amp import GradScaler
+from .batch_statistics import update_batch_norm
 from .comm import PeerError
 from .memory import MemoryReport
 from .optimizer import ShardedASGD
@@ -50,6 +51,7 @@ __all__ = [
     "plan",
     "read_extra",
     "save_checkpoint",
+    "update_batch_norm",
 ]
 
 # These names are loaded when first used, each from its module: torch.distributed.checkpoint takes as long to import as

@@ -38,8 +38,9 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("sharded_state",), "what ShardedASGD and ShardedAverage have in common: shards, averages in place, state dicts"),
     (("optimizer", "sharded_average"), "ShardedASGD; ShardedAverage, the average alone beside any optimizer"),
     (
-        ("amp", "checkpoint", "trigger"),
-        "the gradient scaler; checkpoints on disk, export, and work on checkpoints offline; when averaging begins",
+        ("amp", "batch_statistics", "checkpoint", "trigger"),
+        "the gradient scaler; BatchNorm's statistics; checkpoints on disk, export, and work on checkpoints offline; "
+        "when averaging begins",
     ),
     (
         ("arguments", "console"),

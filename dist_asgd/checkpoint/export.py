@@ -79,11 +79,11 @@ def export_averaged(
     parameter whose averaging has begun, and the value itself of other parameters and of buffers. If state_dict hooks
     compute entries from parameters, they compute them from the averages, as inside ``averaged_parameters()``; a hook
     that leaves out a parameter whose averaging has begun is an error. Statistics of BatchNorm belong to the last
-    iterate, unless a ``ShardedAverage`` keeps them (``buffers="average"`` or ``"copy"``). Rank 0 writes, and needs
-    memory for one parameter, or with NCCL and other backends that gather by collectives, for one bucket; the other
-    ranks need that of one fragment at most. The model and the optimizer do not change. If the weights have more than
-    ``max_bytes``, there are several files and an index, which transformers loads: ``model-00001-of-00002.safetensors``,
-    ..., ``model.safetensors.index.json``.
+    iterate, unless ``update_batch_norm()`` was called before, or a ``ShardedAverage`` keeps them (``buffers="average"``
+    or ``"copy"``). Rank 0 writes, and needs memory for one parameter, or with NCCL and other backends that gather by
+    collectives, for one bucket; the other ranks need that of one fragment at most. The model and the optimizer do not
+    change. If the weights have more than ``max_bytes``, there are several files and an index, which transformers loads:
+    ``model-00001-of-00002.safetensors``, ..., ``model.safetensors.index.json``.
 
     Args:
         path: the file that rank 0 writes, on a file system, where it appears whole or not at all, or in an object

@@ -62,6 +62,7 @@ class CollectiveCall(IntEnum):
     STATE_DICT = 23
     OVERLAP_FORWARD = 24
     UPDATE_TRIGGER = 25
+    UPDATE_BATCH_NORM = 26
 
     @property
     def text(self) -> str:
