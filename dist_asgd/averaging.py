@@ -192,10 +192,8 @@ class Averages:
             raise self.refusal("averaged_parameters()")
         refusal = register_optimizer_step_pre_hook(_refuse_step)
         try:
-            problem = find_problem() or self.start.problem(
-                "averaged_parameters()", "the parameters stay the last iterate", shards.cohort_of, groups
-            )
-            self._enter(shards.state_buffers, shards.cohort_of, enter, problem)
+            # No variable of this frame holds the problem, whose traceback would refer to the frame.
+            self._enter(shards.state_buffers, shards.cohort_of, groups, enter, find_problem())
             self._gather()
             yield
             self._leave(leave)
@@ -213,6 +211,7 @@ class Averages:
         self,
         state_buffers: Sequence[StateBuffer],
         cohort_of: dict[int, Cohort],
+        groups: Sequence[dict[str, Any]],
         enter: Agree,
         problem: Exception | None,
     ) -> None:
@@ -224,7 +223,7 @@ class Averages:
         try:
             try:
                 if problem is None:
-                    self._exchange_all(state_buffers, cohort_of)
+                    self._exchange_all(state_buffers, cohort_of, groups)
             except BaseException as error:
                 interruption = error
             enter(_as_problem(interruption))
@@ -237,12 +236,17 @@ class Averages:
 
     @labelled(Label.SWAP)
     @torch.no_grad()
-    def _exchange_all(self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort]) -> None:
+    def _exchange_all(
+        self, state_buffers: Sequence[StateBuffer], cohort_of: dict[int, Cohort], groups: Sequence[dict[str, Any]]
+    ) -> None:
         """Put the averages in place of this rank's fragments of the parameters. Not collective."""
-        self.is_swapped = True
-        self._in_place.add(self)
         # Once for each cohort: its scalars may be on a device, which the host waits for.
         has_begun = {cohort: cohort.begun for cohort in set(cohort_of.values())}
+        problem = self.start.problem("averaged_parameters()", "the parameters stay the last iterate", has_begun, groups)
+        if problem is not None:
+            raise problem
+        self.is_swapped = True
+        self._in_place.add(self)
         for buffer in state_buffers:
             # Cohorts are the same on all ranks, and so is the decision which state buffers are gathered.
             begun = [member for member in buffer.members if has_begun[cohort_of[member.index]]]

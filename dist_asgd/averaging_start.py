@@ -15,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from .update.schedule import Cohort
 from .update.weights import AverageRule, AverageSchedule, UniformMean
 
-# Files whose frames are not the user's: a warning points at the line that called this package.
-_INSIDE = (str(Path(__file__).parent), contextlib.__file__)
+# Files whose frames are not the user's: a warning points at the line that called this package, through decorators too.
+_INSIDE = (str(Path(__file__).parent), contextlib.__file__, str(Path(torch.__file__).parent))
 
 
 def averaged_steps(step: float, mu: float, t0: float | None, average: object = None) -> int | None:
@@ -93,21 +95,19 @@ class StartNotice:
         self._counts_updates = counts_updates
 
     def problem(
-        self, call: str, result: str, cohort_of: Mapping[int, Cohort], groups: Sequence[Mapping[str, Any]]
+        self, call: str, result: str, has_begun: Mapping[Cohort, bool], groups: Sequence[Mapping[str, Any]]
     ) -> Exception | None:
         """Warn if no parameter's averaging has begun; ``result`` says what ``call`` does then. Not collective.
 
-        Returns the warning if it is raised as an error, which happens with the filter "error" of ``warnings``.
+        ``has_begun`` has every cohort. Returns the warning if it is raised as an error, which happens with the filter
+        "error" of ``warnings``.
         """
         if not self._is_pending:
             return None
-        cohorts = set(cohort_of.values())
-        # Scalars may be on a device, which the host waits for, so this is asked until the answer is yes.
-        if any(cohort.begun for cohort in cohorts):
-            self._is_pending = False
-            return None
         self._is_pending = False
-        step = max((cohort.step.item() for cohort in cohorts), default=0.0)
+        if any(has_begun.values()):
+            return None
+        step = max((cohort.step.item() for cohort in has_begun), default=0.0)
         t0 = min((float(group["t0"]) for group in groups if "t0" in group), default=None)
         when = start_text(step, t0)
         if self._counts_updates and t0 is not None:

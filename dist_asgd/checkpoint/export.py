@@ -135,8 +135,9 @@ def export_averaged(
 
 def _warn_before_start(optimizer: ShardedState) -> None:
     """Warn once, on the first rank, if no parameter's averaging has begun; raises the warning if it is an error."""
+    has_begun = {cohort: cohort.begun for cohort in set(optimizer.shards.cohort_of.values())}
     problem = optimizer.averages.start.problem(
-        "export_averaged()", "the file has the last iterate", optimizer.shards.cohort_of, optimizer.param_groups
+        "export_averaged()", "the file has the last iterate", has_begun, optimizer.param_groups
     )
     if problem is not None:
         raise problem

@@ -29,7 +29,7 @@ from .writer import HashedFile
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(tmp|old|new)-[0-9a-f]{12}")
 _LOG = logging.getLogger("dist_asgd")
-_TRIES = 5
+_TRIES = 20
 
 
 def beside(path: Path, kind: str) -> Path:

@@ -85,9 +85,18 @@ def lock_to_remove(directory: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield _lock(descriptor) is not False
+        # Another process may have removed the file between open() and lock, and a writer made its own in its place.
+        yield _lock(descriptor) is not False and _is_at(descriptor, directory / OWNER_NAME)
     finally:
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def owner_record(*, has_ended: bool = False) -> bytes:
