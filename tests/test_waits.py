@@ -45,8 +45,10 @@ def expected(case: str) -> dict[str, list[str]]:
         skips = "amp.py _local_scalar_dense" if "stage 1" in case else "gradients/loss_scaling.py copy to the host"
         return {} if form == "fused" and "stage 2" in case else {"scaler.step": [skips] * 2}
     if kind == "average" and form == "fused":
-        # Whether averaging has begun the device knows; one cohort, so one number.
-        return {"averaged_parameters": ["update/schedule.py _local_scalar_dense"]}
+        # Whether averaging has begun the device knows; one cohort, so one number. Those of a pretended device say that
+        # it has not, so that the warning reads the step, once.
+        waits = ["update/schedule.py _local_scalar_dense", "averaging_start.py _local_scalar_dense"]
+        return {"averaged_parameters": waits}
     return {}
 
 
