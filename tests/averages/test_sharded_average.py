@@ -212,7 +212,7 @@ def _like(values: Tensor, param: Any) -> Tensor:
     return distribute_tensor(values, param.device_mesh, param.placements)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_histories(seed: int, tmp_path: Any) -> None:
     """Steps, updates, swaps, exceptions, state dicts and checkpoints, with up to three averages at once."""
     run("gloo", [1, 2, 4][seed % 3] if seed % 3 else 2, lives, seed, str(tmp_path))
