@@ -74,7 +74,7 @@ def decides(rank: int, world_size: int) -> list[tuple[float, ...]]:
     """Job: many random histories, with a step before each call."""
     model, optimizer = made()
     logged, steps, triggered = [], 0, 0
-    for seed in range(12):
+    for seed in range(30):
         patience, calls = history(seed, world_size)
         expected = [mean_of(losses) for losses in calls]
         begins = begins_at(expected, patience)
