@@ -127,7 +127,7 @@ class ShardedAverage(ShardedState):
             for group in params:
                 _check_keys(group)
 
-        gradients = NoGradients(Agreement(communicators.host), communicators, self._num_updates)
+        gradients = NoGradients(Agreement(communicators.host), communicators, self._compared)
         self._construct(params, defaults, gradients, precision, options, check)
         self._check_device(average_device)
         plain_name = str if model is None else partial(name_below, wrappers_of(model))
@@ -169,8 +169,18 @@ class ShardedAverage(ShardedState):
         self._state_dicts.consolidated = None
         self.shards.torn_by = None
 
+    def _compared(self) -> list[tuple[str, object]]:
+        """What must be equal on all ranks for their shards to be one average; collective calls compare it."""
+        entries: list[tuple[str, object]] = [("number of calls of update()", self._num_updates())]
+        for index, group in enumerate(self.param_groups):
+            rule = group.get(AVERAGE_KEY)
+            entries.append((f"param_groups[{index}]['t0']", float(group["t0"])))
+            entries.append((f"param_groups[{index}]['average']", str(rule.options() if rule is not None else None)))
+        # Which parameters are exchanged and gathered goes by these; a function of weights may differ between ranks.
+        return [*entries, ("(step, mu) of the parameters", self.shards.cohorts.scalar_values())]
+
     def _num_updates(self) -> int:
-        """How many updates were made, of the parameter that has seen most; ranks compare it in collective calls."""
+        """How many updates were made, of the parameter that has seen most. No communication."""
         return int(self.shards.cohorts.num_steps()) if self._constructed else 0
 
     def adopt_params(self) -> None:

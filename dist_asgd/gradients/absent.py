@@ -25,18 +25,19 @@ _BEFORE_STATE = (
 class NoGradients(Gradients):
     """The gradients of an optimizer that takes none: a way to agree, and nothing to reduce, clip or scale."""
 
-    def __init__(self, agreement: Agreement, communicators: Communicators, num_updates: Callable[[], int]) -> None:
-        """``num_updates`` says how often the owner was updated: without communication, so that ranks compare it."""
+    def __init__(
+        self, agreement: Agreement, communicators: Communicators, entries: Callable[[], list[tuple[str, object]]]
+    ) -> None:
+        """``entries`` are what updates, which send nothing, go by and lead to: ranks compare them in other calls."""
         super().__init__(agreement, communicators)
-        self._num_updates = num_updates
+        self._entries = entries
 
     def agree(
         self, call: CollectiveCall, fingerprint: Fingerprint = NO_FINGERPRINT, problem: Exception | None = None
     ) -> RankReports:
         if call not in _BEFORE_STATE and problem is None:
-            remedy = fingerprint.remedy or "Call update() equally often on every rank."
-            entries = [("number of calls of update()", self._num_updates()), *fingerprint.entries]
-            fingerprint = Fingerprint(fingerprint.what or "averages", entries, remedy)
+            remedy = fingerprint.remedy or "Call update() equally often on every rank, with the same t0 and rule."
+            fingerprint = Fingerprint(fingerprint.what or "averages", [*self._entries(), *fingerprint.entries], remedy)
         return self.agreement.agree(call, fingerprint, problem=problem)
 
     def present(self, reports: RankReports) -> frozenset[int]:

@@ -277,6 +277,11 @@ class Cohorts:
     def _tables_follow(self, cohort: Cohort) -> bool:
         return self._tables[self._group_of[min(cohort.indices)]].follow(cohort)
 
+    def scalar_values(self) -> list[tuple[float, float]]:
+        """(step, mu) of every cohort, each value once and in order; waits for devices that scalars are on."""
+        found = {(cohort.step.item(), cohort.mu.item()) for cohorts in self._groups for cohort in cohorts}
+        return sorted(found)
+
     def num_steps(self) -> float:
         """The steps of the cohort that has taken most; waits for the device if its scalars are on one."""
         return max((cohort.step.item() for cohorts in self._groups for cohort in cohorts), default=0.0)

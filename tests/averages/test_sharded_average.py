@@ -304,6 +304,35 @@ def test_updates_that_ranks_do_not_share_are_an_error() -> None:
         assert "number of calls of update(): rank 0 has 1; rank 1 has 2" in str(error)
 
 
+def refuses_edits(rank: int, _world_size: int, key: str, value: Any, restores: bool) -> None:
+    """Job: one rank has edited its group, and perhaps edits it back after an update."""
+    average = ShardedAverage(mlp().named_parameters(), decay=0.5)
+    group = average.param_groups[0]
+    before = group[key]
+    if rank == 1:
+        group[key] = value
+    for _ in range(3):
+        average.update()
+    if restores:
+        group[key] = before
+    with average.averaged_parameters():
+        raise AssertionError("entered")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "restores", "problem"),
+    [
+        ("t0", 5.0, False, "param_groups[0]['t0']: rank 0 has -1.0; rank 1 has 5.0"),
+        ("average", ExponentialMean(0.9), False, "param_groups[0]['average']: rank 0 has {"),
+        ("t0", 5.0, True, "(step, mu) of the parameters: rank 0 has [(3.0, 0.5)]; rank 1 has [(3.0, 1.0)]"),
+    ],
+)
+def test_edits_of_one_rank_are_an_error(key: str, value: Any, restores: bool, problem: str) -> None:
+    """Ranks whose averaging has begun or not would gather other parameters, and wait for each other."""
+    for error in run_errors("gloo", 2, refuses_edits, key, value, restores):
+        assert problem in str(error)
+
+
 def refuses_values_that_differ(rank: int, _world_size: int) -> None:
     """Job: ranks have other parameters, so that shards of their averages are those of no model."""
     average = ShardedAverage(mlp(seed=rank).named_parameters())
