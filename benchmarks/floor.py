@@ -36,7 +36,7 @@ from benchmarks.report import markdown_table, surroundings
 from benchmarks.trainer import peak_bytes, reset_peak, settled_bytes
 from benchmarks.update import machine
 from dist_asgd import ShardedASGD
-from dist_asgd.comm.shared_memory import STRIPE_BYTES
+from dist_asgd.comm.outboxes import STRIPE_BYTES
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "t0": 0}
 PARTS = ("forward and backward", "update", "pack", "mean", "gather")

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import profile
 
 from dist_asgd import ShardedASGD, load_checkpoint, save_checkpoint
-from dist_asgd.comm.gloo import SUM_NUMEL
+from dist_asgd.comm.sums import SUM_NUMEL
 from dist_asgd.state_dict.whole_tensors import MAX_BYTES
 from tests.harness.cases import every_pair
 from tests.harness.models import mlp

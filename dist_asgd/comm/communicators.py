@@ -19,13 +19,15 @@ from .base import Communicator, ShardCollectives, SingleProcess
 from .board import Board
 from .board import file_bytes as board_bytes
 from .gloo import Gloo
+from .hierarchy import Hierarchy
 from .host_group import DEFAULT_TIMEOUT, HostGroup
 from .hybrid import Hybrid
 from .measure import Meter
 from .native import NativeCollectives
+from .outboxes import OUTBOX_BYTES, make_ring
 from .rank_names import RankNames
-from .shared_memory import OUTBOX_BYTES, SharedMemory, make_ring
-from .shared_pages import on_one_host, shared_pages
+from .shared_memory import SharedMemory
+from .shared_pages import host_grid, on_one_host, shared_pages
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -289,11 +291,21 @@ class Communicators:
         return NativeCollectives(group, averages=backend == "nccl", meter=self.meter)
 
     def _on_host_of(self, messages: Gloo) -> Communicator:
-        """Return a communicator that shares memory, if all ranks of ``messages`` can. Collective on them."""
-        if not self._shares_memory:
+        """Return a communicator that shares memory inside of hosts, if the ranks of ``messages`` can.
+
+        Collective on them.
+        """
+        grid = host_grid(messages) if self._shares_memory else None
+        if grid is None:
             return messages
-        ring = make_ring(messages, OUTBOX_BYTES, self._timeout_s)
-        return messages if ring is None else SharedMemory(messages, ring, self._timeout_s)
+        inside = messages.among([messages.ranks[rank] for rank in grid.on(grid.place(messages.rank)[0])])
+        ring = make_ring(inside, OUTBOX_BYTES, self._timeout_s)
+        if grid.num_hosts == 1:
+            return messages if ring is None else SharedMemory(messages, ring, self._timeout_s)
+        # Each host knows about its own ranks only.
+        if messages.any_of(ring is None) or ring is None:
+            return messages
+        return Hierarchy(messages, grid, inside, ring, self._timeout_s)
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -26,10 +26,7 @@ from .dissemination import Message, Summary
 from .host_group import HostGroup
 from .measure import Action, Meter
 from .roll import Roll
-
-SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-# How many elements are summed and divided at a time, so that they stay in a core's cache in between.
-SUM_NUMEL = 1 << 16
+from .sums import SIXTEEN_BIT, SUM_NUMEL
 
 # The tags of one optimizer: first those of buckets in flight, then one for each other kind of message. Messages with
 # the same tag between the same two ranks keep their order.
@@ -69,6 +66,10 @@ class Gloo(GroupCommunicator):
         # The same tags do: two ranks make the same calls in the same order, so their messages pair up.
         same = list(ranks) == self.ranks
         return self if same else Gloo(self._group, self._first_tag, ranks, self.meter)
+
+    def metered_by(self, meter: Meter) -> Gloo:
+        """Return a communicator of the same ranks and tags whose messages ``meter`` counts. No communication."""
+        return Gloo(self._group, self._first_tag, self.ranks, meter)
 
     @cached_property
     def _peers(self) -> list[int]:

@@ -1,4 +1,4 @@
-/* Signals between processes that share a page, and the mean of values that lie in shared pages. Plain C without Python's
+/* Signals between processes that share a page, and sums of values that lie in shared pages. Plain C without Python's
  * or torch's headers; pages.py loads it through ctypes.
  *
  * A signal is a counter of 32 bits that only grows, modulo 2^32, and that one process writes. Whoever waits for it spins
@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define ABI 2
+#define ABI 3
 
 /* Older headers lack them; the numbers of later calls are those of every architecture. */
 #ifndef SYS_pidfd_open
@@ -89,10 +89,10 @@ int64_t dist_asgd_await(signal_line *line, uint32_t wanted, int64_t spin_ns, int
     }
 }
 
-/* The mean of `num` arrays, summed in their order, as torch has it: the sum, divided. */
-#define MEAN(name, type)                                                                                               \
-    void name(type *out, const type *const *values, int64_t num, int64_t numel) {                                      \
-        type count = (type)num;                                                                                        \
+/* The sum of `num` arrays in their order, divided, as torch has it. The first array may be `out`. */
+#define FOLD(name, type)                                                                                               \
+    void name(type *out, const type *const *values, int64_t num, int64_t numel, int64_t divisor) {                     \
+        type count = (type)divisor;                                                                                    \
         if (num == 2) {                                                                                                \
             const type *a = values[0], *b = values[1];                                                                 \
             for (int64_t i = 0; i < numel; i++) out[i] = (a[i] + b[i]) / count;                                        \
@@ -108,5 +108,5 @@ int64_t dist_asgd_await(signal_line *line, uint32_t wanted, int64_t spin_ns, int
             for (int64_t i = 0; i < n; i++) out[first + i] = sum[i] / count;                                           \
         }                                                                                                              \
     }
-MEAN(dist_asgd_mean_float32, float)
-MEAN(dist_asgd_mean_float64, double)
+FOLD(dist_asgd_fold_float32, float)
+FOLD(dist_asgd_fold_float64, double)

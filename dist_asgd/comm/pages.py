@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 # The file begins with its proof and the signals, each in two cache lines of its own, because processors fetch lines in
 # pairs.
 LINE_BYTES = 128
@@ -57,9 +57,9 @@ def library() -> ctypes.CDLL | str:
         loaded.dist_asgd_reached.restype = ctypes.c_int64
         loaded.dist_asgd_await.argtypes = [ctypes.c_void_p, word, ctypes.c_int64, ctypes.c_int64]
         loaded.dist_asgd_await.restype = ctypes.c_int64
-        for mean in (loaded.dist_asgd_mean_float32, loaded.dist_asgd_mean_float64):
-            mean.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-            mean.restype = None
+        for fold in (loaded.dist_asgd_fold_float32, loaded.dist_asgd_fold_float64):
+            fold.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+            fold.restype = None
         abi = loaded.dist_asgd_pages_abi()
     except (OSError, AttributeError) as error:
         return f"{found.name} does not load ({error})"

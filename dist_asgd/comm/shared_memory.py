@@ -7,7 +7,6 @@ launches, and ``Reduction.is_done`` says when a wait would wait for nobody.
 
 from __future__ import annotations
 
-import ctypes
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,35 +18,11 @@ from torch import Tensor
 
 from ..labels import Label, label
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
-from .gloo import SIXTEEN_BIT, SUM_NUMEL, Gloo
+from .gloo import Gloo
 from .measure import Action
-from .pages import library
-from .ring import Message, Part, Ring, cut, file_bytes
-from .shared_pages import on_one_host, shared_pages
-
-# Of gathers so many bytes are published at a time, so that they are read while they are in a cache.
-PIECE_BYTES = 1 << 19
-# The least that an outbox holds: some pieces of a gather.
-OUTBOX_BYTES = 2 * PIECE_BYTES
-# Gradients are packed and summed in stripes of this size: they stay in caches in between, and outboxes stay small.
-STRIPE_BYTES = 1 << 21
-# How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
-SEND_BUFFERS = 3
-
-
-def make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
-    """Make a ring for the ranks of ``messages``; None if they lie on several hosts, or cannot share memory.
-
-    Collective on these ranks, and the result is the same on all of them. The log says once what does not work.
-    """
-    return _make_ring(messages, outbox_bytes, timeout_s) if on_one_host(messages) else None
-
-
-def _make_ring(messages: Gloo, outbox_bytes: int, timeout_s: float) -> Ring | None:
-    """Make a ring for ranks of one host. Collective; None on all of them if one cannot."""
-    found = shared_pages(messages, file_bytes(messages.world_size, outbox_bytes))
-    return found and Ring(found[0], messages.rank, found[1], messages.world_size, outbox_bytes, timeout_s)
-
+from .outboxes import PIECE_BYTES, STRIPE_BYTES, outbox_bytes_for, ring_for
+from .ring import Message, Part, Ring, cut
+from .sums import Means
 
 # Takes from a message what its number i holds of each rank.
 Read = Callable[[int, Message], None]
@@ -141,7 +116,7 @@ class SharedMemory(GroupCommunicator):
         self._failure: RuntimeError | None = None
         # Send buffers that are being packed, by their address.
         self._packing: dict[int, Message] = {}
-        self._sums: dict[torch.dtype, Tensor] = {}
+        self._means = Means()
         self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
 
     @property
@@ -153,7 +128,7 @@ class SharedMemory(GroupCommunicator):
         return False
 
     def scratch_bytes(self) -> int:
-        return self._ring.outbox_bytes + sum(buffer.nbytes for buffer in self._sums.values())
+        return self._ring.outbox_bytes + self._means.nbytes
 
     # --- the order of operations --------------------------------------------------------------------------
 
@@ -196,17 +171,10 @@ class SharedMemory(GroupCommunicator):
         return STRIPE_BYTES
 
     def prepare(self, send_bytes: int) -> None:
-        nbytes = SEND_BUFFERS * -(-send_bytes // 4096) * 4096
-        if nbytes > self._ring.outbox_bytes:
+        if outbox_bytes_for(send_bytes) > self._ring.outbox_bytes:
             if self._queue:
                 self._end(Action.ALL_GATHER, self._queue[-1])
-            ring = _make_ring(self._messages, nbytes, self._timeout_s)
-            if ring is None:
-                raise MemoryError(
-                    f"dist_asgd: {nbytes:,} bytes of memory that the ranks of this host share cannot be had, although "
-                    f"{self._ring.outbox_bytes:,} could. Pass shared_memory=False, or a smaller bucket_cap_mb."
-                )
-            self._ring = ring
+            self._ring = ring_for(send_bytes, self._messages, self._ring, self._timeout_s)
 
     def send_buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
         message = self._ring.message(numel * dtype.itemsize)
@@ -247,35 +215,7 @@ class SharedMemory(GroupCommunicator):
                     # A rank packs no row for itself.
                     first = (self.rank - (self.rank > peer)) * numel + at
                     every[peer] = self._ring.outbox(peer, message).view(values.dtype)[first : first + values.numel()]
-                self._store_mean(every, shard[at : at + values.numel()], accumulate)
-
-    def _store_mean(self, values: Sequence[Tensor], target: Tensor, accumulate: bool) -> None:
-        """``target = mean(values)``, or ``+=``: with the bits of ``Gloo``'s, and ``values`` are only read."""
-        dtype = values[0].dtype
-        loaded = library()
-        if not accumulate and target.dtype == dtype and dtype in (torch.float32, torch.float64):
-            assert not isinstance(loaded, str)
-            mean = loaded.dist_asgd_mean_float32 if dtype == torch.float32 else loaded.dist_asgd_mean_float64
-            addresses = (ctypes.c_void_p * len(values))(*(value.data_ptr() for value in values))
-            mean(target.data_ptr(), addresses, len(values), target.numel())
-            return
-        wide = torch.float32 if dtype in SIXTEEN_BIT else dtype
-        if wide not in self._sums:
-            self._sums[wide] = torch.empty(SUM_NUMEL, dtype=wide, device="cpu")
-        for first in range(0, target.numel(), SUM_NUMEL):
-            place = target[first : first + SUM_NUMEL]
-            total = self._sums[wide][: place.numel()]
-            for i, value in enumerate(values):
-                chunk = value[first : first + SUM_NUMEL]
-                if i:
-                    total.add_(chunk)
-                else:
-                    total.copy_(chunk)
-            total.div_(len(values))
-            if accumulate:
-                place.add_(total.to(place.dtype))
-            else:
-                place.copy_(total)
+                self._means.store(every, shard[at : at + values.numel()], accumulate)
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         """Every rank publishes all of its values, and sums all."""
@@ -288,7 +228,7 @@ class SharedMemory(GroupCommunicator):
             piece = pieces[i]
             every = [self._ring.outbox(rank, message)[: piece.nbytes] for rank in range(self.world_size)]
             with label(Label.MEAN):
-                self._store_mean([one.view(values.dtype) for one in every], piece, False)
+                self._means.store([one.view(values.dtype) for one in every], piece, False)
 
         return self._stream(Action.ALL_REDUCE, runs, len(runs), read, len(self._peers))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..comm.gloo import SIXTEEN_BIT, SUM_NUMEL
+from ..comm.sums import SIXTEEN_BIT, SUM_NUMEL
 from ..gradients.sending import MAX_IN_FLIGHT, direct_numel
 from ..storage.buffers import Bucket
 from ..storage.send_layout import send_runs

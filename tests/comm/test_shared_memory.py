@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_asgd import ShardedASGD
-from dist_asgd.comm import Communicators, PeerError, pages, shared_memory, shared_pages
+from dist_asgd.comm import Communicators, PeerError, pages, shared_pages
 from dist_asgd.comm.base import ShardCollectives
 from dist_asgd.comm.gloo import Gloo
-from dist_asgd.comm.ring import Ring
-from dist_asgd.comm.shared_memory import PIECE_BYTES, SharedMemory
+from dist_asgd.comm.outboxes import PIECE_BYTES
+from dist_asgd.comm.ring import Ring, file_bytes
+from dist_asgd.comm.shared_memory import SharedMemory
 from dist_asgd.comm.shared_pages import ENVIRONMENT
 from dist_asgd.gradients import sending
 from dist_asgd.storage.buffers import Bucket
@@ -105,8 +106,8 @@ class History:
         cut = self.own.randrange(1, numel)
         own = [(0, sent[self.rank, :cut]), (cut, sent[self.rank, cut:])]
         sends = [own if rank == self.rank else [(0, rows.pop(0))] for rank in range(self.world_size)]
-        mean = self.shared.reduce_scatter(sends, ours, accumulate, 0)
-        self.num_reductions += 1
+        self.num_reductions += 1  # messages of two in flight have different tags
+        mean = self.shared.reduce_scatter(sends, ours, accumulate, self.num_reductions)
         reference = self.messages.reduce_scatter([[(0, row)] for row in sent], theirs, accumulate, self.num_reductions)
         self.later(lambda: (mean.wait(), reference.wait(), assert_same_bits(ours, theirs, "mean")))
 
@@ -142,8 +143,8 @@ class History:
         """In place."""
         ours = self.random(self.numel(), dtype)
         theirs = ours.clone()
-        self.num_reductions += 1  # messages of two in flight have different tags
-        waits = [self.shared.all_reduce(ours, 0), self.messages.all_reduce(theirs, self.num_reductions)]
+        self.num_reductions += 1
+        waits = [both.all_reduce(x, self.num_reductions) for both, x in ((self.shared, ours), (self.messages, theirs))]
         self.later(lambda: (waits[0](), waits[1](), assert_same_bits(ours, theirs, "mean of all")))
 
     def gather(self, dtype: torch.dtype) -> None:
@@ -362,7 +363,7 @@ def differ(rank: int, _world_size: int) -> None:
 
 def ring_of(outbox_bytes: int) -> Ring:
     """One rank's ring, of three."""
-    made, _ = pages.Pages.new(shared_memory.file_bytes(3, outbox_bytes))
+    made, _ = pages.Pages.new(file_bytes(3, outbox_bytes))
     made.close()
     return Ring(made, 0, pages.Processes([os.getpid()] * 3, range(3)), 3, outbox_bytes, 1.0)
 

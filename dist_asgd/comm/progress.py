@@ -1,0 +1,88 @@
+"""A thread for what other ranks wait for: it does the tasks of collectives in the order of their launches.
+
+The training loop launches a task and goes on. Waiting happens in the thread, below Python and without its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from queue import SimpleQueue
+
+import torch
+
+
+class Task(ABC):
+    """What this rank owes to other ranks for one collective."""
+
+    def __init__(self) -> None:
+        self._has_ended = threading.Event()
+        self._error: Exception | None = None
+
+    @abstractmethod
+    def run(self) -> None:
+        """Do it. RuntimeError if another rank ends, fails, or does not come in time."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Let the ranks fail that wait for this task; called if ``run`` has failed, or if a task before it has."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether ``wait`` would return, or raise, at once."""
+        return self._has_ended.is_set()
+
+    def wait(self) -> None:
+        """Wait until the task has ended. RuntimeError if it, or one before it, has failed."""
+        self._has_ended.wait()
+        if self._error is not None:
+            raise RuntimeError(str(self._error)) from self._error
+
+    def complete(self, failure: Exception | None) -> Exception | None:
+        """Run the task, or cancel it if there was a ``failure`` before; returns the failure so far. Thread only."""
+        try:
+            if failure is None:
+                self.run()
+        # Whatever it is: the loop that waits for the task gets it.
+        except Exception as error:
+            # Without its traceback, which refers to the task and its memory.
+            failure = error.with_traceback(None)
+        if failure is not None:
+            with contextlib.suppress(RuntimeError):
+                self.cancel()
+        self._error = failure
+        self._has_ended.set()
+        return failure
+
+
+class ProgressThread:
+    """Runs tasks one after the other, from the first on; it ends once this object is gone and all tasks are done.
+
+    After a task that has failed all later ones fail: the ranks no longer agree on what has been read.
+    """
+
+    def __init__(self) -> None:
+        """Start nothing yet."""
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, self._tasks.put, None).atexit = False
+
+    def submit(self, task: Task) -> None:
+        """Let the thread run ``task`` after all others. Nobody waits."""
+        if self._thread is None:
+            # A daemon: a process that ends does not wait for ranks that may never come.
+            self._thread = threading.Thread(target=_run, args=(self._tasks,), name="dist_asgd progress", daemon=True)
+            self._thread.start()
+        self._tasks.put(task)
+
+
+@torch.no_grad()
+def _run(tasks: SimpleQueue[Task | None]) -> None:
+    """The thread. Not a method, which would keep its object."""
+    failure: Exception | None = None
+    while (task := tasks.get()) is not None:
+        failure = task.complete(failure)
+        # While the thread waits for the next one, nobody else may need the memory of this one.
+        del task
