@@ -112,7 +112,7 @@ class Links:
 
 
 class Chain(Task):
-    """One transfer's sums on this rank, and their messages. The constructor posts what will be received."""
+    """One transfer's sums on this rank, and their messages. Its constructor posts those of the host before."""
 
     def __init__(
         self,
@@ -150,8 +150,11 @@ class Chain(Task):
         self._num_sent = 0
         self._works: list[dist.Work] = []
         self._partials: list[dist.Work] = []
-        self._mean: dist.Work | None = None
-        self._post_receives()
+        if links.host:
+            before = links.grid.rank(links.host - 1, links.number)
+            for segment in self._segments:
+                segment[0] = 0
+            self._partials = self._post([(before, segment) for segment in self._segments], [])
 
     @property
     def sent_bytes(self) -> int:
@@ -159,22 +162,8 @@ class Chain(Task):
         rows = self._links.grid.num_hosts - self._links.is_last
         return rows * self._width * self.dtype.itemsize
 
-    def _post_receives(self) -> None:
-        links = self._links
-        if links.host:
-            before = links.grid.rank(links.host - 1, links.number)
-            for segment in self._segments:
-                segment[0] = 0
-            self._partials = self._post([(before, segment) for segment in self._segments], [])
-        if not links.is_last:
-            self._rows[0, 0] = 0
-            last = links.grid.rank(links.grid.num_hosts - 1, links.number)
-            (self._mean,) = self._post([(last, self._rows[0])], [])
-
     def _post(self, receives: Sequence[tuple[int, Tensor]], sends: Sequence[tuple[int, Tensor]]) -> list[dist.Work]:
         return self._links.messages.post(Action.REDUCE_SCATTER, self._tag, receives, sends)
-
-    # --- the thread -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
         ring, message, links = self._ring, self._message, self._links
@@ -251,25 +240,34 @@ class Chain(Task):
             with contextlib.suppress(RuntimeError):
                 self._works += self._post([], [(rank, torch.full_like(message, FAILED))])
 
-    # --- the training loop ----------------------------------------------------------------------------------
-
     @property
-    def has_arrived(self) -> bool:
-        """Whether ``mean`` would wait for nobody."""
-        return self.has_ended if self._mean is None else bool(self._rows[0, 0].item())
+    def own_row(self) -> Tensor:
+        """Where the mean of this rank's stripe will be, behind its status: ``(1 + width,)``."""
+        return self._rows[self._links.host if self._links.is_last else 0]
 
-    def mean(self) -> Tensor:
-        """Wait for the mean of this rank's stripe, ``(width,)``, and return it. RuntimeError if it does not come."""
-        if self._mean is None:
-            self.wait()
-            return self._rows[self._links.host, 1:]
-        self._mean.wait()
-        _check(self._rows[0, 0], self._links, self._links.grid.num_hosts - 1)
-        return self._rows[0, 1:]
+    def give_back(self) -> None:
+        """Give the memory of the means back; called once the mean has been read."""
+        self._links.means.give_back(self._means, self._works if self._links.is_last else ())
 
-    def end(self) -> None:
-        """Give the memory of the mean back, which has been read."""
-        self._links.means.give_back(self._means, self._works if self._mean is None else ())
+
+class Arrival(Task):
+    """The mean of this rank's stripe, on its way from the last host."""
+
+    def __init__(self, links: Links, ring: Ring, row: Tensor, tag: int) -> None:
+        """Post the message into ``row``, as in ``Chain.own_row``. No waits; RuntimeError if the backend fails."""
+        super().__init__()
+        self._links, self._ring, self._row = links, ring, row
+        row[0] = 0
+        last = links.grid.rank(links.grid.num_hosts - 1, links.number)
+        (self._work,) = links.messages.post(Action.REDUCE_SCATTER, tag % BUCKET_TAGS, [(last, row)], [])
+
+    def run(self) -> None:
+        self._work.wait()
+        _check(self._row[0], self._links, self._links.grid.num_hosts - 1)
+
+    def cancel(self) -> None:
+        # Ranks of this host whose messages come from a rank that will send none hear of it by this.
+        self._ring.abandon()
 
 
 def _check(status: Tensor, links: Links, host: int) -> None:

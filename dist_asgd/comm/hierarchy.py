@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..labels import Label, label
 from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
-from .chain import Buffers, Chain, Links
+from .chain import Arrival, Buffers, Chain, Links
 from .gloo import ALL_GATHER, Gloo
 from .measure import Action, Meter
 from .outboxes import PIECE_BYTES, STRIPE_BYTES, outbox_bytes_for, ring_for
@@ -88,7 +88,7 @@ class Hierarchy(GroupCommunicator):
         self._host, self._number = grid.place(self.rank)
         self._column = [rank for rank in grid.column(self._number) if rank != self.rank]
         self._links = Links(grid, messages.metered_by(Meter()), Buffers(), Buffers())
-        self._thread = ProgressThread()
+        self._thread, self._arrivals = ProgressThread(), ProgressThread()
         # The tasks that may not have ended, oldest first.
         self._tasks: deque[Task] = deque()
         # Send buffers that are being packed, by their address.
@@ -108,7 +108,7 @@ class Hierarchy(GroupCommunicator):
     def prepare(self, send_bytes: int) -> None:
         if outbox_bytes_for(send_bytes) > self._ring.outbox_bytes:
             while self._tasks:
-                self._wait_for(Action.ALL_GATHER, self._tasks.popleft().wait)
+                self._wait_for(Action.ALL_GATHER, self._tasks.popleft())
             self._ring = ring_for(send_bytes, self._inside, self._ring, self._timeout_s)
 
     def abandon(self) -> None:
@@ -122,7 +122,10 @@ class Hierarchy(GroupCommunicator):
         self._tasks.append(task)
         self._thread.submit(task)
 
-    def _wait_for(self, action: Action, wait: Wait) -> None:
+    def _wait_for(self, action: Action, task: Task) -> None:
+        self._waiting(action, partial(task.wait, self._ring.check_peers))
+
+    def _waiting(self, action: Action, wait: Wait) -> None:
         try:
             with self.meter.waiting(action):
                 wait()
@@ -139,11 +142,11 @@ class Hierarchy(GroupCommunicator):
             while self._ring.num_read < message.after:
                 if not self._tasks:
                     raise RuntimeError("this rank was interrupted in an earlier call")
-                self._tasks.popleft().wait()
+                self._tasks.popleft().wait(self._ring.check_peers)
             self._ring.wait_for_room(message)
 
         if not self._ring.has_room(message):
-            self._wait_for(Action.REDUCE_SCATTER, make_room)
+            self._waiting(Action.REDUCE_SCATTER, make_room)
         buffer = self._ring.outbox(self._number, message).view(dtype)[:numel]
         self._packing[buffer.data_ptr()] = message
         return buffer
@@ -155,24 +158,29 @@ class Hierarchy(GroupCommunicator):
         own = sends[self.rank]
         others = self._grid.ranks_per_host - 1
         self._messages.connect(self._column)
+        links, ring = self._links, self._ring
         try:
-            chain = Chain(self._links, self._ring, message, own, shard.numel(), first.dtype, tag)
-            read_bytes = others * self._grid.num_hosts * shard.numel() * first.dtype.itemsize
-            with self.meter.launching(Action.REDUCE_SCATTER, chain.sent_bytes + read_bytes):
-                self._submit(chain)
+            chain = Chain(links, ring, message, own, shard.numel(), first.dtype, tag)
+            arrival = None if links.is_last else Arrival(links, ring, chain.own_row, tag)
         except RuntimeError as error:
             raise self.peer_error(Action.REDUCE_SCATTER, error) from error
+        read_bytes = others * self._grid.num_hosts * shard.numel() * first.dtype.itemsize
+        with self.meter.launching(Action.REDUCE_SCATTER, chain.sent_bytes + read_bytes):
+            self._submit(chain)
+            if arrival is not None:
+                self._arrivals.submit(arrival)
+        awaited = arrival or chain
 
         def wait() -> None:
-            found: list[Tensor] = []
-            self._wait_for(Action.REDUCE_SCATTER, lambda: found.append(chain.mean()))
+            self._wait_for(Action.REDUCE_SCATTER, awaited)
+            mean = chain.own_row[1:]
             with label(Label.MEAN):
                 for start, values in own:
                     stretch = slice(start, start + values.numel())
-                    store(found[0][stretch], shard[stretch], accumulate)
-            chain.end()
+                    store(mean[stretch], shard[stretch], accumulate)
+            chain.give_back()
 
-        return Reduction(wait, lambda: chain.has_arrived)
+        return Reduction(wait, lambda: awaited.has_ended)
 
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         return self._messages.all_reduce(values, tag)
@@ -209,7 +217,7 @@ class Hierarchy(GroupCommunicator):
         task = _ColumnGather(self._ring, messages, columns, runs, arrivals, works[len(receives) :])
         with self.meter.launching(action, at * (self._grid.ranks_per_host - 1)):
             self._submit(task)
-        return partial(self._wait_for, action, task.wait)
+        return partial(self._wait_for, action, task)
 
     def gather(self, fragment: Tensor, places: Sequence[Tensor] | None, numels: Sequence[int], to: int | None) -> None:
         if to is not None or places is None:

@@ -9,9 +9,13 @@ import contextlib
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from queue import SimpleQueue
 
 import torch
+
+# So often whoever waits for a task looks for other reasons to stop, in seconds.
+CHECK_S = 0.05
 
 
 class Task(ABC):
@@ -34,9 +38,13 @@ class Task(ABC):
         """Whether ``wait`` would return, or raise, at once."""
         return self._has_ended.is_set()
 
-    def wait(self) -> None:
-        """Wait until the task has ended. RuntimeError if it, or one before it, has failed."""
-        self._has_ended.wait()
+    def wait(self, check: Callable[[], None]) -> None:
+        """Wait until the task has ended. RuntimeError if it, or one before it, has failed.
+
+        ``check`` is called now and then meanwhile, and raises if nobody should wait any longer.
+        """
+        while not self._has_ended.wait(CHECK_S):
+            check()
         if self._error is not None:
             raise RuntimeError(str(self._error)) from self._error
 

@@ -53,6 +53,7 @@ class Ring:
     ) -> None:
         self.outbox_bytes = outbox_bytes
         self.rank = rank
+        self._ranks = processes.ranks
         self._peers = [peer for peer in range(world_size) if peer != rank]
         first = header_bytes(world_size)
         self._outboxes = pages.memory[first:].view(world_size, outbox_bytes)
@@ -114,6 +115,12 @@ class Ring:
     def abandon(self) -> None:
         """Tell the other ranks that this one was interrupted: what they wait for it may never do."""
         self._abandoned.send(self.rank, 1)
+
+    def check_peers(self) -> None:
+        """RuntimeError if another rank has abandoned the ring. Waits for nobody."""
+        for peer in self._peers:
+            if self._abandoned.has(peer, 1):
+                raise RuntimeError(f"rank {self._ranks[peer]} was interrupted, or has failed, in such a call")
 
     def publish(self, message: Message) -> None:
         """Let the other ranks read this rank's range, which is filled; in the order of messages."""

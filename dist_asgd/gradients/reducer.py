@@ -250,6 +250,8 @@ class Reducer(Gradients):
         if self._is_torn or self._transfers.is_torn:
             # No round can be completed any more; the other ranks hear of it in the exchange that they wait for.
             self._transfers.abandon()
+            # The exchange that opened the round goes first: other ranks may still wait for this one's part in it.
+            self._header.take()
             self.agreement.agree(call, fingerprint, problem=problem or torn_problem(self.communicators.world_size))
         if self._hooks.tasks:
             self._hooks.forget()

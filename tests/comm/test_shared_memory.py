@@ -60,9 +60,12 @@ def both_ways() -> tuple[SharedMemory, Gloo]:
 class History:
     """Random collectives, the same on all ranks, each both ways; waits come late, and ranks pause at random."""
 
-    def __init__(self, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self, rank: int, world_size: int, seed: int, both: tuple[ShardCollectives, ShardCollectives] | None = None
+    ) -> None:
+        """``both`` are the collectives of all ranks, those under test and messages between all of them."""
         self.rank, self.world_size = rank, world_size
-        self.shared, self.messages = both_ways()
+        self.shared, self.messages = both or both_ways()
         self.draw = random.Random(seed)
         self.own = random.Random(100 * seed + rank)
         self.values = torch.Generator().manual_seed(1000 * seed + rank)
