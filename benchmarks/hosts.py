@@ -17,9 +17,10 @@ from types import TracebackType
 INTERFACE = "cable"
 ADDRESSES = ("10.213.9.1", "10.213.9.2")
 NUM_HOSTS = 2
-# Gloo listens on this interface's address, and does not look for one by the host's name. Processes of one machine could
-# share memory, whatever network they have.
-ENVIRONMENT = {"GLOO_SOCKET_IFNAME": INTERFACE, "DIST_ASGD_SHARED_MEMORY": "0"}
+# Gloo listens on this interface's address, and does not look for one by the host's name.
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": INTERFACE}
+# Processes of one machine could share memory, whatever network they have: these ranks never do.
+MESSAGES = {**ENVIRONMENT, "DIST_ASGD_SHARED_MEMORY": "0"}
 _CLONE_NEWNET = 0x40000000
 
 
@@ -75,6 +76,8 @@ def _enter(names: tuple[str, ...], ranks_per_host: int, rank: int) -> None:
     """Move this thread, and threads that it starts from now on, to the namespace of a rank."""
     # Linux shares processors out by session: a rank gets one of its own, as torchrun makes it.
     os.setsid()
+    # Ranks of one host share memory, and those of the other do not.
+    os.environ.setdefault("DIST_ASGD_SHARED_MEMORY", names[rank // ranks_per_host])
     with Path("/var/run/netns", names[rank // ranks_per_host]).open() as namespace:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.setns(namespace.fileno(), _CLONE_NEWNET):

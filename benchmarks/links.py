@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.hosts import ENVIRONMENT, NUM_HOSTS, Hosts
+from benchmarks.hosts import MESSAGES, NUM_HOSTS, Hosts
 from benchmarks.links_report import as_markdown
 from benchmarks.measure import progress
 from benchmarks.model import Shape, batch_of, build_model, parameter_bytes
@@ -353,7 +353,7 @@ def measure(rates: Sequence[float], works: Sequence[Work], rounds: int) -> list[
             hosts.set_rate(max(rates))
             figures = Figures(ranks, rates, works)
             kinds = sorted({work.kind for work in works})
-            with Team(Rank, ranks, kinds, environment=ENVIRONMENT, entrance=hosts.entrance(ranks // NUM_HOSTS)) as team:
+            with Team(Rank, ranks, kinds, environment=MESSAGES, entrance=hosts.entrance(ranks // NUM_HOSTS)) as team:
                 team.wait_ready()
                 for kind in kinds:
                     for mode in MODES[ranks]:

@@ -158,6 +158,13 @@ PEERS = (
         usual=False,
     ),
     Peer("stage2", "ShardedASGD stage 2", _STAGE2, stage=2),
+    Peer(
+        "stage2-messages",
+        "ShardedASGD stage 2, shared_memory=False",
+        partial(_STAGE2, shared_memory=False),
+        stage=2,
+        usual=False,
+    ),
     Peer("stage2-backward", "ShardedASGD stage 2, step_in_backward", partial(_STAGE2, step_in_backward=True), stage=2),
     Peer("stage2-foreach", "ShardedASGD stage 2, foreach", partial(_STAGE2, foreach=True), stage=2, usual=False),
 )

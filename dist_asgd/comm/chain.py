@@ -5,8 +5,8 @@ ranks in rank order, on top of what the host before has sent, and sends the sums
 each shard's mean to its rank. So every host sends about the bucket's bytes once, whatever the number of its ranks, and
 every sum is taken in rank order, with the bits of messages between all ranks.
 
-segment  a stretch of a column's rows that travels in one message. While one is summed the next is on its way, so hosts
-         work at the same time
+segment  rows of a column that travel in one message. While one is summed the next is on its way, so that hosts work at
+         the same time
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,32 +28,8 @@ from .ring import Message, Ring
 from .shared_pages import HostGrid
 from .sums import fold, sum_dtype
 
-# A segment's size: small, so that a chain of hosts is soon busy everywhere, and large beside the cost of a message.
-SEGMENT_BYTES = 1 << 17
-
-
-class Span(NamedTuple):
-    """Elements ``[first, last)`` of the row of host ``row``, and where they begin in their segment."""
-
-    row: int
-    first: int
-    last: int
-    at: int
-
-
-def spans_of(num_rows: int, width: int, segment_numel: int) -> list[list[Span]]:
-    """Cut ``num_rows`` rows of ``width`` elements, one after the other, into segments, and these by rows."""
-    segments: list[list[Span]] = []
-    for start in range(0, num_rows * width, segment_numel):
-        stop = min(start + segment_numel, num_rows * width)
-        rows = range(start // width, (stop - 1) // width + 1)
-        segments.append(
-            [
-                Span(row, max(start - row * width, 0), min(stop - row * width, width), max(row * width - start, 0))
-                for row in rows
-            ]
-        )
-    return segments
+# The least size of a segment, unless all rows are smaller: a message costs about what it takes to sum so much.
+SEGMENT_BYTES = 1 << 16
 
 
 class Buffers:
@@ -139,14 +114,16 @@ class Chain(Task):
         self._links, self._ring, self._message, self._own = links, ring, message, own
         self._width, self._dtype, self._tag = width, dtype, tag % BUCKET_TAGS
         self.dtype = sum_dtype(dtype)
-        self._spans = spans_of(links.grid.num_hosts, width, max(1, SEGMENT_BYTES // self.dtype.itemsize))
-        numels = [1 + spans[-1].at + spans[-1].last - spans[-1].first for spans in self._spans]
+        num_rows = links.grid.num_hosts
+        step = max(1, SEGMENT_BYTES // max(1, width * self.dtype.itemsize))
+        self._rows_of = [range(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+        numels = [1 + len(rows) * width for rows in self._rows_of]
         self._sums = links.sums.take(sum(numels), self.dtype)
         self._segments = torch.split(self._sums[: sum(numels)], numels)
         # The last host has the means of all hosts' shards, each behind its status, and the others that of their own.
-        rows = links.grid.num_hosts if links.is_last else 1
-        self._means = links.means.take(rows * (1 + width), self.dtype)
-        self._rows = self._means[: rows * (1 + width)].view(rows, 1 + width)
+        num_means = num_rows if links.is_last else 1
+        self._memory = links.means.take(num_means * (1 + width), self.dtype)
+        self._means = self._memory[: num_means * (1 + width)].view(num_means, 1 + width)
         self._num_sent = 0
         self._works: list[dist.Work] = []
         self._partials: list[dist.Work] = []
@@ -173,58 +150,50 @@ class Chain(Task):
             if number != links.number:
                 ring.wait_for(number, message)
         sources = [ring.outbox(number, message).view(self._dtype) for number in locals_]
-        for index, spans in enumerate(self._spans):
+        for index, rows in enumerate(self._rows_of):
             if links.host:
                 self._partials[index].wait()
                 _check(self._segments[index][0], links, links.host - 1)
-            for span in spans:
-                self._add(span, self._segments[index][1:], sources)
+            for row, sums in zip(rows, self._segments[index][1:].view(len(rows), -1), strict=True):
+                self._add(row, sums, sources)
             self._send(index)
         ring.mark_read(message)
         # The last host sends no sums, and a message is waited for once only.
         links.sums.give_back(self._sums, () if links.is_last else self._works)
 
-    def _add(self, span: Span, segment: Tensor, sources: Sequence[Tensor]) -> None:
-        """Add what this host's ranks have of ``span`` to the sums in ``segment``; the last host divides them."""
+    def _add(self, row: int, sums: Tensor, sources: Sequence[Tensor]) -> None:
+        """Add what this host's ranks have for the shard on host ``row`` to ``sums``; the last host divides them."""
         links, grid = self._links, self._links.grid
-        target = grid.rank(span.row, links.number)
-        for first, last, mine in self._ranges(span):
-            at = span.at + first - span.first
-            sums = segment[at : at + last - first]
-            values = [sums] if links.host else []
+        target = grid.rank(row, links.number)
+        for first, last, mine in self._ranges(row):
+            values = [sums[first:last]] if links.host else []
             for number, rank in enumerate(grid.on(links.host)):
                 if rank == target:
                     assert mine is not None
                     values.append(mine)
                 else:
                     # A rank packs no row for itself.
-                    row = (target - (target > rank)) * self._width
-                    values.append(sources[number][row + first : row + last])
+                    at = (target - (target > rank)) * self._width
+                    values.append(sources[number][at + first : at + last])
             if links.is_last:
-                fold(values, self._rows[span.row, 1 + first : 1 + last], grid.num_hosts * grid.ranks_per_host)
+                fold(values, self._means[row, 1 + first : 1 + last], grid.num_hosts * grid.ranks_per_host)
             else:
-                fold(values, sums, 1)
+                fold(values, sums[first:last], 1)
 
-    def _ranges(self, span: Span) -> Iterator[tuple[int, int, Tensor | None]]:
-        """The ranges of ``span``, each with what this rank itself has there, if the shard is its own."""
-        if span.row != self._links.host:
-            yield span.first, span.last, None
+    def _ranges(self, row: int) -> Iterator[tuple[int, int, Tensor | None]]:
+        """The ranges of a row that are summed, each with what this rank itself has there, if the shard is its own."""
+        if row != self._links.host:
+            yield 0, self._width, None
             return
         for start, values in self._own:
-            first, last = max(span.first, start), min(span.last, start + values.numel())
-            if first < last:
-                yield first, last, values[first - start : last - start]
+            yield start, start + values.numel(), values
 
     def _sends(self, index: int) -> list[tuple[int, Tensor]]:
-        """What is sent once segment ``index`` is summed: the sums, or the means that are complete with it."""
+        """What is sent once segment ``index`` is summed: the sums, or the means of other hosts' shards."""
         links, grid = self._links, self._links.grid
         if not links.is_last:
             return [(grid.rank(links.host + 1, links.number), self._segments[index])]
-        return [
-            (grid.rank(span.row, links.number), self._rows[span.row])
-            for span in self._spans[index]
-            if span.last == self._width and span.row != links.host
-        ]
+        return [(grid.rank(row, links.number), self._means[row]) for row in self._rows_of[index] if row != links.host]
 
     def _send(self, index: int) -> None:
         sends = self._sends(index)
@@ -236,18 +205,18 @@ class Chain(Task):
     def cancel(self) -> None:
         self._ring.abandon()
         # In memory of their own: what another host has sent may still arrive in the others.
-        for rank, message in chain.from_iterable(map(self._sends, range(self._num_sent, len(self._spans)))):
+        for rank, message in chain.from_iterable(map(self._sends, range(self._num_sent, len(self._rows_of)))):
             with contextlib.suppress(RuntimeError):
                 self._works += self._post([], [(rank, torch.full_like(message, FAILED))])
 
     @property
     def own_row(self) -> Tensor:
         """Where the mean of this rank's stripe will be, behind its status: ``(1 + width,)``."""
-        return self._rows[self._links.host if self._links.is_last else 0]
+        return self._means[self._links.host if self._links.is_last else 0]
 
     def give_back(self) -> None:
         """Give the memory of the means back; called once the mean has been read."""
-        self._links.means.give_back(self._means, self._works if self._links.is_last else ())
+        self._links.means.give_back(self._memory, self._works if self._links.is_last else ())
 
 
 class Arrival(Task):

@@ -24,7 +24,6 @@ from torch import Tensor
 from dist_asgd import ShardedASGD
 from dist_asgd.comm import Communicators, PeerError, chain, shared_pages
 from dist_asgd.comm.base import ShardCollectives
-from dist_asgd.comm.chain import spans_of
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.hierarchy import Hierarchy
 from dist_asgd.comm.shared_pages import ENVIRONMENT
@@ -59,27 +58,13 @@ def compares(rank: int, world_size: int, ranks_per_host: int, seed: int, segment
 
 @pytest.mark.parametrize(
     ("world_size", "ranks_per_host", "seed", "segment_bytes"),
-    [(4, 2, 0, 1 << 17), (4, 2, 1, 1000), (6, 2, 2, 1 << 13), (6, 3, 3, 1 << 17)],
+    [(4, 2, 0, 1 << 16), (4, 2, 1, 1), (6, 2, 2, 1 << 18), (6, 3, 3, 1 << 16)],
 )
 def test_collectives_have_the_bits_of_messages(
     world_size: int, ranks_per_host: int, seed: int, segment_bytes: int
 ) -> None:
     """Whatever is in flight beside them, and whoever is late."""
     run("gloo", world_size, compares, ranks_per_host, seed, segment_bytes)
-
-
-@pytest.mark.parametrize(("num_rows", "width", "numel"), [(2, 7, 3), (3, 5, 100), (5, 1, 2), (1, 6, 6), (2, 0, 4)])
-def test_spans_cover_each_row_once_and_in_order(num_rows: int, width: int, numel: int) -> None:
-    """And a segment's spans lie in it without gaps."""
-    covered = []
-    for spans in spans_of(num_rows, width, numel):
-        at = 0
-        for span in spans:
-            assert span.at == at
-            at += span.last - span.first
-            covered += [(span.row, i) for i in range(span.first, span.last)]
-        assert 0 < at <= numel
-    assert covered == [(row, i) for row in range(num_rows) for i in range(width)]
 
 
 def trains_on_hosts(rank: int, world_size: int, mode: dict[str, Any], ranks_per_host: int) -> list[Tensor]:

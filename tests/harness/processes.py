@@ -202,13 +202,15 @@ def _stack_path(folder: Path, rank: int) -> Path:
     return folder / f"stack{rank}.txt"
 
 
-# With so many ranks tests run on messages, and with other numbers in memory that the ranks share: both are tested.
-MESSAGES_ONLY = 4
+# With three ranks tests run on messages, with four as if on two hosts, so in memory inside of each and on messages between
+# them, and with other numbers in the memory of one host: all three are tested.
+MESSAGES_ONLY, TWO_HOSTS = 3, 4
 
 
 def _serve(connection: Connection, rank: int, world_size: int, folder: str) -> None:
     """The main function of a rank: read commands, run them and reply, until a stop command or the parent's end."""
-    os.environ[shared_pages.ENVIRONMENT] = str(int(world_size != MESSAGES_ONLY))
+    host = f"host{rank // 2}" if world_size == TWO_HOSTS else str(int(world_size != MESSAGES_ONLY))
+    os.environ[shared_pages.ENVIRONMENT] = host
     torch.set_num_threads(1)
     gc.freeze()
     with _stack_path(Path(folder), rank).open("w") as stack:
