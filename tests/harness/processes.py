@@ -202,8 +202,8 @@ def _stack_path(folder: Path, rank: int) -> Path:
     return folder / f"stack{rank}.txt"
 
 
-# With three ranks tests run on messages, with four as if on two hosts, so in memory inside of each and on messages between
-# them, and with other numbers in the memory of one host: all three are tested.
+# With three ranks tests run on messages. With four they run as on two hosts: in memory inside of each, and on messages
+# between them. With other numbers they share the memory of one host. So all three are tested.
 MESSAGES_ONLY, TWO_HOSTS = 3, 4
 
 
