@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from datetime import timedelta
@@ -16,13 +17,15 @@ from dist_asgd.comm import Communicators, PeerError
 from dist_asgd.comm.board import MAX_WORDS, Board
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.pages import Signals
+from dist_asgd.comm.shared_pages import ENVIRONMENT
 from tests.harness.ranks import run
 
 
 def host_of(group: dist.ProcessGroup | None, *, shares: bool) -> Gloo:
     """The communicator of control words, with a board or without."""
     communicators = Communicators(group, shares_memory=shares)
-    communicators.share_control()
+    with mock.patch.dict(os.environ, {ENVIRONMENT: "1"}):
+        communicators.share_control()
     host = communicators.host
     assert isinstance(host, Gloo)
     return host
