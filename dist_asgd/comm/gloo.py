@@ -4,7 +4,7 @@ Gloo emulates reduce-scatter and all-gather with two to three times their traffi
 avoid that. Messages also have tags, so they cannot be paired with messages that the user, or another optimizer, has in
 flight on the same group; named collectives can.
 
-A steady-state step enters no other modules of this package but ``agreement`` and ``measure``.
+A steady-state step enters no other modules of this package but ``agreement``, ``measure`` and ``progress``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .board import MAX_WORDS, Board
 from .dissemination import Message, Summary
 from .host_group import HostGroup
 from .measure import Action, Meter
+from .progress import Messages, ProgressThread
 from .roll import Roll
 from .sums import SIXTEEN_BIT, SUM_NUMEL
 
@@ -55,6 +56,8 @@ class Gloo(GroupCommunicator):
         self._sums: Tensor | None = None
         # Where these ranks exchange control words if they share memory.
         self._board: Board | None = None
+        # Waits for gradients beside backward, so that the next stripe can be sent once one has arrived.
+        self._arrivals = ProgressThread()
         self._roll_prefix = f"dist_asgd/{first_tag}/{self.ranks[0]}"
         self._num_summaries = 0
 
@@ -150,10 +153,15 @@ class Gloo(GroupCommunicator):
         for peer, places in zip(self._peers, landing, strict=True) if mine else ():
             receives += [(peer, place) for place in places]
         outgoing = [(peer, source) for peer in self._peers for _, source in sends[peer]]
-        works = self.post(Action.REDUCE_SCATTER, tag, receives, outgoing)
+        arrival = Messages(self.post(Action.REDUCE_SCATTER, tag, receives, outgoing))
+        self._arrivals.submit(arrival)
 
         def wait() -> None:
-            self._wait(Action.REDUCE_SCATTER, works)
+            try:
+                with self.meter.waiting(Action.REDUCE_SCATTER):
+                    arrival.wait()
+            except RuntimeError as error:
+                raise self.peer_error(Action.REDUCE_SCATTER, error) from error
             with label(Label.MEAN):
                 for i, (start, source) in enumerate(mine):
                     values = [places[i] for places in landing]
@@ -162,7 +170,7 @@ class Gloo(GroupCommunicator):
             if inbox is not None:
                 self._inboxes[dtype].append(inbox)
 
-        return Reduction(wait, lambda: all(work.is_completed() for work in works))
+        return Reduction(wait, lambda: arrival.has_ended)
 
     def _store_mean(self, values: list[Tensor], target: Tensor, accumulate: bool) -> None:
         """``target = mean(values)``, or ``+=``; ``values`` has one 1-D tensor per rank, summed in list order.

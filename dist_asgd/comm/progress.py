@@ -1,6 +1,6 @@
-"""A thread for what other ranks wait for: it does the tasks of collectives in the order of their launches.
+"""A thread that waits for other ranks, and does what they wait for, while the training loop goes on.
 
-The training loop launches a task and goes on. Waiting happens in the thread, below Python and without its lock.
+It runs the tasks of collectives in the order of their launches. Waiting happens below Python, without its lock.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ import contextlib
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 import torch
+import torch.distributed as dist
 
 # So often whoever waits for a task looks for other reasons to stop, in seconds.
 CHECK_S = 0.05
 
 
 class Task(ABC):
-    """What this rank owes to other ranks for one collective."""
+    """What this rank waits for, or owes to other ranks, in one collective."""
 
     def __init__(self) -> None:
         self._has_ended = threading.Event()
@@ -38,12 +39,13 @@ class Task(ABC):
         """Whether ``wait`` would return, or raise, at once."""
         return self._has_ended.is_set()
 
-    def wait(self, check: Callable[[], None]) -> None:
+    def wait(self, check: Callable[[], None] | None = None) -> None:
         """Wait until the task has ended. RuntimeError if it, or one before it, has failed.
 
         ``check`` is called now and then meanwhile, and raises if nobody should wait any longer.
         """
-        while not self._has_ended.wait(CHECK_S):
+        while not self._has_ended.wait(None if check is None else CHECK_S):
+            assert check is not None
             check()
         if self._error is not None:
             raise RuntimeError(str(self._error)) from self._error
@@ -63,6 +65,21 @@ class Task(ABC):
         self._error = failure
         self._has_ended.set()
         return failure
+
+
+class Messages(Task):
+    """The wait for messages of Gloo, which tells nobody whether they have arrived."""
+
+    def __init__(self, works: Sequence[dist.Work]) -> None:
+        super().__init__()
+        self._works = works
+
+    def run(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def cancel(self) -> None:
+        """Nobody waits for this task: messages were sent when they were posted."""
 
 
 class ProgressThread:

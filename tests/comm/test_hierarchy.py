@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dist_asgd import ShardedASGD
 from dist_asgd.comm import Communicators, PeerError, chain, shared_pages
-from dist_asgd.comm.base import ShardCollectives
+from dist_asgd.comm.base import Reduction, ShardCollectives
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.hierarchy import Hierarchy
 from dist_asgd.comm.shared_pages import ENVIRONMENT
@@ -81,6 +81,45 @@ def test_training_has_the_bits_of_messages(mode: dict[str, Any]) -> None:
             assert_same_bits(a, b, "parameter or average")
 
 
+def launch(collectives: ShardCollectives, world_size: int, shard: Tensor) -> Reduction:
+    """Start to take the mean of the ranks' numbers, in each element of ``shard``."""
+    rank, numel = collectives.rank, shard.numel()
+    collectives.prepare(4 * numel * world_size)
+    packed = collectives.send_buffer((world_size - 1) * numel, torch.float32)
+    rows = list((torch.zeros((world_size - 1) * numel) if packed is None else packed).view(-1, numel).unbind())
+    for row in rows:
+        row.fill_(rank)
+    own = torch.full((numel,), float(rank))
+    return collectives.reduce_scatter(
+        [[(0, own if to == rank else rows.pop(0))] for to in range(world_size)], shard, False, 0
+    )
+
+
+def looks_for_arrivals(rank: int, world_size: int, how: str) -> None:
+    """Job: the last rank launches a reduction late; the others look for its end and never wait."""
+    with mock.patch.dict(os.environ, {ENVIRONMENT: f"host{rank // 2}" if how == "hosts" else how}):
+        collectives = Communicators(None).on(CPU)
+    dist.barrier()
+    if rank == world_size - 1:
+        time.sleep(0.3)
+    shard = torch.zeros(5)
+    reduction = launch(collectives, world_size, shard)
+    if rank != world_size - 1:
+        assert not reduction.is_done()
+    deadline = time.monotonic() + 10
+    while not reduction.is_done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    reduction.wait()
+    assert shard.eq(sum(range(world_size)) / world_size).all()
+
+
+@pytest.mark.parametrize("how", ["0", "1", "hosts"])
+def test_a_rank_learns_what_has_arrived_before_it_waits(how: str) -> None:
+    """The next stripe of a large gradient starts then, while backward goes on."""
+    run("gloo", 4, looks_for_arrivals, how)
+
+
 def counts_messages(rank: int, world_size: int, numel: int) -> dict[int, int]:
     """Job: a reduce-scatter and a gather of ``numel`` elements a rank; returns the bytes sent to each rank."""
     collectives = hierarchy(rank, 3)
@@ -92,14 +131,8 @@ def counts_messages(rank: int, world_size: int, numel: int) -> dict[int, int]:
         return post(self, action, tag, receives, sends)
 
     with mock.patch.object(Gloo, "post", counting):
-        collectives.prepare(4 * numel * world_size)
-        buffer = collectives.send_buffer((world_size - 1) * numel, torch.float32)
-        assert buffer is not None
-        rows = list(buffer.fill_(rank).view(-1, numel).unbind())
-        own = torch.full((numel,), float(rank))
-        sends = [[(0, own if to == rank else rows.pop(0))] for to in range(world_size)]
         shard = torch.zeros(numel)
-        collectives.reduce_scatter(sends, shard, False, 0).wait()
+        launch(collectives, world_size, shard).wait()
         assert shard.eq(sum(range(world_size)) / world_size).all()
         flat = torch.full((world_size * numel,), float(rank))
         collectives.all_gather(flat)()
