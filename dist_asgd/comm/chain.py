@@ -145,11 +145,11 @@ class Chain(Task):
     def run(self) -> None:
         ring, message, links = self._ring, self._message, self._links
         ring.publish(message)
-        locals_ = range(links.grid.ranks_per_host)
-        for number in locals_:
+        numbers = range(links.grid.ranks_per_host)
+        for number in numbers:
             if number != links.number:
                 ring.wait_for(number, message)
-        sources = [ring.outbox(number, message).view(self._dtype) for number in locals_]
+        sources = [ring.outbox(number, message).view(self._dtype) for number in numbers]
         for index, rows in enumerate(self._rows_of):
             if links.host:
                 self._partials[index].wait()

@@ -306,3 +306,27 @@ class Gloo(GroupCommunicator):
         if rows is None:
             return None
         return [value if r == to else pickle.loads(row.numpy().tobytes()) for r, row in enumerate(rows)]
+
+
+class ControlByMessages(GroupCommunicator):
+    """The base of communicators that carry values in another way, and leave control words to messages of Gloo."""
+
+    def __init__(self, messages: Gloo) -> None:
+        """``messages`` are those of the same ranks. No communication."""
+        super().__init__(messages.ranks, messages.meter)
+        self._messages = messages
+
+    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
+        return self._messages.reduce_scalars(values, op)
+
+    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
+        return self._messages.summarise(words, num_largest)
+
+    def exchange(self, words: Tensor) -> Tensor:
+        return self._messages.exchange(words)
+
+    def exchange_objects(self, value: Any) -> list[Any]:
+        return self._messages.exchange_objects(value)
+
+    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
+        return self._messages.gather_objects(value, to)

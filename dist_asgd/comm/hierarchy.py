@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..labels import Label, label
-from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
+from .base import Reduction, SendList, Wait
 from .chain import Arrival, Buffers, Chain, Links
-from .gloo import ALL_GATHER, Gloo
+from .gloo import ALL_GATHER, ControlByMessages, Gloo
 from .measure import Action, Meter
 from .outboxes import PIECE_BYTES, STRIPE_BYTES, outbox_bytes_for, ring_for
 from .progress import ProgressThread, Task
@@ -74,13 +73,12 @@ class _ColumnGather(Task):
         self._ring.abandon()
 
 
-class Hierarchy(GroupCommunicator):
+class Hierarchy(ControlByMessages):
     """The collectives of ranks on several hosts. Every sum is taken in rank order, with the bits of ``Gloo``'s."""
 
     def __init__(self, messages: Gloo, grid: HostGrid, inside: Gloo, ring: Ring, timeout_s: float) -> None:
         """``inside`` are the messages of this host's ranks, and ``ring`` is theirs. No communication."""
-        super().__init__(messages.ranks, messages.meter)
-        self._messages = messages
+        super().__init__(messages)
         self._inside = inside
         self._grid = grid
         self._ring = ring
@@ -225,20 +223,3 @@ class Hierarchy(GroupCommunicator):
             return
         places[self.rank].copy_(fragment)
         self._gather(Action.GATHER, [[place] for place in places])()
-
-    # --- control words --------------------------------------------------------------------------------------
-
-    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
-        return self._messages.reduce_scalars(values, op)
-
-    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
-        return self._messages.summarise(words, num_largest)
-
-    def exchange(self, words: Tensor) -> Tensor:
-        return self._messages.exchange(words)
-
-    def exchange_objects(self, value: Any) -> list[Any]:
-        return self._messages.exchange_objects(value)
-
-    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
-        return self._messages.gather_objects(value, to)

@@ -11,14 +11,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..labels import Label, label
-from .base import GroupCommunicator, PendingSummary, ReduceScalars, Reduction, SendList, Wait
-from .gloo import Gloo
+from .base import Reduction, SendList, Wait
+from .gloo import ControlByMessages, Gloo
 from .measure import Action
 from .outboxes import PIECE_BYTES, STRIPE_BYTES, outbox_bytes_for, ring_for
 from .ring import Message, Part, Ring, cut
@@ -102,13 +101,12 @@ class _Stream(_Operation):
             self._ring.mark_read(message)
 
 
-class SharedMemory(GroupCommunicator):
+class SharedMemory(ControlByMessages):
     """The collectives of ranks of one host. Every sum is taken in rank order, with the bits of ``Gloo``'s."""
 
     def __init__(self, messages: Gloo, ring: Ring, timeout_s: float) -> None:
         """``messages`` are those of the same ranks, for control words. No communication."""
-        super().__init__(messages.ranks, messages.meter)
-        self._messages = messages
+        super().__init__(messages)
         self._ring = ring
         self._timeout_s = timeout_s
         self._queue: deque[_Operation] = deque()
@@ -284,20 +282,3 @@ class SharedMemory(GroupCommunicator):
             places[self.rank].copy_(fragment)
         num_readers = len(self._peers) if to is None else int(to != self.rank)
         self._gather(Action.GATHER, runs, places is not None, num_readers)()
-
-    # --- control words -------------------------------------------------------------------------------------
-
-    def reduce_scalars(self, values: Tensor, op: ReduceScalars) -> Tensor:
-        return self._messages.reduce_scalars(values, op)
-
-    def summarise(self, words: Sequence[int], num_largest: int) -> PendingSummary:
-        return self._messages.summarise(words, num_largest)
-
-    def exchange(self, words: Tensor) -> Tensor:
-        return self._messages.exchange(words)
-
-    def exchange_objects(self, value: Any) -> list[Any]:
-        return self._messages.exchange_objects(value)
-
-    def gather_objects(self, value: Any, to: int) -> list[Any] | None:
-        return self._messages.gather_objects(value, to)
