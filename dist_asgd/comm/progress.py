@@ -15,6 +15,8 @@ from queue import SimpleQueue
 import torch
 import torch.distributed as dist
 
+# The smallest double above 0. A processor that takes such numbers for 0 (torch.set_flush_denormal) does so by thread.
+_DENORMAL = 5e-324
 # So often whoever waits for a task looks for other reasons to stop, in seconds.
 CHECK_S = 0.05
 
@@ -90,7 +92,7 @@ class ProgressThread:
 
     def __init__(self) -> None:
         """Start nothing yet."""
-        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Task, bool] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self._tasks.put, None).atexit = False
 
@@ -100,14 +102,19 @@ class ProgressThread:
             # A daemon: a process that ends does not wait for ranks that may never come.
             self._thread = threading.Thread(target=_run, args=(self._tasks,), name="dist_asgd progress", daemon=True)
             self._thread.start()
-        self._tasks.put(task)
+        self._tasks.put((task, _DENORMAL * 1.0 == 0))
 
 
 @torch.no_grad()
-def _run(tasks: SimpleQueue[Task | None]) -> None:
+def _run(tasks: SimpleQueue[tuple[Task, bool] | None]) -> None:
     """The thread. Not a method, which would keep its object."""
     failure: Exception | None = None
-    while (task := tasks.get()) is not None:
-        failure = task.complete(failure)
+    flushes = False
+    while (submitted := tasks.get()) is not None:
+        if submitted[1] != flushes:
+            # Sums have the bits that they would have in the training loop.
+            flushes = submitted[1]
+            torch.set_flush_denormal(flushes)
+        failure = submitted[0].complete(failure)
         # While the thread waits for the next one, nobody else may need the memory of this one.
-        del task
+        del submitted

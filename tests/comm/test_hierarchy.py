@@ -81,15 +81,15 @@ def test_training_has_the_bits_of_messages(mode: dict[str, Any]) -> None:
             assert_same_bits(a, b, "parameter or average")
 
 
-def launch(collectives: ShardCollectives, world_size: int, shard: Tensor) -> Reduction:
-    """Start to take the mean of the ranks' numbers, in each element of ``shard``."""
+def launch(collectives: ShardCollectives, world_size: int, shard: Tensor, unit: float = 1.0) -> Reduction:
+    """Start to take the mean of the ranks' numbers, times ``unit``, in each element of ``shard``."""
     rank, numel = collectives.rank, shard.numel()
     collectives.prepare(4 * numel * world_size)
     packed = collectives.send_buffer((world_size - 1) * numel, torch.float32)
     rows = list((torch.zeros((world_size - 1) * numel) if packed is None else packed).view(-1, numel).unbind())
     for row in rows:
-        row.fill_(rank)
-    own = torch.full((numel,), float(rank))
+        row.fill_(rank * unit)
+    own = torch.full((numel,), rank * unit)
     return collectives.reduce_scatter(
         [[(0, own if to == rank else rows.pop(0))] for to in range(world_size)], shard, False, 0
     )
@@ -118,6 +118,28 @@ def looks_for_arrivals(rank: int, world_size: int, how: str) -> None:
 def test_a_rank_learns_what_has_arrived_before_it_waits(how: str) -> None:
     """The next stripe of a large gradient starts then, while backward goes on."""
     run("gloo", 4, looks_for_arrivals, how)
+
+
+def flushes(rank: int, world_size: int) -> list[float]:
+    """Job: means of numbers that some processors take for 0, before and after torch is told to do so."""
+    collectives = hierarchy(rank, 2)
+    found = []
+    for flush in (False, True, False):
+        torch.set_flush_denormal(flush)
+        shard = torch.zeros(3)
+        reduction = launch(collectives, world_size, shard, 1e-40)
+        torch.set_flush_denormal(False)
+        reduction.wait()
+        found.append(shard[0].item())
+    return found
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
+def test_sums_are_taken_as_in_the_training_loop() -> None:
+    """``torch.set_flush_denormal`` concerns the thread that calls it, and sums are taken in another one."""
+    for first, flushed, last in run("gloo", 4, flushes):
+        assert first == last > 0
+        assert flushed == 0
 
 
 def counts_messages(rank: int, world_size: int, numel: int) -> dict[int, int]:
