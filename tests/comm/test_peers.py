@@ -22,7 +22,7 @@ from tests.harness.outcome import Outcome
 from tests.harness.processes import GROUP_TIMEOUT_S
 from tests.harness.ranks import outcomes
 
-SHORT_TIMEOUT_S = 3.0
+SHORT_TIMEOUT_S = 2.0
 
 
 def die(how: str) -> None:
@@ -59,9 +59,11 @@ def assert_survivors_raised(found: list[Outcome], within_s: float) -> None:
         assert outcome.seconds < within_s
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("where", ["before step", "after step"])
-@pytest.mark.parametrize("how", ["exit", "kill"])
+# Each two of the three once.
+@pytest.mark.parametrize(
+    ("how", "where", "stage"),
+    [("exit", "before step", 1), ("exit", "after step", 2), ("kill", "before step", 2), ("kill", "after step", 1)],
+)
 def test_a_peer_that_dies(how: str, where: str, stage: int) -> None:
     """The survivors raise when the connection closes, not at the timeout."""
     assert_survivors_raised(outcomes("gloo", 2, train_until_death, how, stage, where), within_s=10.0)
@@ -121,7 +123,7 @@ def stay_away(rank: int, _world_size: int) -> None:
     optimizer = ShardedASGD([("weight", weight)], process_group=group)
     weight.grad = torch.ones(3)
     if rank == 1:
-        time.sleep(SHORT_TIMEOUT_S + 2.0)
+        time.sleep(SHORT_TIMEOUT_S + 1.0)
     optimizer.step()
 
 
@@ -141,7 +143,7 @@ def hangs_in_a_save(rank: int, _world_size: int, folder: str, asynchronous: bool
     original = writer.HashedFile.sync
 
     def sync(self: writer.HashedFile) -> None:
-        time.sleep(5.0)
+        time.sleep(3.5)
         original(self)
 
     if rank == 1:
