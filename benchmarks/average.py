@@ -1,6 +1,6 @@
 """``python -m benchmarks.average``: what an average gains, and what it costs.
 
-It writes ``average.md``, ``average.json`` and ``average.svg``. ``average_statistics.py`` has the experiments, the
+It writes ``average.md``, ``average.json`` and ``average.svg``. ``average_experiments.py`` has the experiments, the
 expected errors and the bounds of the slopes; a slope out of bounds ends the run with an error, after the files are
 written. ``average_speed.py`` measures updates on 2 ranks.
 """
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks import average_speed
+from benchmarks.average_experiments import SHARES, Size, floors, quadratic_curves, regression_curves
+from benchmarks.average_experiments import starts as measure_starts
+from benchmarks.average_problems import Regression
 from benchmarks.average_speed import BOUND, NUM_RANKS, NUM_SMALL, SMALL_NUMEL, WAYS, WIDE
-from benchmarks.average_statistics import SHARES, Regression, Size, floors, quadratic_curves, regression_curves
-from benchmarks.average_statistics import starts as measure_starts
 from benchmarks.measure import progress
 from benchmarks.report import markdown_table, surroundings
 from benchmarks.step_pages import rounded
@@ -106,7 +107,7 @@ runs of a quadratic form in Gaussian variables with covariance M. Its logarithm 
 sqrt(2 tr(M M) / (R tr(M)^2))`, so that of the slope is at most `d sum |c_k|` (Minkowski's inequality), however errors
 at different n depend on each other. The bound is four times that. The average of the regression converges to a point
 beside the minimum, because the loss is no quadratic: the expected errors have the leading term of that bias, and the
-bound as much again. The docstring of `benchmarks/average_statistics.py` has the whole derivation."""
+bound as much again. The docstring of `benchmarks/average_problems.py` has the whole derivation."""
 
 _STARTS_NOTE = """The regression from zero weights, with a constant learning rate of {lr}: the excess loss at the end,
 by the share of the run at which averaging begins. All averages of a column have the same iterates: they are

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .averaging_start import StartNotice
 from .comm import PeerError, public_call
@@ -138,6 +139,8 @@ class Averages:
         self._leaving = False
         self._exit_failed = False
         self.is_swapped = False
+        # The hook before the step of every optimizer, as long as averages are in place.
+        self._refusal: RemovableHandle | None = None
 
     def refusal(self, call: str) -> RuntimeError:
         """The error of a call that is made while the averages are in place of the parameters."""
@@ -161,12 +164,16 @@ class Averages:
         """Raise RuntimeError if one of ``params`` is an average now, of whatever optimizer; ``call`` would read it."""
         if not cls._in_place:
             return
-        swapped = {id(member.param) for averages in cls._in_place for member in averages._begun}
-        if any(id(param) in swapped for param in params):
-            raise RuntimeError(
-                f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there. Call it after "
-                f"the with block."
-            )
+        swapped = {id(member.param): averages for averages in cls._in_place for member in averages._begun}
+        found = next((averages for param in params if (averages := swapped.get(id(param))) is not None), None)
+        if found is None:
+            return
+        if found._exit_failed:
+            raise found.refusal(call)
+        raise RuntimeError(
+            f"dist_asgd: {call} inside averaged_parameters(): the parameters are the averages there. Call it after the "
+            f"with block."
+        )
 
     @contextmanager
     def in_place(
@@ -190,7 +197,7 @@ class Averages:
             self._leave(leave)
         if self.is_swapped:
             raise self.refusal("averaged_parameters()")
-        refusal = register_optimizer_step_pre_hook(_refuse_step)
+        self._refusal = self._refusal or register_optimizer_step_pre_hook(_refuse_step)
         try:
             # No variable of this frame holds the problem, whose traceback would refer to the frame.
             self._enter(shards.state_buffers, shards.cohort_of, groups, enter, find_problem())
@@ -204,7 +211,9 @@ class Averages:
                 self._leave(leave)
             raise
         finally:
-            refusal.remove()
+            # After an exit that has failed the parameters are still the averages, which nobody may train.
+            if not self.is_swapped:
+                self._forget()
 
     @public_call
     def _enter(
@@ -329,6 +338,9 @@ class Averages:
         self._buffers, self._exchanges, self._begun, self._num_gathered = [], [], [], 0
         self._leaving = self._exit_failed = self.is_swapped = False
         self._in_place.discard(self)
+        if self._refusal is not None:
+            self._refusal.remove()
+            self._refusal = None
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -103,8 +103,9 @@ def inspect(directory: Directory, verify: Verify = True, prefix: Prefix = "", as
 
     The command reads `.metadata`, and of the data only scalars, so it is quick at any size. *step* counts a
     parameter's updates, *eta* is its present learning rate, and averaging begins after step *t0*. What is equal for
-    all parameters is on the line that begins with *all*. `--json` also has *mu*, the weight of the next iterate in the
-    average: averaging has begun if it is not 1.
+    all parameters is on the line that begins with *all*. Of other optimizers than ASGD, *state* lists the tensors of
+    the state, with dtypes and shapes that are not the parameter's. `--json` also has *mu*, the weight of the next
+    iterate in the average: averaging has begun if it is not 1.
     """
     with reported():
         path = as_path(directory)
@@ -177,7 +178,7 @@ def consolidate(
         with progress_bar("consolidating", sum(entry.bytes for entry in contents.tensors.values())) as progress:
             paths = convert.consolidate(contents, as_path(out), overwrite=force, progress=progress)
     with printing():
-        print_written(paths, as_json, {"tensors": len(contents.model) + sum(map(len, contents.state.values()))})
+        print_written(paths, as_json, {"tensors": convert.num_consolidated(contents)})
 
 
 @app.command()
@@ -219,8 +220,7 @@ def export(
     with printing():
         print_written(paths, as_json, {"tensors": len(plan), "averaged": averaged})
     if not last and not averaged:
-        note = "note: averaging has not begun for any parameter: these are the last iterates."
-        typer.echo(f"{note} {convert.start_of_averaging(contents)}".rstrip(), err=True)
+        typer.echo(plain(f"note: {convert.note_of_last_iterates(contents)}"), err=True)
 
 
 @app.command()
@@ -235,9 +235,9 @@ def diff(
 
     The command compares names, shapes, dtypes, and every value to the bit. Different numbers of ranks may have written
     the two checkpoints, and wrappers may have added parts to names (`module.`, `_orig_mod.`). Differences are listed by
-    kind: entries that are missing, shapes and dtypes, parameters, averages (*ax*), scalars, hyperparameters, and the
-    rest. Of tensors the *largest* difference of two elements is listed, and the *relative* one: the norm of the
-    difference, divided by the norm of the larger tensor.
+    kind: entries that are missing, shapes and dtypes, parameters, averages (*ax*), state of other optimizers, scalars,
+    hyperparameters, and the rest. Of tensors the *largest* difference of two elements is listed, and the *relative*
+    one: the norm of the difference, divided by the norm of the larger tensor.
     """
     with reported(2):
         a, b = (CheckpointContents(as_path(path), verify=verify) for path in (first, second))

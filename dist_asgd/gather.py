@@ -78,8 +78,10 @@ class Arrivals:
 
         ``ShardedAverage`` reads parameters past the modules.
         """
-        for arrivals in list(cls._deferring):
-            arrivals.wait()
+        # To iterate over a WeakSet takes much longer, with every update of every average.
+        if len(cls._deferring):
+            for arrivals in list(cls._deferring):
+                arrivals.wait()
 
     def wait_for(self, keys: Container[int]) -> None:
         """Wait for the gathers of these buckets, as far as nobody has waited for them. PeerError if one fails."""

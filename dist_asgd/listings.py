@@ -20,7 +20,7 @@ _WIDTH = 80
 _MAX_ENTRIES = 20
 # Kinds whose differences are the same for many parameters, and are listed once for all of these.
 _SHARED = (Kind.SCALARS, Kind.HYPERPARAMETERS)
-_TENSORS = (Kind.PARAMETERS, Kind.AVERAGES, Kind.MASTERS, Kind.BUFFERS)
+_TENSORS = (Kind.PARAMETERS, Kind.AVERAGES, Kind.MASTERS, Kind.OPTIMIZER, Kind.BUFFERS)
 
 _DEFAULTS = (("every", 1), ("warmup", 0))
 
@@ -35,6 +35,11 @@ _COLUMNS: tuple[_Column, ...] = (
     ("eta", True, lambda p: "" if p.eta is None else f"{p.eta:.6g}", "eta {}"),
     ("t0", True, lambda p: _number(p.t0), "t0 {}"),
     ("average", False, lambda p: _average(p), "{}"),
+)
+# Beside the shape and the step, what optimizers that are no ASGD have, and own entries of users.
+_OWN_COLUMNS: tuple[_Column, ...] = (
+    ("state", False, lambda p: _own_state(p), "state {}"),
+    ("state size", True, lambda p: decimal(p.state_bytes) if p.state_bytes else "", None),
 )
 
 
@@ -68,7 +73,11 @@ def _print_parameters(parameters: Sequence[ParameterEntry]) -> None:
     """Print a row for each parameter, without the columns that are equal in every row: those are on a line above."""
     shared: list[str] = []
     columns: list[_Column] = []
-    for column in _COLUMNS:
+    has_averages = any(p.ax_dtype is not None for p in parameters)
+    listed = _COLUMNS if has_averages else (*_COLUMNS[:-1], *_OWN_COLUMNS)
+    if has_averages and any(p.own_state for p in parameters):
+        listed += _OWN_COLUMNS[:1]
+    for column in listed:
         cells = {column[2](p) for p in parameters}
         if len(parameters) > 1 and len(cells) == 1 and column[3] is not None:
             shared += [column[3].format(cell) for cell in cells if cell]
@@ -102,6 +111,19 @@ def _average(entry: ParameterEntry) -> str:
     shown = f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else ""
     iterates = f"average of {entry.averaged_steps} iterate{'' if entry.averaged_steps == 1 else 's'}"
     return f"{'' if kind == 'uniform' else f'{kind} '}{iterates}{shown}"
+
+
+def _own_state(entry: ParameterEntry) -> str:
+    """The tensors of the state, but for the step, with dtypes and shapes that are not the parameter's."""
+    if entry.ax_dtype is None and not entry.own_state:
+        return "none"
+    words = []
+    for tensor in entry.own_state:
+        if tensor.name == "step":
+            continue
+        shape = f" {shape_text(tensor.shape)}" if tensor.shape not in (entry.shape, ()) else ""
+        words.append(f"{tensor.name}{shape}{f' {tensor.dtype}' if tensor.dtype != entry.dtype else ''}")
+    return ", ".join(words)
 
 
 def _number(value: float | None) -> str:
@@ -144,7 +166,8 @@ def _largest(kind: Kind, differences: Sequence[Difference]) -> str:
     if kind not in _TENSORS:
         return ""
     worst = max(differences, key=lambda difference: _order(difference.relative))
-    return f", relative up to {_short(worst.relative)} ({worst.name})"
+    entry = f".{worst.entry}" if kind is Kind.OPTIMIZER else ""
+    return f", relative up to {_short(worst.relative)} ({worst.name}{entry})"
 
 
 def _print_kind(kind: Kind, differences: Sequence[Difference]) -> None:
@@ -159,7 +182,11 @@ def _print_kind(kind: Kind, differences: Sequence[Difference]) -> None:
         ]
         print_table(("  entry", "first and second", "of"), rows)
     elif kind in _TENSORS:
-        rows = [[f"  {d.name}", d.description, _short(d.max_abs), _short(d.relative)] for d in differences]
+        entries = [f".{d.entry}" if kind is Kind.OPTIMIZER else "" for d in differences]
+        rows = [
+            [f"  {d.name}{entry}", d.description, _short(d.max_abs), _short(d.relative)]
+            for d, entry in zip(differences, entries, strict=True)
+        ]
         print_table(("  name", "differing", "largest", "relative"), rows, right=(2, 3))
     elif kind is Kind.FORM:
         print_table(("  key", "first and second"), [[f"  {d.key}", d.description] for d in differences])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import average
-from benchmarks.average_statistics import Size, quadratic_curves
+from benchmarks.average_experiments import Size, quadratic_curves
 
 
 def test_slopes_on_the_quadratic_keep_their_bounds() -> None:

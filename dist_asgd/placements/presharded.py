@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 NamedParam = tuple[int, str, Tensor]
+_LOCAL_OF = attrgetter("local")
 
 
 def is_presharded(param: Tensor) -> bool:
@@ -336,9 +337,8 @@ class PreshardedState(StateBuffer):
             _member(param, name, index, self, slot)
             for (index, name, param), slot in zip(params, self.layout.slots, strict=True)
         ]
-        # The local tensor of a plain parameter is itself, and to read it so takes half as long.
-        plain = all(isinstance(member, PlainParam) for member in self.members)
-        self._local_of = attrgetter("param" if plain else "local")
+        # The local tensor of a plain parameter is itself: no other object takes its place.
+        self._has_same_objects = all(isinstance(member, PlainParam) for member in self.members)
         self._follow_all(self._read_locals())
         self.reset_masters()
 
@@ -349,20 +349,20 @@ class PreshardedState(StateBuffer):
         and of other calls that use the parameters; no communication. RuntimeError if a local tensor has another shape,
         dtype, device or strides than at construction; then none is followed.
         """
-        locals_ = self._read_locals()
-        if self._is_current(locals_):
+        if self._is_current():
             return False
         # All are checked before any is followed: after an error the caller's plan still has the addresses in use.
         for member in self.members:
             member.check_unmoved()
-        return self._follow_all(locals_)
+        return self._follow_all(self._read_locals())
 
     def _read_locals(self) -> list[Tensor]:
-        return list(map(self._local_of, self.members))
+        return list(map(_LOCAL_OF, self.members))
 
-    def _is_current(self, locals_: list[Tensor]) -> bool:
-        """Whether ``locals_`` are the objects that were last followed, with the same memory, shape and dtype."""
-        return all(map(is_, locals_, self._locals)) and self._snapshot.is_current()
+    def _is_current(self) -> bool:
+        """Whether local tensors are the objects that were last followed, with the same memory, shape and dtype."""
+        same_objects = self._has_same_objects or all(map(is_, self._read_locals(), self._locals))
+        return same_objects and self._snapshot.is_current()
 
     def _follow_all(self, locals_: list[Tensor]) -> bool:
         moved = [member.follow(local) for member, local in zip(self.members, locals_, strict=True)]
@@ -375,7 +375,7 @@ class PreshardedState(StateBuffer):
         ``was_followed``: ``follow`` was called in the same call, so that local tensors need no second look. Otherwise
         all gradients are doubtful if any local tensor has changed since it was last followed.
         """
-        is_known = was_followed or self._is_current(self._read_locals())
+        is_known = was_followed or self._is_current()
         present, misplaced = 0, 0
         doubtful: list[tuple[PreshardedParam, Tensor]] = []
         for member in self.members:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from typer.testing import CliRunner
 
 from dist_asgd import CheckpointError, ShardedASGD, ShardedAverage, load_checkpoint, save_checkpoint
 from dist_asgd.checkpoint.offline.contents import CheckpointContents
 from dist_asgd.checkpoint.offline.convert import consolidate
+from dist_asgd.cli import app
 from tests.harness.bits import assert_same_bits
 from tests.harness.models import mlp
 from tests.harness.ranks import run, run_errors
@@ -183,6 +187,41 @@ def exchanges_with_torch(_rank: int, _world_size: int, path: str) -> None:
 def test_torchs_helpers_read_and_write_the_same(tmp_path: Path) -> None:
     """On two ranks of FSDP2."""
     run("gloo", 2, exchanges_with_torch, str(tmp_path / "c"))
+
+
+def test_commands_know_the_state_of_another_optimizer(tmp_path: Path) -> None:
+    """``inspect`` lists it by parameter, ``diff`` in a table, and nobody promises an average."""
+    model, optimizer = build("plain", "AdamW", dtype=torch.bfloat16)
+    for step in (1, 2):
+        train(model, optimizer, range(step, step + 1))
+        save_checkpoint(tmp_path / str(step), model, optimizer, step=step)
+    first, second = str(tmp_path / "1"), str(tmp_path / "2")
+    shown = cli("inspect", second)
+    rows = {line.split()[0]: line.split() for line in shown.splitlines()}
+    assert rows["parameter"] == ["parameter", "shape", "size", "step", "state", "state", "size"]
+    assert rows["0.weight"] == ["0.weight", "8×12", "192", "bytes", "2", "exp_avg,", "exp_avg_sq", "388", "bytes"]
+    assert rows["2.bias"] == ["2.bias", "4", "8", "bytes", "none"]
+    assert "also in the model" not in shown
+    assert "optimizer: AdamW" in shown
+    assert "10 parameters, 436 elements; model 872 bytes, optimizer state 1.8 kB" in shown
+    found = json.loads(cli("inspect", second, "--json"))["parameters"][0]
+    assert (found["step"], found["state_bytes"], found["averaging"]) == (2.0, 388, False)
+    assert [entry["name"] for entry in found["own_state"]] == ["step", "exp_avg", "exp_avg_sq"]
+    compared = cli("diff", first, second, status=1)
+    assert "state of the optimizer: 18 of 18 differ, relative up to" in compared
+    assert re.search(r"^  0.weight.exp_avg_sq +94 of 96 elements +\S+ +\S+$", compared, re.MULTILINE)
+    assert "37 tensors" in cli("consolidate", second, str(tmp_path / "whole.safetensors"))
+    exported = cli("export", second, str(tmp_path / "out.safetensors"))
+    assert "the checkpoint has no averages (AdamW keeps none): these are the last iterates." in exported
+    refused = cli("export", second, str(tmp_path / "ema.safetensors"), "--average", "ema", status=1)
+    assert "has no average 'ema', and no other" in refused
+
+
+def cli(*args: str, status: int = 0) -> str:
+    """Run a command in this process; returns all that it prints."""
+    result = CliRunner().invoke(app, list(args))
+    assert result.exit_code == status, result.output
+    return result.output
 
 
 def test_consolidated_state_loads_in_torch(tmp_path: Path) -> None:

@@ -5,20 +5,24 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_asgd import ShardedASGD, async_save_checkpoint, save_checkpoint
+from dist_asgd import PeerError, ShardedASGD, ShardedAverage, async_save_checkpoint, save_checkpoint
+from dist_asgd.averaging import FragmentExchange
 from dist_asgd.checkpoint.format import writer
+from dist_asgd.gather import Gatherer
+from tests.harness.bits import assert_same_bits
 from tests.harness.models import mlp, mlp_loss
 from tests.harness.outcome import Outcome
 from tests.harness.processes import GROUP_TIMEOUT_S
 from tests.harness.ranks import outcomes
 
-SHORT_TIMEOUT_S = 3.0
+SHORT_TIMEOUT_S = 2.0
 
 
 def die(how: str) -> None:
@@ -55,9 +59,11 @@ def assert_survivors_raised(found: list[Outcome], within_s: float) -> None:
         assert outcome.seconds < within_s
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("where", ["before step", "after step"])
-@pytest.mark.parametrize("how", ["exit", "kill"])
+# Each two of the three once.
+@pytest.mark.parametrize(
+    ("how", "where", "stage"),
+    [("exit", "before step", 1), ("exit", "after step", 2), ("kill", "before step", 2), ("kill", "after step", 1)],
+)
 def test_a_peer_that_dies(how: str, where: str, stage: int) -> None:
     """The survivors raise when the connection closes, not at the timeout."""
     assert_survivors_raised(outcomes("gloo", 2, train_until_death, how, stage, where), within_s=10.0)
@@ -69,6 +75,47 @@ def test_a_peer_of_three_that_dies() -> None:
     assert_survivors_raised(found, within_s=GROUP_TIMEOUT_S + 5.0)
 
 
+def swap_until_death(rank: int, world_size: int, where: str, shared_memory: bool) -> None:
+    """Job: the last rank is killed in averaged_parameters(); the others know what their parameters are, and raise."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = ShardedAverage(model.named_parameters(), bucket_cap_mb=0.002, shared_memory=shared_memory)
+    for step in range(3):
+        mlp_loss(model, step).backward()
+        optimizer.step()
+        average.update()
+    before = [p.detach().clone() for p in model.parameters()]
+    with average.averaged_parameters():
+        averages = [p.detach().clone() for p in model.parameters()]
+    owner, call = {"entering": (FragmentExchange, "run"), "gather": (Gatherer, "launch"), "block": (None, "")}[where]
+    dies = rank == world_size - 1
+    try:
+        if dies and owner is not None:
+            mock.patch.object(owner, call, side_effect=lambda *_: die("kill")).start()
+        with average.averaged_parameters():
+            if dies:
+                die("kill")
+    except PeerError:
+        for p, last, mean in zip(model.parameters(), before, averages, strict=True):
+            if where != "gather":
+                assert_same_bits(p.detach(), last if where == "entering" else mean, where)
+        if where == "entering":
+            average.state_dict()
+        else:
+            with pytest.raises(RuntimeError, match=r"the parameters are still the averages"):
+                average.state_dict()
+            with pytest.raises(RuntimeError, match=r"step\(\) of SGD after leaving averaged_parameters\(\)"):
+                optimizer.step()
+        raise
+
+
+@pytest.mark.parametrize(("where", "shared_memory"), [("entering", True), ("gather", True), ("block", False)])
+def test_a_peer_that_is_killed_while_averages_are_swapped(where: str, shared_memory: bool) -> None:
+    """Before the ranks agree the survivors undo their own exchange; later the averages stay, and calls say so."""
+    found = outcomes("gloo", 2, swap_until_death, where, shared_memory)
+    assert_survivors_raised(found, within_s=10.0)
+
+
 def stay_away(rank: int, _world_size: int) -> None:
     """Job: rank 1 is too late for a step."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=SHORT_TIMEOUT_S))
@@ -76,7 +123,7 @@ def stay_away(rank: int, _world_size: int) -> None:
     optimizer = ShardedASGD([("weight", weight)], process_group=group)
     weight.grad = torch.ones(3)
     if rank == 1:
-        time.sleep(SHORT_TIMEOUT_S + 2.0)
+        time.sleep(SHORT_TIMEOUT_S + 1.0)
     optimizer.step()
 
 
@@ -96,7 +143,7 @@ def hangs_in_a_save(rank: int, _world_size: int, folder: str, asynchronous: bool
     original = writer.HashedFile.sync
 
     def sync(self: writer.HashedFile) -> None:
-        time.sleep(5.0)
+        time.sleep(3.5)
         original(self)
 
     if rank == 1:

@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import re
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -463,20 +464,25 @@ def test_a_checkpoint_heals_a_backward_that_failed(backend: str, world_size: int
     run(backend, world_size, loads_after_a_tear, str(tmp_path / "saved"))
 
 
-def dies_in_backward(rank: int, _world_size: int) -> None:
-    """Job: a rank dies when some buckets are updated."""
+def dies_in_backward(rank: int, _world_size: int, shared_memory: bool) -> None:
+    """Job: a rank is killed when some buckets are updated."""
     model = mlp(width=24, depth=4)
-    optimizer = make(model)
+    optimizer = make(model, shared_memory=shared_memory)
     if rank == 1:
-        next(iter(model.parameters())).register_hook(lambda _: os._exit(1))
+        next(iter(model.parameters())).register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
     mlp_loss(model, rank).backward()
     optimizer.step()
 
 
-def test_a_dead_peer_is_an_error_in_seconds() -> None:
+@pytest.mark.parametrize("shared_memory", [True, False], ids=["shared memory", "messages"])
+def test_a_dead_peer_is_an_error_in_seconds(shared_memory: bool) -> None:
     """On the rank that is left."""
-    found = {o.rank: o.error for o in outcomes("gloo", 2, dies_in_backward) if o.error is not None}
-    assert found[0].type_name == "PeerError"
+    survivor, dead = outcomes("gloo", 2, dies_in_backward, shared_memory)
+    assert survivor.error is not None
+    assert survivor.error.type_name == "PeerError", survivor.error.traceback
+    assert survivor.seconds < 10.0
+    assert dead.error is not None
+    assert dead.error.type_name == "RankDied"
 
 
 def is_deleted(_rank: int, _world_size: int) -> None:

@@ -42,8 +42,11 @@ MAX_GROUPS = 16
 # this number of threads a rank had better be a new process.
 MAX_THREADS = 40
 _STOP, _REGROUP, _JOB = "stop", "regroup", "job"
-# Modules that jobs would otherwise load in every rank. torch's optimizers load the compiler in their first step.
-_PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis", "dist_asgd.checkpoint.save"]
+# Modules that jobs would otherwise load in every rank. torch's optimizers load the compiler in their first step, typer
+# loads pydantic to parse, and the trainer draws and logs on its first rank. Modules that are missing are left out.
+_PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "pytest", "hypothesis", "dist_asgd.checkpoint.manager"]
+_PRELOADED += ["typer.rich_utils", "pydantic.types", "pydantic.type_adapter", "rich.progress"]
+_PRELOADED += ["matplotlib.figure", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"]
 
 _pools: dict[int, ProcessPool] = {}
 

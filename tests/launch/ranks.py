@@ -1,11 +1,13 @@
 """Runs of scripts without torchrun: their ranks are started as torchrun does, but have torch loaded already."""
 
+import gc
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,13 @@ def run_ranks(
     script: Path = TRAIN,
     cwd: Path | None = None,
     under_torchrun: bool = True,
+    meanwhile: Callable[[list[int]], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """A script's command line on ``world_size`` ranks, to its end: the worst status, and what all ranks wrote.
 
     ``script``: the trainer unless given. ``common``: what the environment of each has besides its rank. ``cwd``: the
     folder to run in, if not this one. ``under_torchrun=False``: as ``python SCRIPT``, in one process without a rank.
+    ``meanwhile``: is called with the ids of the processes, in rank order, while they run.
     """
     context = loaded_context()
     # Ranks meet at the launcher's store, as under torchrun: no port is looked for that another may take meanwhile.
@@ -49,7 +53,11 @@ def run_ranks(
                 process = context.Process(target=_rank, args=started)
                 process.start()
                 ranks.append(process)
-        _join(ranks, script.name)
+        try:
+            if meanwhile is not None:
+                meanwhile([process.pid or 0 for process in ranks])
+        finally:
+            _join(ranks, script.name)
         status = max((process.exitcode or 0 for process in ranks), key=abs)
         return subprocess.CompletedProcess([str(script), *arguments], status, output.read())
 
@@ -69,6 +77,8 @@ def _join(ranks: list[ForkServerProcess], name: str) -> None:
 
 def _rank(command: list[str], environment: dict[str, str], output: str, cwd: Path | None) -> None:
     """``python SCRIPT ARGUMENT...`` in this process."""
+    # What was loaded before stays: a search for cycles, as at the end of a run, need not look at it.
+    gc.freeze()
     with open(output, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

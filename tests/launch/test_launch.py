@@ -1,12 +1,12 @@
 """The scripts that start the trainer: help, launches that fail, and what Slurm is asked for."""
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
+from tests.launch.ranks import run_ranks
 from tests.launch.runs import REPOSITORY, TORCHRUN
 
 
@@ -20,27 +20,26 @@ def test_help_of_the_trainer_is_quiet_if_nobody_reads_all_of_it(environment: dic
     assert "Usage: train.py" in run.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "says"),
-    [
-        (("--stage", "3"), 2, "Invalid value for '--stage'"),
-        (("--data", "/nowhere"), 1, "no such file or folder: /nowhere"),
-    ],
-    ids=["usage", "missing text"],
-)
-def test_a_launch_that_fails_ends_with_its_cause(
-    tmp_path: Path, environment: dict[str, str], arguments: tuple[str, ...], status: int, says: str
-) -> None:
-    """On the last line, without a traceback of the launcher."""
-    command = [str(TORCHRUN), "--nproc", "2", "--", "--out", str(tmp_path), *arguments]
+def test_a_launch_that_fails_ends_with_its_cause(tmp_path: Path, environment: dict[str, str]) -> None:
+    """On the last line, without a traceback of the launcher, and with the status of the rank."""
+    command = [str(TORCHRUN), "--nproc", "2", "--", "--out", str(tmp_path), "--stage", "3"]
     run = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert run.returncode == status, run.stderr
+    assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
     last = run.stderr.splitlines()[-1]
     assert last.startswith("error: rank ")
-    assert says in last
+    assert "Invalid value for '--stage'" in last
+
+
+def test_a_rank_that_fails_tells_the_launcher(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Of an error in training, too, in the file that torchrun names."""
+    error = tmp_path / "error.json"
+    options = ["--out", str(tmp_path), "--data", "/nowhere"]
+    run = run_ranks(1, options, {**environment, "TORCHELASTIC_ERROR_FILE": str(error)})
+    assert run.returncode == 1
+    assert "no such file or folder: /nowhere" in json.loads(error.read_text())["message"]["message"]
 
 
 def test_slurm_gives_the_ranks_the_cpus_of_the_job(tmp_path: Path) -> None:

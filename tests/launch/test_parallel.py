@@ -67,10 +67,12 @@ def test_each_goes_on_from_a_checkpoint_of_another(
 ) -> None:
     """To the bit on two ranks that see different data, or nearly where layers are split; on more with other data."""
     kept = str(zero1 / "checkpoint" / "step-00000004")
-    common = ("--clip", "0", "--steps", "8", "--eval-windows", "7", "--resume-from", kept, "--out", str(tmp_path))
+    common = ("--clip", "0", "--steps", "6", "--eval-windows", "7", "--resume-from", kept, "--out", str(tmp_path))
     run = train(*common, *options, ranks=ranks)
     assert run.returncode == 0, run.stdout
     found, expected = losses(tmp_path), losses(zero1)
+    assert list(found["train_loss"]) == [5, 6]
+    assert list(found["held_out_average"]) == [6]
     for name in ("train_loss", "held_out_last", "held_out_average"):
         for step, value in found[name].items():
             assert value == pytest.approx(expected[name][step], rel=tolerance, abs=0)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import REPOSITORY, TINY, TORCHRUN, children, losses, read_lines, started
+from tests.launch.ranks import run_ranks
+from tests.launch.runs import TINY, TORCHRUN, losses, read_lines, started
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -122,13 +123,21 @@ def test_sigterm_ends_with_a_checkpoint_and_status_0(
     tmp_path: Path, text: Path, environment: dict[str, str], receiver: str
 ) -> None:
     out = tmp_path / "out"
-    options = ("--stage", "2", "--steps", "100000", "--data", str(text), "--out", str(out))
-    with started([str(TORCHRUN), "--nproc", "2", "--", *TINY, *options], environment) as process:
-        wait_for_step(out, 5, process)
-        target = process.pid if receiver == "launcher" else rank_process(process.pid)
-        os.kill(target, signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    options = (*TINY, "--stage", "2", "--steps", "100000", "--data", str(text), "--out", str(out))
+
+    def end_last(processes: list[int]) -> None:
+        wait_for_step(out, 5)
+        os.kill(processes[-1], signal.SIGTERM)
+
+    if receiver == "one rank":
+        run = run_ranks(2, [*options], environment, meanwhile=end_last)
+        status, output = run.returncode, run.stdout
+    else:
+        with started([str(TORCHRUN), "--nproc", "2", "--", *options], environment) as process:
+            end_last([process.pid])
+            output, _ = process.communicate(timeout=60)
+        status = process.returncode
+    assert status == 0, output
     assert "stopped by SIGTERM" in output
     assert "bytes held" in output
     assert (out / "checkpoint" / "latest" / "manifest.json").is_file()
@@ -136,19 +145,14 @@ def test_sigterm_ends_with_a_checkpoint_and_status_0(
     assert json.loads((out / "summary.json").read_text())["step"] == read_lines(out)[-1]["step"]
 
 
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+def wait_for_step(out: Path, step: int) -> None:
+    """Wait until a run has logged so many steps."""
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
         if (out / "metrics.jsonl").exists() and len(read_lines(out)) >= step:
             return
-        time.sleep(0.2)
+        time.sleep(0.05)
     pytest.fail(f"step {step} was not reached")
-
-
-def rank_process(launcher: int) -> int:
-    """A rank below the launcher's torchrun."""
-    return children(children(launcher)[0])[-1]
 
 
 def test_resume_needs_a_checkpoint(train: Train, tmp_path: Path) -> None:
@@ -209,20 +213,7 @@ def assert_fails_everywhere(run: subprocess.CompletedProcess[str], message: str)
 
 
 def test_single_process_needs_no_torchrun(tmp_path: Path, text: Path, environment: dict[str, str]) -> None:
-    script = REPOSITORY / "launch" / "trainer" / "train.py"
-    out = tmp_path / "out"
-    command = [
-        environment["PYTHON"],
-        str(script),
-        *TINY,
-        "--data",
-        str(text),
-        "--steps",
-        "4",
-        "--out",
-        str(out),
-    ]
-    with started(command, environment) as process:
-        output, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, output
-    assert list(losses(out)["train_loss"]) == [1, 2, 3, 4]
+    options = (*TINY, "--data", str(text), "--steps", "4", "--out", str(tmp_path))
+    run = run_ranks(1, [*options], environment, under_torchrun=False)
+    assert run.returncode == 0, run.stdout
+    assert list(losses(tmp_path)["train_loss"]) == [1, 2, 3, 4]

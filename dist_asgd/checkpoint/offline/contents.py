@@ -144,9 +144,12 @@ class CheckpointContents:
         states = [key for key in self.tensors if key.startswith(self.state_prefix)]
         return not states or any(key.endswith(".ax") for key in states)
 
-    def other_keys(self) -> str:
-        """Return a sentence about the keys that are no model, no ASGD state and nothing else of this package, or ""."""
-        known = ("model", AVERAGES, EXTRA, CONTAINERS, *((OPTIM,) if self.is_asgd else ()))
+    def other_keys(self, knows_optimizer: bool = False) -> str:
+        """Return a sentence about the keys that are no model, no ASGD state and nothing else of this package, or "".
+
+        ``knows_optimizer`` says that the caller knows what the state of an optimizer that is no ASGD is, too.
+        """
+        known = ("model", AVERAGES, EXTRA, CONTAINERS, *((OPTIM,) if self.is_asgd or knows_optimizer else ()))
         return described(self.opened.metadata.state_dict_metadata, known)
 
     @cached_property

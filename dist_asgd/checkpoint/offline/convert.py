@@ -59,15 +59,17 @@ def with_average(contents: CheckpointContents, name: str | None) -> CheckpointCo
     known = [OPTIM] * bool(contents.state) + contents.average_names
     if name is None and len(known) < 2:
         name = known[0] if known else OPTIM
+    elif not known:
+        raise ValueError(
+            f"dist_asgd: {contents.opened.path} has no average {name!r}, and no other. Leave --average (average=) out "
+            f"to export the last iterates."
+        )
     elif name not in known:
         what = "has several averages, and export writes one" if name is None else f"has no average {name!r}"
         listed = ", ".join(
             f"{known_name} (the optimizer's)" if known_name == OPTIM else known_name for known_name in known
         )
-        raise ValueError(
-            f"dist_asgd: {contents.opened.path} {what}. Pass --average (average=) with one of: "
-            f"{listed or '(it has none)'}."
-        )
+        raise ValueError(f"dist_asgd: {contents.opened.path} {what}. Pass --average (average=) with one of: {listed}.")
     return contents if name == OPTIM else contents.average(name)
 
 
@@ -238,8 +240,16 @@ def _metadata(contents: CheckpointContents, plan: Mapping[str, Weight]) -> dict[
     return {"averaging": "not exported"} if has_last_iterates else averaging_metadata(counts)
 
 
-def start_of_averaging(contents: CheckpointContents) -> str:
-    """A sentence that says when averaging will begin in the run that wrote the checkpoint; "" if nothing is known."""
+def note_of_last_iterates(contents: CheckpointContents) -> str:
+    """Say why an export has no average, and when averaging will begin in the run that wrote the checkpoint."""
+    if not contents.state:
+        why = f" ({contents.optimizer_class} keeps none)" if contents.optimizer_class else ""
+        return f"the checkpoint has no averages{why}: these are the last iterates."
+    begun = f"averaging has not begun for any parameter: these are the last iterates. {_start_of_averaging(contents)}"
+    return begun.rstrip()
+
+
+def _start_of_averaging(contents: CheckpointContents) -> str:
     step = max((scalars["step"].item() for scalars in contents.scalars.values()), default=0.0)
     return start_text(step, min(contents.first_average_steps.values(), default=None))
 
@@ -265,6 +275,13 @@ def note_of_ties(contents: CheckpointContents, taken: bool) -> str:
         f"{contents.opened.path} does not record ties. Entries with the values of a parameter {what}: {shown}. Pass "
         f"{other} if they {'only look alike' if taken else 'are tied'}."
     )
+
+
+def num_consolidated(contents: CheckpointContents) -> int:
+    """Return how many tensors of the model, the optimizer's state and the averages there are."""
+    views = (contents, *(contents.average(name) for name in contents.average_names))
+    of_state = [entries for view in views for found in (view.state, view.own_tensors) for entries in found.values()]
+    return len(contents.model) + sum(map(len, of_state))
 
 
 def consolidate(

@@ -45,6 +45,7 @@ class Kind(StrEnum):
     PARAMETERS = "parameters"
     AVERAGES = "ax"
     MASTERS = "masters"
+    OPTIMIZER = "state of the optimizer"
     SCALARS = "scalars"
     HYPERPARAMETERS = "hyperparameters"
     BESIDE = "averages beside the optimizer"
@@ -115,13 +116,18 @@ class Comparison:
     def _tensor_of(self, key: str) -> tuple[TensorEntry | None, TensorEntry | None]:
         return self._a.tensors.get(self._key_in_a[key]), self._b.tensors.get(self._key_in_b[key])
 
+    def _is_tensor(self, key: str) -> bool:
+        """Whether ``key`` is a tensor in the checkpoints that have it."""
+        sides = ((self._a, self._key_in_a), (self._b, self._key_in_b))
+        return all(keys[key] in contents.tensors for contents, keys in sides if key in keys)
+
     def _kind_of(self, key: str) -> Kind:
         name, entry = _name_of(key)
         if key.startswith(MODEL):
             return Kind.PARAMETERS if name in self._params else Kind.BUFFERS
         if key.startswith(_STATE):
             of_state = {"ax": Kind.AVERAGES, MASTER_KEY: Kind.MASTERS, **dict.fromkeys(SCALARS, Kind.SCALARS)}
-            return of_state.get(entry, Kind.OTHERS)
+            return of_state.get(entry, Kind.OPTIMIZER if self._is_tensor(key) else Kind.OTHERS)
         if key.startswith(_GROUPS):
             return Kind.HYPERPARAMETERS
         if key.startswith(f"{AVERAGES}."):

@@ -31,6 +31,8 @@ class ParameterEntry:
 
     ``bytes`` are the parameter's, ``state_bytes`` those of its state. ``step``, ``eta``, ``mu`` and ``ax_dtype`` are
     None if the checkpoint has no state of it, and ``dtype`` is None if it has the state but not the parameter itself.
+    ``own_state`` are the tensors of its state that are not those of an ASGD: all of them, if the optimizer is of
+    another class, which has no ``eta``, ``mu`` and ``ax``; then ``step`` is None also if its state has none.
     ``t0`` is None if the checkpoint does not have it. ``averaged_steps`` is how many iterates the average holds: 0 if
     ``averaging`` (its averaging has begun) is false, and None if that is unknown. ``average_rule`` has the options of
     the rule of averaging, None for the mean of ``torch.optim.ASGD``.
@@ -50,6 +52,7 @@ class ParameterEntry:
     averaging: bool
     averaged_steps: int | None
     average_rule: dict[str, Any] | None
+    own_state: list[OtherEntry] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,10 @@ def summarize(contents: CheckpointContents) -> Summary:
     """Collect everything that ``inspect`` prints. Not collective."""
     opened = contents.opened
     sizes = opened.file_sizes()
-    optimized: set[str] = set()
-    parameters: list[ParameterEntry] = []
-    # The state of another optimizer is listed by its keys.
-    if contents.is_asgd:
-        optimized = contents.optimized
-        parameters = [_parameter(contents, name) for name in contents.model if name in optimized]
-        parameters += [_parameter(contents, name) for name in contents.state if name not in contents.model]
+    optimized = contents.optimized
+    steps = _own_steps(contents)
+    parameters = [_parameter(contents, name, steps) for name in contents.model if name in optimized]
+    parameters += [_parameter(contents, name, steps) for name in contents.state if name not in contents.model]
     tensors = contents.tensors.values()
     manifest = opened.manifest
     ranks = {match[match.lastgroup or 0] for name in sizes if (match := _RANK.fullmatch(name))}
@@ -145,7 +145,8 @@ def summarize(contents: CheckpointContents) -> Summary:
         parameters=parameters,
         others=[_other(name, entry) for name, entry in contents.model.items() if name not in optimized],
         extra=sorted((*extra_tensors, *extra_objects), key=lambda entry: (len(entry.name), entry.name)),
-        other_keys=contents.other_keys(),
+        # Without names of parameters the state of another optimizer is listed by its keys.
+        other_keys=contents.other_keys(optimized <= contents.model.keys()),
         optimizer=contents.optimizer_class,
         averages=[_average(name, contents.average(name)) for name in contents.average_names],
     )
@@ -174,8 +175,20 @@ def _dtype(entry: TensorEntry) -> str:
     return str(entry.dtype).removeprefix("torch.")
 
 
-def _parameter(contents: CheckpointContents, name: str) -> ParameterEntry:
+def _own_steps(contents: CheckpointContents) -> dict[str, float]:
+    """Return the ``step`` of each parameter of an optimizer that is no ASGD, as far as it is one number."""
+    keys = {
+        name: entries["step"].key
+        for name, entries in contents.own_tensors.items()
+        if "step" in entries and entries["step"].num_chunks == 1 == math.prod(entries["step"].shape)
+    }
+    read = contents.values(keys.values())
+    return {name: float(read[key].item()) for name, key in keys.items() if not read[key].is_complex()}
+
+
+def _parameter(contents: CheckpointContents, name: str, own_steps: dict[str, float]) -> ParameterEntry:
     entry, state = contents.model.get(name), contents.state.get(name)
+    own = contents.own_tensors.get(name, {})
     # Without the parameter itself, its ax has the same shape.
     shaped = entry or (state or {})["ax"]
     scalars = contents.scalars.get(name)
@@ -186,12 +199,13 @@ def _parameter(contents: CheckpointContents, name: str) -> ParameterEntry:
         bytes=0 if entry is None else entry.bytes,
         num_chunks=shaped.num_chunks,
         ax_dtype=None if state is None else _dtype(state["ax"]),
-        state_bytes=0 if state is None else sum(tensor.bytes for tensor in state.values()),
-        step=None if scalars is None else float(scalars["step"]),
+        state_bytes=sum(tensor.bytes for tensor in {**own, **(state or {})}.values()),
+        step=own_steps.get(name) if scalars is None else float(scalars["step"]),
         eta=None if scalars is None else float(scalars["eta"]),
         mu=None if scalars is None else float(scalars["mu"]),
         t0=contents.first_average_steps.get(name),
         averaging=contents.has_begun_averaging(name),
         averaged_steps=contents.averaged_steps(name),
         average_rule=rule if isinstance(rule := contents.average_rule(name), dict) else None,
+        own_state=[_other(key, tensor) for key, tensor in own.items()],
     )
