@@ -254,6 +254,8 @@ class Averages:
                 continue
             self._buffers.append(buffer)
             self._begun += begun
+            # Only if somebody has set mu: a step whose end begins averaging gives averages their values.
+            buffer.write_average()
             mark_written([member.param for member in begun])
             for member in begun:
                 if member.fragment.numel:
