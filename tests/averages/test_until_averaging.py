@@ -38,12 +38,12 @@ def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 class Pair:
     """A ``ShardedASGD`` and a ``torch.optim.ASGD`` of equal parameters, which get equal gradients."""
 
-    def __init__(self, seed: int, form: str, **options: Any) -> None:
+    def __init__(self, seed: int, form: str, t0s: tuple[float, float] | None = None, **options: Any) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
         self.params, self.expected = params_of(dtype), params_of(dtype)
-        t0s = self.random.choice([(2, 2), (3, 6), (1000, 4), (0, 2.5)])
+        t0s = t0s or self.random.choice([(2, 2), (3, 6), (1000, 4), (0, 2.5)])
         shared: dict[str, Any] = {"lr": 0.1, "lambd": 1e-2, "weight_decay": self.random.choice([0.0, 0.01])}
         self.ours = ShardedASGD(self.groups(self.params, t0s), bucket_cap_mb=0.004, **shared, **FORMS[form], **options)
         self.torchs = torch.optim.ASGD(self.groups(self.expected, t0s), foreach=False, **shared)
@@ -139,10 +139,10 @@ class Pair:
         for param, value in zip(self.params, before, strict=True):
             assert_same_bits(param.detach(), value, "afterwards")
 
-    def other_form(self) -> None:
-        """The foreach form does not copy, so its averages are written."""
+    def to_foreach(self) -> None:
+        """And back: one step in each form."""
         if self.params[0].dtype == torch.float32:
-            foreach = self.random.random() < 0.5
+            foreach = not self.torchs.param_groups[0]["foreach"]
             for position in range(2):
                 self.ours.param_groups[position]["foreach"] = True if foreach else None
                 self.torchs.param_groups[position]["foreach"] = foreach
@@ -171,7 +171,7 @@ class Pair:
     def run(self, num_events: int) -> int:
         """A random history; returns how many of its steps left averages unwritten."""
         rare: list[Callable[[], None]] = [self.write_params, self.set_t0, self.set_mu, self.begin, self.write_averages]
-        rare += [self.keep, self.reload, self.swap, self.other_form, self.show]
+        rare += [self.keep, self.reload, self.swap, self.to_foreach, self.show]
         events = self.random.sample(rare, 4)
         for _ in range(num_events):
             if self.random.random() < 0.7:
@@ -184,14 +184,33 @@ class Pair:
         return self.steps_unwritten
 
 
-def histories(_rank: int, _world_size: int, seeds: range, form: str, options: dict[str, Any]) -> int:
-    """Job: histories, each from its seed."""
-    return sum(Pair(seed, form, **options).run(24) for seed in seeds)
+EVENTS: dict[str, Callable[[Pair], None]] = {
+    "parameters": Pair.write_params,
+    "mu": Pair.set_mu,
+    "begin": Pair.begin,
+    "averages": Pair.write_averages,
+    "kept": Pair.keep,
+    "load": Pair.reload,
+    "foreach": Pair.to_foreach,
+    "shown": Pair.show,
+}
 
 
-@pytest.mark.filterwarnings("ignore:dist_asgd. averaged_parameters:UserWarning")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
+def one_event(_rank: int, _world_size: int, form: str, options: dict[str, Any]) -> None:
+    """Job: one kind of event after steps in which parameters stood for their averages, and between later ones."""
+    for name, event in EVENTS.items():
+        pair = Pair(1, form, (4, 6), **options)
+        pair.step(every=True)
+        pair.step(every=True)
+        assert pair.steps_unwritten == 2, name
+        for _ in range(5):
+            event(pair)
+            pair.swap()
+            pair.step(every=True)
+            pair.compare()
+
+
+SETTINGS = pytest.mark.parametrize(
     ("backend", "world_size", "options"),
     [
         ("none", 1, {}),
@@ -201,9 +220,30 @@ def histories(_rank: int, _world_size: int, seeds: range, form: str, options: di
     ],
     ids=["one rank", "stage 1", "stage 2", "in backward"],
 )
+quiet = pytest.mark.filterwarnings("ignore:dist_asgd. averaged_parameters:UserWarning")
+
+
+@quiet
+@SETTINGS
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_comes_between_has_the_bits_of_torch(
+    form: str, backend: str, world_size: int, options: dict[str, Any]
+) -> None:
+    """In both groups, before averaging begins in each and after."""
+    run(backend, world_size, one_event, form, options)
+
+
+def histories(_rank: int, _world_size: int, seeds: range, form: str, options: dict[str, Any]) -> int:
+    """Job: histories, each from its seed."""
+    return sum(Pair(seed, form, **options).run(24) for seed in seeds)
+
+
+@quiet
+@SETTINGS
+@pytest.mark.parametrize("form", ["kernel", "operators"])
 def test_any_history_has_the_bits_of_torch(form: str, backend: str, world_size: int, options: dict[str, Any]) -> None:
     """With edits of t0, mu, averages and parameters, loads, swaps and other implementations, before and after t0."""
-    assert min(run(backend, world_size, histories, range(5), form, options)) > 5
+    assert min(run(backend, world_size, histories, range(3), form, options)) > 3
 
 
 # --- memory ----------------------------------------------------------------------------------------------
@@ -306,6 +346,16 @@ def test_every_way_to_read_an_entry_shows_the_average(reader: str) -> None:
         optimizer.step()
         assert_same_bits(optimizer.state[param]["ax"], param.detach(), "ax after another step")
         assert optimizer.memory_report().unwritten_state_bytes == 0
+
+
+def test_a_parameter_that_never_stepped_has_zeros() -> None:
+    """It does not stand for its average, and neither do its neighbours in the bucket."""
+    params = params_of()
+    optimizer = ShardedASGD(params, lr=0.1)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert not optimizer.state[params[1]]["ax"].any()
+    assert_same_bits(optimizer.state[params[0]]["ax"].view(SHAPES[0]), params[0].detach(), "ax")
 
 
 def shows(_rank: int, world_size: int, stage: int) -> None:
