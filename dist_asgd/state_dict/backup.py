@@ -153,10 +153,10 @@ class OptimizerBackup:
         held = {id(member.param) for member in shards.held}
         state = optimizer.state
         # Published entries show the averages as they lie now; everything else is as it was.
-        entries = {
-            key: {**state[key], **own_entries(values)} if id(key) in held else values
-            for key, _, values in self._entries
-        }
+        entries = {key: state[key] if id(key) in held else values for key, _, values in self._entries}
+        for key, _, values in self._entries:
+            if id(key) in held:
+                entries[key].update(own_entries(values))
         state.clear()
         state.update(entries)
         shards.torn_by = self._torn_by

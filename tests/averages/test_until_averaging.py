@@ -266,10 +266,10 @@ class Large(nn.Module):
         self.weight = nn.Parameter(torch.randn(1 << 19, generator=torch.Generator().manual_seed(0)))
 
 
-def takes_none(_rank: int, world_size: int, stage: int, path: Path) -> None:
+def takes_none(_rank: int, world_size: int, stage: int, fused: bool | None, path: Path) -> None:
     """Job: steps, saves and exports take no memory for averages; averaging does, and a later t0 gives it back."""
     model = Large()
-    optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=4, stage=stage)
+    optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=4, stage=stage, fused=fused)
     (average,) = [bucket.average for bucket in optimizer.shards.buckets]
     assert average.nbytes == 4 * model.weight.numel() // world_size >= huge_pages.MAPPED_BYTES
 
@@ -300,10 +300,10 @@ def takes_none(_rank: int, world_size: int, stage: int, path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not given back")
-@both
-def test_averages_take_no_memory_before(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "fused"), [(1, None), (2, None), (2, False)])
+def test_averages_take_no_memory_before(stage: int, fused: bool | None, tmp_path: Path) -> None:
     """The system counts the pages."""
-    run("gloo", 2, takes_none, stage, tmp_path)
+    run("gloo", 2, takes_none, stage, fused, tmp_path)
 
 
 # --- who sees averages -----------------------------------------------------------------------------------
@@ -381,6 +381,33 @@ def shows(_rank: int, world_size: int, stage: int) -> None:
 def test_state_dicts_stay_live(world_size: int, stage: int) -> None:
     """As torch's do."""
     run("none" if world_size == 1 else "threads", world_size, shows, stage)
+
+
+def put_back(_rank: int, _world_size: int, stage: int) -> None:
+    """Job: a load that a hook refuses changes nothing, and parameters stand for their averages afterwards."""
+    pair = Pair(0, "kernel", (4, 6), stage=stage)
+    pair.step(every=True)
+    other = pair.ours.consolidated_state_dict(to=None)
+    for entry in other["state"].values():
+        entry["ax"] = entry["ax"] + 1
+
+    def refuse(_optimizer: torch.optim.Optimizer) -> None:
+        raise KeyError("refused")
+
+    handle = pair.ours.register_load_state_dict_post_hook(refuse)
+    with pytest.raises(KeyError, match="refused"):
+        pair.ours.load_state_dict(other)
+    handle.remove()
+    assert pair.ours.memory_report().unwritten_state_bytes
+    for _ in range(8):
+        pair.compare()
+        pair.step(every=True)
+
+
+@both
+def test_a_refused_load_is_put_back(stage: int) -> None:
+    """To the bit."""
+    run("threads", 2, put_back, stage)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------
