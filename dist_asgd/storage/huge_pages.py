@@ -48,7 +48,7 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def let_go(tensor: Tensor) -> None:
-    """Give the memory of ``tensor``, which ``zeros`` has made and nobody reads as it is, back to the system.
+    """Give the memory of ``tensor``, which no other process has and whose values nobody needs, back to the system.
 
     On Linux its whole pages take no memory until they are written again, and are zero; elsewhere nothing happens.
     """

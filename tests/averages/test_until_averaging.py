@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_asgd import ShardedASGD, export_averaged, load_checkpoint, save_checkpoint
 from dist_asgd.storage import huge_pages
 from tests.harness.bits import assert_same_bits, same_bits
+from tests.harness.meshes import Net, assert_same_state, set_gradients, sharded
 from tests.harness.ranks import run
 
 SHAPES = [(40, 30), (7,), (33, 5), (64,)]
@@ -408,6 +409,35 @@ def put_back(_rank: int, _world_size: int, stage: int) -> None:
 def test_a_refused_load_is_put_back(stage: int) -> None:
     """To the bit."""
     run("threads", 2, put_back, stage)
+
+
+# --- presharded parameters -------------------------------------------------------------------------------
+
+
+def of_dtensors(_rank: int, world_size: int, kind: str) -> None:
+    """Job: state before averaging, at its beginning and after, with parameters that are written between steps."""
+    model, plain = sharded(kind, world_size), Net(0)
+    optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=3)
+    torchs = torch.optim.ASGD(plain.parameters(), lr=0.1, t0=3, foreach=False)
+    for step in range(8):
+        for each, other in ((model, optimizer), (plain, torchs)):
+            for param in each.parameters():
+                param.data.mul_(0.5)
+            set_gradients(each, step)
+            other.step()
+        report = optimizer.memory_report()
+        assert report.unwritten_state_bytes == (report.state_bytes if step < 4 else 0)
+        saved = optimizer.consolidated_state_dict(to=None)["state"]
+        for index, param in enumerate(plain.parameters()):
+            for key, value in torchs.state.get(param, {}).items():
+                assert_same_bits(saved[index][key], value, f"{key} of parameter {index} after step {step}")
+    assert_same_state(optimizer, torchs, model, plain, "in optimizer.state")
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_offload", "hsdp", "replicas", "tp"])
+def test_dtensors_stand_for_their_averages(kind: str) -> None:
+    """Where they lie, also if replicas share the work."""
+    run("gloo", 2, of_dtensors, kind)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------
