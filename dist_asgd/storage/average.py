@@ -10,12 +10,14 @@ shown       somebody may have a tensor over ``average``: from then on every step
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import huge_pages
 
@@ -30,6 +32,9 @@ class AverageMemory(ABC):
     params_stand      whether the parameters stand for the averages
     average_is_shown  whether somebody may have a tensor over ``average``
     """
+
+    # The buffer of each parameter that has ever stood for its average; it keeps neither of them alive.
+    _buffer_of: ClassVar[WeakIdKeyDictionary] = WeakIdKeyDictionary()
 
     average: Tensor
     params_stand = False
@@ -62,6 +67,7 @@ class AverageMemory(ABC):
         """
         if not self.params_stand and not self.average_is_shown:
             self.params_stand = True
+            self._buffer_of.update((member.param, weakref.ref(self)) for member in self.members)
             # Loaded averages, or those of an earlier time, may have been written.
             huge_pages.let_go(self.average)
 
@@ -73,6 +79,15 @@ class AverageMemory(ABC):
                 start, stop = member.fragment.start, member.fragment.stop
                 self.average[start:stop].copy_(member.param_range(start, stop))
             self.params_stand = False
+
+    @classmethod
+    def before_swap(cls, params: Iterable[Tensor]) -> None:
+        """Write the averages that ``params`` stand for, of whatever optimizer: other values take their place now."""
+        for param in params:
+            if param in cls._buffer_of:
+                buffer = cls._buffer_of[param]()
+                if buffer is not None:
+                    buffer.write_average()
 
     def show_average(self) -> None:
         """Let every step from now on write ``average``, because somebody gets a tensor of that memory."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_asgd import ShardedASGD, export_averaged, load_checkpoint, save_checkpoint
+from dist_asgd import ShardedASGD, ShardedAverage, export_averaged, load_checkpoint, save_checkpoint
 from dist_asgd.storage import huge_pages
 from tests.harness.bits import assert_same_bits, same_bits
 from tests.harness.meshes import Net, assert_same_state, set_gradients, sharded
@@ -409,6 +409,27 @@ def put_back(_rank: int, _world_size: int, stage: int) -> None:
 def test_a_refused_load_is_put_back(stage: int) -> None:
     """To the bit."""
     run("threads", 2, put_back, stage)
+
+
+def beside_another(_rank: int, _world_size: int, stage: int) -> None:
+    """Job: with averages of another rule in place of the parameters, the state is what the last step has left."""
+    pair = Pair(0, "kernel", (9, 9), stage=stage)
+    beside = ShardedAverage(pair.params, decay=0.5)
+    for _ in range(3):
+        pair.step(every=True)
+        beside.update()
+    with beside.averaged_parameters():
+        assert not same_bits(pair.params[0].detach(), pair.expected[0].detach())
+        pair.compare()
+    pair.step(every=True)
+    assert pair.steps_unwritten == 4
+    pair.compare()
+
+
+@both
+def test_another_average_in_place_of_the_parameters(stage: int) -> None:
+    """They cannot stand for their averages there."""
+    run("threads", 2, beside_another, stage)
 
 
 # --- presharded parameters -------------------------------------------------------------------------------
