@@ -48,7 +48,7 @@ from dist_asgd.planning.links import GBIT, Links
 from dist_asgd.planning.setup import Setup
 from dist_asgd.planning.sources import shapes_of
 from dist_asgd.planning.timing import FORWARD_SHARE, StepTime, StepTimer
-from dist_asgd.storage.buffers import Precision
+from dist_asgd.storage.precision import Precision
 
 STAGE1, STAGE2, HYBRID, OVERLAP = "stage 1", "stage 2", "hybrid", "stage 2, overlap_forward"
 # By the number of ranks. One rank a host has no shards inside of it.

@@ -25,6 +25,7 @@ from .comm.reports import CollectiveCall
 from .gather import Gatherer
 from .labels import Label, labelled
 from .state import ParamShards
+from .storage.average import AverageMemory
 from .storage.buffers import BucketParam, ShardedParam, StateBuffer
 from .storage.snapshots import mark_written
 from .update.operators import Updater
@@ -263,6 +264,9 @@ class Averages:
                 continue
             self._buffers.append(buffer)
             self._begun += begun
+            # Those of a ShardedASGD, if these are of a ShardedAverage beside it. Own ones only if somebody has set mu:
+            # the step at whose end averaging begins gives them their values.
+            AverageMemory.before_swap(member.param for member in begun)
             mark_written([member.param for member in begun])
             for member in begun:
                 if member.fragment.numel:

@@ -16,8 +16,8 @@ from .comm.agreement import NO_FINGERPRINT, Fingerprint
 from .placements import fsdp1
 from .placements.dtensor import describe_placement, is_dtensor
 from .precision_checks import check_precision_fits
-from .storage.buffers import Precision
 from .storage.memory_order import memory_strides
+from .storage.precision import Precision
 from .validation import (
     HYPERPARAMETERS,
     Held,

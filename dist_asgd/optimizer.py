@@ -27,10 +27,11 @@ from .joining import JoinableOptimizer, method_of_torch, share_step
 from .sharded_state import ShardedState
 from .stats import StepCounts, stats
 from .step_context import begin_update
-from .storage.buffers import Precision
 from .storage.layout import min_buckets
+from .storage.precision import Precision
 from .update import differentiable
 from .update.batch import run_batches
+from .update.stand import end_step
 from .update.weights import AVERAGE_KEY, AverageRule, as_rule
 from .validation import check_options, params_of
 
@@ -185,7 +186,7 @@ class ShardedASGD(ShardedState, JoinableOptimizer):
                 run_batches(batches, step)
                 # Gather: its parameters travel to the other ranks while the next buffer is updated.
                 self.gatherer.launch(buffer)
-            self.shards.cohorts.end_step(active, step.hypers)
+            end_step(self.shards.cohorts, self.shards.state_buffers, active, step.hypers)
         self.gradients.end_step()
         self._forward.end_step()
         self.counts.add(active, step)

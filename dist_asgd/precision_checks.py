@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .placements import fsdp1
-from .storage.buffers import Precision
+from .storage.precision import Precision
 
 DTYPES = (
     torch.float32,

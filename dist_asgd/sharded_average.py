@@ -21,7 +21,7 @@ from .gradients.absent import NoGradients
 from .module_buffers import ModuleBuffers, check_buffers
 from .sharded_state import ShardedState
 from .state_dict.wrapper_names import name_below, wrappers_of
-from .storage.buffers import Precision
+from .storage.precision import Precision
 from .storage.snapshots import NO_GRADIENTS
 from .update.batch import StepContext, run_batches
 from .update.schedule import Implementation, StepHyperparameters

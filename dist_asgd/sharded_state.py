@@ -31,8 +31,9 @@ from .precision_checks import check_precision_fits
 from .registry import ParamRegistry
 from .state import ParamShards
 from .state_dict.state_dicts import StateDicts
-from .storage.buffers import Precision
+from .storage.average import write_averages
 from .storage.frozen import is_held
+from .storage.precision import Precision
 from .update import differentiable
 from .update.operators import Updater
 from .validation import check_new_group, params_of
@@ -242,12 +243,18 @@ class ShardedState(torch.optim.Optimizer):
         if not self._state_dicts.for_fsdp1():
             self.shards.check_whole()
         gathered = self._state_dicts.take_consolidated(self.whole_state_dicts_only)
-        return self.live_state() if gathered is None else gathered
+        return self.live_state(shown=True) if gathered is None else gathered
 
-    def live_state(self, fresh: bool = False) -> dict[str, Any]:
-        """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped."""
+    def live_state(self, fresh: bool = False, shown: bool = False, saved: bool = False) -> dict[str, Any]:
+        """This rank's fragments, torn or not, with ``fresh`` also of frozen parameters that never stepped.
+
+        ``shown``: they are for somebody who may keep them. ``saved``: they are only read, and before the parameters
+        are written; where parameters stand for their averages, ``ax`` is the parameter then.
+        """
         self.averages.refuse_inside("state_dict()")
         self.adopt_params()
+        if not saved:
+            write_averages(self.shards.state_buffers, shown)
         return self._state_dicts.sharded(partial(self.gradients.agree, CollectiveCall.STATE_DICT), fresh)
 
     def consolidate_state_dict(self, to: int = 0) -> None:

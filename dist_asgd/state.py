@@ -17,10 +17,12 @@ from .placements.copies import is_copy_of
 from .placements.dtensor import plain_tensor
 from .placements.presharded import FSDP1Param, PreshardedState, is_presharded
 from .placements.presharded_buffers import build_presharded
+from .storage.average import StateEntry
 from .storage.bucketing import build_buckets, reduce_order
-from .storage.buffers import Bucket, Precision, ShardedParam, StateBuffer
+from .storage.buffers import Bucket, ShardedParam, StateBuffer
 from .storage.frozen import FrozenBuffer, FrozenParam, any_trained, is_held
 from .storage.layout import bucket_cap_bytes
+from .storage.precision import Precision
 from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, are_same
 from .update.batch import Batch
 from .update.plan import Plan, Plans
@@ -41,7 +43,8 @@ NamedParam = tuple[int, str, Tensor]
 
 def own_entries(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     """What users keep in the ``entry`` of a parameter in ``optimizer.state`` beside what the optimizer keeps there."""
-    return {key: value for key, value in entry.items() if key not in (*KEYS, MASTER_KEY)}
+    # Only these are read: whoever reads the average is shown it, and may keep it.
+    return {key: entry[key] for key in entry if key not in (*KEYS, MASTER_KEY)}
 
 
 class ParamShards:
@@ -237,7 +240,7 @@ class ParamShards:
         self._shown.append((PublishedAverages([plain_tensor(average) for average in averages.values()]), members))
         for member in members:
             own = own_entries(self._state.get(member.param, {}))
-            self._state[member.param] = {**self._entries(member), **own}
+            self._state[member.param] = StateEntry({**self._entries(member), **own}, member.bucket)
 
     def _forget_plans(self) -> None:
         """Forget plans and published entries, because scalars or averages have become others."""

@@ -20,8 +20,8 @@ from .comm import Communicators
 from .placements import dtensor, fsdp1
 from .placements.leaves import refuse_sharded, refuse_unready
 from .precision_checks import DTYPES, check_kinds, check_rounding
-from .storage.buffers import Precision
 from .storage.memory_order import memory_strides, same_strides
+from .storage.precision import Precision
 from .update import backend
 from .update.weights import AVERAGE_KEY, check_rule
 

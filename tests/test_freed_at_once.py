@@ -105,6 +105,7 @@ def unfinished(model: nn.Module, _optimizer: ShardedASGD, _path: Path) -> None:
 def dies(_rank: int, _world_size: int, stage: int, placed: str, use: Use, path: Path) -> None:
     """Job: the optimizer, its communicators and its memory are gone as soon as the last reference is."""
     for turn in range(2):  # The first use of some functions leaves cycles of torch's own, once for the process.
+        torch.manual_seed(turn)  # processes are used again, and other tests may have drawn from one of them
         model = nn.Linear(4, 4)
         if placed == "dtensor":
             mesh = init_device_mesh("cpu", (_world_size,))

@@ -92,7 +92,7 @@ def state_to_save(
         optimizer.shards.check_whole()
         # Of each parameter rows are saved that other ranks have updated.
         optimizer.wait_for_parameters()
-    saved = optimizer.live_state() if isinstance(optimizer, ShardedState) else optimizer.state_dict()
+    saved = optimizer.live_state(saved=True) if isinstance(optimizer, ShardedState) else optimizer.state_dict()
     cache = cache or FragmentCache()
     parts = cache.rows(optimizer, param_fragments(optimizer, saved, cache.fragments))
     model_state: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def param_fragments(
 def _average_to_save(model: nn.Module, average: ShardedState, keys: Iterable[str], rank: int) -> dict[str, Any]:
     """Return what this rank has to save of an average beside the optimizer, by key below its root."""
     average.shards.check_whole()
-    saved = average.live_state()
+    saved = average.live_state(saved=True)
     check_whole(average.state, average.shards.members, average.communicators)
     # Its mesh may have other replicas than that of the optimizer.
     return entries_of(average, saved, names_of(model, average, keys), rank, average.communicators.replica)

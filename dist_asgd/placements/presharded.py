@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..comm.rank_names import RankNames
-from ..storage.buffers import Precision, ShardedParam, StateBuffer
+from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.layout import Slot, lay_out
 from ..storage.memory_order import flattened, memory_strides, same_strides
+from ..storage.precision import Precision
 from ..storage.published import own_storage
 from ..storage.snapshots import TensorSnapshot
 from . import dtensor, fsdp1
@@ -341,6 +342,11 @@ class PreshardedState(StateBuffer):
         self._has_same_objects = all(isinstance(member, PlainParam) for member in self.members)
         self._follow_all(self._read_locals())
         self.reset_masters()
+
+    @property
+    def params_can_stand(self) -> bool:
+        # FSDP1 frees and moves its memory between steps.
+        return super().params_can_stand and all(isinstance(member, DTensorParam) for member in self.members)
 
     def follow(self) -> bool:
         """Look once at every local tensor, and follow those that lie elsewhere since the last call.

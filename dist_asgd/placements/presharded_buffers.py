@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..comm import Communicators
-from ..storage.buffers import Precision
 from ..storage.layout import MIN_BUCKETS, bucket_cap_bytes, fill_buckets
+from ..storage.precision import Precision
 from . import dtensor, fsdp1
 from .presharded import NamedParam, PreshardedState, local_tensor_of, num_reals
 from .replicas import ReplicaGroup

@@ -41,7 +41,7 @@ class RankBytes:
         padding: Those of ``parameters`` that belong to no parameter.
         unmanaged: Frozen parameters and buffers of the model, of which the optimizer holds nothing.
         gradients: Gradients between backward and ``zero_grad()``, as in ``MemoryReport.gradient_bytes``.
-        average: This rank's shards of ``ax``, and of the averages beside the optimizer.
+        average: This rank's shards of ``ax``, and of the averages beside the optimizer, once averaging has begun.
         masters: This rank's shards of float32 masters, without what 16-bit parameters hold of them.
         buffers: What the optimizer keeps between steps to send and to update, as in ``MemoryReport.in_flight_bytes``.
         passing: What is there for a part of a step, of the optimizer and of others: gradients that were not sent yet,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..precision_checks import check_precision_fits
-from ..storage.buffers import Precision
+from ..storage.precision import Precision
 from ..validation import check_options
 from . import choice, modes, traffic
 from .arguments import MOST_RANKS, bytes_of, check_dtype, links_of, topology

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..storage.buffers import Precision
+from ..storage.precision import Precision
 
 BACKENDS = ("nccl", "gloo")
 

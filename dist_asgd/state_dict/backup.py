@@ -9,6 +9,7 @@ averages and masters. Other optimizers replace their state when they load, so th
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,9 @@ class _BufferBackup:
 
     def __init__(self, buffer: StateBuffer, whole: bool, with_params: bool) -> None:
         self._buffer = buffer
-        self._average = _on_host(buffer.average)
+        self._params_stand = buffer.params_stand
+        self._average_dtype = buffer.average.dtype
+        self._average = None if buffer.params_stand else _on_host(buffer.average)
         self._master = None if buffer.master is None else _on_host(buffer.master)
         self._pairs = [(live, _on_host(live)) for live in _params_in(buffer, whole) if with_params]
 
@@ -58,10 +61,12 @@ class _BufferBackup:
         mark_written([member.param for member in buffer.members])
         for live, copy in self._pairs:
             live.copy_(copy)
-        if buffer.average.dtype != self._average.dtype:
+        if buffer.average.dtype != self._average_dtype:
             # The load has made a wider one.
-            buffer.average = torch.empty_like(self._average, device=buffer.device)
-        buffer.average.copy_(self._average)
+            buffer.average = torch.empty_like(buffer.average, dtype=self._average_dtype)
+        buffer.params_stand = self._params_stand
+        if self._average is not None:
+            buffer.average.copy_(self._average)
         if buffer.master is not None and self._master is not None:
             buffer.master.copy_(self._master)
 
@@ -108,9 +113,7 @@ class OptimizerBackup:
         self._groups = [(group, dict(group)) for group in self._group_list]
         self._state = optimizer.state
         # The dict of an entry and what it has: a load may change the one or replace it.
-        self._entries = [
-            (key, entry, dict(entry) if isinstance(entry, dict) else entry) for key, entry in optimizer.state.items()
-        ]
+        self._entries = [(key, entry, _copy_of(entry, shards)) for key, entry in optimizer.state.items()]
         self._buffers: list[_BufferBackup] = []
         self._to_gather: list[StateBuffer] = []
         self._cohorts: list[Cohort] = []
@@ -150,13 +153,20 @@ class OptimizerBackup:
         held = {id(member.param) for member in shards.held}
         state = optimizer.state
         # Published entries show the averages as they lie now; everything else is as it was.
-        entries = {
-            key: {**state[key], **own_entries(values)} if id(key) in held else values
-            for key, _, values in self._entries
-        }
+        entries = {key: state[key] if id(key) in held else values for key, _, values in self._entries}
+        for key, _, values in self._entries:
+            if id(key) in held:
+                entries[key].update(own_entries(values))
         state.clear()
         state.update(entries)
         shards.torn_by = self._torn_by
+
+
+def _copy_of(entry: Any, shards: ParamShards | None) -> Any:
+    """Return a copy of an entry of ``optimizer.state``; without the state of a ``ShardedASGD``, which is not read."""
+    if not isinstance(entry, dict):
+        return entry
+    return dict(entry) if shards is None else own_entries(entry)
 
 
 def _as_now(cohort: Cohort) -> Cohort:

@@ -418,6 +418,7 @@ def load_shards(loaded: ParsedStateDict, buffers: Sequence[StateBuffer]) -> list
         dtype = widest[buffer.group_index, buffer.param_dtype]
         if buffer.average.dtype != dtype:
             buffer.average = huge_pages.zeros(buffer.layout.shard_numel, dtype, buffer.device)
+        buffer.params_stand = False
         for member in buffer.members:
             entry = loaded.entries.get(member.index)
             average = buffer.average[member.fragment.start : member.fragment.stop]

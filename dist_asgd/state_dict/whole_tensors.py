@@ -58,7 +58,7 @@ def whole_state(
     in_buckets = [param for param in params if param.is_whole]
     for batch in _bucket_batches(in_buckets, one_by_one, communicators):
         bucket = batch.bucket
-        for key, shard in (bucket.state_shards() if masters else {"ax": bucket.average}).items():
+        for key, shard in (bucket.state_shards() if masters else {"ax": bucket.average_values}).items():
             flat = _gather_bucket(batch, shard, communicators, to, staging)
             if flat is None:
                 continue
@@ -72,7 +72,7 @@ def whole_state(
     assembly = _Assembly(averages, communicators, to, staging)
     for run in _runs(averages, one_by_one and not assembly.needs_collectives(averages[0].device)):
         # float32 masters are made for this call, so only those of one batch exist at a time.
-        fragments = [dtensors[i].state_fragments() if masters else {"ax": dtensors[i].average} for i in run]
+        fragments = [dtensors[i].state_fragments() if masters else {"ax": dtensors[i].average_values} for i in run]
         for key in fragments[0]:
             tensors = [dtensors[i].state_entry(own[key]) for i, own in zip(run, fragments, strict=True)]
             for i, whole in zip(run, assembly.gather(run, tensors), strict=False):  # no tensors on other ranks

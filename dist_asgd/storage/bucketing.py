@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .buffers import Bucket, BucketParam, Precision
+from .buffers import Bucket, BucketParam
 from .layout import fill_buckets, lay_out
+from .precision import Precision
 
 
 def build_buckets(

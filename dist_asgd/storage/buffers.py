@@ -16,32 +16,19 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import huge_pages, masters
+from .average import AverageMemory
 from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
+from .precision import Precision
 from .published import own_storage
 from .send_layout import SendLayout
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """The dtypes, besides the parameters' own, in which values are kept and sent: options of the constructor."""
-
-    average_dtype: torch.dtype | None = None
-    master_weights: bool = False
-    stochastic_rounding: int | None = None
-    reduce_dtype: torch.dtype | None = None
-
-    def options(self) -> dict[str, str]:
-        """The options by name, as plain values: ranks compare them."""
-        return {key: str(value) for key, value in asdict(self).items()}
 
 
 class ShardedParam(ABC):
@@ -166,8 +153,17 @@ class ShardedParam(ABC):
 
     @property
     def average(self) -> Tensor:
-        """This rank's fragment of ``ax``: ``(fragment_numel,)`` in memory order, complex for a complex parameter."""
-        reals = self.bucket.average[self.fragment.start : self.fragment.stop]
+        """The memory of ``ax`` of this rank's fragment: ``(fragment_numel,)``, complex for a complex parameter."""
+        return self._fragment_in(self.bucket.average[self.fragment.start : self.fragment.stop])
+
+    @property
+    def average_values(self) -> Tensor:
+        """As ``average``, to be read only: the parameter itself if it stands for its average."""
+        if self.bucket.params_stand:
+            return self._fragment_in(self.param_range(self.fragment.start, self.fragment.stop))
+        return self.average
+
+    def _fragment_in(self, reals: Tensor) -> Tensor:
         return torch.view_as_complex(reals.view(-1, 2)) if self.bucket.param_dtype.is_complex else reals
 
     @property
@@ -178,9 +174,9 @@ class ShardedParam(ABC):
     def state_fragments(self) -> dict[str, Tensor]:
         """This rank's fragment ``(fragment_numel,)`` of each sharded state, by its key in state dicts.
 
-        ``ax`` is the live state, ``master`` a new float32 tensor.
+        ``ax`` is ``average_values``, ``master`` a new float32 tensor.
         """
-        fragments = {"ax": self.average}
+        fragments = {"ax": self.average_values}
         if self.bucket.master is not None:
             fragments["master"] = self.masters()
         return fragments
@@ -283,7 +279,7 @@ class BucketParam(ShardedParam):
         return int(self.fragment.numel > 0 and self.bucket.replica == 0)
 
 
-class StateBuffer:
+class StateBuffer(AverageMemory):
     """The state on this rank of parameters of one group, dtype and device.
 
     average         (shard_numel,)          ``ax`` of this rank's shard, in ``average_dtype`` or, after a load, wider
@@ -333,9 +329,9 @@ class StateBuffer:
     def state_shards(self) -> dict[str, Tensor]:
         """This rank's shard ``(shard_numel,)`` of each sharded state of whole parameters, by its key in state dicts.
 
-        ``ax`` is the live state, ``master`` a new float32 tensor.
+        ``ax`` is to be read only, ``master`` is a new float32 tensor.
         """
-        return {"ax": self.average}
+        return {"ax": self.average_values}
 
     def reduced_gradient(self) -> Tensor | None:
         """The reduced gradient ``(shard_numel,)`` if this optimizer reduced it (stage 2); None if ``p.grad`` has it."""
@@ -393,6 +389,10 @@ class Bucket(StateBuffer):
         if self.gradient is None:
             self.gradient = huge_pages.zeros(self.shard.numel(), self.gradient_dtype, self.device)
         return self.gradient
+
+    @property
+    def average_values(self) -> Tensor:
+        return self.shard if self.params_stand else self.average
 
     def reduced_gradient(self) -> Tensor | None:
         return self.gradient

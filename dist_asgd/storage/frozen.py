@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import Precision, ShardedParam, StateBuffer
+from .buffers import ShardedParam, StateBuffer
 from .layout import Fragment, Slot, lay_out
+from .precision import Precision
 
 REQUIRES_GRAD, _GRAD = attrgetter("requires_grad"), attrgetter("grad")
 

@@ -19,6 +19,9 @@ from torch import Tensor
 # Less memory is left alone.
 MIN_BYTES = 4 << 20
 _FOLDER = Path("/sys/kernel/mm/transparent_hugepage")
+# From so many bytes on zeros are fresh memory of the system, which takes memory when it is written.
+MAPPED_BYTES = 1 << 18
+_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 
 
@@ -34,13 +37,27 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make a tensor ``(numel,)`` of zeros as ``empty`` does. On CPUs a large one takes memory when it is written."""
-    size = page_bytes() if device.type == "cpu" and numel * dtype.itemsize >= MIN_BYTES else 0
-    if not size:
+    num_bytes = numel * dtype.itemsize
+    if device.type != "cpu" or num_bytes < MAPPED_BYTES or sys.platform != "linux":
         return torch.zeros(numel, dtype=dtype, device=device)
+    size = page_bytes() if num_bytes >= MIN_BYTES else 0
     # Fresh memory of the system, which is zero. That of torch.zeros() is touched before anything can be asked for.
-    memory = mmap.mmap(-1, numel * dtype.itemsize + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, num_bytes + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     longer = torch.frombuffer(memory, dtype=dtype)
-    return _advised(longer, numel, size) if type(longer) is Tensor else longer[:numel]
+    return _advised(longer, numel, size) if size and type(longer) is Tensor else longer[:numel]
+
+
+def let_go(tensor: Tensor) -> None:
+    """Give the memory of ``tensor``, which no other process has and whose values nobody needs, back to the system.
+
+    On Linux its whole pages take no memory until they are written again, and are zero; elsewhere nothing happens.
+    """
+    if tensor.device.type != "cpu" or type(tensor) is not Tensor or sys.platform != "linux":
+        return
+    begin, page = tensor.data_ptr(), mmap.PAGESIZE
+    start, stop = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
+    if tensor.nbytes >= MAPPED_BYTES:
+        _libc().madvise(start, stop - start, _MADV_DONTNEED)
 
 
 @cache

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, compress, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, is_, is_not
 from types import ModuleType
 from typing import cast
 
@@ -193,10 +193,13 @@ class PublishedState:
     def __init__(self, keys: tuple[str, ...], published: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         self._keys = keys
         self._owners = list(published)
-        self._values = itemgetter(*keys)
         kept = [self._values(entries) for entries in published.values()]
         self._kept = list(chain.from_iterable(kept))
         self._flat = [one for owner, values in zip(self._owners, kept, strict=True) for one in (owner, *values)]
+
+    def _values(self, entry: Mapping[str, Tensor]) -> list[Tensor]:
+        # Past the methods of the entry, which would take this for a user who reads the average.
+        return [dict.__getitem__(cast(dict[str, Tensor], entry), key) for key in self._keys]
 
     def matches(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
         """Whether ``state``, ``optimizer.state`` as it is now, still has these very objects; it may have more."""

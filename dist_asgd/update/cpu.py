@@ -26,7 +26,7 @@ from . import backend
 from .batch import Batch, StepContext
 from .segments import UNSCALED, KernelDtypes, Segment, SegmentGradients
 
-ABI = 3
+ABI = 4
 # As ``enum dtype`` of kernel.c.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Starting a thread costs about as much as updating this many elements.
@@ -48,7 +48,7 @@ class _Call(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_segments", "num_threads")),
         *((name, ctypes.c_int64) for name in ("param", "gradient", "average", "mode")),
-        *((name, ctypes.c_int64) for name in ("maximize", "scaled", "streamed")),
+        *((name, ctypes.c_int64) for name in ("maximize", "scaled", "streamed", "unwritten")),
         *((name, ctypes.c_double) for name in ("weight_decay", "unscale", "clip")),
     ]
 
@@ -178,7 +178,14 @@ class Launch:
             weight_decay=weight_decay,
         )
 
-    def run(self, gradients: array[int] | None, rows: array[float], unscale: float, clip: float) -> None:
+    def run(
+        self,
+        gradients: array[int] | None,
+        rows: array[float],
+        unscale: float,
+        clip: float,
+        unwritten: bool = False,
+    ) -> None:
         """Update all segments.
 
         Args:
@@ -187,6 +194,7 @@ class Launch:
                 the segments have their own gradients.
             rows: (c, -eta, mu, t) of every row, in double precision.
             unscale, clip: factors that gradients are multiplied by, one after the other.
+            unwritten: averages are left alone where mu is 1.
 
         Raises:
             ValueError: gradients or rows are too few, or a gradient's pointer is 0; nothing has changed.
@@ -202,19 +210,21 @@ class Launch:
         call.num_threads = min(torch.get_num_threads(), self._max_threads)
         call.unscale, call.clip = unscale, clip
         call.scaled = not (unscale == 1 and clip == 1)
+        call.unwritten = unwritten
         if self._update(ctypes.byref(call)):
             raise ValueError(INCOMPLETE)
 
 
 @dataclass(frozen=True, slots=True)
 class KernelBatch(Batch):
-    """Everything that steps in one state buffer, updated in one call of the compiled kernel.
+    """Everything that steps in one state ``buffer``, updated in one call of the compiled kernel.
 
     ``gradients`` is None if the segments have gradients of their own (stage 2).
     """
 
     launch: Launch
     gradients: SegmentGradients | None
+    buffer: StateBuffer
 
     def run(self, step: StepContext) -> None:
         if self.gradients is None:
@@ -224,7 +234,7 @@ class KernelBatch(Batch):
             pointers, _copies = self.gradients.pointers(step.gradients.addresses)
             scaling = step.param_scaling
         unscale, clip = (1.0, 1.0) if scaling is UNSCALED else scaling.numbers()
-        self.launch.run(pointers, step.rows, unscale, clip)
+        self.launch.run(pointers, step.rows, unscale, clip, self.buffer.params_stand)
 
 
 def lanes(numel: int, start: int, stop: int) -> int:

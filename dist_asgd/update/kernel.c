@@ -7,7 +7,7 @@
  *   g  <- g * unscale;  g <- g * clip                    if scaled
  *   g  <- fma(x, weight_decay, g)                        if weight_decay is not 0
  *   x  <- x * c;  x <- fma(g, -eta, x)                   c = 1 - lambd * eta, computed in double precision
- *   ax <- x if mu = 1 else ax + (x - ax) * mu
+ *   ax <- x if mu = 1 else ax + (x - ax) * mu            the copy is left out if unwritten
  *
  * The schedule (lambd, alpha, t0 and lr to eta and mu) is schedule.py's; rows of (c, -eta, mu, t) arrive here.
  *
@@ -28,7 +28,7 @@
 #include <immintrin.h>
 #endif
 
-#define ABI 3
+#define ABI 4
 #define INLINE static inline __attribute__((always_inline))
 /* For arrays that vectors are read from: a vector that lies in two cache lines takes twice as long. */
 #define LINED __attribute__((aligned(64)))
@@ -57,7 +57,7 @@ typedef struct {
     const scalars *rows;
     int64_t num_segments, num_threads;
     int64_t param, gradient, average, mode; /* of enum dtype and enum mode */
-    int64_t maximize, scaled, streamed;
+    int64_t maximize, scaled, streamed, unwritten; /* unwritten: averages are left alone while mu = 1 */
     double weight_decay, unscale, clip;
 } call;
 

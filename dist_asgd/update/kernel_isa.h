@@ -19,14 +19,14 @@
         const T *g = (const T *)gradient + from;                                                                       \
         int64_t n = to - from;                                                                                         \
         if (s->mu != 1) ISA(begun_##T)(k, s, x, g, ax, n);                                                             \
-        else if (!k->streamed) ISA(first_##T)(k, s, x, g, ax, n);                                                      \
+        else if (!k->streamed && !k->unwritten) ISA(first_##T)(k, s, x, g, ax, n);                                     \
         else {                                                                                                         \
             T block[BLOCK] LINED;                                                                                        \
             for (int64_t i = 0, m; i < n; i += m) {                                                                    \
                 m = until_block(ax + i, sizeof(T));                                                                    \
                 if (m > n - i) m = n - i;                                                                              \
                 ISA(first_##T)(k, s, x + i, g + i, block, m);                                                          \
-                stream(ax + i, block, m * (int64_t)sizeof(T), WRITE_LINES);                                            \
+                if (!k->unwritten) stream(ax + i, block, m * (int64_t)sizeof(T), WRITE_LINES);                         \
             }                                                                                                          \
         }                                                                                                              \
     }
@@ -70,10 +70,11 @@ TARGET static void ISA(segment_narrow)(const call *k, const segment *seg, const 
     /* Only then loop() reads the 16-bit gradient itself, and nothing is prepared in memory. */
     int simple = !half && k->gradient != FLOAT32 && !k->maximize && !k->scaled && k->mode != STOCHASTIC;
     s.step_key = mix(s.key ^ mix((uint32_t)(uint64_t)row->t));
-    int streamed = k->streamed && !begun;
+    /* What is left unwritten goes to the block that streaming has, which stays in the cache. */
+    int streamed = k->streamed && !k->unwritten && !begun, apart = streamed || (k->unwritten && !begun);
     float g[BLOCK] LINED, averages[BLOCK] LINED;
     for (int64_t i = from, n; i < to; i += n) {
-        char *average = (char *)seg->average + i * average_size, *ax = streamed ? (char *)averages : average;
+        char *average = (char *)seg->average + i * average_size, *ax = apart ? (char *)averages : average;
         n = until_block(average, average_size);
         if (n > to - i) n = to - i;
         int64_t lanes = seg->lanes - i < 0 ? 0 : seg->lanes - i > n ? n : seg->lanes - i;

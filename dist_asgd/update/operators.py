@@ -66,8 +66,9 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class OperatorBatch(Batch):
-    """All tiles of one cohort in one state buffer, updated in torch operators."""
+    """All tiles of one cohort in one state ``buffer``, updated in torch operators."""
 
+    buffer: StateBuffer
     cohort: Cohort
     group_index: int
     tiles: tuple[Tile, ...]
@@ -166,7 +167,8 @@ class Updater:
                 rounding.round_stochastically(x, tile.param, random)
                 # The average takes what the parameter has become, not what it was rounded from.
                 x.copy_(tile.param)
-            implementation.take_average(x, tile.average, mu, difference)
+            if not batch.buffer.params_stand:
+                implementation.take_average(x, tile.average, mu, difference)
             if tile.master is not None:
                 masters.write(x, tile.param, tile.master)
 

@@ -18,6 +18,7 @@ from .means import mean_batches
 from .operators import GradientRange, OperatorBatch, Tile, tile_numel
 from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 from .segments import KernelDtypes, Segment, SegmentGradients
+from .stand import StandBatch
 
 # A longer fragment is a tile of its own, which reads its gradient in place; a shorter one is copied to the tile's
 # scratch, which is cheaper than a set of operators of its own.
@@ -98,6 +99,15 @@ def plan_batches(
         return mean_batches(buffer, cohorts.by_index, active)
     if hyper.device is not None:
         return [_device_batch(buffer, cohorts, active, hyper)]
+    return [
+        StandBatch.of(buffer, cohorts.by_index, active, hyper),
+        *_batches_on_host(buffer, cohorts, active, hyper, average_bytes),
+    ]
+
+
+def _batches_on_host(
+    buffer: StateBuffer, cohorts: Cohorts, active: frozenset[int], hyper: StepHyperparameters, average_bytes: int
+) -> Sequence[Batch]:
     if hyper.implementation is Implementation.FUSED:
         unavailable = cpu.why_unavailable()
         if unavailable is not None:
@@ -112,7 +122,7 @@ def _cpu_batch(
 ) -> Batch:
     segments, gradients = _segments(buffer, cohorts.by_index, active, cohorts.host_rows())
     launch = cpu.Launch(segments, KernelDtypes.of(buffer), hyper.maximize, hyper.weight_decay, streamed)
-    return cpu.KernelBatch(launch, gradients)
+    return cpu.KernelBatch(launch, gradients, buffer)
 
 
 def _device_batch(buffer: StateBuffer, cohorts: Cohorts, active: frozenset[int], hyper: StepHyperparameters) -> Batch:
@@ -201,7 +211,7 @@ def _operator_batches(buffer: StateBuffer, cohort_of: CohortOf, active: frozense
         run_start, run_stop = run[0].fragment.start, run[-1].fragment.stop
         for start in range(run_start, run_stop, step):
             tiles_of_cohort.append(_tile(buffer, run, start, min(start + step, run_stop), reduced))
-    return [OperatorBatch(cohort, buffer.group_index, tuple(of_cohort)) for cohort, of_cohort in tiles.items()]
+    return [OperatorBatch(buffer, cohort, buffer.group_index, tuple(of)) for cohort, of in tiles.items()]
 
 
 def _tile(buffer: StateBuffer, run: list[ShardedParam], start: int, stop: int, reduced: Tensor | None) -> Tile:

@@ -214,6 +214,8 @@ def describes_what_is_live(rank: int, _world_size: int) -> int:
     optimizer = ShardedASGD(model.parameters(), lr=0.1)
     set_gradients(model, 0)
     optimizer.step()
+    # From now on averages have values of their own.
+    optimizer.state_dict()
     shapes = {param: param.shape for param in model.parameters()}
     known = FragmentCache()
     num_parts = 0

@@ -14,7 +14,7 @@ from dist_asgd.planning.choice import FSDP2, HSDP, HYBRID1, HYBRID2, STAGE1, STA
 from dist_asgd.planning.links import GBIT, Links, exchanged
 from dist_asgd.planning.setup import Setup
 from dist_asgd.planning.timing import FORWARD_SHARE, StepTime
-from dist_asgd.storage.buffers import Precision
+from dist_asgd.storage.precision import Precision
 from tests.planning.test_plan import TWO_LAYERS
 
 ALL = (UNSHARDED, STAGE1, STAGE2, HYBRID1, HYBRID2, FSDP2, HSDP)

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_asgd.storage.bucketing import build_buckets
-from dist_asgd.storage.buffers import Bucket, Precision
+from dist_asgd.storage.buffers import Bucket
 from dist_asgd.storage.layout import STRIPE_SLACK, lay_out
+from dist_asgd.storage.precision import Precision
 from dist_asgd.storage.send_layout import SendLayout, row_layout, send_layout, send_runs, whole_layout
 
 NUMELS = st.lists(st.one_of(st.integers(0, 70), st.integers(0, 3000)), min_size=1, max_size=6)
