@@ -19,7 +19,7 @@ from .base import Reduction, SendList, Wait
 from .chain import Arrival, Buffers, Chain, Links
 from .gloo import ALL_GATHER, ControlByMessages, Gloo
 from .measure import Action, Meter
-from .outboxes import PIECE_BYTES, STRIPE_BYTES, outbox_bytes_for, ring_for
+from .outboxes import HOSTS_STRIPE_BYTES, PIECE_BYTES, outbox_bytes_for, ring_for
 from .progress import ProgressThread, Task
 from .ring import Message, Part, Ring, cut
 from .shared_pages import HostGrid
@@ -98,7 +98,7 @@ class Hierarchy(ControlByMessages):
 
     @property
     def max_send_bytes(self) -> int:
-        return STRIPE_BYTES
+        return HOSTS_STRIPE_BYTES
 
     def scratch_bytes(self) -> int:
         return self._ring.outbox_bytes + self._links.sums.nbytes + self._links.means.nbytes

@@ -15,6 +15,8 @@ PIECE_BYTES = 1 << 19
 OUTBOX_BYTES = 2 * PIECE_BYTES
 # Gradients are packed and summed in stripes of this size: they stay in caches in between, and outboxes stay small.
 STRIPE_BYTES = 1 << 21
+# With several hosts a stripe costs messages between them: a longer one has fewer.
+HOSTS_STRIPE_BYTES = 1 << 23
 # How many send buffers an outbox holds: two in flight, and one whose end does not fit before that of the outbox.
 SEND_BUFFERS = 3
 

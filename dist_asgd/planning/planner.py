@@ -38,8 +38,8 @@ ASSUMPTIONS = (
 )
 GLOO_ASSUMPTION = (
     "With Gloo, buffers and messages are those of shared_memory=False. Ranks of one node that share memory send each "
-    "other none of these messages, nor one for each rank to other nodes, and have up to 8 MiB of outbox each in place "
-    "of Gloo's buffers."
+    "other none of these messages, nor one for each rank to other nodes, and have outboxes in place of Gloo's buffers: "
+    "up to 8 MiB each, or 24 MiB if shards lie on several nodes."
 )
 IN_BACKWARD_ASSUMPTION = (
     "Stage 2 is planned with step_in_backward=True, with which gradients can be neither clipped nor scaled."
