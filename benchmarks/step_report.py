@@ -22,7 +22,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         sections.append("`--quick` shows that the benchmark runs; its figures say little.")
     sections += [
         "## At a glance",
-        *([] if report["quick"] else [_PICTURE]),
+        # The picture beside step.md is of a whole report, with memory.
+        *([_PICTURE] if any(figures.get("memory") for figures in report["settings"].values()) else []),
         glance(report),
         _GLANCE_NOTE.format(models=_models(report)),
         *_absent(report),
