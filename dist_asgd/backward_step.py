@@ -192,7 +192,7 @@ class BackwardStep:
         """
         hypers = step_hyperparameters(self._owner.param_groups, self._shards.leads)
         self._shards.prepare_step(active, hypers)
-        end_step(self._shards.cohorts, self._shards.state_buffers, active, hypers)
+        end_step(self._shards.cohorts, self._shards.state_buffers, active, hypers, self._gatherer.wait)
         self._shards.cohorts.end_preview()
         begun, self._begun = self._begun, None
         return None if begun is None else begun.context

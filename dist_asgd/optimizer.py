@@ -186,7 +186,7 @@ class ShardedASGD(ShardedState, JoinableOptimizer):
                 run_batches(batches, step)
                 # Gather: its parameters travel to the other ranks while the next buffer is updated.
                 self.gatherer.launch(buffer)
-            end_step(self.shards.cohorts, self.shards.state_buffers, active, step.hypers)
+            end_step(self.shards.cohorts, self.shards.state_buffers, active, step.hypers, self.gatherer.wait)
         self.gradients.end_step()
         self._forward.end_step()
         self.counts.add(active, step)

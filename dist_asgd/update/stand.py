@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..storage.buffers import StateBuffer
@@ -48,13 +48,21 @@ class StandBatch(Batch):
 
 
 def end_step(
-    cohorts: Cohorts, buffers: Iterable[StateBuffer], active: frozenset[int], hypers: Sequence[StepHyperparameters]
+    cohorts: Cohorts,
+    buffers: Iterable[StateBuffer],
+    active: frozenset[int],
+    hypers: Sequence[StepHyperparameters],
+    wait: Callable[[], None],
 ) -> None:
     """Let ``cohorts`` end a step of the ``active`` parameters, and give averages that the next one reads their values.
 
-    ``buffers`` are all state buffers. It is done now, because parameters may be written before the next step.
+    ``buffers`` are all state buffers. It is done now, because parameters may be written before the next step. ``wait``
+    waits for the gathers in flight: a backend may write this rank's part of the parameters as well.
     """
-    for cohort in cohorts.end_step(active, hypers):
-        for buffer in buffers:
-            if buffer.params_stand and any(member.index in cohort.indices for member in buffer.members):
-                buffer.write_average()
+    begun = {index for cohort in cohorts.end_step(active, hypers) for index in cohort.indices}
+    standing = [buffer for buffer in buffers if buffer.params_stand] if begun else []
+    starting = [buffer for buffer in standing if any(member.index in begun for member in buffer.members)]
+    if starting:
+        wait()
+    for buffer in starting:
+        buffer.write_average()
