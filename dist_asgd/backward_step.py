@@ -31,7 +31,6 @@ from .update.batch import StepContext, run_batches
 from .update.operators import Updater
 from .update.schedule import StepHyperparameters, step_hyperparameters
 from .update.segments import UNSCALED
-from .update.stand import end_step
 
 
 class Owner(Protocol):
@@ -192,7 +191,7 @@ class BackwardStep:
         """
         hypers = step_hyperparameters(self._owner.param_groups, self._shards.leads)
         self._shards.prepare_step(active, hypers)
-        end_step(self._shards.cohorts, self._shards.state_buffers, active, hypers, self._gatherer.wait)
+        self._shards.cohorts.end_step(active, hypers)
         self._shards.cohorts.end_preview()
         begun, self._begun = self._begun, None
         return None if begun is None else begun.context

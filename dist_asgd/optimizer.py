@@ -31,7 +31,6 @@ from .storage.layout import min_buckets
 from .storage.precision import Precision
 from .update import differentiable
 from .update.batch import run_batches
-from .update.stand import end_step
 from .update.weights import AVERAGE_KEY, AverageRule, as_rule
 from .validation import check_options, params_of
 
@@ -186,7 +185,7 @@ class ShardedASGD(ShardedState, JoinableOptimizer):
                 run_batches(batches, step)
                 # Gather: its parameters travel to the other ranks while the next buffer is updated.
                 self.gatherer.launch(buffer)
-            end_step(self.shards.cohorts, self.shards.state_buffers, active, step.hypers, self.gatherer.wait)
+            self.shards.cohorts.end_step(active, step.hypers)
         self.gradients.end_step()
         self._forward.end_step()
         self.counts.add(active, step)

@@ -18,7 +18,7 @@ from .means import mean_batches
 from .operators import GradientRange, OperatorBatch, Tile, tile_numel
 from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 from .segments import KernelDtypes, Segment, SegmentGradients
-from .stand import StandBatch
+from .stand import StandBatch, WriteBatch
 
 # A longer fragment is a tile of its own, which reads its gradient in place; a shorter one is copied to the tile's
 # scratch, which is cheaper than a set of operators of its own.
@@ -99,10 +99,9 @@ def plan_batches(
         return mean_batches(buffer, cohorts.by_index, active)
     if hyper.device is not None:
         return [_device_batch(buffer, cohorts, active, hyper)]
-    return [
-        StandBatch.of(buffer, cohorts.by_index, active, hyper),
-        *_batches_on_host(buffer, cohorts, active, hyper, average_bytes),
-    ]
+    stand = StandBatch.of(buffer, cohorts.by_index, active, hyper)
+    update = _batches_on_host(buffer, cohorts, active, hyper, average_bytes)
+    return [stand, *update, WriteBatch(buffer, stand.cohorts)]
 
 
 def _batches_on_host(

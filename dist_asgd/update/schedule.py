@@ -388,17 +388,9 @@ class Cohorts:
             table.advance(hypers[group], active, found_inf)
         return rows, {group: table.factors for group, table in tables.items()}
 
-    def end_step(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> list[Cohort]:
-        """Advance the scalars on the host of all parameters that stepped, after the update.
-
-        Returns the cohorts whose averages the next step reads, and this one did not.
-        """
-        begun: list[Cohort] = []
+    def end_step(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
+        """Advance the scalars on the host of all parameters that stepped, after the update."""
         for cohorts, hyper in zip(self._groups, hypers, strict=True):
             for cohort in cohorts:
                 if cohort.row is None and not cohort.indices.isdisjoint(active):
-                    was_copied = cohort.mu.item() == 1
                     cohort.advance(hyper)
-                    if was_copied and cohort.mu.item() != 1:
-                        begun.append(cohort)
-        return begun

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..storage.buffers import StateBuffer
 from .batch import Batch, StepContext
-from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
+from .schedule import Cohort, Implementation, StepHyperparameters
 
 # Those whose average is a copy of the parameter while mu is 1. The foreach form computes ax + (x - ax) * 1, which
 # rounds.
@@ -47,22 +46,21 @@ class StandBatch(Batch):
             self.buffer.write_average()
 
 
-def end_step(
-    cohorts: Cohorts,
-    buffers: Iterable[StateBuffer],
-    active: frozenset[int],
-    hypers: Sequence[StepHyperparameters],
-    wait: Callable[[], None],
-) -> None:
-    """Let ``cohorts`` end a step of the ``active`` parameters, and give averages that the next one reads their values.
+@dataclass(frozen=True, slots=True)
+class WriteBatch(Batch):
+    """Gives averages that the next step reads their values, after the update of ``buffer``.
 
-    ``buffers`` are all state buffers. It is done now, because parameters may be written before the next step. ``wait``
-    waits for the gathers in flight: a backend may write this rank's part of the parameters as well.
+    It is done now, because parameters may be written before the next step, and before they travel: a backend may write
+    this rank's part of them as well. ``cohorts`` are those of the parameters that step.
     """
-    begun = {index for cohort in cohorts.end_step(active, hypers) for index in cohort.indices}
-    standing = [buffer for buffer in buffers if buffer.params_stand] if begun else []
-    starting = [buffer for buffer in standing if any(member.index in begun for member in buffer.members)]
-    if starting:
-        wait()
-    for buffer in starting:
-        buffer.write_average()
+
+    buffer: StateBuffer
+    cohorts: tuple[Cohort, ...]
+
+    def run(self, step: StepContext) -> None:
+        """Write them if averaging begins with the next step, by the rule that ends this one."""
+        if self.buffer.params_stand:
+            hyper = step.hypers[self.buffer.group_index]
+            next_mus = (hyper.average.next_mu(cohort.step.item() + 1, hyper.t0) for cohort in self.cohorts)
+            if any(mu != 1 for mu in next_mus):
+                self.buffer.write_average()
