@@ -62,7 +62,8 @@ class Task(ABC):
             # Without its traceback, which refers to the task and its memory.
             failure = error.with_traceback(None)
         if failure is not None:
-            with contextlib.suppress(RuntimeError):
+            # Nothing may end the thread: whoever waits for a later task would do so for ever.
+            with contextlib.suppress(Exception):
                 self.cancel()
         self._error = failure
         self._has_ended.set()
@@ -81,7 +82,7 @@ class Messages(Task):
             work.wait()
 
     def cancel(self) -> None:
-        """Nobody waits for this task: messages were sent when they were posted."""
+        """No other rank waits for this task: what this one sends was posted when it was launched."""
 
 
 class ProgressThread:

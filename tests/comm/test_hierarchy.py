@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import random
 import signal
@@ -26,9 +25,10 @@ from dist_asgd.comm import Communicators, PeerError, chain, shared_pages
 from dist_asgd.comm.base import Reduction, ShardCollectives
 from dist_asgd.comm.gloo import Gloo
 from dist_asgd.comm.hierarchy import Hierarchy
+from dist_asgd.comm.progress import Messages, ProgressThread, Task
 from dist_asgd.comm.shared_pages import ENVIRONMENT
 from dist_asgd.storage.buffers import Bucket
-from tests.comm.test_shared_memory import CPU, History, mappings, trains
+from tests.comm.test_shared_memory import CPU, History, logged, mappings, trains
 from tests.harness.bits import assert_same_bits
 from tests.harness.models import mlp, mlp_loss
 from tests.harness.ranks import outcomes, run, run_errors
@@ -142,6 +142,31 @@ def test_sums_are_taken_as_in_the_training_loop() -> None:
         assert flushed == 0
 
 
+class _Fails(Task):
+    """A task that fails, and whose end does, too."""
+
+    def run(self) -> None:
+        raise MemoryError("no memory")
+
+    def cancel(self) -> None:
+        raise MemoryError("no memory for words either")
+
+
+def test_whatever_fails_in_the_thread_is_an_error_in_the_loop() -> None:
+    """Of that task and of all later ones; nobody waits for a thread that has ended."""
+    thread = ProgressThread()
+    tasks = [_Fails(), Messages([])]
+    for task in tasks:
+        thread.submit(task)
+    deadline = time.monotonic() + 10
+    for task in tasks:
+        while not task.has_ended:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(RuntimeError, match="no memory"):
+            task.wait()
+
+
 def counts_messages(rank: int, world_size: int, numel: int) -> dict[int, int]:
     """Job: a reduce-scatter and a gather of ``numel`` elements a rank; returns the bytes sent to each rank."""
     collectives = hierarchy(rank, 3)
@@ -240,17 +265,11 @@ def test_a_late_rank_is_an_error_after_the_timeout() -> None:
 
 def falls_back(rank: int, world_size: int, hosts: str, cannot: int | None) -> list[str]:
     """Job: ranks on ``hosts`` have to use messages; returns what the log says."""
-    shared_pages._log_once.cache_clear()
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dist_asgd").addHandler(handler)
-    with contextlib.ExitStack() as stack:
+    with logged() as found, contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {ENVIRONMENT: f"host{hosts[rank]}"}))
         if rank == cannot:
             stack.enter_context(mock.patch.object(shared_pages.Pages, "of", side_effect=OSError(13, "denied")))
         on: ShardCollectives = Communicators(None).on(CPU)
-    logging.getLogger("dist_asgd").removeHandler(handler)
     assert isinstance(on, Gloo)
     flat = torch.full((world_size,), float(rank))
     on.all_gather(flat)()

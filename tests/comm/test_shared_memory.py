@@ -273,15 +273,24 @@ def test_a_late_rank_is_an_error_after_the_timeout() -> None:
     run("gloo", 3, stops)
 
 
-def falls_back(rank: int, _world_size: int, why: str) -> tuple[bool, list[str]]:
-    """Job: one rank cannot share memory. Returns whether messages are used, and what the log says."""
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """Inside, what is logged is appended to this list, also what the process has logged once before."""
     shared_pages._log_once.cache_clear()
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dist_asgd").addHandler(handler)
+    try:
+        yield found
+    finally:
+        logging.getLogger("dist_asgd").removeHandler(handler)
+
+
+def falls_back(rank: int, _world_size: int, why: str) -> tuple[bool, list[str]]:
+    """Job: one rank cannot share memory. Returns whether messages are used, and what the log says."""
     failing = contextlib.ExitStack()
-    with environment("0" if why == "switched off" and rank == 1 else "1"), failing:
+    with logged() as found, environment("0" if why == "switched off" and rank == 1 else "1"), failing:
         if why == "no file" and rank == 0:
             failing.enter_context(mock.patch.object(pages, "memory_file", side_effect=OSError(1, "not permitted")))
         if why == "not opened" and rank == 1:
@@ -293,7 +302,6 @@ def falls_back(rank: int, _world_size: int, why: str) -> tuple[bool, list[str]]:
             failing.enter_context(mock.patch.object(shared_pages, "host_of_this_process", return_value=name))
         on: ShardCollectives = Communicators(None).on(CPU)
         again: ShardCollectives = Communicators(None).on(CPU)
-    logging.getLogger("dist_asgd").removeHandler(handler)
     flat = torch.tensor([float(rank)]).repeat(2)
     on.all_gather(flat)()
     assert flat.tolist() == [0.0, 1.0]
