@@ -63,7 +63,7 @@ class _BufferBackup:
             live.copy_(copy)
         if buffer.average.dtype != self._average_dtype:
             # The load has made a wider one.
-            buffer.average = torch.empty_like(buffer.average, dtype=self._average_dtype)
+            buffer.average = buffer.new_average(self._average_dtype)
         buffer.params_stand = self._params_stand
         if self._average is not None:
             buffer.average.copy_(self._average)

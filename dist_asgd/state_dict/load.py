@@ -21,7 +21,6 @@ from ..placements.fsdp1 import LOAD_BY_FSDP1, is_managed
 from ..placements.presharded import DTensorParam, FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state import KEYS, MASTER_KEY
-from ..storage import huge_pages
 from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.frozen import FrozenParam
 from ..storage.memory_order import as_real, in_memory_order
@@ -417,7 +416,7 @@ def load_shards(loaded: ParsedStateDict, buffers: Sequence[StateBuffer]) -> list
     for buffer in buffers:
         dtype = widest[buffer.group_index, buffer.param_dtype]
         if buffer.average.dtype != dtype:
-            buffer.average = huge_pages.zeros(buffer.layout.shard_numel, dtype, buffer.device)
+            buffer.average = buffer.new_average(dtype)
         buffer.params_stand = False
         for member in buffer.members:
             entry = loaded.entries.get(member.index)

@@ -23,6 +23,7 @@ from . import huge_pages
 
 if TYPE_CHECKING:
     from .buffers import ShardedParam
+    from .layout import BucketLayout
 
 
 class AverageMemory(ABC):
@@ -40,6 +41,7 @@ class AverageMemory(ABC):
     params_stand = False
     average_is_shown = False
 
+    layout: BucketLayout
     dtype: torch.dtype
     device: torch.device
     members: Sequence[ShardedParam]
@@ -59,6 +61,10 @@ class AverageMemory(ABC):
     def average_values(self) -> Tensor:
         """The averages ``(shard_numel,)`` of parameters that every rank has whole, to be read only."""
         return self.average
+
+    def new_average(self, dtype: torch.dtype) -> Tensor:
+        """Make memory for the averages, in ``dtype``: ``(shard_numel,)``, of zeros."""
+        return huge_pages.zeros(self.layout.shard_numel, dtype, self.device)
 
     def let_params_stand(self) -> None:
         """Let the parameters, which are about to be written, stand for the averages; not if those are shown.

@@ -309,7 +309,7 @@ class StateBuffer(AverageMemory):
         asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
         # State exists from construction on, with the same keys on every rank: saving needs no step before it.
-        self.average = huge_pages.zeros(layout.shard_numel, self.average_dtype, self.device)
+        self.average = self.new_average(self.average_dtype)
         self.master: Tensor | None = None
         if narrow and precision.master_weights:
             self.master = huge_pages.zeros(layout.shard_numel, masters.held_dtype(self.dtype), self.device)
