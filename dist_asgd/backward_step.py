@@ -28,6 +28,7 @@ from .state import IN_BACKWARD, ParamShards
 from .storage.buffers import Bucket
 from .storage.snapshots import NO_GRADIENTS, mark_written
 from .update.batch import StepContext, run_batches
+from .update.offload import Offload
 from .update.operators import Updater
 from .update.schedule import StepHyperparameters, step_hyperparameters
 from .update.segments import UNSCALED
@@ -106,6 +107,7 @@ class BackwardStep:
     def begin(self) -> tuple[bool, Fingerprint, Exception | None]:
         """See ``BucketUpdate``. A parameter that was rebound, unfrozen or replaced is left to ``step()``."""
         owner, shards = self._owner, self._shards
+        Offload.before_write()
         groups = owner.param_groups
         if owner.averages.is_swapped or not shards.hold(groups) or not shards.are_in_place():
             return False, NO_FINGERPRINT, None

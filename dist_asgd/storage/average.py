@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import huge_pages
+from .pinned import PinnedMemory
 
 if TYPE_CHECKING:
     from .buffers import ShardedParam
@@ -30,6 +31,7 @@ class AverageMemory(ABC):
     """The average of one state buffer; a base of ``StateBuffer``.
 
     average           (shard_numel,)  memory for ``ax``; its values, unless the parameters stand for them
+    is_offloaded      whether it is page-locked memory of the host, and the parameters lie on a device
     params_stand      whether the parameters stand for the averages
     average_is_shown  whether somebody may have a tensor over ``average``
     """
@@ -38,8 +40,13 @@ class AverageMemory(ABC):
     _buffer_of: ClassVar[WeakIdKeyDictionary] = WeakIdKeyDictionary()
 
     average: Tensor
+    is_offloaded = False
     params_stand = False
     average_is_shown = False
+    # What keeps the memory locked.
+    _pinned: PinnedMemory | None = None
+    # Lets the host wait for the update of offloaded averages that was begun last.
+    _wait_for_update: Callable[[], None] | None = None
 
     layout: BucketLayout
     dtype: torch.dtype
@@ -64,7 +71,25 @@ class AverageMemory(ABC):
 
     def new_average(self, dtype: torch.dtype) -> Tensor:
         """Make memory for the averages, in ``dtype``: ``(shard_numel,)``, of zeros."""
-        return huge_pages.zeros(self.layout.shard_numel, dtype, self.device)
+        numel = self.layout.shard_numel
+        if not self.is_offloaded:
+            return huge_pages.zeros(numel, dtype, self.device)
+        self._pinned = PinnedMemory([numel * dtype.itemsize])
+        return self._pinned.tensors[0].view(dtype)
+
+    def __del__(self) -> None:
+        """Wait for an update that is in flight: it writes the memory that is freed next."""
+        self.settle()
+
+    def begin_update(self, wait: Callable[[], None]) -> None:
+        """Note that an update of offloaded averages has begun, whose end ``wait`` lets the host wait for."""
+        self._wait_for_update = wait
+
+    def settle(self) -> None:
+        """Let the host wait until offloaded averages are up to date; called before anybody reads or writes them."""
+        if self._wait_for_update is not None:
+            self._wait_for_update()
+            self._wait_for_update = None
 
     def let_params_stand(self) -> None:
         """Let the parameters, which are about to be written, stand for the averages; not if those are shown.
@@ -97,8 +122,14 @@ class AverageMemory(ABC):
 
     def show_average(self) -> None:
         """Let every step from now on write ``average``, because somebody gets a tensor of that memory."""
+        self.settle()
         self.write_average()
         self.average_is_shown = True
+
+
+def is_offloaded(device: torch.device, average_device: torch.device | None) -> bool:
+    """Whether averages of parameters on ``device`` lie in host memory if ``average_device`` is asked for."""
+    return average_device is not None and average_device.type != device.type
 
 
 def write_averages(buffers: Iterable[AverageMemory], shown: bool = False) -> None:

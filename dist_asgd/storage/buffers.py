@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import huge_pages, masters
-from .average import AverageMemory
+from .average import AverageMemory, is_offloaded
 from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
@@ -308,6 +308,7 @@ class StateBuffer(AverageMemory):
         # 16 bits cannot hold a running mean: after some hundred steps its changes are rounded away.
         asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
+        self.is_offloaded = is_offloaded(self.device, precision.average_device)
         # State exists from construction on, with the same keys on every rank: saving needs no step before it.
         self.average = self.new_average(self.average_dtype)
         self.master: Tensor | None = None
@@ -369,8 +370,9 @@ class Bucket(StateBuffer):
         self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
         self.wire_dtype = precision.reduce_dtype or self.dtype
         # A sum that was made in a wider dtype than a 16-bit parameter's stays wide. float32 sums need no wider one.
-        narrow = self.dtype.itemsize == 2
-        self.gradient_dtype = torch.float32 if narrow and self.wire_dtype != self.dtype else self.dtype
+        self.gradient_dtype = (
+            torch.float32 if self.dtype.itemsize == 2 and self.wire_dtype != self.dtype else self.dtype
+        )
         self.gradient: Tensor | None = None
         self.members: list[BucketParam] = []
         self._clear_padding()
