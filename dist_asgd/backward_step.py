@@ -23,8 +23,9 @@ from .fingerprints import Hyperparameters
 from .gather import Gatherer
 from .gradients.base import Gradients
 from .gradients.in_backward import StepReducer
+from .interruption import IN_BACKWARD, torn_problem
 from .registry import ParamRegistry
-from .state import IN_BACKWARD, ParamShards
+from .state import ParamShards
 from .storage.buffers import Bucket
 from .storage.snapshots import NO_GRADIENTS, mark_written
 from .update.batch import StepContext, run_batches
@@ -203,7 +204,7 @@ def check_whole(shards: ParamShards, backward_step: BackwardStep | None, ends_st
     """Raise RuntimeError if parameters may be torn, or if a backward has begun a step; ``step()`` itself ends that."""
     is_open = backward_step is not None and backward_step.is_open
     if is_open and not ends_step:
-        raise shards.torn_problem(IN_BACKWARD)
+        raise torn_problem(IN_BACKWARD)
     if not is_open:
         shards.check_whole()
 

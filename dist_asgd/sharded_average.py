@@ -18,9 +18,9 @@ from .comm import CollectiveCall, Communicators, describe_mesh, public_call
 from .comm.agreement import NO_FINGERPRINT, Agreement
 from .gather import Arrivals
 from .gradients.absent import NoGradients
+from .interruption import A_WRITE
 from .module_buffers import ModuleBuffers, check_buffers
 from .sharded_state import ShardedState
-from .state import A_WRITE
 from .state_dict.wrapper_names import name_below, wrappers_of
 from .storage.precision import Precision
 from .storage.snapshots import NO_GRADIENTS

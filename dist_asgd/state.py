@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .comm import Communicators
+from .interruption import LOAD_CHECKPOINT, torn_problem
 from .placements.copies import is_copy_of
 from .placements.dtensor import plain_tensor
 from .placements.presharded import FSDP1Param, PreshardedState, is_presharded
@@ -32,12 +33,7 @@ from .validation import check_apart, named_params
 _LOG = logging.getLogger(__name__)
 KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
-# The values of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes, and from the first update of a backward with
-# ``step_in_backward=True`` to the end of ``step()``.
-LOAD_CHECKPOINT = "load_checkpoint()"
-IN_BACKWARD = "backward()"
-# With what it begins after a write to a parameter that an average in host memory may have been taking.
-A_WRITE = "a write"
+
 
 NamedParams = Sequence[tuple[str, Tensor]]
 NamedParam = tuple[int, str, Tensor]
@@ -358,30 +354,10 @@ class ParamShards:
         lasting = (member for member in suspects if not isinstance(member, FSDP1Param))
         return next((member for member in lasting if not (member.is_unmoved or member.is_rebound)), None)
 
-    def torn_problem(self, torn_by: str) -> RuntimeError:
-        """The error of calls after ``torn_by``, which was interrupted while it wrote."""
-        if torn_by == IN_BACKWARD:
-            return RuntimeError(
-                "dist_asgd: backward has updated some parameters (step_in_backward=True), and step() has not ended "
-                "that step. Call step() first, on every rank. If backward or step() has failed, parameters and state "
-                "are torn: load a checkpoint (load_checkpoint()), or restart the job from one."
-            )
-        if torn_by.startswith(A_WRITE):
-            return RuntimeError(
-                f"dist_asgd: {torn_by} came after update() and before the step of an optimizer, while its average in "
-                f"host memory (average_device) may still have been taking it: the average may be wrong. Call the "
-                f"average's wait_for_parameters() before such a write. To go on, load a checkpoint of the average, or "
-                f"make a new one."
-            )
-        return RuntimeError(
-            f"dist_asgd: {torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
-            f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
-        )
-
     def check_whole(self) -> None:
         """Raise RuntimeError if a call was interrupted while it wrote parameters and state."""
         if self.torn_by is not None:
-            raise self.torn_problem(self.torn_by)
+            raise torn_problem(self.torn_by)
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 from ..comm import PeerError
 from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, is_on_all_ranks, text_of
 from ..comm.reports import CollectiveCall
+from ..interruption import LOAD_CHECKPOINT
 from ..labels import Label, labelled
 from ..placements.dtensor import is_dtensor, local_tensor
 from ..sharded_average import ShardedAverage
 from ..sharded_state import ShardedState
-from ..state import LOAD_CHECKPOINT
 from ..state_dict.backup import OptimizerBackup, find_unequal
 from ..update.offload import Offload
 from .format.paths import UserPath

@@ -25,11 +25,13 @@ from .pinned import PinnedMemory
 if TYPE_CHECKING:
     from .buffers import ShardedParam
     from .layout import BucketLayout
+    from .precision import Precision
 
 
 class AverageMemory(ABC):
     """The average of one state buffer; a base of ``StateBuffer``.
 
+    average_dtype     the dtype of ``average``, unless a load has made it wider
     average           (shard_numel,)  memory for ``ax``; its values, unless the parameters stand for them
     is_offloaded      whether it is page-locked memory of the host, and the parameters lie on a device
     params_stand      whether the parameters stand for the averages
@@ -40,6 +42,7 @@ class AverageMemory(ABC):
     _buffer_of: ClassVar[WeakIdKeyDictionary] = WeakIdKeyDictionary()
 
     average: Tensor
+    average_dtype: torch.dtype
     is_offloaded = False
     params_stand = False
     average_is_shown = False
@@ -68,6 +71,15 @@ class AverageMemory(ABC):
     def average_values(self) -> Tensor:
         """The averages ``(shard_numel,)`` of parameters that every rank has whole, to be read only."""
         return self.average
+
+    def make_average(self, precision: Precision) -> None:
+        """Make the averages, in the dtype and in the place that ``precision`` asks for; called at construction."""
+        # 16 bits cannot hold a running mean: after some hundred steps its changes are rounded away.
+        asked = precision.average_dtype or (torch.float32 if self.dtype.itemsize == 2 else self.dtype)
+        self.average_dtype = torch.promote_types(self.dtype, asked)
+        self.is_offloaded = is_offloaded(self.device, precision.average_device)
+        # State exists from construction on, with the same keys on every rank: saving needs no step before it.
+        self.average = self.new_average(self.average_dtype)
 
     def new_average(self, dtype: torch.dtype) -> Tensor:
         """Make memory for the averages, in ``dtype``: ``(shard_numel,)``, of zeros."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import huge_pages, masters
-from .average import AverageMemory, is_offloaded
+from .average import AverageMemory
 from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
@@ -304,15 +304,9 @@ class StateBuffer(AverageMemory):
         self.dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
         self.gradient_dtype = self.dtype
         self.device = like.device
-        narrow = self.dtype.itemsize == 2
-        # 16 bits cannot hold a running mean: after some hundred steps its changes are rounded away.
-        asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
-        self.average_dtype = torch.promote_types(self.dtype, asked)
-        self.is_offloaded = is_offloaded(self.device, precision.average_device)
-        # State exists from construction on, with the same keys on every rank: saving needs no step before it.
-        self.average = self.new_average(self.average_dtype)
+        self.make_average(precision)
         self.master: Tensor | None = None
-        if narrow and precision.master_weights:
+        if self.dtype.itemsize == 2 and precision.master_weights:
             self.master = huge_pages.zeros(layout.shard_numel, masters.held_dtype(self.dtype), self.device)
         self.seed = precision.stochastic_rounding if self.dtype == torch.bfloat16 else None
 

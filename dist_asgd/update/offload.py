@@ -14,7 +14,7 @@ lane  a stream with scratch memory of its own. A place in a shard always has the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -112,11 +112,9 @@ class Offload:
 
     def reserve(self, buffer: StateBuffer) -> None:
         """Allocate the scratch memory for updates of ``buffer``, so that no update allocates any."""
-        numel = min(_tile_numel(buffer), buffer.layout.shard_numel)
         for lane in self._lanes:
-            lane.reserve(buffer.average.dtype, numel, True)
-            if buffer.dtype != buffer.average.dtype:
-                lane.reserve(buffer.average.dtype, numel, False)
+            for (dtype, has_averages), numel in _scratch_of(buffer).items():
+                lane.reserve(dtype, numel, has_averages)
 
     @property
     def scratch_bytes(self) -> int:
@@ -175,6 +173,21 @@ def _before_step(*_: Any) -> None:
 
 def _tile_numel(buffer: StateBuffer) -> int:
     return TILE_BYTES // buffer.average.itemsize
+
+
+def _scratch_of(buffer: StateBuffer) -> dict[tuple[torch.dtype, bool], int]:
+    """The elements of scratch memory that a lane needs, by dtype and whether they are averages; else parameters."""
+    numel, dtype = min(_tile_numel(buffer), buffer.layout.shard_numel), buffer.average.dtype
+    return {(dtype, has_averages): numel for has_averages in (True, False) if has_averages or buffer.dtype != dtype}
+
+
+def scratch_bytes(buffers: Iterable[StateBuffer]) -> int:
+    """The bytes of scratch memory on the device for averages of ``buffers`` in host memory; the planner asks."""
+    most: dict[tuple[torch.dtype, bool], int] = {}
+    for buffer in buffers:
+        for key, numel in _scratch_of(buffer).items():
+            most[key] = max(most.get(key, 0), numel)
+    return NUM_LANES * sum(numel * dtype.itemsize for (dtype, _), numel in most.items())
 
 
 def host_tiles(buffer: StateBuffer, chosen: Sequence[ShardedParam]) -> list[HostTile]:

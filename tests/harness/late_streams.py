@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.comm.streams import Stream
-from dist_asgd.storage import average, buffers
+from dist_asgd.storage import average
 from dist_asgd.update import offload
 
 
@@ -76,7 +76,7 @@ def offloaded_on_cpus(late: bool = True, tile_bytes: int = 256) -> Iterator[None
         return LateStream(device) if late else Stream()
 
     with (
-        mock.patch.object(buffers, "is_offloaded", lambda _, asked: asked is not None),
+        mock.patch.object(average, "is_offloaded", lambda _, asked: asked is not None),
         mock.patch.object(average, "PinnedMemory", PlainMemory),
         mock.patch.object(offload, "SideStream", stream),
         mock.patch.object(offload, "TILE_BYTES", tile_bytes),
