@@ -134,9 +134,11 @@ class Offload:
         buffer.begin_update(self.synchronize)
 
     def synchronize(self) -> None:
-        """Let the host wait until all updates so far have ended."""
+        """Let the host wait until all updates so far have ended; nobody has to wait for them after that."""
+        self._let_write()
         for lane in self._lanes:
             lane.stream.synchronize()
+        self._marks = []
 
     # --- writes of parameters --------------------------------------------------------------------------------
 
