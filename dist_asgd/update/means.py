@@ -8,7 +8,8 @@ For one update, with the iterate x, its number n and its weight w (weights.py; t
           ax <- ax + (x - ax) * w                others
 
 The bits are those of the functions named here on the same device; the first iterate is copied. LERP moves three words
-an element: it reads x and ax, and writes ax. Parameters narrower than their averages are widened tile by tile.
+an element: it reads x and ax, and writes ax; on CPUs the compiled kernel takes all parameters of a batch in one call.
+Elsewhere parameters narrower than their averages are widened tile by tile.
 """
 
 from __future__ import annotations
@@ -22,25 +23,39 @@ from torch import Tensor
 
 from ..storage.buffers import ShardedParam, StateBuffer
 from .batch import Batch, StepContext
+from .cpu import Means
 from .offload import HostTile, host_tiles, param_part
 from .operators import tile_numel
 from .schedule import Cohort, Implementation, StepHyperparameters
 from .weights import AverageRule, ExponentialMean, UniformMean
 
+# With a weight that float32 rounds to 1, torch's operators give zeros other signs in the last elements of a tensor.
+LARGEST_WEIGHT = 1 - 2**-24
+
 
 @dataclass(frozen=True, slots=True)
 class MeanBatch(Batch):
-    """The fragments of one cohort in one state buffer: ``averages[i]`` is the average of ``params[i]``, both 1-D."""
+    """The fragments of one cohort in one state buffer: ``averages[i]`` is the average of ``params[i]``, both 1-D.
+
+    ``kernel`` takes all of them at once by LERP; None where torch's operators do.
+    """
 
     cohort: Cohort
     group_index: int
     params: list[Tensor]
     averages: list[Tensor]
+    kernel: Means | None
 
     def run(self, step: StepContext) -> None:
         hyper = step.hypers[self.group_index]
         n = _iterate(self.cohort, hyper)
-        if n is not None:
+        if n is None:
+            return
+        rule = hyper.average.rule
+        weight = 1.0 if n == 1 or rule is None or self.kernel is None else rule.weight(n)
+        if self.kernel is not None and weight <= LARGEST_WEIGHT:
+            self.kernel.run(weight)
+        else:
             take_iterate(n, hyper, self.params, self.averages, step.updater.scratch)
 
 
@@ -120,7 +135,9 @@ def _tiles(
             yield x if x.dtype == ax.dtype else scratch(ax).copy_(x), ax
 
 
-def mean_batches(buffer: StateBuffer, cohort_of: dict[int, Cohort], active: frozenset[int]) -> list[Batch]:
+def mean_batches(
+    buffer: StateBuffer, cohort_of: dict[int, Cohort], active: frozenset[int], implementation: Implementation
+) -> list[Batch]:
     """Return one batch for each cohort of the ``active`` parameters in ``buffer``."""
     by_cohort: dict[Cohort, list[ShardedParam]] = {}
     for member in buffer.members:
@@ -128,13 +145,13 @@ def mean_batches(buffer: StateBuffer, cohort_of: dict[int, Cohort], active: froz
             by_cohort.setdefault(cohort_of[member.index], []).append(member)
     if buffer.is_offloaded:
         return [HostMeanBatch(cohort, buffer, of, host_tiles(buffer, of)) for cohort, of in by_cohort.items()]
-    held = {cohort: [member for member in of if member.fragment.numel] for cohort, of in by_cohort.items()}
-    return [
-        MeanBatch(cohort, buffer.group_index, [_fragment_of(member) for member in of], [m.average for m in of])
-        for cohort, of in held.items()
-        if of
-    ]
-
-
-def _fragment_of(member: ShardedParam) -> Tensor:
-    return param_part(member, member.fragment.start, member.fragment.stop)
+    by_kernel = implementation is Implementation.LERP and Means.can_take(buffer.param_dtype, buffer.average)
+    batches: list[Batch] = []
+    for cohort, of in by_cohort.items():
+        held = [member for member in of if member.fragment.numel]
+        if held:
+            params = [param_part(member, member.fragment.start, member.fragment.stop) for member in held]
+            averages = [member.average for member in held]
+            kernel = Means(params, averages) if by_kernel else None
+            batches.append(MeanBatch(cohort, buffer.group_index, params, averages, kernel))
+    return batches

@@ -96,7 +96,7 @@ def plan_batches(
     ``average_bytes`` is the size of all averages that this rank updates in a step, in all state buffers.
     """
     if hyper.implementation in (Implementation.LERP, Implementation.MEAN):
-        return mean_batches(buffer, cohorts.by_index, active)
+        return mean_batches(buffer, cohorts.by_index, active, hyper.implementation)
     if hyper.device is not None:
         return [_device_batch(buffer, cohorts, active, hyper)]
     stand = StandBatch.of(buffer, cohorts.by_index, active, hyper)
