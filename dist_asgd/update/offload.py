@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..comm.streams import SideStream
 from ..storage.buffers import ShardedParam, StateBuffer
@@ -99,6 +100,8 @@ class Offload:
 
     # Those that have begun an update, over all averages of the process; it keeps none of them alive.
     _begun: ClassVar[weakref.WeakSet[Offload]] = weakref.WeakSet()
+    # The hook before the steps of all optimizers of the process, once there is such an average.
+    _hook: ClassVar[RemovableHandle | None] = None
 
     def __init__(self, device: torch.device) -> None:
         self._lanes = [_Lane(device) for _ in range(NUM_LANES)]
@@ -107,8 +110,9 @@ class Offload:
         # The parameters that the last update reads, with their versions then, until somebody is let write them.
         self._read: list[tuple[ShardedParam, int]] = []
         self._overtaken: str | None = None
-        hook = register_optimizer_step_pre_hook(_before_step)
-        weakref.finalize(self, hook.remove)
+        if Offload._hook is None:
+            # It stays: an object that is collected while torch runs such hooks must not remove one.
+            Offload._hook = register_optimizer_step_pre_hook(_before_step)
 
     def reserve(self, buffer: StateBuffer) -> None:
         """Allocate the scratch memory for updates of ``buffer``, so that no update allocates any."""
