@@ -27,7 +27,7 @@ from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
 from .precision import Precision
-from .published import own_storage
+from .published import as_complex, own_storage
 from .send_layout import SendLayout
 
 
@@ -164,7 +164,7 @@ class ShardedParam(ABC):
         return self.average
 
     def _fragment_in(self, reals: Tensor) -> Tensor:
-        return torch.view_as_complex(reals.view(-1, 2)) if self.bucket.param_dtype.is_complex else reals
+        return as_complex(reals) if self.bucket.param_dtype.is_complex else reals
 
     @property
     def fragment_start(self) -> int:
@@ -309,7 +309,7 @@ class StateBuffer(AverageMemory):
         asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
         self.average_dtype = torch.promote_types(self.dtype, asked)
         # State exists from construction on, with the same keys on every rank: saving needs no step before it.
-        self.average = self.new_average(self.average_dtype)
+        self.forget_average(self.average_dtype)
         self.master: Tensor | None = None
         if narrow and precision.master_weights:
             self.master = huge_pages.zeros(layout.shard_numel, masters.held_dtype(self.dtype), self.device)
