@@ -56,9 +56,7 @@ def report(state_buffers: Sequence[StateBuffer], in_flight_bytes: int, has_gradi
         parameter_bytes=separate + sum(buffer.layout.numel * buffer.dtype.itemsize for buffer in flat),
         padding_bytes=sum(buffer.layout.padding_numel * buffer.dtype.itemsize for buffer in flat),
         state_bytes=sum(buffer.average.nbytes for buffer in state_buffers),
-        unwritten_state_bytes=sum(
-            b.average.nbytes for b in state_buffers if b.params_stand or not b.average_has_address
-        ),
+        unwritten_state_bytes=sum(buffer.average.nbytes for buffer in state_buffers if not buffer.average_takes_memory),
         master_bytes=sum(buffer.master.nbytes for buffer in state_buffers if buffer.master is not None),
         gradient_bytes=param_gradients + sum(gradient.nbytes for gradient in reduced if gradient is not None),
         in_flight_bytes=in_flight_bytes,

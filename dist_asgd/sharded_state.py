@@ -194,7 +194,7 @@ class ShardedState(torch.optim.Optimizer):
         problem = self._problem(ends_step=True)
         if problem is None:
             try:
-                self.shards.make_room(self._step_hyperparameters(), by_gradients)
+                self.shards.make_room(self._step_hyperparameters, by_gradients)
             except Exception as error:
                 return error
         return problem

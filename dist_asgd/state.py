@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
@@ -422,14 +422,13 @@ class ParamShards:
         for indices in self.cohorts.begin_step(active, hypers):
             self._publish_scalars(indices)
 
-    def make_room(self, hypers: Sequence[StepHyperparameters], by_gradients: bool) -> None:
+    def make_room(self, hypers: Callable[[], Sequence[StepHyperparameters]], by_gradients: bool) -> None:
         """Find memory for the averages that a step may write, see ``about_to_write``; RuntimeError if there is none.
 
-        Called before ranks agree on the step, or if they do not, before anything is changed. In most steps nothing is
-        asked for.
+        Called before ranks agree on the step, and before anything is changed. Most steps need none.
         """
-        buffers = about_to_write(self.state_buffers, self.cohorts, hypers, by_gradients)
-        if buffers:
+        buffers: Sequence[StateBuffer] = [buffer for buffer in self.state_buffers if not buffer.average_is_reserved]
+        if buffers and (buffers := about_to_write(buffers, self.cohorts, hypers(), by_gradients)):
             room.make_room(buffers, self._communicators.ranks_on_host)
 
     def decide_writes(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:

@@ -20,7 +20,7 @@ class ShownAverages:
         self._of_buffers: dict[int, tuple[PublishedAverages, Sequence[ShardedParam]]] = {}
 
     def show(self, buffer: StateBuffer) -> list[Tensor | None]:
-        """Make new tensors for the averages of ``buffer``, which lie elsewhere now; returns those there were, if any."""
+        """Make new tensors for the averages of ``buffer``, which lie elsewhere now; returns the ones before."""
         before = [self.by_index.get(member.index) for member in buffer.members]
         averages = [member.state_entry(member.average) for member in buffer.members]
         self.by_index.update(zip((member.index for member in buffer.members), averages, strict=True))

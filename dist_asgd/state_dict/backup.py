@@ -66,7 +66,7 @@ class _BufferBackup:
             buffer.forget_average(self._average_dtype)
         else:
             # The load may have made a wider one.
-            buffer.reserve_average(self._average_dtype)
+            buffer.overwrite_average(self._average_dtype)
             buffer.average.copy_(self._average)
         buffer.params_stand = self._params_stand
         if buffer.master is not None and self._master is not None:

@@ -62,6 +62,8 @@ class AverageMemory(ABC):
     params_stand = False
     average_is_shown = False
     average_is_reserved = False
+    # Memory that is made later is kept: nothing makes a device allocate and free in turns.
+    _may_give_back = True
     # Weak, because it keeps the buffer.
     _owner: weakref.ref[StateOwner] | None = None
 
@@ -97,6 +99,11 @@ class AverageMemory(ABC):
         """Whether ``average`` is no placeholder."""
         return self.average_is_reserved or not self.defers_average
 
+    @property
+    def average_takes_memory(self) -> bool:
+        """Whether ``average`` takes memory now; of zeros on CPUs only the system knows."""
+        return self.average_is_reserved if self.defers_average else not self.params_stand
+
     def new_average(self, dtype: torch.dtype) -> Tensor:
         """Make memory for the averages, in ``dtype``: ``(shard_numel,)``, of zeros."""
         return huge_pages.zeros(self.layout.shard_numel, dtype, self.device)
@@ -117,18 +124,23 @@ class AverageMemory(ABC):
         if moves:
             self._tell_moved()
 
+    def overwrite_average(self, dtype: torch.dtype) -> None:
+        """Get ready for averages that are about to be loaded, in ``dtype``; the caller writes all of them."""
+        self.reserve_average(dtype)
+        self.params_stand, self._may_give_back = False, True
+
     def _tell_moved(self) -> None:
         if (owner := self.owner) is not None:
             owner.on_average_moved(self)
 
     @property
     def owner(self) -> StateOwner | None:
-        """Who publishes the state of this buffer; None before it does, and once the optimizer is deleted."""
+        """Who publishes the state of this buffer; None before it does, and when another buffer has taken its place."""
         return None if self._owner is None else self._owner()
 
-    def belong_to(self, owner: StateOwner) -> None:
-        """Tell ``owner`` from now on when the average moves."""
-        self._owner = weakref.ref(owner)
+    def belong_to(self, owner: StateOwner | None) -> None:
+        """Tell ``owner``, and nobody else, from now on when the average moves."""
+        self._owner = None if owner is None else weakref.ref(owner)
 
     # --- values --------------------------------------------------------------------------------------------
 
@@ -141,12 +153,17 @@ class AverageMemory(ABC):
             return
         self._buffer_of.update((member.param, weakref.ref(self)) for member in self.members)
         # Loaded averages, or those of an earlier time, may have been written.
-        if self.defers_average and self.average_is_reserved:
+        if not self.defers_average:
+            huge_pages.let_go(self.average)
+            self.average_is_reserved = False
+        elif self.average_is_reserved and self._may_give_back:
+            if self.device.type == "cuda":
+                # It may have been made on another stream than that of the kernels that use it.
+                self.average.record_stream(torch.cuda.current_stream(self.device))
             self.forget_average(self.average.dtype)
             self._tell_moved()
-        elif not self.defers_average:
-            huge_pages.let_go(self.average)
-        self.params_stand, self.average_is_reserved = True, False
+        self._may_give_back = False
+        self.params_stand = True
 
     @torch.no_grad()
     def write_average(self) -> None:

@@ -36,12 +36,15 @@ class Plans:
         # Each with what it was made for; those of single state buffers by their ids.
         self._of_step: tuple[object, Plan] | None = None
         self._of_buffer: dict[int, tuple[object, Sequence[Batch]]] = {}
+        # What decides on averages, with the parameters that step: for all state buffers, and for single ones.
         self._stands: tuple[frozenset[int], list[Stand]] | None = None
+        self._stand_of: dict[int, tuple[frozenset[int], Stand]] = {}
 
     def forget(self) -> None:
         """Forget all plans: scalars, averages or local tensors have become others, or have moved."""
         self._of_step = self._stands = None
         self._of_buffer.clear()
+        self._stand_of.clear()
 
     def decide_writes(
         self, buffers: Sequence[StateBuffer], active: frozenset[int], hypers: Sequence[StepHyperparameters]
@@ -78,7 +81,10 @@ class Plans:
         hypers: Sequence[StepHyperparameters],
     ) -> Sequence[Batch]:
         """The batches that update the ``active`` parameters of ``buffer`` from where its gradient shard lies now."""
-        Stand.of(buffer, self._cohorts.by_index, active).decide(hypers[buffer.group_index])
+        decides = self._stand_of.get(id(buffer))
+        if decides is None or decides[0] != active:
+            decides = self._stand_of[id(buffer)] = (active, Stand.of(buffer, self._cohorts.by_index, active))
+        decides[1].decide(hypers[buffer.group_index])
         gradient = buffer.reduced_gradient()
         place = None if gradient is None else gradient.data_ptr()
         key = (active, _planned(hypers[buffer.group_index]), place)

@@ -64,7 +64,7 @@ def _writes(buffer: StateBuffer, cohort: Cohort, hyper: StepHyperparameters) -> 
 def about_to_write(
     buffers: Iterable[StateBuffer], cohorts: Cohorts, hypers: Sequence[StepHyperparameters], by_gradients: bool
 ) -> list[StateBuffer]:
-    """The state buffers whose averages a step may write, and for which nobody has found memory yet.
+    """Those of ``buffers``, for which nobody has found memory yet, whose averages a step may write.
 
     Called before ranks agree on which parameters step: with ``by_gradients`` those that have a gradient on this rank
     do, and perhaps others; else all may.
@@ -72,13 +72,12 @@ def about_to_write(
     in_group: dict[tuple[int, bool], bool] = {}
     found = []
     for buffer in buffers:
-        if buffer.average_is_reserved:
-            continue
         hyper, missing = hypers[buffer.group_index], 0
         if by_gradients and not buffer.params_stand:
             missing = sum(member.param.grad is None for member in buffer.members)
-            if missing == len(buffer.members):
-                continue
+        is_idle = missing == len(buffer.members)
+        if is_idle and not buffer.defers_average:
+            continue
         # In most steps no cohort of the group writes, and nobody has to look at its parameters.
         key = (buffer.group_index, buffer.params_can_stand)
         if key not in in_group:
@@ -87,6 +86,6 @@ def about_to_write(
             _writes(buffer, cohort, hyper) for cohort in {cohorts.by_index[m.index] for m in buffer.members}
         )
         # If one does not step, its average is no copy of it. Other ranks may have the gradients that are missing here.
-        if is_written or (missing and buffer.defers_average):
+        if is_written or (missing and not is_idle and buffer.defers_average):
             found.append(buffer)
     return found
