@@ -191,13 +191,15 @@ class ShardedState(torch.optim.Optimizer):
 
         With ``by_gradients`` the parameters step that have a gradient on some rank, else all.
         """
-        problem = self._problem(ends_step=True)
-        if problem is None:
-            try:
-                self.shards.make_room(self._step_hyperparameters, by_gradients)
-            except Exception as error:
-                return error
-        return problem
+        # No variable of this frame holds a problem, whose traceback would refer to the frame.
+        return self._problem(ends_step=True) or self._room_problem(by_gradients)
+
+    def _room_problem(self, by_gradients: bool) -> Exception | None:
+        try:
+            self.shards.make_room(self._step_hyperparameters, by_gradients)
+        except Exception as error:
+            return error
+        return None
 
     def _step_hyperparameters(self) -> list[StepHyperparameters]:
         """What a step of now updates with, by group."""

@@ -233,14 +233,13 @@ class StateEntry(dict[Any, Any]):
         if owner is not None and (not keys or keys[0] in SCALARS):
             owner.on_scalars_shown(member.index)
         if not keys or keys[0] == "ax":
-            moves = not buffer.average_has_address
             before = None if owner is None else owner.published_average(member.index)
             buffer.show_average()
-            # Entries that are in no optimizer's state any more are told of it by nobody.
-            if moves and owner is None:
-                self["ax"] = member.state_entry(member.average)
-            elif owner is not None and super().get("ax") is before:
+            # Nobody publishes to entries that are in no optimizer's state any more.
+            if owner is not None and super().get("ax") is before:
                 self["ax"] = owner.published_average(member.index)
+            elif owner is None and buffer.defers_average and "ax" in self:
+                self["ax"] = member.state_entry(member.average)
 
     def __getitem__(self, key: Any) -> Any:
         self._show(key)

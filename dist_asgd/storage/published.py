@@ -38,7 +38,7 @@ def placeholder(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def as_strided(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     """View ``tensor``, ``(numel,)`` and dense or a part of a placeholder, in another shape."""
-    return tensor[:1].expand(shape) if _is_placeholder(tensor) else tensor.as_strided(shape, strides)
+    return tensor[0].expand(shape) if _is_placeholder(tensor) else tensor.as_strided(shape, strides)
 
 
 def as_complex(reals: Tensor) -> Tensor:

@@ -66,11 +66,12 @@ class ScalarTable:
     def adopt(self, cohort: Cohort) -> None:
         """Move the scalars of ``cohort`` to a row of the table; from now on they are views of it, in float64.
 
-        Called by ``Cohorts`` before the cohort's first step on the device. Cohorts never leave: there are at most as
-        many as parameters, since each split makes one smaller.
+        Called by ``Cohorts`` before the cohort's first step on the device. Cohorts keep their row if they move to the
+        host and back: there are at most as many as parameters, since each split makes one smaller.
         """
-        row = len(self._cohorts)
-        self._cohorts.append(cohort)
+        row = next((row for row, known in enumerate(self._cohorts) if known is cohort), len(self._cohorts))
+        if row == len(self._cohorts):
+            self._cohorts.append(cohort)
         cohort.initial = cohort.initial or cohort.fresh
         # They are on the host before the first step, and on the device if the cohort was split off another one.
         if cohort.bound is None:
@@ -80,7 +81,7 @@ class ScalarTable:
         cohort.step, cohort.eta, cohort.mu = self._scalars[row].unbind()
         cohort.row = row
         cohort.fresh = False
-        self._homes.append(self._scalars[row].unbind())
+        self._homes[row:] = [self._scalars[row].unbind(), *self._homes[row + 1 :]]
 
     @torch.no_grad()
     def follow(self, cohort: Cohort) -> bool:
