@@ -241,8 +241,11 @@ def begins_after_skips(device: torch.device) -> None:
         ours, theirs = parameters(device), parameters(device)
         optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
         oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
-        for step in range(1, 10):
-            skips = step in (3, 4, 5)
+        for step in range(1, 16):
+            # A later t0 makes mu 1 again in the first step that is not skipped.
+            skips = step in (3, 4, 5, 11)
+            if step == 11:
+                optimizer.param_groups[0]["t0"] = oracle.param_groups[0]["t0"] = 10
             optimizer.found_inf = torch.tensor(float(skips), device=device)
             optimizer.grad_scale = torch.ones((), device=device)
             gradients(ours, step)
