@@ -116,7 +116,7 @@ class BackwardStep:
             fingerprint = self._hyperparameters.fingerprint(groups, False)
             hypers = step_hyperparameters(groups, shards.leads)
             # Which parameters will have a gradient is not known yet.
-            shards.make_room(lambda: hypers, by_gradients=False)
+            shards.make_room(lambda: hypers)
         except Exception as error:
             return True, NO_FINGERPRINT, error
         any_is_fresh = shards.cohorts.preview(hypers)

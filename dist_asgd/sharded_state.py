@@ -196,7 +196,8 @@ class ShardedState(torch.optim.Optimizer):
 
     def _room_problem(self, by_gradients: bool) -> Exception | None:
         try:
-            self.shards.make_room(self._step_hyperparameters, by_gradients)
+            has_gradient = self.gradients.has_gradient if by_gradients else None
+            self.shards.make_room(self._step_hyperparameters, has_gradient)
         except Exception as error:
             return error
         return None

@@ -28,7 +28,7 @@ from .storage.snapshots import PublishedState, TensorSnapshot, are_same
 from .update.batch import Batch
 from .update.plan import Plan, Plans
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
-from .update.stand import about_to_write
+from .update.stand import HasGradient, Hypers, about_to_write
 from .validation import check_apart, named_params
 
 _LOG = logging.getLogger(__name__)
@@ -181,9 +181,7 @@ class ParamShards:
         self.leads = [leads.get(index) for index in range(len(self._group_sizes))]
         first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
         self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
-        self._publish(
-            [buffer for buffer in self.state_buffers if any(member.index not in known for member in buffer.members)]
-        )
+        self._publish([buffer for buffer in self.state_buffers if buffer.members[0].index not in known])
 
     def _hold(self, indexed: Sequence[NamedParam], group_index: int, cap_bytes: int) -> None:
         stays = [not self._moves_params or is_presharded(param) for _, _, param in indexed]
@@ -422,13 +420,13 @@ class ParamShards:
         for indices in self.cohorts.begin_step(active, hypers):
             self._publish_scalars(indices)
 
-    def make_room(self, hypers: Callable[[], Sequence[StepHyperparameters]], by_gradients: bool) -> None:
+    def make_room(self, hypers: Callable[[], Hypers], has_gradient: HasGradient | None = None) -> None:
         """Find memory for the averages that a step may write, see ``about_to_write``; RuntimeError if there is none.
 
         Called before ranks agree on the step, and before anything is changed. Most steps need none.
         """
         buffers: Sequence[StateBuffer] = [buffer for buffer in self.state_buffers if not buffer.average_is_reserved]
-        if buffers and (buffers := about_to_write(buffers, self.cohorts, hypers(), by_gradients)):
+        if buffers and (buffers := about_to_write(buffers, self.cohorts, hypers(), has_gradient)):
             room.make_room(buffers, self._communicators.ranks_on_host)
 
     def decide_writes(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:

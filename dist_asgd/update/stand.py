@@ -6,10 +6,10 @@ and before ranks agree on the step, ``about_to_write`` finds the averages that i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..storage.buffers import StateBuffer
+from ..storage.buffers import ShardedParam, StateBuffer
 from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 
 # Those whose average is a copy of the parameter while mu is 1. The foreach form computes ax + (x - ax) * 1, which
@@ -17,6 +17,9 @@ from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 COPYING = (Implementation.FORLOOP, Implementation.FUSED)
 # Those of ShardedAverage, which has no average before the first update that counts.
 COUNTING = (Implementation.LERP, Implementation.MEAN)
+
+Hypers = Sequence[StepHyperparameters]
+HasGradient = Callable[[ShardedParam], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +65,19 @@ def _writes(buffer: StateBuffer, cohort: Cohort, hyper: StepHyperparameters) -> 
 
 
 def about_to_write(
-    buffers: Iterable[StateBuffer], cohorts: Cohorts, hypers: Sequence[StepHyperparameters], by_gradients: bool
+    buffers: Iterable[StateBuffer], cohorts: Cohorts, hypers: Hypers, has_gradient: HasGradient | None
 ) -> list[StateBuffer]:
     """Those of ``buffers``, for which nobody has found memory yet, whose averages a step may write.
 
-    Called before ranks agree on which parameters step: with ``by_gradients`` those that have a gradient on this rank
-    do, and perhaps others; else all may.
+    Called before ranks agree on which parameters step: those do that have a gradient on this rank, and perhaps others;
+    without ``has_gradient``, which says it, all may.
     """
     in_group: dict[tuple[int, bool], bool] = {}
     found = []
     for buffer in buffers:
         hyper, missing = hypers[buffer.group_index], 0
-        if by_gradients and not buffer.params_stand:
-            missing = sum(member.param.grad is None for member in buffer.members)
+        if has_gradient is not None and not buffer.params_stand:
+            missing = sum(not has_gradient(member) for member in buffer.members)
         is_idle = missing == len(buffer.members)
         if is_idle and not buffer.defers_average:
             continue

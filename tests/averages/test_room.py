@@ -106,6 +106,22 @@ def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(name: str, deferred: bo
         assert ("CUDA out of memory" in text) == deferred
 
 
+def lacks_room_for_some(rank: int, world_size: int) -> None:
+    """Job: a first step in which not all parameters of a bucket have gradients, so that its averages are no copies."""
+    with deferred_averages():
+        params = params_of()
+        optimizer = ShardedASGD(params, lr=0.1, stage=2)
+        backward(params[:2], 1)
+        with no_room(deferred=True) if rank == world_size - 1 else nullcontext():
+            optimizer.step()
+
+
+def test_a_lack_of_memory_for_some_parameters() -> None:
+    """It is found before the ranks agree, too."""
+    for error in run_errors("gloo", 2, lacks_room_for_some):
+        assert "averages begin to take memory with this step" in str(error)
+
+
 def lacks_room_in_backward(rank: int, _world_size: int, deferred: bool) -> None:
     """Job: a step that backward begins."""
     with maybe_deferred(deferred):
@@ -272,21 +288,22 @@ def test_averages_of_a_device_have_memory_from_one_step_on(name: str, stage: int
 
 def test_replaced_averages_are_noticed() -> None:
     """Also if what was replaced had no values: nothing is taken for the average that is none."""
-    for value, works in ((1.0, False), (0.0, True)):
+    for others, works in ((1.0, False), (0.0, True)):
         params = params_of()
         with deferred_averages():
             optimizer = ShardedASGD(params, lr=0.1)
             for step in range(2):
                 backward(params, step)
                 optimizer.step()
-            own = [p.detach().reshape(-1).clone() + value for p in params]
+            own = [p.detach().reshape(-1).clone() for p in params]
+            own[1] += others
             for param, tensor in zip(params, own, strict=True):
                 optimizer.state[param]["ax"] = tensor
             if works:
                 optimizer.step()
                 assert not any(optimizer.state[p]["ax"] is tensor for p, tensor in zip(params, own, strict=True))
             else:
-                with pytest.raises(RuntimeError, match=r"state of parameter .* was replaced: ax"):
+                with pytest.raises(RuntimeError, match=r"state of parameter .*\[1\] was replaced: ax"):
                     optimizer.step()
 
 

@@ -245,7 +245,7 @@ def begins_after_skips(device: torch.device) -> None:
             # A later t0 makes mu 1 again in the first step that is not skipped.
             skips = step in (3, 4, 5, 11)
             if step == 11:
-                optimizer.param_groups[0]["t0"] = oracle.param_groups[0]["t0"] = 10
+                optimizer.param_groups[0]["t0"] = oracle.param_groups[0]["t0"] = 100
             optimizer.found_inf = torch.tensor(float(skips), device=device)
             optimizer.grad_scale = torch.ones((), device=device)
             gradients(ours, step)
