@@ -193,14 +193,12 @@ class AverageMemory(ABC):
 
 
 def write_averages(buffers: Iterable[AverageMemory], shown: bool = False) -> None:
-    """Give averages memory and their values; ``shown``: for somebody who may keep them."""
+    """Give averages their values where parameters stand for them; ``shown``: for somebody who may keep them."""
     for buffer in buffers:
         if shown:
             buffer.show_average()
         else:
             buffer.write_average()
-            if not buffer.average_has_address:
-                buffer.reserve_average()
 
 
 def peek(entry: dict[Any, Any], key: str) -> Any:

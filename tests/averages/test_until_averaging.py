@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from dist_asgd import ShardedASGD, ShardedAverage, export_averaged, load_checkpoint, save_checkpoint
 from dist_asgd.storage import huge_pages
 from tests.harness.bits import assert_same_bits, same_bits
 from tests.harness.deferred import as_device, maybe_deferred
+from tests.harness.history import GroupSpec, History, ParamSpec, Step
 from tests.harness.meshes import Net, assert_same_state, set_gradients, sharded
 from tests.harness.ranks import run
+from tests.harness.subject import Setting, check_history
 
 SHAPES = [(40, 30), (7,), (33, 5), (64,)]
 # The updates before averaging in float32, in torch operators, and with 16-bit averages.
@@ -489,6 +493,43 @@ def test_dtensors_stand_for_their_averages(kind: str, deferred: bool) -> None:
         run("gloo", 2, as_device, of_dtensors, kind)
     else:
         run("gloo", 2, of_dtensors, kind)
+
+
+@everywhere
+def test_dtensors_in_another_memory_order(deferred: bool) -> None:
+    """What has no memory has no order either: full state is read where the parameters stand for it."""
+    history = History((GroupSpec((ParamSpec((65, 3), layout="transposed"), ParamSpec(()))),), (Step(), Step()))
+    job = (history, Setting(1, "forloop", 0.001, placement="shard"))
+    if deferred:
+        run("gloo", 2, as_device, check_history, *job)
+    else:
+        run("gloo", 2, check_history, *job)
+
+
+def loads_in_order(_rank: int, world_size: int, path: Path) -> None:
+    """Job: load averages of DTensors whose memory is in another order than their elements."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    saved: list[Tensor] = []
+    for seed in (0, 1):
+        values = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed)).t()
+        model = Listed([nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))])
+        assert not model.params[0].is_contiguous()
+        optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=0)
+        if seed == 0:
+            for _ in range(4):
+                torch.autograd.backward(model.params[0].square().sum())
+                optimizer.step()
+                optimizer.zero_grad()
+            save_checkpoint(path / "saved", model, optimizer, step=4)
+        else:
+            load_checkpoint(path / "saved", model, optimizer)
+        saved.append(optimizer.consolidated_state_dict(to=None)["state"][0]["ax"])
+    assert_same_bits(saved[1], saved[0], "ax")
+
+
+def test_a_load_into_averages_without_memory(tmp_path: Path) -> None:
+    """Their placeholder has no order, and the load has that of the parameter."""
+    run("gloo", 2, as_device, loads_in_order, tmp_path)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------
