@@ -225,6 +225,8 @@ def has_no_averages_before(device: torch.device) -> None:
         oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
         for step in range(1, 8):
             (bucket,) = optimizer.shards.buckets
+            # Whoever asks for a number gets no tensor that could be written.
+            assert optimizer.averaged_steps() == max(0, step - 2 - OPTIONS["t0"])
             assert bucket.average_has_address == (step > OPTIONS["t0"] + 2), step
             for params, opt in ((ours, optimizer), (theirs, oracle)):
                 gradients(params, step)
