@@ -18,7 +18,7 @@ from .means import mean_batches
 from .operators import GradientRange, OperatorBatch, Tile, tile_numel
 from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 from .segments import KernelDtypes, Segment, SegmentGradients
-from .stand import COUNTING, Stand
+from .stand import COUNTING, Known, Stand
 
 # A longer fragment is a tile of its own, which reads its gradient in place; a shorter one is copied to the tile's
 # scratch, which is cheaper than a set of operators of its own.
@@ -56,8 +56,9 @@ class Plans:
         if self._stands is None or self._stands[0] != active:
             stands = [Stand.of(buffer, self._cohorts.by_index, active) for buffer in buffers]
             self._stands = (active, [stand for stand in stands if stand.cohorts])
+        known: Known = {}
         for stand in self._stands[1]:
-            stand.decide(hypers[stand.buffer.group_index])
+            stand.decide(hypers[stand.buffer.group_index], known)
 
     def of_step(
         self, buffers: Sequence[StateBuffer], active: frozenset[int], hypers: Sequence[StepHyperparameters]
@@ -84,7 +85,7 @@ class Plans:
         decides = self._stand_of.get(id(buffer))
         if decides is None or decides[0] != active:
             decides = self._stand_of[id(buffer)] = (active, Stand.of(buffer, self._cohorts.by_index, active))
-        decides[1].decide(hypers[buffer.group_index])
+        decides[1].decide(hypers[buffer.group_index], {})
         gradient = buffer.reduced_gradient()
         place = None if gradient is None else gradient.data_ptr()
         key = (active, _planned(hypers[buffer.group_index]), place)

@@ -20,6 +20,8 @@ COUNTING = (Implementation.LERP, Implementation.MEAN)
 
 Hypers = Sequence[StepHyperparameters]
 HasGradient = Callable[[ShardedParam], bool]
+# Whether a step of a cohort writes averages that could be copies, in one step.
+Known = dict[Cohort, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,13 @@ class Stand:
         cohorts = tuple({id(cohort_of[index]): cohort_of[index] for index in stepping}.values())
         return cls(buffer, cohorts, len(stepping) == len(buffer.members))
 
-    def decide(self, hyper: StepHyperparameters) -> None:
+    def decide(self, hyper: StepHyperparameters, known: Known) -> None:
         """Let the parameters stand for their averages in this step, or let it write averages that have their values.
 
         A step at whose end averaging begins writes them: parameters may be written before the next one.
         """
         buffer = self.buffer
-        is_written = any(_writes(buffer, cohort, hyper) for cohort in self.cohorts)
+        is_written = _writes(buffer, self.cohorts, hyper, known)
         if hyper.implementation not in COUNTING:
             is_written |= not (self.all_step or buffer.params_stand) or buffer.average_is_shown
             if not is_written:
@@ -57,11 +59,19 @@ class Stand:
             buffer.reserve_average()
 
 
-def _writes(buffer: StateBuffer, cohort: Cohort, hyper: StepHyperparameters) -> bool:
-    """Whether a step of ``cohort`` makes averages of ``buffer`` other than copies of the parameters, now or next."""
-    if hyper.implementation in COUNTING:
-        return hyper.average.counts(cohort.step.item() + 1, hyper.t0)
-    return not (hyper.implementation in COPYING and buffer.params_can_stand and cohort.only_copies(hyper))
+def _writes(buffer: StateBuffer, cohorts: Iterable[Cohort], hyper: StepHyperparameters, known: Known) -> bool:
+    """Whether a step of ``cohorts`` makes averages of ``buffer`` other than copies of the parameters, now or next.
+
+    What is found of a cohort, which many buffers share, is noted in ``known``.
+    """
+    counts = hyper.implementation in COUNTING
+    if not (counts or (hyper.implementation in COPYING and buffer.params_can_stand)):
+        return True
+    for cohort in cohorts:
+        if cohort not in known:
+            number = cohort.step.item() + 1 if counts else 0
+            known[cohort] = hyper.average.counts(number, hyper.t0) if counts else not cohort.only_copies(hyper)
+    return any(known[cohort] for cohort in cohorts)
 
 
 def about_to_write(
@@ -72,7 +82,7 @@ def about_to_write(
     Called before ranks agree on which parameters step: those do that have a gradient on this rank, and perhaps others;
     without ``has_gradient``, which says it, all may.
     """
-    in_group: dict[tuple[int, bool], bool] = {}
+    known: Known = {}
     found = []
     for buffer in buffers:
         hyper, missing = hypers[buffer.group_index], 0
@@ -82,11 +92,8 @@ def about_to_write(
         if is_idle and not buffer.defers_average:
             continue
         # In most steps no cohort of the group writes, and nobody has to look at its parameters.
-        key = (buffer.group_index, buffer.params_can_stand)
-        if key not in in_group:
-            in_group[key] = any(_writes(buffer, cohort, hyper) for cohort in cohorts.of_group(buffer.group_index))
-        is_written = in_group[key] and any(
-            _writes(buffer, cohort, hyper) for cohort in {cohorts.by_index[m.index] for m in buffer.members}
+        is_written = _writes(buffer, cohorts.of_group(buffer.group_index), hyper, known) and _writes(
+            buffer, {cohorts.by_index[member.index] for member in buffer.members}, hyper, known
         )
         # If one does not step, its average is no copy of it. Other ranks may have the gradients that are missing here.
         if is_written or (missing and not is_idle and buffer.defers_average):
