@@ -307,6 +307,23 @@ def test_replaced_averages_are_noticed() -> None:
                     optimizer.step()
 
 
+def test_new_memory_is_followed() -> None:
+    """A tensor that somebody has got, and moved elsewhere, is brought back as any other."""
+    params = params_of()
+    with deferred_averages():
+        optimizer = ShardedASGD(params, lr=0.1)
+        for step in range(2):
+            backward(params, step)
+            optimizer.step()
+        ax = optimizer.state[params[1]]["ax"]
+        ax.data = ax.clone()
+        for step in range(2):
+            backward(params, step)
+            optimizer.step()
+            assert optimizer.state[params[1]]["ax"] is ax
+            assert_same_bits(ax, params[1].detach(), "ax")
+
+
 def test_an_entry_outlives_its_place_in_the_state() -> None:
     """Whoever has kept an entry of an optimizer that has built its shards anew, or is deleted, reads what was there."""
     for deletes in (False, True):
