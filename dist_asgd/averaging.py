@@ -25,7 +25,7 @@ from .comm.reports import CollectiveCall
 from .gather import Gatherer
 from .labels import Label, labelled
 from .state import ParamShards
-from .storage.average import AverageMemory
+from .storage.average import AverageMemory, peek
 from .storage.buffers import BucketParam, ShardedParam, StateBuffer
 from .storage.snapshots import mark_written
 from .update.operators import Updater
@@ -368,7 +368,7 @@ def average_from_now(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) ->
     for group in groups:
         # Frozen parameters have no entry; torch's own state is a dict that would make one.
         entries = [state.get(param, {}) for param in group["params"]]
-        group["t0"] = max((entry["step"].item() for entry in entries if "step" in entry), default=0.0)
+        group["t0"] = max((peek(entry, "step").item() for entry in entries if "step" in entry), default=0.0)
 
 
 def num_averaged(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) -> int:
@@ -376,7 +376,8 @@ def num_averaged(groups: Sequence[dict[str, Any]], state: dict[Any, Any]) -> int
     found = [0]
     for group in groups:
         # Parameters of one cohort share the tensor.
-        steps = {id(e["step"]): e["step"] for param in group["params"] if "step" in (e := state.get(param, {}))}
+        entries = [entry for param in group["params"] if "step" in (entry := state.get(param, {}))]
+        steps = {id(step): step for step in (peek(entry, "step") for entry in entries)}
         schedule = AverageSchedule(group.get(AVERAGE_KEY))
         found += [schedule.num_iterates(step.item(), group["t0"]) for step in steps.values()]
     return max(found)

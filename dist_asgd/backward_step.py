@@ -117,9 +117,11 @@ class BackwardStep:
             shards.check_whole()
             self._hyperparameters.check(groups, shards.devices_of)
             fingerprint = self._hyperparameters.fingerprint(groups, False)
+            hypers = step_hyperparameters(groups, shards.leads)
+            # Which parameters will have a gradient is not known yet.
+            shards.make_room(lambda: hypers)
         except Exception as error:
             return True, NO_FINGERPRINT, error
-        hypers = step_hyperparameters(groups, shards.leads)
         any_is_fresh = shards.cohorts.preview(hypers)
         self._begun = _Begun(self._context(hypers), any_is_fresh)
         return True, fingerprint, None

@@ -26,7 +26,7 @@ from .gradients.loss_scaling import ScalerInfo
 from .joining import JoinableOptimizer, method_of_torch, share_step
 from .sharded_state import ShardedState
 from .stats import StepCounts, stats
-from .step_context import begin_update
+from .step_context import begin_update, check_capture
 from .storage.layout import min_buckets
 from .storage.precision import Precision
 from .update import differentiable
@@ -197,8 +197,8 @@ class ShardedASGD(ShardedState, JoinableOptimizer):
         self.adopt_params()
         self._state_dicts.consolidated = None
         if self.shards.on_cuda:
-            self.shards.check_capture(self.param_groups)
-        problem = self._problem(ends_step=True) or (None if scaler is None else scaler.problem(self._stage))
+            check_capture(self.param_groups)
+        problem = self._step_problem(by_gradients=True) or (None if scaler is None else scaler.problem(self._stage))
         if self._backward_step is not None:
             problem = problem or self._backward_step.problem(by_scaler=scaler is not None)
         hypers = self._hyperparameters

@@ -206,6 +206,9 @@ class ParamRegistry:
             kept = {param: dict(self._state[param]) for param in params_of(groups) if self._state.get(param)}
             loaded = self._parse(groups, kept)
             self._gradients.clear(set_to_none=True)
+            for buffer in self._shards.state_buffers:
+                # Whoever has kept an entry still reads its average there.
+                buffer.belong_to(None)
             self._shards.clear()
             self._gatherer.forget_layouts()
             self.add_groups(groups, 0)

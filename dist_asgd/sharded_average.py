@@ -159,14 +159,15 @@ class ShardedAverage(ShardedState):
         """
         self._adopt_params()
         self.averages.refuse_swapped("update()", (param for group in self.param_groups for param in group["params"]))
-        problem = self._problem()
+        problem = self._step_problem(by_gradients=False)
         if problem is not None:
             raise problem
         active = self._active
         if active is None or len(active) != len(self.shards.held):
             active = self._active = frozenset(member.index for member in self.shards.held)
-        hypers = [StepHyperparameters.of(group, _implementation(group)) for group in self.param_groups]
+        hypers = self._step_hyperparameters()
         self.shards.prepare_step(active, hypers)
+        self.shards.decide_writes(active, hypers)
         context = StepContext(self._updater, hypers, array("d"), {}, UNSCALED, UNSCALED, NO_GRADIENTS, None)
         self.shards.torn_by = "update()"
         for _, batches in self.shards.plan(active, hypers):
@@ -175,6 +176,9 @@ class ShardedAverage(ShardedState):
         self.shards.cohorts.end_step(active, hypers)
         self._state_dicts.consolidated = None
         self.shards.torn_by = None
+
+    def _step_hyperparameters(self) -> list[StepHyperparameters]:
+        return [StepHyperparameters.of(group, _implementation(group)) for group in self.param_groups]
 
     def _compared(self) -> list[tuple[str, object]]:
         """What must be equal on all ranks for their shards to be one average; collective calls compare it."""

@@ -37,6 +37,7 @@ from .storage.precision import Precision
 from .update import differentiable
 from .update.offload import Offload
 from .update.operators import Updater
+from .update.schedule import StepHyperparameters, step_hyperparameters
 from .validation import check_new_group, params_of
 
 
@@ -186,6 +187,26 @@ class ShardedState(torch.optim.Optimizer):
         except Exception as error:
             return error
         return None
+
+    def _step_problem(self, by_gradients: bool) -> Exception | None:
+        """What is wrong on this rank with a step that begins; lack of memory for averages that it writes is, too.
+
+        With ``by_gradients`` the parameters step that have a gradient on some rank, else all.
+        """
+        # No variable of this frame holds a problem, whose traceback would refer to the frame.
+        return self._problem(ends_step=True) or self._room_problem(by_gradients)
+
+    def _room_problem(self, by_gradients: bool) -> Exception | None:
+        try:
+            has_gradient = self.gradients.has_gradient if by_gradients else None
+            self.shards.make_room(self._step_hyperparameters, has_gradient)
+        except Exception as error:
+            return error
+        return None
+
+    def _step_hyperparameters(self) -> list[StepHyperparameters]:
+        """What a step of now updates with, by group."""
+        return step_hyperparameters(self.param_groups, self.shards.leads)
 
     def _check_whole(self, ends_step: bool) -> None:
         """Raise RuntimeError if a call was interrupted while it wrote; ``ends_step``: the caller is ``step()``."""

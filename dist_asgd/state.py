@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
@@ -14,20 +14,22 @@ from torch import Tensor
 
 from .comm import Communicators
 from .interruption import LOAD_CHECKPOINT, torn_problem
-from .placements.copies import is_copy_of
-from .placements.dtensor import plain_tensor
+from .placements.copies import put_back
 from .placements.presharded import FSDP1Param, PreshardedState, is_presharded
 from .placements.presharded_buffers import build_presharded
+from .placements.shown_averages import ShownAverages
+from .storage import room
 from .storage.average import StateEntry
 from .storage.bucketing import build_buckets, reduce_order
 from .storage.buffers import Bucket, ShardedParam, StateBuffer
 from .storage.frozen import FrozenBuffer, FrozenParam, any_trained, is_held
 from .storage.layout import bucket_cap_bytes
 from .storage.precision import Precision
-from .storage.snapshots import PublishedAverages, PublishedState, TensorSnapshot, are_same
+from .storage.snapshots import PublishedState, TensorSnapshot, are_same
 from .update.batch import Batch
 from .update.plan import Plan, Plans
 from .update.schedule import Cohort, Cohorts, StepHyperparameters
+from .update.stand import HasGradient, Hypers, about_to_write
 from .validation import check_apart, named_params
 
 _LOG = logging.getLogger(__name__)
@@ -115,11 +117,9 @@ class ParamShards:
         self._last_written: tuple[frozenset[int], list[Tensor]] = (frozenset(), [])
         # Where bucket parameters lay when they were moved there, one snapshot for each call of add_groups.
         self._snapshots: list[TensorSnapshot] = []
-        # ax of each held parameter as ``state`` has it, by index; and all published entries.
-        self._averages: dict[int, Tensor] = {}
+        # ax of each held parameter as ``state`` has it, and all published entries.
+        self._shown = ShownAverages()
         self._published: PublishedState | None = None
-        # With the members whose averages these are, in their order.
-        self._shown: list[tuple[PublishedAverages, list[ShardedParam]]] = []
         self.on_cuda = False
 
     def add_groups(self, groups: Sequence[tuple[NamedParams, float | Tensor]]) -> None:
@@ -179,7 +179,7 @@ class ParamShards:
         self.leads = [leads.get(index) for index in range(len(self._group_sizes))]
         first_indices = [sum(self._group_sizes[:i]) for i in range(len(self._group_sizes))]
         self.buckets = reduce_order(self.buckets, self._group_sizes, first_indices)
-        self._publish([member for member in self.held if member.index not in known])
+        self._publish([buffer for buffer in self.state_buffers if buffer.members[0].index not in known])
 
     def _hold(self, indexed: Sequence[NamedParam], group_index: int, cap_bytes: int) -> None:
         stays = [not self._moves_params or is_presharded(param) for _, _, param in indexed]
@@ -220,8 +220,7 @@ class ParamShards:
     def replace_cohorts(self, cohorts: Sequence[Cohort]) -> None:
         """Take the scalars of a loaded state dict, and publish averages, which may have moved to wider buffers."""
         self.cohorts.replace(cohorts)
-        self._shown = []
-        self._publish(self.held)
+        self._publish(self.state_buffers)
 
     def rename(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take the names of ``groups``, which a load may have replaced, for errors and for later changes of groups."""
@@ -229,16 +228,33 @@ class ParamShards:
         for member, name in zip(self.members, names, strict=True):
             member.name = name
 
-    def _publish(self, members: list[ShardedParam]) -> None:
-        """Publish the state of ``members``, whose averages are new or have moved; the tensors of others stay."""
+    def _publish(self, buffers: Sequence[StateBuffer]) -> None:
+        """Publish the state in ``buffers``, whose averages are new or have moved; the tensors of others stay."""
         self._forget_plans()
         self.on_cuda = any(buffer.device.type == "cuda" for buffer in self.state_buffers)
-        averages = {member.index: member.state_entry(member.average) for member in members}
-        self._averages.update(averages)
-        self._shown.append((PublishedAverages([plain_tensor(average) for average in averages.values()]), members))
-        for member in members:
+        for buffer in buffers:
+            buffer.belong_to(self)
+            self._shown.show(buffer)
+        # In registration order, which is that of the entries in ``state``.
+        for member in sorted((m for buffer in buffers for m in buffer.members), key=lambda member: member.index):
             own = own_entries(self._state.get(member.param, {}))
-            self._state[member.param] = StateEntry({**self._entries(member), **own}, member.bucket)
+            self._state[member.param] = StateEntry({**self._entries(member), **own}, member.bucket, member)
+
+    def on_average_moved(self, buffer: StateBuffer) -> None:
+        """See ``StateOwner``."""
+        self._forget_plans()
+        for member, before in zip(buffer.members, self._shown.show(buffer), strict=True):
+            # What somebody has put there instead is noticed by the next step.
+            if isinstance(entry := self._state.get(member.param), dict) and dict.get(entry, "ax") is before:
+                entry["ax"] = self._shown.by_index[member.index]
+
+    def published_average(self, index: int) -> Tensor:
+        """See ``StateOwner``."""
+        return self._shown.by_index[index]
+
+    def on_scalars_shown(self, index: int) -> None:
+        """See ``StateOwner``."""
+        self.cohort_of[index].note_shown()
 
     def _forget_plans(self) -> None:
         """Forget plans and published entries, because scalars or averages have become others."""
@@ -254,7 +270,7 @@ class ParamShards:
 
     def _entries(self, member: ShardedParam) -> dict[str, Tensor]:
         cohort = self.cohort_of[member.index]
-        return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._averages[member.index]}
+        return {"step": cohort.step, "eta": cohort.eta, "mu": cohort.mu, "ax": self._shown.by_index[member.index]}
 
     def check_unchanged(self, state: object) -> None:
         """Raise RuntimeError if a parameter or its state on this rank is not what the shards were built for.
@@ -276,7 +292,10 @@ class ParamShards:
         if self._published is None:
             self._published = PublishedState(KEYS, {member.param: self._entries(member) for member in self.held})
         if not self._published.matches(self._state):
-            self._raise_replaced()
+            # Trainers move and copy state. Steps go on with the own tensors: a copy is of no effect afterwards.
+            for member in self.held:
+                entry, entries = self._state.get(member.param, {}), partial(self._entries, member)
+                put_back(entry, entries, member.bucket.show_average, member.name)
         self.follow_state()
 
     def follow_presharded(self) -> None:
@@ -293,8 +312,7 @@ class ParamShards:
         """
         if self.torn_by is None:
             self.cohorts.follow(lambda index: self.members[index].name)
-            for shown, members in self._shown:
-                shown.follow(partial(_name_at, members))
+            self._shown.follow()
 
     def _follow_rebound(self) -> None:
         """Copy the values of parameters that were rebound to their slots; RuntimeError if one cannot be followed."""
@@ -368,34 +386,6 @@ class ParamShards:
         yield
         self.torn_by = torn_by
 
-    def _raise_replaced(self) -> None:
-        """Put the own tensors back where equal copies replaced them; RuntimeError if other values did.
-
-        Trainers move and copy state. Steps go on with the own tensors, so that a copy is of no effect afterwards.
-        """
-        for member in self.held:
-            own, published = self._state.get(member.param, {}), self._entries(member)
-            for key, value in published.items():
-                if own.get(key) is value:
-                    continue
-                if not is_copy_of(own.get(key), value):
-                    raise RuntimeError(
-                        f"dist_asgd: the state of parameter {member.name} was replaced: {key} is another tensor, and "
-                        f"not a copy with the same values. Change it in place, or through load_state_dict()."
-                    )
-                own[key] = value
-
-    def check_capture(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Raise RuntimeError if a CUDA graph is being captured that would repeat one step's host scalars for ever."""
-        if not torch.cuda.is_current_stream_capturing():
-            return
-        for index, group in enumerate(groups):
-            if not group["capturable"]:
-                raise RuntimeError(
-                    f"dist_asgd: step() in a CUDA graph, but param_groups[{index}] has capturable=False. Pass "
-                    f"capturable=True and fused=True to the constructor."
-                )
-
     # --- what a step updates --------------------------------------------------------------------------------
 
     def begin_update(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
@@ -404,6 +394,7 @@ class ParamShards:
         Publishes scalars that became other tensors.
         """
         self.prepare_step(active, hypers)
+        self.decide_writes(active, hypers)
         if self._last_written[0] is not active:
             self._last_written = (active, [self.members[index].param for index in active])
         # Before the flat memory under them is written, of which autograd sees nothing.
@@ -413,6 +404,19 @@ class ParamShards:
         """Let cohorts get ready for a step of the ``active`` parameters, which this does not say are written."""
         for indices in self.cohorts.begin_step(active, hypers):
             self._publish_scalars(indices)
+
+    def make_room(self, hypers: Callable[[], Hypers], has_gradient: HasGradient | None = None) -> None:
+        """Find memory for the averages that a step may write, see ``about_to_write``; RuntimeError if there is none.
+
+        Called before ranks agree on the step, and before anything is changed. Most steps need none.
+        """
+        buffers: Sequence[StateBuffer] = [buffer for buffer in self.state_buffers if not buffer.average_is_reserved]
+        if buffers and (buffers := about_to_write(buffers, self.cohorts, hypers(), has_gradient)):
+            room.make_room(buffers, self._communicators.ranks_on_host)
+
+    def decide_writes(self, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> None:
+        """Decide which averages the step of the ``active`` parameters writes, before their scalars advance."""
+        self._plans.decide_writes(self.state_buffers, active, hypers)
 
     def are_in_place(self) -> bool:
         """Whether all bucket parameters lie where they were moved, and ranks know all that were rebound."""
@@ -425,7 +429,3 @@ class ParamShards:
     def plan_of(self, bucket: Bucket, active: frozenset[int], hypers: Sequence[StepHyperparameters]) -> Sequence[Batch]:
         """The batches that update the ``active`` parameters of one bucket from where its gradient shard lies now."""
         return self._plans.of_buffer(bucket, self.state_buffers, active, hypers)
-
-
-def _name_at(members: Sequence[ShardedParam], position: int) -> str:
-    return members[position].name

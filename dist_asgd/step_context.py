@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from .gradients.base import Gradients
 from .gradients.loss_scaling import ScalerInfo, factors_of_step
@@ -10,6 +13,18 @@ from .state import ParamShards
 from .update.batch import StepContext
 from .update.operators import Updater
 from .update.schedule import step_hyperparameters
+
+
+def check_capture(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured that would repeat one step's host scalars for ever."""
+    if not torch.cuda.is_current_stream_capturing():
+        return
+    for index, group in enumerate(groups):
+        if not group["capturable"]:
+            raise RuntimeError(
+                f"dist_asgd: step() in a CUDA graph, but param_groups[{index}] has capturable=False. Pass "
+                f"capturable=True and fused=True to the constructor."
+            )
 
 
 def begin_update(

@@ -216,6 +216,11 @@ class Communicator(ShardCollectives):
 
     ranks: Sequence[int]
 
+    @property
+    def ranks_on_host(self) -> int:
+        """How many of the ranks lie on this one's host, itself included; 1 if that is not known."""
+        return 1
+
     @abstractmethod
     def all_reduce(self, values: Tensor, tag: int) -> Wait:
         """Start ``values = mean over ranks`` in place; ``values`` is 1-D, and all ranks get the same bits.

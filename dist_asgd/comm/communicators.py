@@ -335,6 +335,11 @@ class Communicators:
         """The ranks of the optimizer, as ranks of the default group."""
         return list(self._axes.everyone)
 
+    @property
+    def ranks_on_host(self) -> int:
+        """How many ranks of this host are known to be among the optimizer's, this one included."""
+        return max((one.ranks_on_host for one in (self._host, *self._among.values()) if one is not None), default=1)
+
     def scratch_bytes(self) -> int:
         """Return the bytes of all buffers that communicators keep between steps, over all devices."""
         hybrids = [collectives for collectives in self._on.values() if isinstance(collectives, Hybrid)]

@@ -280,6 +280,10 @@ class Gloo(GroupCommunicator):
         roll = Roll(self._group.store, f"{self._roll_prefix}/{self._num_summaries}", self.rank, self.world_size)
         return PendingSummary(summary.wait, summary.poll, roll)
 
+    @property
+    def ranks_on_host(self) -> int:
+        return 1 if self._board is None else self.world_size
+
     def use_board(self, board: Board) -> None:
         """Combine control words on ``board`` from now on. All ranks do so between the same two exchanges."""
         self._board = board

@@ -93,6 +93,10 @@ class Hierarchy(ControlByMessages):
         self._packing: dict[int, Message] = {}
 
     @property
+    def ranks_on_host(self) -> int:
+        return self._grid.ranks_per_host
+
+    @property
     def reads_rows(self) -> bool:
         return True
 

@@ -118,6 +118,10 @@ class SharedMemory(ControlByMessages):
         self._peers = [rank for rank in range(self.world_size) if rank != self.rank]
 
     @property
+    def ranks_on_host(self) -> int:
+        return self.world_size
+
+    @property
     def reads_rows(self) -> bool:
         return True
 

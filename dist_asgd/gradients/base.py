@@ -103,6 +103,10 @@ class Gradients(ABC):
     def active(self, reports: RankReports) -> frozenset[int]:
         """The parameters that step, the same set on all ranks. ``reports`` is what ``agree`` returned."""
 
+    def has_gradient(self, member: ShardedParam) -> bool:
+        """Whether this rank has a gradient of ``member`` for the next step; others may have one. No communication."""
+        return member.param.grad is not None
+
     @abstractmethod
     def wait_for(self, buffer: StateBuffer) -> None:
         """Wait until the gradient of ``buffer`` is reduced; called just before the update reads it."""

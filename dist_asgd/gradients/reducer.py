@@ -211,6 +211,11 @@ class Reducer(Gradients):
                 return None
         return gradient
 
+    def has_gradient(self, member: ShardedParam) -> bool:
+        # Once a round is sent, ``p.grad`` says nothing until ranks have agreed.
+        given = member.param.grad if not isinstance(member, BucketParam) else self.published.unsent(member)
+        return given is not None or bool(self._reduced_mask >> member.index & 1)
+
     # --- before a collective call ---------------------------------------------------------------------------
 
     def agree(

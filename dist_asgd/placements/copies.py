@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,3 +38,26 @@ def _local(tensor: Tensor) -> Tensor:
 def _bits(tensor: Tensor) -> Tensor:
     # NaN is not equal to itself, and -0.0 is equal to 0.0.
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def put_back(entry: Any, entries: Callable[[], Mapping[str, Tensor]], show: Callable[[], None], name: str) -> None:
+    """Put the published tensors of an entry of ``optimizer.state`` back where copies have replaced them.
+
+    ``entries`` returns what is published, and ``show`` makes the average among it one with values. RuntimeError, which
+    names the parameter, if other values have replaced a tensor.
+    """
+    before = entries()
+    # Past the methods of the entry, which would take this for a user who reads the average.
+    found = {key: dict.get(entry, key) if isinstance(entry, dict) else entry.get(key) for key in before}
+    if all(found[key] is value for key, value in before.items()):
+        return
+    show()
+    for key, value in entries().items():
+        if found[key] is before[key]:
+            continue
+        if not is_copy_of(found[key], value):
+            raise RuntimeError(
+                f"dist_asgd: the state of parameter {name} was replaced: {key} is another tensor, and not a copy with "
+                f"the same values. Change it in place, or through load_state_dict()."
+            )
+        entry[key] = value

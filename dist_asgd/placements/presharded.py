@@ -26,7 +26,7 @@ from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.layout import Slot, lay_out
 from ..storage.memory_order import flattened, memory_strides, same_strides
 from ..storage.precision import Precision
-from ..storage.published import own_storage
+from ..storage.published import as_strided, own_storage
 from ..storage.snapshots import TensorSnapshot
 from . import dtensor, fsdp1
 from .replicas import ReplicaGroup, ReplicaSharding
@@ -205,7 +205,7 @@ class DTensorParam(PreshardedParam):
         local = own_storage(fragment)
         replicas = self.bucket.replicas
         if replicas is None or not self.param.numel():
-            return dtensor.dtensor_like(self.param, local.as_strided(self._shape, self.strides))
+            return dtensor.dtensor_like(self.param, as_strided(local, self._shape, self.strides))
         from .shard_dtensor import fragment_of_dtensor
 
         sharding = ReplicaSharding(replicas, self.bucket.layout, self.slot)
@@ -269,7 +269,7 @@ class FSDP1Param(PreshardedParam):
         return flattened(whole, self.strides)
 
     def state_entry(self, fragment: Tensor) -> Tensor:
-        return own_storage(fragment).as_strided(self._shape, self.strides)
+        return as_strided(own_storage(fragment), self._shape, self.strides)
 
     @property
     def norm_owner(self) -> int:
@@ -340,13 +340,14 @@ class PreshardedState(StateBuffer):
         ]
         # The local tensor of a plain parameter is itself: no other object takes its place.
         self._has_same_objects = all(isinstance(member, PlainParam) for member in self.members)
+        self._has_dtensors_only = all(isinstance(member, DTensorParam) for member in self.members)
         self._follow_all(self._read_locals())
         self.reset_masters()
 
     @property
     def params_can_stand(self) -> bool:
         # FSDP1 frees and moves its memory between steps.
-        return super().params_can_stand and all(isinstance(member, DTensorParam) for member in self.members)
+        return super().params_can_stand and self._has_dtensors_only
 
     def follow(self) -> bool:
         """Look once at every local tensor, and follow those that lie elsewhere since the last call.

@@ -51,7 +51,8 @@ class _BufferBackup:
         self._buffer = buffer
         self._params_stand = buffer.params_stand
         self._average_dtype = buffer.average.dtype
-        self._average = None if buffer.params_stand else _on_host(buffer.average)
+        has_values = buffer.average_has_address and not buffer.params_stand
+        self._average = _on_host(buffer.average) if has_values else None
         self._master = None if buffer.master is None else _on_host(buffer.master)
         self._pairs = [(live, _on_host(live)) for live in _params_in(buffer, whole) if with_params]
 
@@ -61,12 +62,13 @@ class _BufferBackup:
         mark_written([member.param for member in buffer.members])
         for live, copy in self._pairs:
             live.copy_(copy)
-        if buffer.average.dtype != self._average_dtype:
-            # The load has made a wider one.
-            buffer.average = buffer.new_average(self._average_dtype)
-        buffer.params_stand = self._params_stand
-        if self._average is not None:
+        if self._average is None:
+            buffer.forget_average(self._average_dtype)
+        else:
+            # The load may have made a wider one.
+            buffer.overwrite_average(self._average_dtype)
             buffer.average.copy_(self._average)
+        buffer.params_stand = self._params_stand
         if buffer.master is not None and self._master is not None:
             buffer.master.copy_(self._master)
 

@@ -415,9 +415,7 @@ def load_shards(loaded: ParsedStateDict, buffers: Sequence[StateBuffer]) -> list
             widest[key] = torch.promote_types(widest.get(key, buffer.average_dtype), own)
     for buffer in buffers:
         dtype = widest[buffer.group_index, buffer.param_dtype]
-        if buffer.average.dtype != dtype:
-            buffer.average = buffer.new_average(dtype)
-        buffer.params_stand = False
+        buffer.overwrite_average(dtype)
         for member in buffer.members:
             entry = loaded.entries.get(member.index)
             average = buffer.average[member.fragment.start : member.fragment.stop]

@@ -20,7 +20,7 @@ from ..placements.replicas import ReplicaGroup, ReplicaSharding
 from ..placements.shard_tensor import ShardTensor
 from ..state import ParamShards
 from ..storage.buffers import ShardedParam
-from ..storage.published import own_storage
+from ..storage.published import as_strided, own_storage
 from ..update.schedule import Cohort
 from ..update.weights import AverageRule
 
@@ -174,7 +174,7 @@ class _EntryTensors:
         fragment = own_storage(fragment)
         communicators, shape, strides = self._communicators, member.param.shape, member.strides
         if communicators.num_shards == 1 or member.param.numel() == 0:
-            return fragment.as_strided(shape, strides)
+            return as_strided(fragment, shape, strides)
         shard = ShardTensor(fragment, shape, strides, member.fragment_start)
         if self._group is None:
             return shard

@@ -59,7 +59,8 @@ def whole_state(
     for batch in _bucket_batches(in_buckets, one_by_one, communicators):
         bucket = batch.bucket
         for key, shard in (bucket.state_shards() if masters else {"ax": bucket.average_values}).items():
-            flat = _gather_bucket(batch, shard, communicators, to, staging)
+            # As below: a placeholder has no memory to send.
+            flat = _gather_bucket(batch, shard.contiguous(), communicators, to, staging)
             if flat is None:
                 continue
             for param in batch.params:
@@ -68,13 +69,14 @@ def whole_state(
     dtensors = [param for param in params if isinstance(param, DTensorParam)]
     if not dtensors:
         return
-    averages = [param.state_entry(param.average) for param in dtensors]
+    # Averages that no step has written may be a placeholder, which has neither strides nor memory to send.
+    averages = [param.state_entry(param.average_values.contiguous()) for param in dtensors]
     assembly = _Assembly(averages, communicators, to, staging)
     for run in _runs(averages, one_by_one and not assembly.needs_collectives(averages[0].device)):
         # float32 masters are made for this call, so only those of one batch exist at a time.
         fragments = [dtensors[i].state_fragments() if masters else {"ax": dtensors[i].average_values} for i in run]
         for key in fragments[0]:
-            tensors = [dtensors[i].state_entry(own[key]) for i, own in zip(run, fragments, strict=True)]
+            tensors = [dtensors[i].state_entry(own[key].contiguous()) for i, own in zip(run, fragments, strict=True)]
             for i, whole in zip(run, assembly.gather(run, tensors), strict=False):  # no tensors on other ranks
                 yield dtensors[i], key, whole
 

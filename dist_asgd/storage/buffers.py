@@ -27,7 +27,7 @@ from .layout import BucketLayout, Fragment, Slot
 from .memory_order import flattened, memory_strides
 from .owners import Owners
 from .precision import Precision
-from .published import own_storage
+from .published import as_complex, own_storage
 from .send_layout import SendLayout
 
 
@@ -164,7 +164,7 @@ class ShardedParam(ABC):
         return self.average
 
     def _fragment_in(self, reals: Tensor) -> Tensor:
-        return torch.view_as_complex(reals.view(-1, 2)) if self.bucket.param_dtype.is_complex else reals
+        return as_complex(reals) if self.bucket.param_dtype.is_complex else reals
 
     @property
     def fragment_start(self) -> int:

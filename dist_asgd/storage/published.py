@@ -7,6 +7,8 @@ Nothing here communicates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
@@ -27,3 +29,24 @@ def own_storage(tensor: Tensor) -> Tensor:
         return tensor
     # DLPack normalises the strides of dimensions of size 1.
     return owner if owner.stride() == tensor.stride() else owner.as_strided(tensor.shape, tensor.stride())
+
+
+def placeholder(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor ``(numel,)`` of zeros that has memory for one: whoever writes it gets torch's error."""
+    return torch.zeros(1, dtype=dtype, device=device).expand(numel)
+
+
+def as_strided(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """View ``tensor``, ``(numel,)`` and dense or a part of a placeholder, in another shape."""
+    return tensor[0].expand(shape) if _is_placeholder(tensor) else tensor.as_strided(shape, strides)
+
+
+def as_complex(reals: Tensor) -> Tensor:
+    """View pairs of ``reals``, ``(numel,)`` and dense or a part of a placeholder, as complex numbers."""
+    if _is_placeholder(reals):
+        return torch.complex(reals[:1], reals[:1]).expand(reals.numel() // 2)
+    return torch.view_as_complex(reals.view(-1, 2))
+
+
+def _is_placeholder(tensor: Tensor) -> bool:
+    return tensor.stride() == (0,) and tensor.numel() > 0

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..storage.buffers import StateBuffer
 from . import backend
 from .batch import Batch, StepContext
-from .segments import UNSCALED, KernelDtypes, Segment, SegmentGradients
+from .segments import NO_AVERAGES, UNSCALED, KernelDtypes, Segment, SegmentGradients
 
 ABI = 5
 # As ``enum dtype`` of kernel.c.
@@ -168,7 +168,7 @@ class Launch:
         gradients = array("Q")
         for s in self._segments:
             param = _check(s.param, dtypes.param, s.numel, "parameters")
-            average = _check(s.average, dtypes.average, s.numel, "average")
+            average = 0 if s.average is None else _check(s.average, dtypes.average, s.numel, "average")
             if dtypes.master != (s.master is not None):
                 raise ValueError("dist_asgd: a CPU kernel got masters where it expected none, or none where it did.")
             master = 0 if s.master is None else _check(s.master, master_dtype, s.numel, "masters")
@@ -176,6 +176,7 @@ class Launch:
             table.extend((param, average, master, s.numel, s.row, s.lanes, s.first, s.key))
         numel = sum(s.numel for s in self._segments)
         self._table, self._gradients = table, gradients
+        self._has_averages = all(s.average is not None for s in self._segments)
         self._last_row = max((s.row for s in self._segments), default=-1)
         self._max_threads = max(1, numel // NUMEL_PER_THREAD)
         self._call = _Call(
@@ -209,13 +210,16 @@ class Launch:
             unwritten: averages are left alone where mu is 1.
 
         Raises:
-            ValueError: gradients or rows are too few, or a gradient's pointer is 0; nothing has changed.
+            ValueError: gradients or rows are too few, a gradient's pointer is 0, or averages have no memory that would
+                be written; nothing has changed.
         """
         if not self._segments:
             return
         own = self._gradients if gradients is None else gradients
         if own.itemsize != 8 or len(own) != len(self._segments) or len(rows) < 4 * (self._last_row + 1):
             raise ValueError(INCOMPLETE)
+        if not (unwritten or self._has_averages):
+            raise ValueError(NO_AVERAGES)
         call = self._call
         call.gradients = own.buffer_info()[0]
         call.rows = rows.buffer_info()[0]

@@ -8,7 +8,7 @@
         g  <- g + weight_decay * x    if weight_decay is not 0; fused
         x  <- x * c                   c = 1 - lambd * eta, in double precision
         x  <- x - eta * g             fused
-        ax <- ax + (x - ax) * mu      a copy of x while mu is 1: ax is not read
+        ax <- ax + (x - ax) * mu      a copy of x while mu is 1: ax is not read; left alone without AVERAGED
 
 The bits are those of ``torch.optim.ASGD(foreach=False)`` in float32 and float64; 16-bit parameters round after every
 operation, as torch's CUDA operators do. ``masters.py`` and ``rounding.py`` are the references for masters and for
@@ -35,12 +35,13 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from ..storage.buffers import StateBuffer
 from ..storage.masters import NAN_BITS
 from . import rounding
 from .addresses import ACCESS_BYTES, AddressColumn, to_device
 from .batch import Batch, StepContext
 from .schedule import scalar_dtype
-from .segments import KernelDtypes, Segment, SegmentGradients
+from .segments import NO_AVERAGES, KernelDtypes, Segment, SegmentGradients
 
 BLOCK_NUMEL = 4096
 NUM_WARPS = 8
@@ -137,6 +138,7 @@ def update_kernel(
     AVERAGE: tl.constexpr,
     MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    AVERAGED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     PARAM_ALIGNED: tl.constexpr,
@@ -159,14 +161,16 @@ def update_kernel(
     start = tl.load(blocks + tl.program_id(0) * 2 + 1).to(tl.int64) * BLOCK_NUMEL
     line = table + segment * _TABLE_COLUMNS
     param = _pointer(tl.load(line), start, tl.int16 if BITS else PARAM, PARAM_ALIGNED)
-    average = _pointer(tl.load(line + 1), start, AVERAGE, True)
+    if AVERAGED:
+        average = _pointer(tl.load(line + 1), start, AVERAGE, True)
     master = _pointer(tl.load(line + 2), start, tl.int16 if BITS else tl.float32, True)
     gradient = _pointer(tl.load(column + segment), start, GRADIENT, GRADIENT_ALIGNED)
     left = tl.load(line + 3) - start
     factors += tl.load(line + 4) * 4
     c = tl.load(factors).to(WIDE)
     negative_eta = tl.load(factors + 1).to(WIDE)
-    mu = tl.load(factors + 2)
+    if AVERAGED:
+        mu = tl.load(factors + 2)
     offsets = tl.arange(0, BLOCK_NUMEL)
 
     for full in tl.static_range(2):
@@ -176,8 +180,9 @@ def update_kernel(
             inside = offsets < numel
             x = tl.load(param + offsets, mask=inside, other=0)
             g = tl.load(gradient + offsets, mask=inside, other=0).to(WIDE)
-            read = offsets < tl.where(mu == 1.0, 0, numel)
-            ax = tl.load(average + offsets, mask=read, other=0).to(AVERAGE_WIDE)
+            if AVERAGED:
+                read = offsets < tl.where(mu == 1.0, 0, numel)
+                ax = tl.load(average + offsets, mask=read, other=0).to(AVERAGE_WIDE)
             if MASTER:
                 held = tl.load(master + offsets, mask=inside, other=0)
             if BITS:
@@ -222,9 +227,10 @@ def update_kernel(
                 if MASTER:
                     tl.store(master + offsets, x, mask=inside)
                 tl.store(param + offsets, x.to(PARAM), mask=inside)
-            x = x.to(AVERAGE_WIDE)
-            moved = _rounded(_rounded(x - ax, AVERAGE_EACH) * mu.to(AVERAGE_WIDE), AVERAGE_EACH)
-            tl.store(average + offsets, tl.where(mu == 1.0, x, ax + moved).to(AVERAGE), mask=inside)
+            if AVERAGED:
+                x = x.to(AVERAGE_WIDE)
+                moved = _rounded(_rounded(x - ax, AVERAGE_EACH) * mu.to(AVERAGE_WIDE), AVERAGE_EACH)
+                tl.store(average + offsets, tl.where(mu == 1.0, x, ax + moved).to(AVERAGE), mask=inside)
 
 
 def advance(scalars: Tensor, hyper: Tensor, factors: Tensor, found_inf: Tensor | None) -> None:
@@ -254,7 +260,8 @@ def _check(segment: Segment, position: int, dtypes: KernelDtypes) -> None:
     """ValueError unless a segment's tensors are as the kernel will read them, which gets addresses only."""
     master = (torch.int16 if dtypes.param == torch.bfloat16 else torch.float32) if dtypes.master else None
     gradient = None if segment.gradient is None else dtypes.gradient
-    wanted = {"param": dtypes.param, "average": dtypes.average, "master": master, "gradient": gradient}
+    average = None if segment.average is None else dtypes.average
+    wanted = {"param": dtypes.param, "average": average, "master": master, "gradient": gradient}
     for name, dtype in wanted.items():
         tensor: Tensor | None = getattr(segment, name)
         found = None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
@@ -309,6 +316,7 @@ class Launch:
         if len(given) not in (0, len(chosen)):
             raise ValueError(f"{len(given)} of {len(chosen)} segments have a gradient: give all of them, or none")
         self._given = given or None
+        self._has_averages = all(s.average is not None for s in self._segments)
         self._column = AddressColumn(range(len(chosen)) if given else chosen, len(given or segments), device)
         by_name = {"PARAM": dtypes.param, "GRADIENT": dtypes.gradient, "AVERAGE": dtypes.average}
         self._constants: dict[str, Any] = {
@@ -341,6 +349,7 @@ class Launch:
         unscale: Tensor | None = None,
         clip: Tensor | None = None,
         found_inf: Tensor | None = None,
+        unwritten: bool = False,
     ) -> None:
         """Update every segment: one launch, and an upload if gradients have other addresses; no synchronisation.
 
@@ -351,31 +360,37 @@ class Launch:
             unscale: (1,) float32; gradients are multiplied by it. None instead of 1.
             clip: (1,) float32 or float64; gradients are multiplied by it. None instead of 1.
             found_inf: (1,) float32; if it is nonzero nothing changes.
+            unwritten: averages are left alone, as mu is 1 in every row.
 
         Raises:
-            ValueError: gradients are given twice or not at all, or their number is wrong.
+            ValueError: gradients are given twice or not at all, their number is wrong, or averages have no memory that
+                would be written.
             RuntimeError: a CUDA graph is captured and memory for new addresses is used up.
         """
         if not self._segments:
             return
         if (gradients is None) == (self._given is None):
             raise ValueError("gradients: pass data pointers if the segments have none, and None if they have their own")
+        if not (unwritten or self._has_averages):
+            raise ValueError(NO_AVERAGES)
         column, aligned = self._column.of(list(gradients or self._given or ()))
         inputs = (self._blocks, self._table, column, factors, unscale, clip, found_inf)
         with _on(self.device):
-            update_kernel[(len(self._blocks),)](*inputs, GRADIENT_ALIGNED=aligned, **self._constants)
+            update_kernel[(len(self._blocks),)](
+                *inputs, GRADIENT_ALIGNED=aligned, AVERAGED=not unwritten, **self._constants
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class KernelBatch(Batch):
-    """Everything that steps in one state buffer, updated in one launch.
+    """Everything that steps in one state ``buffer``, updated in one launch.
 
     ``gradients`` is None if the segments have gradients of their own (stage 2).
     """
 
     launch: Launch
     gradients: SegmentGradients | None
-    group_index: int
+    buffer: StateBuffer
 
     def run(self, step: StepContext) -> None:
         if self.gradients is None:
@@ -388,4 +403,5 @@ class KernelBatch(Batch):
             None if factor is None else factor.to(self.launch.device).reshape(1)
             for factor in (scaling.unscale, scaling.clip)
         )
-        self.launch.run(pointers, step.factors[self.group_index], unscale, clip, step.found_inf)
+        factors = step.factors[self.buffer.group_index]
+        self.launch.run(pointers, factors, unscale, clip, step.found_inf, self.buffer.params_stand)

@@ -18,7 +18,7 @@ from .means import mean_batches
 from .operators import GradientRange, OperatorBatch, Tile, tile_numel
 from .schedule import Cohort, Cohorts, Implementation, StepHyperparameters
 from .segments import KernelDtypes, Segment, SegmentGradients
-from .stand import StandBatch, WriteBatch
+from .stand import COUNTING, Known, Stand
 
 # A longer fragment is a tile of its own, which reads its gradient in place; a shorter one is copied to the tile's
 # scratch, which is cheaper than a set of operators of its own.
@@ -36,11 +36,29 @@ class Plans:
         # Each with what it was made for; those of single state buffers by their ids.
         self._of_step: tuple[object, Plan] | None = None
         self._of_buffer: dict[int, tuple[object, Sequence[Batch]]] = {}
+        # What decides on averages, with the parameters that step: for all state buffers, and for single ones.
+        self._stands: tuple[frozenset[int], list[Stand]] | None = None
+        self._stand_of: dict[int, tuple[frozenset[int], Stand]] = {}
 
     def forget(self) -> None:
         """Forget all plans: scalars, averages or local tensors have become others, or have moved."""
-        self._of_step = None
+        self._of_step = self._stands = None
         self._of_buffer.clear()
+        self._stand_of.clear()
+
+    def decide_writes(
+        self, buffers: Sequence[StateBuffer], active: frozenset[int], hypers: Sequence[StepHyperparameters]
+    ) -> None:
+        """Decide which averages a step of the ``active`` parameters writes; those may move, which makes plans void.
+
+        Called before the scalars of the step advance, and before it is planned.
+        """
+        if self._stands is None or self._stands[0] != active:
+            stands = [Stand.of(buffer, self._cohorts.by_index, active) for buffer in buffers]
+            self._stands = (active, [stand for stand in stands if stand.cohorts])
+        known: Known = {}
+        for stand in self._stands[1]:
+            stand.decide(hypers[stand.buffer.group_index], known)
 
     def of_step(
         self, buffers: Sequence[StateBuffer], active: frozenset[int], hypers: Sequence[StepHyperparameters]
@@ -64,6 +82,10 @@ class Plans:
         hypers: Sequence[StepHyperparameters],
     ) -> Sequence[Batch]:
         """The batches that update the ``active`` parameters of ``buffer`` from where its gradient shard lies now."""
+        decides = self._stand_of.get(id(buffer))
+        if decides is None or decides[0] != active:
+            decides = self._stand_of[id(buffer)] = (active, Stand.of(buffer, self._cohorts.by_index, active))
+        decides[1].decide(hypers[buffer.group_index], {})
         gradient = buffer.reduced_gradient()
         place = None if gradient is None else gradient.data_ptr()
         key = (active, _planned(hypers[buffer.group_index]), place)
@@ -95,18 +117,13 @@ def plan_batches(
 
     ``average_bytes`` is the size of all averages that this rank updates in a step, in all state buffers.
     """
-    if hyper.implementation in (Implementation.LERP, Implementation.MEAN):
+    if hyper.implementation in COUNTING:
+        # Without memory there is nothing to update before the first iterate, for which plans are made anew.
+        if not buffer.average_has_address:
+            return []
         return mean_batches(buffer, cohorts.by_index, active, hyper.implementation)
     if hyper.device is not None:
         return [_device_batch(buffer, cohorts, active, hyper)]
-    stand = StandBatch.of(buffer, cohorts.by_index, active, hyper)
-    update = _batches_on_host(buffer, cohorts, active, hyper, average_bytes)
-    return [stand, *update, WriteBatch(buffer, stand.cohorts)]
-
-
-def _batches_on_host(
-    buffer: StateBuffer, cohorts: Cohorts, active: frozenset[int], hyper: StepHyperparameters, average_bytes: int
-) -> Sequence[Batch]:
     if hyper.implementation is Implementation.FUSED:
         unavailable = cpu.why_unavailable()
         if unavailable is not None:
@@ -129,7 +146,7 @@ def _device_batch(buffer: StateBuffer, cohorts: Cohorts, active: frozenset[int],
 
     segments, gradients = _segments(buffer, cohorts.by_index, active, cohorts.device_rows())
     launch = cuda.Launch(segments, KernelDtypes.of(buffer), hyper.maximize, hyper.weight_decay, buffer.device)
-    return cuda.KernelBatch(launch, gradients, buffer.group_index)
+    return cuda.KernelBatch(launch, gradients, buffer)
 
 
 def _segments(
@@ -152,7 +169,8 @@ def _segments(
             param_stop = fragment.param_start + fragment.numel
             lanes = cpu.lanes(first.slot.numel, fragment.param_start, param_stop) if apart else 0
             key = 0 if buffer.seed is None else rounding.parameter_key(buffer.seed, first.index)
-            param, average = first.param_range(start, stop), buffer.average[start:stop]
+            param = first.param_range(start, stop)
+            average = buffer.average[start:stop] if buffer.average_has_address else None
             segments.append(Segment(param, average, master, gradient, row, first.rng_offset, key, lanes))
             sources.append(first)
             starts_bytes.append(fragment.param_start * buffer.dtype.itemsize)

@@ -7,7 +7,9 @@ row  one line of the table: the scalars of one cohort, and the hyperparameters t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,31 @@ from .addresses import to_device
 
 if TYPE_CHECKING:
     from .schedule import Cohort, StepHyperparameters
+
+
+@dataclass(slots=True)
+class HostBound:
+    """What the host knows of the scalars of a cohort, of which it reads none while a device advances them.
+
+    most_steps  the most steps that the parameters can have taken: the device may have skipped some of them
+    mu_is_one   whether mu is 1; False if the host does not know
+    is_shown    whether somebody may have the tensors, and write them
+    """
+
+    most_steps: float
+    mu_is_one: bool
+    is_shown: bool = False
+
+    def only_copies(self, hyper: StepHyperparameters) -> bool:
+        """See ``Cohort``."""
+        known = self.mu_is_one and not self.is_shown and not hyper.capturable
+        return known and hyper.average.next_mu(self.most_steps + 1, hyper.t0) == 1
+
+    def advance(self, hyper: StepHyperparameters, may_skip: bool) -> None:
+        """Note a step, which the device skips perhaps: then mu stays what it was."""
+        self.most_steps = math.inf if hyper.capturable else self.most_steps + 1
+        becomes_one = hyper.average.next_mu(self.most_steps, hyper.t0) == 1
+        self.mu_is_one = becomes_one and (self.mu_is_one or not may_skip)
 
 
 class ScalarTable:
@@ -39,19 +66,22 @@ class ScalarTable:
     def adopt(self, cohort: Cohort) -> None:
         """Move the scalars of ``cohort`` to a row of the table; from now on they are views of it, in float64.
 
-        Called by ``Cohorts`` before the cohort's first step on the device. Cohorts never leave: there are at most as
-        many as parameters, since each split makes one smaller.
+        Called by ``Cohorts`` before the cohort's first step on the device. Cohorts keep their row if they move to the
+        host and back: there are at most as many as parameters, since each split makes one smaller.
         """
-        row = len(self._cohorts)
-        self._cohorts.append(cohort)
+        row = next((row for row, known in enumerate(self._cohorts) if known is cohort), len(self._cohorts))
+        if row == len(self._cohorts):
+            self._cohorts.append(cohort)
         cohort.initial = cohort.initial or cohort.fresh
         # They are on the host before the first step, and on the device if the cohort was split off another one.
+        if cohort.bound is None:
+            cohort.bound = HostBound(cohort.step.item(), cohort.mu.item() == 1)
         scalars = torch.stack([scalar.double() for scalar in (cohort.step, cohort.eta, cohort.mu)])
         self._scalars[row].copy_(to_device(scalars, self._device) if scalars.is_cpu else scalars)
         cohort.step, cohort.eta, cohort.mu = self._scalars[row].unbind()
         cohort.row = row
         cohort.fresh = False
-        self._homes.append(self._scalars[row].unbind())
+        self._homes[row:] = [self._scalars[row].unbind(), *self._homes[row + 1 :]]
 
     @torch.no_grad()
     def follow(self, cohort: Cohort) -> bool:
@@ -93,6 +123,9 @@ class ScalarTable:
         if isinstance(lr, Tensor) and on_device:
             self._hyper[:num_rows, 0].copy_(lr)
         advance(self._scalars[:num_rows], self._hyper[:num_rows], self.factors[:num_rows], found_inf)
+        for cohort in self._cohorts:
+            if cohort.bound is not None and not cohort.indices.isdisjoint(active):
+                cohort.bound.advance(hyper, may_skip=found_inf is not None)
 
     def _upload(self, rows: Sequence[Sequence[float]]) -> None:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .scalars import ScalarTable
+from .scalars import HostBound, ScalarTable
 from .weights import AVERAGE_KEY, AverageSchedule
 
 TORCH_SCHEDULE = AverageSchedule()
@@ -70,7 +70,8 @@ class Implementation(Enum):
 class StepHyperparameters:
     """The hyperparameters of one group for one step, read when the step begins.
 
-    ``device`` is where the group's scalars are kept and advanced; None is the host.
+    device      where the group's scalars are kept and advanced; None is the host
+    capturable  whether a CUDA graph may repeat steps, of which the host sees nothing
     """
 
     lr: float | Tensor
@@ -82,6 +83,7 @@ class StepHyperparameters:
     implementation: Implementation
     device: torch.device | None = None
     average: AverageSchedule = TORCH_SCHEDULE
+    capturable: bool = False
 
     @classmethod
     def of(
@@ -101,6 +103,7 @@ class StepHyperparameters:
             implementation,
             device,
             AverageSchedule(group[AVERAGE_KEY]) if AVERAGE_KEY in group else TORCH_SCHEDULE,
+            group["capturable"],
         )
 
 
@@ -129,9 +132,10 @@ class Cohort:
     fresh          True until the first step: torch has no state for such parameters yet, and will take eta from the
                    lr of that step
     initial        as ``fresh``, for scalars on the device: it stays True, and the kernel looks whether step is 0
+    bound          what the host knows of scalars on the device; None if they never were there
     """
 
-    __slots__ = ("eta", "fresh", "indices", "initial", "mu", "row", "step")
+    __slots__ = ("bound", "eta", "fresh", "indices", "initial", "mu", "row", "step")
 
     def __init__(self, step: Tensor, eta: Tensor, mu: Tensor, indices: Iterable[int], fresh: bool = False) -> None:
         self.step = step
@@ -140,6 +144,7 @@ class Cohort:
         self.indices = set(indices)
         self.fresh = fresh
         self.row: int | None = None
+        self.bound: HostBound | None = None
         # The host does not learn whether a first step overflowed and was skipped on the device.
         self.initial = False
 
@@ -164,6 +169,7 @@ class Cohort:
         self.indices -= indices
         taken = Cohort(self.step.clone(), self.eta.clone(), self.mu.clone(), indices, self.fresh)
         taken.initial = self.initial
+        taken.bound = None if self.bound is None else replace(self.bound)
         return taken
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -179,6 +185,7 @@ class Cohort:
         """Replace scalars on a device by copies on the host, before a step by another implementation; waits for it."""
         scalars = self.snapshot()
         self.step, self.eta, self.mu, self.row = scalars["step"], scalars["eta"], scalars["mu"], None
+        self.bound = None
         self.fresh = self.initial and self.step.item() == 0
 
     def follow(self) -> bool:
@@ -193,6 +200,17 @@ class Cohort:
     def begun(self) -> bool:
         """Whether ``ax`` of the parameters is a mean of iterates, and not zeros or a copy of the last iterate."""
         return not self.fresh and self.mu.item() != 1
+
+    def only_copies(self, hyper: StepHyperparameters) -> bool:
+        """Whether mu is 1 in the next step, and in the one after it; False if the host does not know. No waits."""
+        if self.bound is not None:
+            return self.bound.only_copies(hyper)
+        return self.mu.item() == 1 and hyper.average.next_mu(self.step.item() + 1, hyper.t0) == 1
+
+    def note_shown(self) -> None:
+        """Note that somebody may write the scalars from now on; those on the host are read in each step."""
+        if self.bound is not None:
+            self.bound.is_shown = True
 
     def prepare(self, lr: float | Tensor) -> None:
         """Before the first step, take eta from the lr of now: torch makes it when the first gradient comes."""
@@ -281,6 +299,10 @@ class Cohorts:
         """(step, mu) of every cohort, each value once and in order; waits for devices that scalars are on."""
         found = {(cohort.step.item(), cohort.mu.item()) for cohorts in self._groups for cohort in cohorts}
         return sorted(found)
+
+    def of_group(self, group_index: int) -> Sequence[Cohort]:
+        """The cohorts of a group."""
+        return self._groups[group_index]
 
     def num_steps(self) -> float:
         """The steps of the cohort that has taken most; waits for the device if its scalars are on one."""

@@ -19,6 +19,8 @@ from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import flattened
 from ..storage.snapshots import AddressTable
 
+NO_AVERAGES = "dist_asgd: a kernel is to write averages that have no memory yet"
+
 
 @dataclass(frozen=True, slots=True)
 class KernelDtypes:
@@ -48,6 +50,7 @@ class KernelDtypes:
 class Segment:
     """The arrays of one segment: 1-D, contiguous and real, all of ``numel`` elements.
 
+    average   None if it has no memory yet, because the parameters stand for their averages
     gradient  None if it is another tensor at every step (stage 1)
     row       the index of the segment's scalars
     first     the offset of the first element in its whole parameter (stochastic rounding)
@@ -56,7 +59,7 @@ class Segment:
     """
 
     param: Tensor
-    average: Tensor
+    average: Tensor | None
     master: Tensor | None
     gradient: Tensor | None
     row: int

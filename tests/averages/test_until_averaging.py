@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from dist_asgd import ShardedASGD, ShardedAverage, export_averaged, load_checkpoint, save_checkpoint
 from dist_asgd.storage import huge_pages
 from tests.harness.bits import assert_same_bits, same_bits
+from tests.harness.deferred import as_device, maybe_deferred
+from tests.harness.history import GroupSpec, History, ParamSpec, Step
 from tests.harness.meshes import Net, assert_same_state, set_gradients, sharded
 from tests.harness.ranks import run
+from tests.harness.subject import Setting, check_history
 
 SHAPES = [(40, 30), (7,), (33, 5), (64,)]
 # The updates before averaging in float32, in torch operators, and with 16-bit averages.
@@ -222,16 +227,20 @@ SETTINGS = pytest.mark.parametrize(
     ids=["one rank", "stage 1", "stage 2", "in backward"],
 )
 quiet = pytest.mark.filterwarnings("ignore:dist_asgd. averaged_parameters:UserWarning")
+# On CPUs averages have addresses from construction on; on devices they have none before they are written.
+everywhere = pytest.mark.parametrize("deferred", [False, True], ids=["cpu", "device"])
 
 
 @quiet
 @SETTINGS
+@everywhere
 @pytest.mark.parametrize("form", FORMS)
 def test_whatever_comes_between_has_the_bits_of_torch(
-    form: str, backend: str, world_size: int, options: dict[str, Any]
+    form: str, deferred: bool, backend: str, world_size: int, options: dict[str, Any]
 ) -> None:
     """In both groups, before averaging begins in each and after."""
-    run(backend, world_size, one_event, form, options)
+    with maybe_deferred(deferred):
+        run(backend, world_size, one_event, form, options)
 
 
 def histories(_rank: int, _world_size: int, seeds: range, form: str, options: dict[str, Any]) -> int:
@@ -241,10 +250,14 @@ def histories(_rank: int, _world_size: int, seeds: range, form: str, options: di
 
 @quiet
 @SETTINGS
+@everywhere
 @pytest.mark.parametrize("form", ["kernel", "operators"])
-def test_any_history_has_the_bits_of_torch(form: str, backend: str, world_size: int, options: dict[str, Any]) -> None:
+def test_any_history_has_the_bits_of_torch(
+    form: str, deferred: bool, backend: str, world_size: int, options: dict[str, Any]
+) -> None:
     """With edits of t0, mu, averages and parameters, loads, swaps and other implementations, before and after t0."""
-    assert min(run(backend, world_size, histories, range(3), form, options)) > 3
+    with maybe_deferred(deferred):
+        assert min(run(backend, world_size, histories, range(3), form, options)) > 3
 
 
 # --- memory ----------------------------------------------------------------------------------------------
@@ -328,11 +341,19 @@ READERS: dict[str, Callable[[dict[Any, Any]], Any]] = {
 }
 
 
+@everywhere
 @pytest.mark.parametrize("reader", READERS)
-def test_every_way_to_read_an_entry_shows_the_average(reader: str) -> None:
+def test_every_way_to_read_an_entry_shows_the_average(reader: str, deferred: bool) -> None:
     """It is the parameter's value then, and stays that of the state from then on."""
     param = nn.Parameter(torch.arange(6.0))
-    optimizer = ShardedASGD([param], lr=0.1)
+    with maybe_deferred(deferred):
+        read_an_entry(READERS[reader], "pop" not in reader, param, ShardedASGD([param], lr=0.1))
+
+
+def read_an_entry(
+    read: Callable[[dict[Any, Any]], Any], stays: bool, param: nn.Parameter, optimizer: ShardedASGD
+) -> None:
+    """Read the only entry, which stays in the state or not."""
     param.grad = torch.ones(6)
     optimizer.step()
     entry = optimizer.state[param]
@@ -340,23 +361,25 @@ def test_every_way_to_read_an_entry_shows_the_average(reader: str) -> None:
     assert entry["step"].item() == 1.0
     assert "ax" in entry
     assert optimizer.memory_report().unwritten_state_bytes == optimizer.memory_report().state_bytes
-    found = READERS[reader](entry)
+    found = read(entry)
     assert_same_bits(found, param.detach(), "ax")
     assert optimizer.memory_report().unwritten_state_bytes == 0
-    if "pop" not in reader:
+    if stays:
         optimizer.step()
         assert_same_bits(optimizer.state[param]["ax"], param.detach(), "ax after another step")
         assert optimizer.memory_report().unwritten_state_bytes == 0
 
 
-def test_a_parameter_that_never_stepped_has_zeros() -> None:
+@everywhere
+def test_a_parameter_that_never_stepped_has_zeros(deferred: bool) -> None:
     """It does not stand for its average, and neither do its neighbours in the bucket."""
     params = params_of()
-    optimizer = ShardedASGD(params, lr=0.1)
-    params[0].grad = torch.ones_like(params[0])
-    optimizer.step()
-    assert not optimizer.state[params[1]]["ax"].any()
-    assert_same_bits(optimizer.state[params[0]]["ax"].view(SHAPES[0]), params[0].detach(), "ax")
+    with maybe_deferred(deferred):
+        optimizer = ShardedASGD(params, lr=0.1)
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+        assert not optimizer.state[params[1]]["ax"].any()
+        assert_same_bits(optimizer.state[params[0]]["ax"].view(SHAPES[0]), params[0].detach(), "ax")
 
 
 def shows(_rank: int, world_size: int, stage: int) -> None:
@@ -378,10 +401,12 @@ def shows(_rank: int, world_size: int, stage: int) -> None:
 
 
 @both
+@everywhere
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_state_dicts_stay_live(world_size: int, stage: int) -> None:
+def test_state_dicts_stay_live(world_size: int, deferred: bool, stage: int) -> None:
     """As torch's do."""
-    run("none" if world_size == 1 else "threads", world_size, shows, stage)
+    with maybe_deferred(deferred):
+        run("none" if world_size == 1 else "threads", world_size, shows, stage)
 
 
 def put_back(_rank: int, _world_size: int, stage: int) -> None:
@@ -406,9 +431,11 @@ def put_back(_rank: int, _world_size: int, stage: int) -> None:
 
 
 @both
-def test_a_refused_load_is_put_back(stage: int) -> None:
+@everywhere
+def test_a_refused_load_is_put_back(deferred: bool, stage: int) -> None:
     """To the bit."""
-    run("threads", 2, put_back, stage)
+    with maybe_deferred(deferred):
+        run("threads", 2, put_back, stage)
 
 
 def beside_another(_rank: int, _world_size: int, stage: int) -> None:
@@ -422,14 +449,17 @@ def beside_another(_rank: int, _world_size: int, stage: int) -> None:
         assert not same_bits(pair.params[0].detach(), pair.expected[0].detach())
         pair.compare()
     pair.step(every=True)
-    assert pair.steps_unwritten == 4
+    # A device keeps the memory that they got there.
+    assert pair.steps_unwritten == (3 if pair.ours.shards.buckets[0].defers_average else 4)
     pair.compare()
 
 
 @both
-def test_another_average_in_place_of_the_parameters(stage: int) -> None:
+@everywhere
+def test_another_average_in_place_of_the_parameters(deferred: bool, stage: int) -> None:
     """They cannot stand for their averages there."""
-    run("threads", 2, beside_another, stage)
+    with maybe_deferred(deferred):
+        run("threads", 2, beside_another, stage)
 
 
 # --- presharded parameters -------------------------------------------------------------------------------
@@ -455,10 +485,51 @@ def of_dtensors(_rank: int, world_size: int, kind: str) -> None:
     assert_same_state(optimizer, torchs, model, plain, "in optimizer.state")
 
 
+@everywhere
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_offload", "hsdp", "replicas", "tp"])
-def test_dtensors_stand_for_their_averages(kind: str) -> None:
+def test_dtensors_stand_for_their_averages(kind: str, deferred: bool) -> None:
     """Where they lie, also if replicas share the work."""
-    run("gloo", 2, of_dtensors, kind)
+    if deferred:
+        run("gloo", 2, as_device, of_dtensors, kind)
+    else:
+        run("gloo", 2, of_dtensors, kind)
+
+
+@everywhere
+def test_dtensors_in_another_memory_order(deferred: bool) -> None:
+    """What has no memory has no order either: full state is read where the parameters stand for it."""
+    history = History((GroupSpec((ParamSpec((65, 3), layout="transposed"), ParamSpec(()))),), (Step(), Step()))
+    job = (history, Setting(1, "forloop", 0.001, placement="shard"))
+    if deferred:
+        run("gloo", 2, as_device, check_history, *job)
+    else:
+        run("gloo", 2, check_history, *job)
+
+
+def loads_in_order(_rank: int, world_size: int, path: Path) -> None:
+    """Job: load averages of DTensors whose memory is in another order than their elements."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    saved: list[Tensor] = []
+    for seed in (0, 1):
+        values = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed)).t()
+        model = Listed([nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))])
+        assert not model.params[0].is_contiguous()
+        optimizer = ShardedASGD(model.parameters(), lr=0.1, t0=0)
+        if seed == 0:
+            for _ in range(4):
+                torch.autograd.backward(model.params[0].square().sum())
+                optimizer.step()
+                optimizer.zero_grad()
+            save_checkpoint(path / "saved", model, optimizer, step=4)
+        else:
+            load_checkpoint(path / "saved", model, optimizer)
+        saved.append(optimizer.consolidated_state_dict(to=None)["state"][0]["ax"])
+    assert_same_bits(saved[1], saved[0], "ax")
+
+
+def test_a_load_into_averages_without_memory(tmp_path: Path) -> None:
+    """Their placeholder has no order, and the load has that of the parameter."""
+    run("gloo", 2, as_device, loads_in_order, tmp_path)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------
@@ -494,3 +565,8 @@ def round_trip(_rank: int, _world_size: int, stage: int, path: Path) -> None:
 def test_checkpoints_before_at_and_after_t0(stage: int, tmp_path: Path) -> None:
     """Of groups that begin at different steps."""
     run("gloo", 2, round_trip, stage, tmp_path)
+
+
+def test_checkpoints_on_a_device(tmp_path: Path) -> None:
+    """The same where averages have no memory yet."""
+    run("gloo", 2, as_device, round_trip, 2, tmp_path)

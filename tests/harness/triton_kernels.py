@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,27 @@ def shifted(x: Tensor, device: torch.device) -> Tensor:
     return copy.copy_(x)
 
 
+def leave_averages_alone(device: torch.device) -> None:
+    """Parameters and masters become what they become otherwise; averages may have memory, and are not touched."""
+    from dist_asgd.update.cuda import Launch
+
+    for dtypes in KERNEL_DTYPES.values():
+        generator = torch.Generator().manual_seed(7)
+        arrays = [Arrays.random(numel, dtypes, i, True, generator) for i, numel in enumerate(NUMELS)]
+        written, kept = ([a.on(device, True) for a in arrays] for _ in range(2))
+        none = [replace(segment, average=None) for segment in (a.on(device, True) for a in arrays)]
+        for segments, unwritten in ((written, False), (kept, True), (none, True)):
+            launch = Launch(segments, dtypes, False, 0.01, device, BLOCK_NUMEL)
+            launch.run(None, FACTORS.double().to(device), unwritten=unwritten)
+        for array, wanted, *others in zip(arrays, written, kept, none, strict=True):
+            for found in others:
+                assert_same_bits(bits_of_nan(found.param), bits_of_nan(wanted.param), "param")
+                assert (found.master is None) == (wanted.master is None)
+                if found.master is not None and wanted.master is not None:
+                    assert_same_bits(bits_of_nan(found.master), bits_of_nan(wanted.master), "master")
+            assert_same_bits(others[0].average.cpu(), array.average, "average")
+
+
 def table_of(hypers: Sequence[StepHyperparameters], active: Sequence[bool], initial: Sequence[bool]) -> Tensor:
     """The argument ``hyper`` of ``advance``."""
     return torch.tensor(
@@ -424,6 +445,7 @@ def refuse(device: torch.device) -> None:
     given = Segment(good.param, good.average, None, torch.zeros(8, device=device), 0)
     off = torch.zeros(24, device=device)[4:12]
     factors = FACTORS.double().to(device)
+    bare = Segment(good.param, None, None, None, 0)
     refusals: list[tuple[str, Callable[[], Any]]] = [
         (
             "average starts 16",
@@ -438,6 +460,7 @@ def refuse(device: torch.device) -> None:
         ("1 of 2 segments", lambda: Launch([good, given], dtypes, False, 0.0, device)),
         ("None if they have their own", lambda: Launch([good], dtypes, False, 0.0, device).run(None, factors)),
         ("pass data pointers if", lambda: Launch([given], dtypes, False, 0.0, device).run([0], factors)),
+        ("averages that have no memory", lambda: Launch([bare], dtypes, False, 0.0, device).run([0], factors)),
         ("2 gradients for 1", lambda: Launch([good], dtypes, False, 0.0, device).run([0, 0], factors)),
     ]
     for message, action in refusals:
@@ -456,7 +479,14 @@ def all_cases() -> dict[str, Case]:
     }
     cases |= {f"optimizer/{dtype}": partial(compare_with_optimizer, dtype) for dtype in (F32, F64)}
     cases |= {f"schedule/{'double' if double else 'single'}": partial(compare_schedules, double) for double in (0, 1)}
-    extra: list[Case] = [skip_inactive_rows, follow_gradients, keep_columns_of_graphs, refuse, update_large]
+    extra: list[Case] = [
+        skip_inactive_rows,
+        leave_averages_alone,
+        follow_gradients,
+        keep_columns_of_graphs,
+        refuse,
+        update_large,
+    ]
     return cases | {case.__name__: case for case in [*extra, update_far_elements]}  # type: ignore[attr-defined]
 
 
@@ -499,7 +529,7 @@ def round_as_hardware() -> None:
         builder.create_fma = create_fma
 
 
-def compiled(dtypes: KernelDtypes, aligned: bool = True, options: bool = False) -> Any:
+def compiled(dtypes: KernelDtypes, aligned: bool = True, options: bool = False, averaged: bool = True) -> Any:
     """``update_kernel`` for an H100."""
     import triton.language as tl
 
@@ -507,6 +537,7 @@ def compiled(dtypes: KernelDtypes, aligned: bool = True, options: bool = False) 
 
     names = cuda.update_kernel.arg_names
     flags = {"MASTER": dtypes.master, "STOCHASTIC": dtypes.stochastic, "MAXIMIZE": False, "WEIGHT_DECAY": True}
+    flags["AVERAGED"] = averaged
     constants: dict[str, Any] = {
         **flags,
         "PARAM_ALIGNED": True,
@@ -572,6 +603,7 @@ def ahead_of_time() -> dict[str, dict[str, int]]:
     """What the machine code for some dtypes holds, and that for unaligned gradients."""
     facts = {name: machine_code(compiled(KERNEL_DTYPES[name])) for name in AHEAD}
     facts["fp32-unaligned"] = machine_code(compiled(KERNEL_DTYPES["fp32"], aligned=False))
+    facts["fp32-unwritten"] = machine_code(compiled(KERNEL_DTYPES["fp32"], averaged=False))
     facts["fp32-options"] = machine_code(compiled(KERNEL_DTYPES["fp32"], options=True))
     facts["advance"] = machine_code(compiled_advance())
     return facts

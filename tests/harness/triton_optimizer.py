@@ -22,6 +22,7 @@ from dist_asgd import GradScaler, ShardedASGD
 from dist_asgd.update import backend
 
 from .bits import assert_same_bits
+from .deferred import deferred_averages
 from .history import AddGroup, GroupSpec, History, ParamSpec, Reload, SetLr, SetT0, StartAveraging, Step
 from .ranks import run
 from .subject import Setting, check_history
@@ -211,17 +212,82 @@ def averages_and_clips(device: torch.device) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def without_memory(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Averages have no memory before they are written, as on a GPU."""
+    return deferred_averages() if device.type == "cpu" else contextlib.nullcontext()
+
+
+def has_no_averages_before(device: torch.device) -> None:
+    """The kernel leaves averages alone that have no memory, up to the step that t0 says; all bits are torch's."""
+    with without_memory(device):
+        ours, theirs = parameters(device), parameters(device)
+        optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
+        oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
+        for step in range(1, 8):
+            (bucket,) = optimizer.shards.buckets
+            # Whoever asks for a number gets no tensor that could be written.
+            assert optimizer.averaged_steps() == max(0, step - 2 - OPTIONS["t0"])
+            assert bucket.average_has_address == (step > OPTIONS["t0"] + 2), step
+            for params, opt in ((ours, optimizer), (theirs, oracle)):
+                gradients(params, step)
+                opt.step()
+            state = optimizer.consolidated_state_dict()["state"]
+            for index, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+                assert_same_bits(p, q, f"parameter {index} after step {step}")
+                assert_same_bits(state[index]["ax"], oracle.state[q]["ax"].cpu(), f"ax {index} after step {step}")
+
+
+def begins_after_skips(device: torch.device) -> None:
+    """The host does not learn of skips: averages get memory when they may be needed, and are copies until they are."""
+    with without_memory(device):
+        ours, theirs = parameters(device), parameters(device)
+        optimizer = ShardedASGD(ours, **OPTIONS, fused=True)
+        oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
+        for step in range(1, 16):
+            # A later t0 makes mu 1 again in the first step that is not skipped.
+            skips = step in (3, 4, 5, 11)
+            if step == 11:
+                optimizer.param_groups[0]["t0"] = oracle.param_groups[0]["t0"] = 100
+            optimizer.found_inf = torch.tensor(float(skips), device=device)
+            optimizer.grad_scale = torch.ones((), device=device)
+            gradients(ours, step)
+            optimizer.step()
+            if not skips:
+                gradients(theirs, step)
+                oracle.step()
+            assert optimizer.shards.buckets[0].average_has_address == (step >= OPTIONS["t0"] + 2), step
+            if step == 5:
+                for p in (*ours, *theirs):
+                    p.data.mul_(0.5)
+                continue
+            state = optimizer.consolidated_state_dict()["state"]
+            for index, q in enumerate(theirs):
+                assert_same_bits(state[index]["ax"], oracle.state[q]["ax"].cpu(), f"ax {index} after step {step}")
+
+
+def lives_unseen(stage: int, device: torch.device) -> None:
+    """Histories in which nobody looks at the averages but now and then, with all that makes them begin."""
+    from tests.averages.test_until_averaging import Pair, one_event
+
+    assert device.type == "cpu"
+    with deferred_averages():
+        for seed in range(3):
+            Pair(seed, "kernel", stage=stage).run(24)
+        one_event(0, 1, "kernel", {"stage": stage})
+
+
 Case = Callable[[torch.device], None]
 
 
 def all_cases(kind: str) -> dict[str, Case]:
     """All cases by name. Histories compare with torch on the CPU, so they run in the interpreter only."""
     cases: list[Case] = [changes_its_form, skips_on_the_device, reads_its_lr_on_the_device, averages_and_clips]
-    cases.append(loads_its_own_state)
+    cases += [loads_its_own_state, has_no_averages_before, begins_after_skips]
     found: dict[str, Case] = {case.__name__: case for case in cases}  # type: ignore[attr-defined]
     if kind == "cpu":
         found["dtensors"] = lives_sharded
         for stage in (1, 2):
+            found[f"unseen/{stage}"] = partial(lives_unseen, stage)
             found |= {f"history/{dtype}/{stage}": partial(lives_a_history, dtype, stage, False) for dtype in DTYPES}
             found[f"history/bfloat16 + master/{stage}"] = partial(lives_a_history, "bfloat16", stage, True)
             found[f"history/ranks/{stage}"] = partial(lives_on_ranks, stage)

@@ -225,6 +225,10 @@ def test_wrong_memory_never_reaches_the_kernel() -> None:
             cpu.Launch([Segment(good, bad, None, good, 0)], KERNEL_DTYPES[0], False, 0.0, False)
         with pytest.raises(ValueError, match="CPU kernel"):
             cpu.Launch([Segment(good, good, None, bad, 0)], KERNEL_DTYPES[0], False, 0.0, False)
+    bare = cpu.Launch([Segment(good, None, None, good.clone(), 0)], KERNEL_DTYPES[0], False, 0.0, False)
+    bare.run(None, array("d", [1.0, 0.0, 1.0, 1.0]), 1.0, 1.0, unwritten=True)
+    with pytest.raises(ValueError, match="averages that have no memory"):
+        bare.run(None, array("d", [1.0, 0.0, 1.0, 1.0]), 1.0, 1.0)
     launch = cpu.Launch([Segment(good, good.clone(), None, None, 1)], KERNEL_DTYPES[0], False, 0.0, False)
     before = good.clone()
     for gradients, rows in ((None, [1.0] * 8), ([good.data_ptr()], [1.0] * 4), ([], [1.0] * 8), ([0], [1.0] * 8)):

@@ -97,6 +97,14 @@ def test_unaligned_gradients_do_not_narrow_the_rest() -> None:
     assert count(facts, "STG.E.128") == 2 * 4 * ELEMENTS["fp32"] // 16
 
 
+def test_averages_that_are_left_alone_are_not_touched() -> None:
+    """Parameters and gradients are read, and parameters written."""
+    facts = machine_code()["fp32-unwritten"]
+    assert count(facts, "LDG.E.128") == 2 * 4 * ELEMENTS["fp32"] // 16
+    assert count(facts, "STG.E.128") == 4 * ELEMENTS["fp32"] // 16
+    assert count(facts, "STG.E") - count(facts, "STG.E.128") == ELEMENTS["fp32"]
+
+
 @pytest.mark.parametrize("name", [*AHEAD, "advance"])
 def test_nothing_spills(name: str) -> None:
     """No local memory, no stack, and few enough registers for two blocks on a multiprocessor."""
