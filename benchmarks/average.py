@@ -124,8 +124,8 @@ median): those that move all parameters on each of 2 ranks cannot have more than
 has most, above the model: *held* after an update, *peak* while the average is made and updated three times, and
 *evaluating* the peak above *held* while the averages come in place and go again. `AveragedModel` is evaluated where it
 is, and asserts on FSDP2. By hand, the parameters are set aside meanwhile. What keeps the update
-of many tensors from the bound is the host, with an operator and some checks for each tensor: what they need has left
-the caches between two updates."""
+of many tensors from the bound is the host, which makes sure that each parameter and its average lie where they did:
+what that needs has left the caches between two updates."""
 
 
 def slopes(report: Mapping[str, Any]) -> str:

@@ -106,7 +106,9 @@ class FragmentCopy:
         start, stop = self._member.fragment.start, self._member.fragment.stop
         param = self._member.param_range(start, stop)
         if self._copy is None:
-            self._copy = param.clone()
+            # Where averages lie: their device may have no room for it.
+            average = self._member.bucket.average
+            self._copy = torch.empty_like(param, device=average.device).copy_(param)
         param.copy_(self._member.bucket.average[start:stop])
 
     def undo(self) -> None:

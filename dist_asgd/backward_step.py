@@ -23,11 +23,13 @@ from .fingerprints import Hyperparameters
 from .gather import Gatherer
 from .gradients.base import Gradients
 from .gradients.in_backward import StepReducer
+from .interruption import IN_BACKWARD, torn_problem
 from .registry import ParamRegistry
-from .state import IN_BACKWARD, ParamShards
+from .state import ParamShards
 from .storage.buffers import Bucket
 from .storage.snapshots import NO_GRADIENTS, mark_written
 from .update.batch import StepContext, run_batches
+from .update.offload import Offload
 from .update.operators import Updater
 from .update.schedule import StepHyperparameters, step_hyperparameters
 from .update.segments import UNSCALED
@@ -106,6 +108,7 @@ class BackwardStep:
     def begin(self) -> tuple[bool, Fingerprint, Exception | None]:
         """See ``BucketUpdate``. A parameter that was rebound, unfrozen or replaced is left to ``step()``."""
         owner, shards = self._owner, self._shards
+        Offload.before_write()
         groups = owner.param_groups
         if owner.averages.is_swapped or not shards.hold(groups) or not shards.are_in_place():
             return False, NO_FINGERPRINT, None
@@ -203,7 +206,7 @@ def check_whole(shards: ParamShards, backward_step: BackwardStep | None, ends_st
     """Raise RuntimeError if parameters may be torn, or if a backward has begun a step; ``step()`` itself ends that."""
     is_open = backward_step is not None and backward_step.is_open
     if is_open and not ends_step:
-        raise shards.torn_problem(IN_BACKWARD)
+        raise torn_problem(IN_BACKWARD)
     if not is_open:
         shards.check_whole()
 

@@ -20,6 +20,8 @@ class MemoryReport:
             few bytes per parameter group and are not counted.
         unwritten_state_bytes: Bytes of ``state_bytes`` that take no memory now, because parameters stand for their
             averages until averaging begins. On GPUs also those of averages that no step has written yet.
+        host_state_bytes: Bytes of ``state_bytes`` that lie in page-locked host memory, of parameters on a device
+            (``average_device="cpu"``).
         master_bytes: Bytes of this rank's shards of float32 masters, without what 16-bit parameters hold of them.
         gradient_bytes: Bytes of the gradients that the parameters have now. In stage 2 also those of this rank's shards
             of the reduced gradients, which are kept between steps.
@@ -33,6 +35,7 @@ class MemoryReport:
     padding_bytes: int
     state_bytes: int
     unwritten_state_bytes: int
+    host_state_bytes: int
     master_bytes: int
     gradient_bytes: int
     in_flight_bytes: int
@@ -57,6 +60,7 @@ def report(state_buffers: Sequence[StateBuffer], in_flight_bytes: int, has_gradi
         padding_bytes=sum(buffer.layout.padding_numel * buffer.dtype.itemsize for buffer in flat),
         state_bytes=sum(buffer.average.nbytes for buffer in state_buffers),
         unwritten_state_bytes=sum(buffer.average.nbytes for buffer in state_buffers if not buffer.average_takes_memory),
+        host_state_bytes=sum(buffer.average.nbytes for buffer in state_buffers if buffer.is_offloaded),
         master_bytes=sum(buffer.master.nbytes for buffer in state_buffers if buffer.master is not None),
         gradient_bytes=param_gradients + sum(gradient.nbytes for gradient in reduced if gradient is not None),
         in_flight_bytes=in_flight_bytes,

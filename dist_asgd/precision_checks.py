@@ -66,3 +66,19 @@ def check_rounding(precision: Precision, named: Sequence[tuple[str, Tensor]]) ->
             f"element's place in the whole parameter, which only the module knows. Pass master_weights=True "
             f"instead, or use fully_shard (FSDP2)."
         )
+
+
+def check_average_device(precision: Precision, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError unless averages can lie on ``average_device``: that of their parameter, or the host of a GPU."""
+    wanted = precision.average_device
+    if wanted is None:
+        return
+    for name, param in named:
+        device = param.device
+        same = wanted.type == device.type and wanted.index in (None, device.index)
+        if not same and (wanted.type, device.type) != ("cpu", "cuda"):
+            raise ValueError(
+                f"dist_asgd: average_device={str(wanted)!r}, and parameter {name} is on {device}: averages lie where "
+                f"their parameters do, or those of CUDA parameters in host memory. Pass average_device=None, or 'cpu' "
+                f"for parameters on CUDA devices."
+            )

@@ -18,12 +18,14 @@ from .comm import CollectiveCall, Communicators, describe_mesh, public_call
 from .comm.agreement import NO_FINGERPRINT, Agreement
 from .gather import Arrivals
 from .gradients.absent import NoGradients
+from .interruption import A_WRITE
 from .module_buffers import ModuleBuffers, check_buffers
 from .sharded_state import ShardedState
 from .state_dict.wrapper_names import name_below, wrappers_of
 from .storage.precision import Precision
 from .storage.snapshots import NO_GRADIENTS
 from .update.batch import StepContext, run_batches
+from .update.offload import Offload
 from .update.schedule import Implementation, StepHyperparameters
 from .update.segments import UNSCALED
 from .update.weights import (
@@ -72,7 +74,10 @@ class ShardedAverage(ShardedState):
             averages those of floating-point dtypes by the same rule and copies others. Ranks keep their own.
         average_dtype: the dtype of ``ax``, never narrower than the parameter. None is the parameter's, and float32 for
             16-bit ones.
-        average_device: None, or the device that the parameters are on.
+        average_device: None is the device that the parameters are on. ``"cpu"`` keeps the averages of parameters on
+            CUDA devices in page-locked host memory, with the same bits: ``update()`` brings them to the device in
+            pieces of 16 MiB, and back, beside the next forward and backward. Write parameters in between by nothing but
+            ``torch.optim`` optimizers, or after ``wait_for_parameters()``.
         process_group, mesh: the ranks to shard over, as in ``ShardedASGD``.
         foreach: None and True have the bits of torch's get_ema_multi_avg_fn and get_swa_multi_avg_fn, which is one pass
             over memory. False has those of get_ema_avg_fn and get_swa_avg_fn.
@@ -108,7 +113,7 @@ class ShardedAverage(ShardedState):
         shared_memory: bool = True,
     ) -> None:
         communicators = Communicators(process_group, mesh, shared_memory)
-        precision = Precision(average_dtype)
+        precision = Precision(average_dtype, average_device=_device(average_device))
         flags = {"shard_replicated": True, "shared_memory": shared_memory, "step_in_backward": False}
         options = {"stage": 1, "mesh": describe_mesh(mesh), "bucket_cap_mb": bucket_cap_mb, **flags}
         options |= {"buffers": buffers, **precision.options()}
@@ -120,6 +125,7 @@ class ShardedAverage(ShardedState):
         params: Any = list(named_params.named_parameters() if isinstance(named_params, nn.Module) else named_params)
 
         def check() -> None:
+            _check_device(average_device)
             check_options(1, bucket_cap_mb, flags, precision, False)
             defaults[AVERAGE_KEY] = _rule(decay, weight, every)
             defaults["t0"] = _first(start, total_updates) - 1
@@ -129,7 +135,6 @@ class ShardedAverage(ShardedState):
 
         gradients = NoGradients(Agreement(communicators.host), communicators, self._compared)
         self._construct(params, defaults, gradients, precision, options, check)
-        self._check_device(average_device)
         plain_name = str if model is None else partial(name_below, wrappers_of(model))
         self._buffers = ModuleBuffers(model, buffers, self.state, plain_name)
 
@@ -145,12 +150,14 @@ class ShardedAverage(ShardedState):
     def update(self) -> None:
         """Take the parameters as they are now into the average; call it after each step of the optimizer, on all ranks.
 
-        Sends nothing and waits for no device. Before ``start``, and between two updates that count, it only counts.
+        Sends nothing and waits for no device, also if averages lie in host memory. Before ``start``, and between two
+        updates that count, it only counts.
 
         Raises:
-            RuntimeError: parameters were replaced or converted, or are averages now. On this rank only.
+            RuntimeError: parameters were replaced or converted, or are averages now; or, with averages in host memory,
+                were written while those may have taken them. On this rank only.
         """
-        self.adopt_params()
+        self._adopt_params()
         self.averages.refuse_swapped("update()", (param for group in self.param_groups for param in group["params"]))
         problem = self._step_problem(by_gradients=False)
         if problem is not None:
@@ -189,9 +196,32 @@ class ShardedAverage(ShardedState):
 
     def adopt_params(self) -> None:
         """Take parameters and ``param_groups`` as they are now; as ``ShardedASGD`` does. Collective if they differ."""
+        self._settle()
+        self._adopt_params()
+
+    def _settle(self) -> None:
+        """Let the host wait until averages in host memory are up to date."""
+        for buffer in self.shards.state_buffers:
+            buffer.settle()
+
+    def _adopt_params(self) -> None:
         # update() reads parameters past the modules, which may be in flight with overlap_forward().
         Arrivals.wait_for_deferred()
         super().adopt_params()
+        for offload in self._updater.offloads:
+            overtaken = offload.take_overtaken()
+            if overtaken is not None and self.shards.torn_by is None:
+                self.shards.torn_by = f"{A_WRITE} to parameter {overtaken}"
+
+    @public_call
+    def wait_for_parameters(self) -> None:
+        """Wait until the parameters have been read, and averages in host memory are up to date. Not collective.
+
+        Called before parameters are written by anything else than an optimizer's step, and by whoever has kept ``ax``.
+        """
+        Offload.before_write()
+        self._settle()
+        super().wait_for_parameters()
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -225,21 +255,23 @@ class ShardedAverage(ShardedState):
         """Refuse: gradients are those of another optimizer."""
         raise RuntimeError("dist_asgd: zero_grad() of a ShardedAverage: call that of the optimizer.")
 
-    def _check_device(self, average_device: torch.device | str | None) -> None:
-        """Raise ValueError, on every rank, if averages are to lie elsewhere than their parameters."""
-        if average_device is None:
-            return
-        wanted = torch.device(average_device)
-        for buffer in self.shards.state_buffers:
-            if buffer.device.type != wanted.type:
-                raise ValueError(
-                    f"dist_asgd: average_device={str(wanted)!r}, but parameter {buffer.members[0].name} is on "
-                    f"{buffer.device}: averages lie where their parameters do. Pass average_device=None."
-                )
-
 
 def _implementation(group: dict[str, Any]) -> Implementation:
     return Implementation.MEAN if group["foreach"] is False else Implementation.LERP
+
+
+def _device(average_device: torch.device | str | None) -> torch.device | None:
+    """Return ``average_device`` as a device; None if it is none, which ``_check_device`` refuses on all ranks."""
+    try:
+        return None if average_device is None else torch.device(average_device)
+    except (RuntimeError, TypeError):
+        return None
+
+
+def _check_device(average_device: torch.device | str | None) -> None:
+    """Raise ValueError unless ``average_device`` is None or a device."""
+    if average_device is not None and _device(average_device) is None:
+        raise ValueError(f"dist_asgd: average_device must be None, 'cpu' or another device, got {average_device!r}.")
 
 
 def _rule(decay: float | None, weight: AverageRule | Callable[[int], float] | None, every: int) -> AverageRule:

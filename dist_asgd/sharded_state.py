@@ -35,6 +35,7 @@ from .storage.average import write_averages
 from .storage.frozen import is_held
 from .storage.precision import Precision
 from .update import differentiable
+from .update.offload import Offload
 from .update.operators import Updater
 from .update.schedule import StepHyperparameters, step_hyperparameters
 from .validation import check_new_group, params_of
@@ -167,6 +168,7 @@ class ShardedState(torch.optim.Optimizer):
 
         Called first in every call that uses the parameters, also by ``checkpoint``.
         """
+        Offload.before_write()
         self.gatherer.wait()
         if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
             return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .comm import Communicators
+from .interruption import LOAD_CHECKPOINT, torn_problem
 from .placements.copies import put_back
 from .placements.presharded import FSDP1Param, PreshardedState, is_presharded
 from .placements.presharded_buffers import build_presharded
@@ -34,10 +35,7 @@ from .validation import check_apart, named_params
 _LOG = logging.getLogger(__name__)
 KEYS = ("step", "eta", "mu", "ax")
 MASTER_KEY = "master"
-# The values of ``ParamShards.torn_by`` while ``load_checkpoint()`` writes, and from the first update of a backward with
-# ``step_in_backward=True`` to the end of ``step()``.
-LOAD_CHECKPOINT = "load_checkpoint()"
-IN_BACKWARD = "backward()"
+
 
 NamedParams = Sequence[tuple[str, Tensor]]
 NamedParam = tuple[int, str, Tensor]
@@ -374,23 +372,10 @@ class ParamShards:
         lasting = (member for member in suspects if not isinstance(member, FSDP1Param))
         return next((member for member in lasting if not (member.is_unmoved or member.is_rebound)), None)
 
-    def torn_problem(self, torn_by: str) -> RuntimeError:
-        """The error of calls after ``torn_by``, which was interrupted while it wrote."""
-        if torn_by == IN_BACKWARD:
-            return RuntimeError(
-                "dist_asgd: backward has updated some parameters (step_in_backward=True), and step() has not ended "
-                "that step. Call step() first, on every rank. If backward or step() has failed, parameters and state "
-                "are torn: load a checkpoint (load_checkpoint()), or restart the job from one."
-            )
-        return RuntimeError(
-            f"dist_asgd: {torn_by} was interrupted while it wrote: parameters and state may be torn, and differ "
-            f"between ranks. Load a checkpoint (load_checkpoint()), or restart the job from one."
-        )
-
     def check_whole(self) -> None:
         """Raise RuntimeError if a call was interrupted while it wrote parameters and state."""
         if self.torn_by is not None:
-            raise self.torn_problem(self.torn_by)
+            raise torn_problem(self.torn_by)
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .comm import Communicators
 from .placements import dtensor, fsdp1
 from .placements.leaves import refuse_sharded, refuse_unready
-from .precision_checks import DTYPES, check_kinds, check_rounding
+from .precision_checks import DTYPES, check_average_device, check_kinds, check_rounding
 from .storage.memory_order import memory_strides, same_strides
 from .storage.precision import Precision
 from .update import backend
@@ -287,6 +287,7 @@ def check_group(
     )
     check_dtensors(named_held, ranks, precision)
     check_rounding(precision, named_held)
+    check_average_device(precision, named_held)
 
 
 def check_params(named: Sequence[tuple[str, Tensor]]) -> None:

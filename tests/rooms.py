@@ -20,6 +20,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     (("parts", "portions"), "the functions that files of users name; their paths never change"),
     (("update",), "the rule on this rank's shards: plan, implementations, kernels, schedule, scalars"),
     (("precision_checks",), "the dtypes of state and messages that the constructor accepts"),
+    (("interruption",), "the errors of calls after one that was interrupted while it wrote"),
     (("backward_checks", "validation"), "what the constructor and add_param_group() accept"),
     (("gradients",), "gradients averaged by DDP or reduced here; clipping and loss scaling"),
     (("fingerprints", "gather", "memory", "state", "stats"), "what a step needs beside gradients and the update"),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dist_asgd import ShardedASGD, async_save_checkpoint, load_checkpoint
+from dist_asgd import ShardedASGD, ShardedAverage, async_save_checkpoint, load_checkpoint
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -75,6 +75,32 @@ def test_lstm_weights_that_cudnn_takes_away(drops: bool) -> None:
     for ours, theirs in zip(*results, strict=True):
         # cuDNN may add gradients up in another order each time.
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_in_host_memory(dtype: torch.dtype) -> None:
+    """Steps follow updates at once; a write that no optimizer makes is found."""
+    params = [torch.nn.Parameter(torch.randn(n, device="cuda").to(dtype)) for n in (5_000_001, 33, 1 << 20)]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    beside, host = (ShardedAverage(params, decay=0.9, average_device=place) for place in (None, "cpu"))
+    for _ in range(10):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        beside.update()
+        host.update()
+    for param in params:
+        assert host.state[param]["ax"].device.type == "cpu"
+        assert torch.equal(host.state[param]["ax"], beside.state[param]["ax"].cpu())
+    with host.averaged_parameters():
+        assert all(torch.equal(p.detach(), beside.state[p]["ax"].to(dtype)) for p in params)
+    host.update()
+    with torch.no_grad():
+        params[0].zero_()
+    with pytest.raises(RuntimeError, match=r"a write to parameter 0 came after update\(\)"):
+        host.update()
 
 
 @pytest.mark.gpu

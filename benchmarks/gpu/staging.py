@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.gpu.rows import Part
 from dist_asgd import ShardedASGD, async_save_checkpoint
-from dist_asgd.checkpoint import pinned
+from dist_asgd.storage import pinned
 
 
 def run(part: Part) -> None:

@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 from ..comm import PeerError
 from ..comm.agreement import NO_FINGERPRINT, RAISED, CallsDiffer, is_on_all_ranks, text_of
 from ..comm.reports import CollectiveCall
+from ..interruption import LOAD_CHECKPOINT
 from ..labels import Label, labelled
 from ..placements.dtensor import is_dtensor, local_tensor
 from ..sharded_average import ShardedAverage
 from ..sharded_state import ShardedState
-from ..state import LOAD_CHECKPOINT
 from ..state_dict.backup import OptimizerBackup, find_unequal
+from ..update.offload import Offload
 from .format.paths import UserPath
 from .optimizer_entries import restore_dtypes
 from .save import Saver
@@ -59,6 +60,7 @@ def apply(
     (KeyboardInterrupt) is this rank's own: the next call of the optimizer says that it may be torn.
     """
     backup = _Backup.agreed(loaded, saver, call, model, optimizer, averages)
+    Offload.before_write()
     try:
         _agree_on(lambda: _load_optimizer(optimizer, loaded.optimizer), "the optimizer", path, saver, call)
         for name, state in loaded.averages.items():

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..placements.dtensor import dtensor_like, is_dtensor, local_tensor
 from ..placements.shard_tensor import shard_tensor_of
+from ..storage.pinned import PinnedMemory
 from ..update.cpu import copy_bytes
 from .entries import State
-from .pinned import PinnedMemory
 
 Key = tuple[str, str]
 """The section of the state, and the key in it."""

@@ -81,6 +81,9 @@ def plan(
         bool, typer.Option("--step-in-backward", help="Stage 2 updates each bucket during backward (Gloo).")
     ] = False,
     averages: Annotated[int, typer.Option(help="How many ShardedAverage there are beside the optimizer.")] = 0,
+    average_device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu: those lie in host memory.", show_default=False)
+    ] = "",
     backend: Annotated[Backend, typer.Option(help="nccl for GPUs, gloo for CPUs.")] = Backend.NCCL,
     link_gbit: Annotated[
         float | None,
@@ -136,6 +139,7 @@ def plan(
             fused=fused,
             step_in_backward=step_in_backward,
             averages=averages,
+            average_device=average_device or None,
             backend=backend.value,
             link_gbit=link_gbit,
             latency_us=latency_us,

@@ -25,6 +25,7 @@ from ..storage.buffers import Bucket, StateBuffer
 from ..storage.layout import BucketLayout, bucket_cap_bytes, lay_out, min_buckets
 from ..storage.send_layout import DIRECT_BYTES, send_runs
 from ..update import cpu
+from ..update.offload import scratch_bytes as scratch_bytes_of
 from ..update.operators import scratch_uses, tile_numel
 from ..update.segments import KernelDtypes
 from .gloo_buffers import gloo_bytes
@@ -46,6 +47,7 @@ class RankBytes:
         buffers: What the optimizer keeps between steps to send and to update, as in ``MemoryReport.in_flight_bytes``.
         passing: What is there for a part of a step, of the optimizer and of others: gradients that were not sent yet,
             the buffers of DDP, the parameters that FSDP2 gathers, intermediate results of torch's foreach operators.
+        host: Averages beside the optimizer that lie in host memory; no part of ``total``.
     """
 
     parameters: int = 0
@@ -56,6 +58,7 @@ class RankBytes:
     masters: int = 0
     buffers: int = 0
     passing: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -96,9 +99,10 @@ def unsharded(model: ModelShapes, setup: Setup) -> Layout:
         parameters=trained,
         unmanaged=model.frozen_bytes + model.buffer_bytes,
         gradients=trained,
-        average=trained * (1 + setup.averages),
+        average=trained,
         passing=intermediate + _beside_ddp(trained, setup),
     )
+    found = _with_averages(found, setup, trained, 0)
     notes = ("torch's ax has the parameters' 16 bits and stops moving",) if _narrow(model) else ()
     return Layout(found, notes=notes)
 
@@ -119,7 +123,7 @@ def stage1(model: ModelShapes, setup: Setup, shards: int) -> Layout:
         for member in bucket.members:
             member.param.grad = torch.empty_like(member.param)
     report = memory.report(buckets, update_bytes(buckets, setup))
-    found = _from_report(report, model, beside_bytes(model, setup, shards))
+    found = _with_averages(_from_report(report, model), setup, *beside_bytes(model, setup, shards))
     return Layout(replace(found, passing=_beside_ddp(found.gradients, setup)), buckets)
 
 
@@ -134,14 +138,18 @@ def stage2(model: ModelShapes, setup: Setup, shards: int) -> Layout:
             bucket.gradient_shard()
     if not setup.contiguous and setup.ranks > 1:
         in_flight += gloo_bytes(buckets, shards, setup.ranks // shards)
-    found = _from_report(memory.report(buckets, in_flight), model, beside_bytes(model, setup, shards))
+    report = memory.report(buckets, in_flight)
+    found = _with_averages(_from_report(report, model), setup, *beside_bytes(model, setup, shards))
     notes = ("backward updates the buckets, with step_in_backward=True",) if setup.step_in_backward else ()
     return Layout(replace(found, passing=_unsent_bytes(buckets, setup)), buckets, notes=notes)
 
 
-def beside_bytes(model: ModelShapes, setup: Setup, shards: int) -> int:
-    """The averages beside the optimizer of plain parameters on this rank, as ``build_presharded`` cuts them."""
-    found = 0
+def beside_bytes(model: ModelShapes, setup: Setup, shards: int) -> tuple[int, int]:
+    """One average beside the optimizer of plain parameters on this rank, as ``build_presharded`` cuts them.
+
+    Returned are its bytes, and those of the scratch memory for its updates if it lies in host memory.
+    """
+    buffers: list[StateBuffer] = []
     for group in model.groups:
         classes: dict[torch.dtype, list[ParamShape]] = {}
         for param in group:
@@ -154,19 +162,25 @@ def beside_bytes(model: ModelShapes, setup: Setup, shards: int) -> int:
             positions = fill_state_buffers(numels, itemsize, setup.bucket_cap_mb, shards)
             cut = [[numels[i] for i in of_one] for of_one in positions] if shards > 1 else [numels]
             like = torch.empty(0, dtype=dtype, device="meta")
-            for of_one in cut:
-                buffer = StateBuffer(lay_out(of_one, itemsize, shards), like, 0, setup.precision)
-                found += buffer.average.nbytes
-    return found * setup.averages
+            buffers += [StateBuffer(lay_out(of_one, itemsize, shards), like, 0, setup.precision) for of_one in cut]
+    return sum(buffer.average.nbytes for buffer in buffers), scratch_bytes_of(buffers)
 
 
-def _from_report(report: memory.MemoryReport, model: ModelShapes, beside: int) -> RankBytes:
+def _with_averages(found: RankBytes, setup: Setup, each: int, scratch: int) -> RankBytes:
+    """Add the averages beside the optimizer, of ``each`` bytes and, in host memory, ``scratch`` on the device."""
+    beside = setup.averages * each
+    if not setup.averages_on_host:
+        return replace(found, average=found.average + beside)
+    return replace(found, host=beside, buffers=found.buffers + setup.averages * scratch)
+
+
+def _from_report(report: memory.MemoryReport, model: ModelShapes) -> RankBytes:
     return RankBytes(
         parameters=report.parameter_bytes,
         padding=report.padding_bytes,
         unmanaged=model.frozen_bytes + model.buffer_bytes,
         gradients=report.gradient_bytes,
-        average=report.state_bytes + beside,
+        average=report.state_bytes,
         masters=report.master_bytes,
         buffers=report.in_flight_bytes,
     )
@@ -273,15 +287,17 @@ def dtensors(model: ModelShapes, setup: Setup, replicas: int, shards: int) -> La
     buffers = update_bytes(state_buffers, setup)
     if replicas > 1:
         buffers += replica_bytes(state_buffers, setup)
+    average = sum(buffer.average.nbytes for buffer in state_buffers)
     found = RankBytes(
         parameters=local_bytes,
         unmanaged=frozen + model.buffer_bytes,
         gradients=local_bytes,
-        average=sum(buffer.average.nbytes for buffer in state_buffers) * (1 + setup.averages),
+        average=average,
         masters=sum(buffer.master.nbytes for buffer in state_buffers if buffer.master is not None),
         buffers=buffers,
         passing=_fsdp2_bytes(model) if shards > 1 else 0,
     )
+    found = _with_averages(found, setup, average, scratch_bytes_of(state_buffers))
     notes: tuple[str, ...] = ()
     scalars = [param.name for param in model.params if not param.shape]
     if scalars:

@@ -186,6 +186,7 @@ def plan(
     fused: bool = False,
     step_in_backward: bool = False,
     averages: int = 0,
+    average_device: str | None = None,
     backend: str = "nccl",
     link_gbit: float | None = None,
     latency_us: float | None = None,
@@ -214,6 +215,7 @@ def plan(
             stage 2 without it.
         averages: How many ``ShardedAverage`` of all trained parameters there are beside the optimizer; beside
             ``torch.optim.ASGD`` each is a whole copy, as torch's ``AveragedModel`` is.
+        average_device: Where those lie, as in ``ShardedAverage``: None, or ``"cpu"`` for host memory.
         gradient_as_bucket_view: As in ``DistributedDataParallel``; False adds the bytes of its buckets.
         backend: "nccl" for GPUs, "gloo" for CPUs.
         link_gbit: What a node sends to the others for all of its ranks, in Gbit/s, while it receives as much. With it
@@ -241,6 +243,12 @@ def plan(
         raise ValueError(f"dist_asgd: backend must be {' or '.join(BACKENDS)}, got {backend!r}.")
     if isinstance(averages, bool) or not isinstance(averages, int) or averages < 0:
         raise ValueError(f"dist_asgd: averages must be a whole number from 0 on, got {averages!r}.")
+    if average_device not in (None, "cpu") or (average_device == "cpu" and (not averages or backend != "nccl")):
+        raise ValueError(
+            f"dist_asgd: average_device={average_device!r} with averages={averages} and backend={backend!r}: it is "
+            f"None, or 'cpu' for averages beside an optimizer on GPUs. Pass averages=1 (--averages 1) or more and "
+            f"backend='nccl', or leave average_device out."
+        )
     if step_in_backward and backend != "gloo":
         raise ValueError(
             f"dist_asgd: step_in_backward with backend={backend!r}: so far only parameters on CPUs are updated in "
@@ -257,6 +265,7 @@ def plan(
         fused,
         step_in_backward,
         averages,
+        average_device is not None,
     )
     memory = None if gpu_memory is None else bytes_of(gpu_memory, "gpu_memory", least=1)
     extra = bytes_of(activations, "activations")

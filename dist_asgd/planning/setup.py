@@ -25,6 +25,7 @@ class Setup:
     fused                     whether the update is ``fused=True``, which needs no scratch memory on GPUs
     step_in_backward          whether stage 2 updates buckets during backward
     averages                  how many ``ShardedAverage`` of the same parameters there are beside the optimizer
+    averages_on_host          whether those lie in host memory (``average_device="cpu"``)
     """
 
     ranks: int
@@ -37,6 +38,7 @@ class Setup:
     fused: bool = False
     step_in_backward: bool = False
     averages: int = 0
+    averages_on_host: bool = False
 
     @property
     def nodes(self) -> int:

@@ -63,14 +63,17 @@ def _bytes_table(plan: Plan) -> str:
     names = ("parameters", "unmanaged", "gradients", "average", "masters", "buffers", "passing")
     # A column of zeros says nothing, but for those that every reader looks for.
     shown = [n for n in names if n not in ("unmanaged", "masters") or any(getattr(r.bytes, n) for r in plan.rows)]
+    on_host = any(row.bytes.host for row in plan.rows)
     headers = ["mode", "shards", *("frozen+buffers" if name == "unmanaged" else name for name in shown)]
     activations = plan.rows[0].activations_bytes
     headers += (["activations"] if activations else []) + ["total"] + (["fits"] if plan.gpu_memory is not None else [])
+    headers += ["on the host"] if on_host else []
     rows = []
     for row in plan.rows:
         cells = [_marked(row, plan), f"{row.shards:,}", *(binary(getattr(row.bytes, name)) for name in shown)]
         cells += ([binary(activations)] if activations else []) + [binary(row.total_bytes)]
-        rows.append(cells + ([] if row.fits is None else ["tight" if row.is_tight else "yes" if row.fits else "no"]))
+        cells += [] if row.fits is None else ["tight" if row.is_tight else "yes" if row.fits else "no"]
+        rows.append(cells + ([binary(row.bytes.host)] if on_host else []))
     return _rendered(headers, rows)
 
 

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from ..comm import Communicators, PeerError
 from ..comm.agreement import NO_FINGERPRINT, CallsDiffer, Fingerprint
 from ..gather import Gatherer
+from ..interruption import LOAD_CHECKPOINT
 from ..placements import fsdp1
 from ..placements.dtensor import reshard_modules
-from ..state import LOAD_CHECKPOINT, ParamShards
+from ..state import ParamShards
 from ..storage.buffers import ShardedParam
 from ..storage.frozen import FrozenParam
 from ..storage.snapshots import mark_written

@@ -132,7 +132,7 @@ def _bucket_batches(
     by_bucket: dict[int, _BucketBatch] = {}
     for p in params:
         # Only some ranks have a fragment of a parameter, of any size: no collective gathers that.
-        if one_by_one and not communicators.on(p.bucket.device).gathers_contiguous:
+        if one_by_one and not communicators.on(p.bucket.average.device).gathers_contiguous:
             batches.append(_BucketBatch(p.bucket, [p], p.slot.offset, p.slot.stop))
             continue
         if id(p.bucket) not in by_bucket:
@@ -158,7 +158,7 @@ def _gather_bucket(
     if to is not None and target is None:
         # Rank `to` is of another replica, which has all shards itself.
         return None
-    collectives = communicators.on(batch.bucket.device)
+    collectives = communicators.on(shard.device)
     if collectives.gathers_contiguous and stop - start == batch.bucket.layout.numel:
         return _gather_columns(shard, collectives, here, target, staging)
     spans = []  # the elements that each rank holds, counted in the bucket

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -23,11 +23,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import huge_pages
+from .pinned import PinnedMemory
 from .published import placeholder
 
 if TYPE_CHECKING:
     from .buffers import ShardedParam
     from .layout import BucketLayout
+    from .precision import Precision
 
 # The keys of the scalars in the entry of a parameter.
 SCALARS = ("step", "eta", "mu")
@@ -49,7 +51,9 @@ class StateOwner(Protocol):
 class AverageMemory(ABC):
     """The average of one state buffer; a base of ``StateBuffer``.
 
+    average_dtype        the dtype of ``average``, unless a load has made it wider
     average              (shard_numel,)  ``ax``: memory or a placeholder; its values, unless the parameters stand for it
+    is_offloaded         whether it is page-locked memory of the host, and the parameters lie on a device
     params_stand         whether the parameters stand for the averages
     average_is_shown     whether somebody may have a tensor over ``average``
     average_is_reserved  whether a step may write ``average``, without a question for memory
@@ -59,6 +63,8 @@ class AverageMemory(ABC):
     _buffer_of: ClassVar[WeakIdKeyDictionary] = WeakIdKeyDictionary()
 
     average: Tensor
+    average_dtype: torch.dtype
+    is_offloaded = False
     params_stand = False
     average_is_shown = False
     average_is_reserved = False
@@ -66,6 +72,10 @@ class AverageMemory(ABC):
     _may_give_back = True
     # Weak, because it keeps the buffer.
     _owner: weakref.ref[StateOwner] | None = None
+    # What keeps the memory locked.
+    _pinned: PinnedMemory | None = None
+    # Lets the host wait for the update of offloaded averages that was begun last.
+    _wait_for_update: Callable[[], None] | None = None
 
     layout: BucketLayout
     dtype: torch.dtype
@@ -87,12 +97,21 @@ class AverageMemory(ABC):
         """The averages ``(shard_numel,)`` of parameters that every rank has whole, to be read only."""
         return self.average
 
+    def make_average(self, precision: Precision) -> None:
+        """Make the averages, in the dtype and in the place that ``precision`` asks for; called at construction."""
+        # 16 bits cannot hold a running mean: after some hundred steps its changes are rounded away.
+        asked = precision.average_dtype or (torch.float32 if self.dtype.itemsize == 2 else self.dtype)
+        self.average_dtype = torch.promote_types(self.dtype, asked)
+        self.is_offloaded = is_offloaded(self.device, precision.average_device)
+        # State exists from construction on, with the same keys on every rank: saving needs no step before it.
+        self.forget_average(self.average_dtype)
+
     # --- memory ------------------------------------------------------------------------------------------
 
     @property
     def defers_average(self) -> bool:
         """Whether averages have no address before they are written: only CPUs have addresses without memory."""
-        return self.device.type != "cpu"
+        return self.device.type != "cpu" and not self.is_offloaded
 
     @property
     def average_has_address(self) -> bool:
@@ -106,13 +125,33 @@ class AverageMemory(ABC):
 
     def new_average(self, dtype: torch.dtype) -> Tensor:
         """Make memory for the averages, in ``dtype``: ``(shard_numel,)``, of zeros."""
-        return huge_pages.zeros(self.layout.shard_numel, dtype, self.device)
+        numel = self.layout.shard_numel
+        if not self.is_offloaded:
+            return huge_pages.zeros(numel, dtype, self.device)
+        self._pinned = PinnedMemory([numel * dtype.itemsize])
+        return self._pinned.tensors[0].view(dtype)
+
+    def __del__(self) -> None:
+        """Wait for an update that is in flight: it writes the memory that is freed next."""
+        self.settle()
+
+    def begin_update(self, wait: Callable[[], None]) -> None:
+        """Note that an update of offloaded averages has begun, whose end ``wait`` lets the host wait for."""
+        self._wait_for_update = wait
+
+    def settle(self) -> None:
+        """Let the host wait until offloaded averages are up to date; called before anybody reads or writes them."""
+        if self._wait_for_update is not None:
+            self._wait_for_update()
+            self._wait_for_update = None
 
     def forget_average(self, dtype: torch.dtype) -> None:
         """Begin with averages of zeros, in ``dtype``, that take no memory yet; the caller publishes them."""
         numel = self.layout.shard_numel
         self.average = placeholder(numel, dtype, self.device) if self.defers_average else self.new_average(dtype)
-        self.params_stand = self.average_is_reserved = False
+        self.params_stand = False
+        # Page-locked memory is taken as soon as it is made.
+        self.average_is_reserved = self.is_offloaded
 
     def reserve_average(self, dtype: torch.dtype | None = None, memory: Tensor | None = None) -> None:
         """Make sure that averages can be written, in ``dtype`` if they are to have another: ``memory``, or new one."""
@@ -186,10 +225,16 @@ class AverageMemory(ABC):
 
     def show_average(self) -> None:
         """Let every step from now on write ``average``, because somebody gets a tensor of that memory."""
+        self.settle()
         self.write_average()
         if not self.average_has_address:
             self.reserve_average()
         self.average_is_shown = True
+
+
+def is_offloaded(device: torch.device, average_device: torch.device | None) -> bool:
+    """Whether averages of parameters on ``device`` lie in host memory if ``average_device`` is asked for."""
+    return average_device is not None and average_device.type != device.type
 
 
 def write_averages(buffers: Iterable[AverageMemory], shown: bool = False) -> None:

@@ -304,14 +304,9 @@ class StateBuffer(AverageMemory):
         self.dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
         self.gradient_dtype = self.dtype
         self.device = like.device
-        narrow = self.dtype.itemsize == 2
-        # 16 bits cannot hold a running mean: after some hundred steps its changes are rounded away.
-        asked = precision.average_dtype or (torch.float32 if narrow else self.dtype)
-        self.average_dtype = torch.promote_types(self.dtype, asked)
-        # State exists from construction on, with the same keys on every rank: saving needs no step before it.
-        self.forget_average(self.average_dtype)
+        self.make_average(precision)
         self.master: Tensor | None = None
-        if narrow and precision.master_weights:
+        if self.dtype.itemsize == 2 and precision.master_weights:
             self.master = huge_pages.zeros(layout.shard_numel, masters.held_dtype(self.dtype), self.device)
         self.seed = precision.stochastic_rounding if self.dtype == torch.bfloat16 else None
 
@@ -369,8 +364,9 @@ class Bucket(StateBuffer):
         self.shard = self.flat.view(layout.world_size, layout.shard_numel)[rank]
         self.wire_dtype = precision.reduce_dtype or self.dtype
         # A sum that was made in a wider dtype than a 16-bit parameter's stays wide. float32 sums need no wider one.
-        narrow = self.dtype.itemsize == 2
-        self.gradient_dtype = torch.float32 if narrow and self.wire_dtype != self.dtype else self.dtype
+        self.gradient_dtype = (
+            torch.float32 if self.dtype.itemsize == 2 and self.wire_dtype != self.dtype else self.dtype
+        )
         self.gradient: Tensor | None = None
         self.members: list[BucketParam] = []
         self._clear_padding()

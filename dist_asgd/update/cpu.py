@@ -26,7 +26,7 @@ from . import backend
 from .batch import Batch, StepContext
 from .segments import NO_AVERAGES, UNSCALED, KernelDtypes, Segment, SegmentGradients
 
-ABI = 4
+ABI = 5
 # As ``enum dtype`` of kernel.c.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Starting a thread costs about as much as updating this many elements.
@@ -53,6 +53,16 @@ class _Call(ctypes.Structure):
     ]
 
 
+class _Means(ctypes.Structure):
+    """``mean_call`` of kernel.c, field by field."""
+
+    _fields_ = [
+        ("pairs", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_pairs", "num_threads", "param")),
+        ("weight", ctypes.c_double),
+    ]
+
+
 @cache
 def _load() -> ctypes.CDLL | str:
     """The kernel's library, or why there is none."""
@@ -66,6 +76,8 @@ def _load() -> ctypes.CDLL | str:
         library.dist_asgd_abi.restype = ctypes.c_int64
         library.dist_asgd_update.argtypes = [ctypes.POINTER(_Call)]
         library.dist_asgd_update.restype = ctypes.c_int64
+        library.dist_asgd_means.argtypes = [ctypes.POINTER(_Means)]
+        library.dist_asgd_means.restype = None
         library.dist_asgd_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         library.dist_asgd_copy.restype = None
         abi = library.dist_asgd_abi()
@@ -239,6 +251,43 @@ class KernelBatch(Batch):
             scaling = step.param_scaling
         unscale, clip = (1.0, 1.0) if scaling is UNSCALED else scaling.numbers()
         self.launch.run(pointers, step.rows, unscale, clip, self.buffer.params_stand)
+
+
+class Means:
+    """Takes many parameters into their averages in one kernel call; made once by ``means.py``, run at every update.
+
+    Args:
+        params, averages: 1-D, real and contiguous, on the CPU, of the dtypes of which ``can_take`` says so. They are
+            checked here, and kept alive as long as this object.
+    """
+
+    def __init__(self, params: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
+        library = _load()
+        assert not isinstance(library, str), library
+        self._means = library.dist_asgd_means
+        self._tensors = params, averages
+        dtype, average_dtype = params[0].dtype, averages[0].dtype
+        table = array("q")
+        for param, average in zip(params, averages, strict=True):
+            numel = param.numel()
+            table.extend((_check(param, dtype, numel, "parameter"), _check(average, average_dtype, numel, "average")))
+            table.append(numel)
+        self._table = table
+        self._max_threads = max(1, sum(param.numel() for param in params) // NUMEL_PER_THREAD)
+        self._call = _Means(pairs=table.buffer_info()[0], num_pairs=len(params), param=DTYPES[dtype])
+
+    @staticmethod
+    def can_take(dtype: torch.dtype, average: Tensor) -> bool:
+        """Whether the kernel can take parameters of ``dtype`` into averages such as ``average``, with torch's bits."""
+        wanted = torch.float32 if dtype.itemsize == 2 else dtype
+        on_cpu = backend.of(average.device) is backend.C
+        return on_cpu and dtype in DTYPES and average.dtype == wanted and why_unavailable() is None
+
+    def run(self, weight: float) -> None:
+        """Take all parameters into their averages: ``ax <- lerp(ax, x, weight)``, as ``torch._foreach_lerp_`` does."""
+        self._call.num_threads = min(torch.get_num_threads(), self._max_threads)
+        self._call.weight = weight
+        self._means(ctypes.byref(self._call))
 
 
 def lanes(numel: int, start: int, stop: int) -> int:

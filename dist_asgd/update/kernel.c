@@ -28,7 +28,7 @@
 #include <immintrin.h>
 #endif
 
-#define ABI 4
+#define ABI 5
 #define INLINE static inline __attribute__((always_inline))
 /* For arrays that vectors are read from: a vector that lies in two cache lines takes twice as long. */
 #define LINED __attribute__((aligned(64)))
@@ -333,11 +333,44 @@ INLINE void block(const call *k, narrow_scalars s, uint16_t *x, const void *g, v
     else if (!half && lanes && source == PREPARED) { BY_AVERAGE(0, STOCHASTIC, 0, PREPARED) }
 }
 
+/* --- averages of parameters that another optimizer updates ------------------------------------------------------- */
+
+/* Elements of a parameter and of its average. */
+typedef struct {
+    const void *param;
+    void *average;
+    int64_t numel;
+} pair;
+
+/* _Means of cpu.py; the average's type is the parameter's, or float for 16 bits. */
+typedef struct {
+    const pair *pairs;
+    int64_t num_pairs, num_threads, param;
+    double weight;
+} mean_call;
+
+INLINE float same_float(float x) { return x; }
+INLINE double same_double(double x) { return x; }
+INLINE float of_bfloat16(uint16_t h) { return wide(h, 0); }
+
+/* ax <- lerp(ax, x, weight) as ATen's vector loops have it (native/Lerp.h): one fma, from the nearer of the two. */
+#define MEAN(NAME, FROM, T, WIDEN, FMA)                                                                                \
+    INLINE void NAME(const FROM *restrict x, T *restrict ax, int64_t n, T factor, const int near_ax) {                 \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            T xi = WIDEN(x[i]), a = ax[i], d = xi - a;                                                                 \
+            ax[i] = FMA(factor, d, near_ax ? a : xi);                                                                  \
+        }                                                                                                              \
+    }
+MEAN(mean_float32, float, float, same_float, __builtin_fmaf)
+MEAN(mean_float64, double, double, same_double, __builtin_fma)
+MEAN(mean_bfloat16, uint16_t, float, of_bfloat16, __builtin_fmaf)
+MEAN(mean_float16, uint16_t, float, float_of_half, __builtin_fmaf)
+
 /* --- threads ---------------------------------------------------------------------------------------------------- */
 
-/* The elements start to stop, counted over all segments, that one thread updates. */
+/* The elements start to stop, counted over all segments or pairs of a call, that one thread updates. */
 typedef struct {
-    const call *call;
+    const void *call;
     int64_t start, stop;
 } thread_range;
 
@@ -366,16 +399,19 @@ INLINE int64_t cut(int64_t at, int64_t numel) {
 #include "kernel_isa.h"
 #endif
 
-static void *(*fastest_update(void))(void *) {
+typedef void *work(void *);
+
+/* The one of them that this processor has the instructions for. */
 #if defined(__x86_64__) && defined(__GNUC__)
+#define FASTEST(name) (has_avx512() ? name##_avx512 : name##_avx2)
+static int has_avx512(void) {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return update_avx512;
-    return update_avx2;
-#else
-    return update_plain;
-#endif
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
 }
+#else
+#define FASTEST(name) name##_plain
+#endif
 
 int64_t dist_asgd_abi(void) { return ABI; }
 
@@ -383,7 +419,7 @@ static int64_t threads_of(int64_t wanted) { return wanted < 1 ? 1 : wanted > MAX
 
 /* Calls `run` on each of `count` arguments of `size` bytes, the first in this thread. The other threads live for this
  * call only, so a fork at any other time is safe. An argument whose thread does not start is run here. */
-static void run_all(void *(*run)(void *), void *arguments, size_t size, int64_t count) {
+static void run_all(work *run, void *arguments, size_t size, int64_t count) {
     pthread_t threads[MAX_THREADS];
     int started[MAX_THREADS] = {0};
     for (int64_t t = 1; t < count; t++) started[t] = !pthread_create(&threads[t], 0, run, (char *)arguments + size * t);
@@ -394,18 +430,31 @@ static void run_all(void *(*run)(void *), void *arguments, size_t size, int64_t 
     }
 }
 
+/* Lets threads share the `total` elements of `call`. */
+static void run_ranges(work *run, const void *call, int64_t total, int64_t num_threads) {
+    thread_range ranges[MAX_THREADS];
+    int64_t count = threads_of(num_threads);
+    for (int64_t t = 0; t < count; t++)
+        ranges[t] = (thread_range){call, total / count * t, t == count - 1 ? total : total / count * (t + 1)};
+    run_all(run, ranges, sizeof(thread_range), count);
+}
+
 /* Updates every segment and returns 0; returns -1 and changes nothing if a segment has no gradient. */
 int64_t dist_asgd_update(const call *k) {
-    thread_range ranges[MAX_THREADS];
-    int64_t total = 0, count = threads_of(k->num_threads);
+    int64_t total = 0;
     for (int64_t i = 0; i < k->num_segments; i++) {
         if (!k->gradients[i]) return -1;
         total += k->segments[i].numel;
     }
-    for (int64_t t = 0; t < count; t++)
-        ranges[t] = (thread_range){k, total / count * t, t == count - 1 ? total : total / count * (t + 1)};
-    run_all(fastest_update(), ranges, sizeof(thread_range), count);
+    run_ranges(FASTEST(update), k, total, k->num_threads);
     return 0;
+}
+
+/* Takes every parameter into its average. */
+void dist_asgd_means(const mean_call *k) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < k->num_pairs; i++) total += k->pairs[i].numel;
+    run_ranges(FASTEST(means), k, total, k->num_threads);
 }
 
 /* The bytes that one thread copies past the caches. */

@@ -119,6 +119,38 @@ TARGET static void *ISA(update)(void *argument) {
     return 0;
 }
 
+#define MEAN_LOOPS(NAME, FROM, T)                                                                                      \
+    APART void ISA(NAME)(const pair *p, double weight, int64_t from, int64_t to) {                                     \
+        const FROM *x = (const FROM *)p->param + from;                                                                 \
+        T *ax = (T *)p->average + from, w = (T)weight;                                                                 \
+        if (w > (T)-0.5 && w < (T)0.5) NAME(x, ax, to - from, w, 1);                                                   \
+        else NAME(x, ax, to - from, w - 1, 0);                                                                         \
+    }
+MEAN_LOOPS(mean_float32, float, float)
+MEAN_LOOPS(mean_float64, double, double)
+MEAN_LOOPS(mean_bfloat16, uint16_t, float)
+MEAN_LOOPS(mean_float16, uint16_t, float)
+#undef MEAN_LOOPS
+
+TARGET static void *ISA(means)(void *argument) {
+    const thread_range *range = argument;
+    const mean_call *k = range->call;
+    int64_t offset = 0;
+    for (int64_t i = 0; i < k->num_pairs; i++) {
+        const pair *p = k->pairs + i;
+        int64_t from = cut(range->start - offset, p->numel), to = cut(range->stop - offset, p->numel);
+        offset += p->numel;
+        if (from >= to) continue;
+        switch (k->param) {
+        case FLOAT32: ISA(mean_float32)(p, k->weight, from, to); break;
+        case FLOAT64: ISA(mean_float64)(p, k->weight, from, to); break;
+        case BFLOAT16: ISA(mean_bfloat16)(p, k->weight, from, to); break;
+        default: ISA(mean_float16)(p, k->weight, from, to);
+        }
+    }
+    return 0;
+}
+
 #undef APART
 #undef ISA
 #undef TARGET

@@ -17,6 +17,7 @@ from ..storage.buffers import ShardedParam, StateBuffer
 from ..storage.memory_order import flattened
 from . import backend, cpu, foreach, reference, rounding
 from .batch import Batch, StepContext
+from .offload import Offload
 from .schedule import Cohort, Implementation, StepHyperparameters
 from .segments import Scaling
 
@@ -106,6 +107,18 @@ class Updater:
     def __init__(self) -> None:
         # By device, dtype, and whether it has widened parameters, which are needed beside the gradient's scratch.
         self._scratch: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}
+        self._offloads: dict[torch.device, Offload] = {}
+
+    def offload(self, device: torch.device) -> Offload:
+        """What updates averages in host memory of parameters on ``device``."""
+        if device not in self._offloads:
+            self._offloads[device] = Offload(device)
+        return self._offloads[device]
+
+    @property
+    def offloads(self) -> list[Offload]:
+        """Those of all devices."""
+        return list(self._offloads.values())
 
     def reserve(self, buffers: Sequence[StateBuffer]) -> None:
         """Allocate the scratch of these state buffers, once, so that no step allocates any.
@@ -114,6 +127,8 @@ class Updater:
         first such step allocates.
         """
         for buffer in buffers:
+            if buffer.is_offloaded:
+                self.offload(buffer.device).reserve(buffer)
             if backend.of(buffer.device) is backend.TRITON:
                 continue
             numel = self.scratch_numel(buffer)
@@ -128,7 +143,8 @@ class Updater:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of scratch memory that are kept between steps."""
-        return sum(scratch.nbytes for scratch in self._scratch.values())
+        own = sum(scratch.nbytes for scratch in self._scratch.values())
+        return own + sum(offload.scratch_bytes for offload in self.offloads)
 
     def scratch_numel(self, buffer: StateBuffer) -> int:
         """Elements of the longest tile of ``buffer``."""

@@ -118,7 +118,10 @@ def plan_batches(
     ``average_bytes`` is the size of all averages that this rank updates in a step, in all state buffers.
     """
     if hyper.implementation in COUNTING:
-        return mean_batches(buffer, cohorts.by_index, active)
+        # Without memory there is nothing to update before the first iterate, for which plans are made anew.
+        if not buffer.average_has_address:
+            return []
+        return mean_batches(buffer, cohorts.by_index, active, hyper.implementation)
     if hyper.device is not None:
         return [_device_batch(buffer, cohorts, active, hyper)]
     if hyper.implementation is Implementation.FUSED:

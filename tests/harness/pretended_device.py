@@ -28,8 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map
 
 import dist_asgd
-from dist_asgd import GradScaler, ShardedASGD
-from dist_asgd.storage import published
+from dist_asgd import GradScaler, ShardedASGD, ShardedAverage, validation
+from dist_asgd.comm.streams import Stream
+from dist_asgd.storage import average, published
+from dist_asgd.update import offload
 
 PACKAGE = str(Path(dist_asgd.__file__).parent)
 NAME = "pretended"
@@ -52,7 +54,7 @@ class Notes:
 
     def __init__(self) -> None:
         self._waits: list[str] = []
-        # Kept, so that no other tensor gets the id of a pinned one.
+        # By address of the storage; kept, so that no other one gets it.
         self._pinned: dict[int, Tensor] = {}
 
     def add(self, what: str) -> None:
@@ -69,12 +71,12 @@ class Notes:
     def pin(self, tensor: Tensor) -> Tensor:
         """What ``pin_memory`` returns: a copy that is known to be pinned."""
         copy = tensor.clone()
-        self._pinned[id(copy)] = copy
+        self._pinned[copy.untyped_storage().data_ptr()] = copy
         return copy
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether ``pin`` has made the tensor."""
-        return id(tensor) in self._pinned
+        """Whether ``pin`` has made the memory of the tensor."""
+        return tensor.untyped_storage().data_ptr() in self._pinned
 
 
 NOTES = Notes()
@@ -158,7 +160,8 @@ def _note_waits(name: str, args: Any, kwargs: dict[str, Any], found: Sequence[Te
         )
         blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
         if isinstance(source, PretendedTensor) and to_host:
-            NOTES.add("copy to the host")
+            if blocking or name != "copy_" or not NOTES.is_pinned(args[0]):
+                NOTES.add("copy to the host")
         elif not isinstance(source, PretendedTensor) and (blocking or not NOTES.is_pinned(source)):
             NOTES.add("copy from the host")
     elif name == "where" and len(ours) < len(found):
@@ -325,6 +328,40 @@ def watch_average(form: str) -> dict[str, list[str]]:
     return {"averaged_parameters": NOTES.take()}
 
 
+class _PinnedMemory:
+    """In the place of page-locked memory."""
+
+    def __init__(self, sizes_bytes: Sequence[int]) -> None:
+        self.tensors = [NOTES.pin(torch.zeros(size, dtype=torch.uint8, device="cpu")) for size in sizes_bytes]
+
+
+def watch_offload(foreach: bool | None, dtype: torch.dtype) -> dict[str, list[str]]:
+    """What ``update()`` of averages in host memory waits for, and a read of them."""
+    with (
+        pretended_gpu(),
+        mock.patch.object(average, "PinnedMemory", _PinnedMemory),
+        mock.patch.object(offload, "SideStream", return_value=Stream()),
+        mock.patch.object(validation, "check_average_device", return_value=None),
+    ):
+        params = params_on_device(8, dtype)
+        host, beside = (
+            ShardedAverage(params, decay=0.5, foreach=foreach, average_device=place) for place in ("cpu", None)
+        )
+        found: dict[str, list[str]] = {}
+        for step in range(4):
+            NOTES.take()
+            host.update()
+            found.setdefault("first update" if step == 0 else "update", []).extend(NOTES.take())
+            beside.update()
+            with torch.no_grad():
+                for param in params:
+                    host.wait_for_parameters()
+                    param.mul_(1.5)
+        for param in params:
+            assert torch.equal(host.state[param]["ax"], beside.state[param]["ax"].cpu())
+    return found
+
+
 def cases() -> dict[str, Callable[[], dict[str, list[str]]]]:
     """All cases by name."""
     found: dict[str, Callable[[], dict[str, list[str]]]] = {}
@@ -335,6 +372,9 @@ def cases() -> dict[str, Callable[[], dict[str, list[str]]]]:
         for stage in (1, 2):
             found[f"scaler, stage {stage}, {form}"] = partial(watch_scaler, form, stage)
         found[f"average, {form}"] = partial(watch_average, form)
+    for foreach in (None, False):
+        for dtype in (torch.float32, torch.bfloat16):
+            found[f"host memory, {dtype}, foreach={foreach}"] = partial(watch_offload, foreach, dtype)
     return found
 
 

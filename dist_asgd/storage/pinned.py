@@ -1,7 +1,8 @@
 """Page-locked host memory of just the size that is asked for: only such memory is filled at the speed of the bus.
 
 torch's own allocator of pinned memory rounds each tensor up to a power of two bytes. Here all tensors of a state share
-one mapping, which is locked as a whole and unlocked before it is freed. ``StagingArea`` uses it.
+one mapping, which is locked as a whole and unlocked before it is freed. Copies for asynchronous saves and averages in
+host memory lie in it.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class PinnedMemory:
         if error:
             # Copies from the device are right all the same, and slower.
             _LOG.warning(
-                "%d bytes of host memory for an asynchronous save could not be page-locked (CUDA error %d): training "
-                "waits longer for its copy. Raise the limit on locked memory (ulimit -l).",
+                "%d bytes of host memory for copies from a device could not be page-locked (CUDA error %d): training "
+                "waits longer for them. Raise the limit on locked memory (ulimit -l).",
                 self.nbytes,
                 error,
             )

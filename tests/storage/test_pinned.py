@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dist_asgd.checkpoint import staging
-from dist_asgd.checkpoint.pinned import PinnedMemory
 from dist_asgd.checkpoint.staging import StagingArea
+from dist_asgd.storage.pinned import PinnedMemory
 from tests.harness.bits import assert_same_bits
 
 
