@@ -137,6 +137,8 @@ class CheckpointManager:
             ),
         )
         saver.wait_pending()
+        # That of another optimizer may be about to become the latest.
+        self.wait()
         kept = saver.agree_on_averages(CollectiveCall.RESTORE_CHECKPOINT, averages, optimizer)
         # Rank 0 decides which is the latest: on a shared file system other ranks may not see the newest one yet.
         candidates = saver.on_first(CollectiveCall.RESTORE_CHECKPOINT, lambda: self._candidates(step))
@@ -185,7 +187,9 @@ class CheckpointManager:
         saver = Saver.of(optimizer)
         path = self.path_of(step) if isinstance(step, int) and step >= 0 else self.folder
         begin, commit, busy = self._begin, self._commit, self._when_busy
-        self._last_save = saver.save(call, path, model, optimizer, step, extra, averages, busy, begin, commit)
+        last = self._last_save
+        # A save that begins removes the files of unfinished ones, also those of another optimizer.
+        self._last_save = saver.save(call, path, model, optimizer, step, extra, averages, busy, begin, commit, last)
         return self._last_save
 
     def _candidates(self, step: int | None) -> list[AnyPath]:

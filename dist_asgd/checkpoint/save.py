@@ -169,10 +169,12 @@ class Saver:
         when_busy: WhenBusy,
         begin: Callable[[AnyPath], NewCheckpoint],
         commit: Callable[[NewCheckpoint], None],
+        before: PendingSave | None = None,
     ) -> PendingSave | None:
         """Save from all ranks; returns the pending save of an asynchronous ``call``, else None. Collective.
 
-        ``begin`` makes the directory to write in, ``commit`` moves it to its final path; both run on rank 0.
+        ``begin`` makes the directory to write in, ``commit`` moves it to its final path; both run on rank 0. ``before``
+        is a save to the same folder, perhaps of another optimizer, which has to end before this one begins.
         """
         adopt_params(optimizer)
         kept = self.agree_on_averages(call, averages, optimizer)
@@ -182,12 +184,14 @@ class Saver:
             target = absolute(as_path(path))
             _check(step, when_busy)
             # Whether it still runs may differ between ranks, so this too is for them to agree on.
-            if when_busy == "refuse" and self._pending is not None and not self._pending.done():
+            if when_busy == "refuse" and any(save is not None and not save.done() for save in (self._pending, before)):
                 raise RuntimeError(
                     "dist_asgd: the last checkpoint is still being written. Save less often, or pass when_busy='wait'."
                 )
             # The staging memory, and the background group, serve one save at a time.
             self.wait_pending()
+            if before is not None:
+                before.wait()
             rank, replica = self.rank, self.communicators.replica
             with label(Label.SAVE_STATE):
                 found = state_to_save(model, optimizer, extra, rank, replica, self._fragments, kept)

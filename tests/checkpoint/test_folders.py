@@ -284,6 +284,34 @@ def test_a_second_writer_is_told_of_the_first(
         assert "another writer wanted to save to" in caplog.text
 
 
+def one_manager(_rank: int, _world_size: int, folder: str) -> None:
+    """Job: while the save of an optimizer is still being written, its manager restores into another, and saves that."""
+    first, second = build("stage1").train(2), build("stage2", seed=7).train(1)
+    with CheckpointManager(f"{folder}/c") as checkpoints:
+        for step, go_on in ((2, "restore"), (3, "save"), (5, "async_save")):
+            held = Held()
+            held.hold()
+            timer = threading.Timer(0.3, held.let_go)
+            checkpoints.async_save(first.model, first.optimizer, step=step)
+            timer.start()
+            if go_on == "restore":
+                restored = checkpoints.restore(second.model, second.optimizer)
+                assert restored is not None
+                assert restored.step == step
+                assert_same_state(second, whole_state(first))
+            else:
+                getattr(checkpoints, go_on)(second.model, second.optimizer, step=step + 1)
+            timer.join()
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 5, 6]
+
+
+@worlds
+def test_a_manager_waits_for_the_save_of_another_optimizer(backend: str, world_size: int, tmp_path: Path) -> None:
+    """It is the latest checkpoint in a moment, and writes to the folder that the next save clears."""
+    run(backend, world_size, one_manager, str(tmp_path))
+
+
 def two_stages(rank: int, _world_size: int, folder: str) -> str:
     """Job: both stages of a pipeline, each with a group of its own, save to one path at once."""
     groups = [dist.new_group([0]), dist.new_group([1])]
