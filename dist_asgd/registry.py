@@ -30,7 +30,7 @@ from .gradients.checksums import compare_values
 from .gradients.unsharding import unshard_gradients
 from .placements import fsdp1
 from .state import KEYS, MASTER_KEY, ParamShards
-from .state_dict import full, load
+from .state_dict import fragments, full, load
 from .state_dict.sharded import pack_groups
 from .storage.frozen import is_held
 from .storage.memory_order import memory_strides
@@ -313,7 +313,7 @@ class ParamRegistry:
             entry = loaded.entries.get(member.index)
             if entry is not None and entry.master is not None and member.bucket.master is None:
                 loaded.entries[member.index] = replace(entry, master=None)
-        load.load_shards(loaded, self._shards.state_buffers)
+        fragments.load_shards(loaded, self._shards.state_buffers)
         self._shards.replace_cohorts(load.make_cohorts(loaded, self._shards.members, groups))
 
 

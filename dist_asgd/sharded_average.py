@@ -157,7 +157,8 @@ class ShardedAverage(ShardedState):
             RuntimeError: parameters were replaced or converted, or are averages now; or, with averages in host memory,
                 were written while those may have taken them. On this rank only.
         """
-        self._adopt_params()
+        self._refuse_capture()
+        self._adopt_read_only()
         self.averages.refuse_swapped("update()", (param for group in self.param_groups for param in group["params"]))
         problem = self._step_problem(by_gradients=False)
         if problem is not None:
@@ -196,22 +197,35 @@ class ShardedAverage(ShardedState):
 
     def adopt_params(self) -> None:
         """Take parameters and ``param_groups`` as they are now; as ``ShardedASGD`` does. Collective if they differ."""
+        Offload.before_write()
         self._settle()
-        self._adopt_params()
+        self._adopt_read_only()
 
     def _settle(self) -> None:
         """Let the host wait until averages in host memory are up to date."""
         for buffer in self.shards.state_buffers:
             buffer.settle()
 
-    def _adopt_params(self) -> None:
+    def _adopt_read_only(self) -> None:
+        """Do so without a wait for averages in host memory, of which others may be in the middle of an update."""
         # update() reads parameters past the modules, which may be in flight with overlap_forward().
         Arrivals.wait_for_deferred()
-        super().adopt_params()
+        super()._adopt()
         for offload in self._updater.offloads:
             overtaken = offload.take_overtaken()
             if overtaken is not None and self.shards.torn_by is None:
                 self.shards.torn_by = f"{A_WRITE} to parameter {overtaken}"
+
+    def _refuse_capture(self) -> None:
+        """Raise RuntimeError if a CUDA graph is being captured, which would repeat the weight of one update."""
+        if self.shards.on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("dist_asgd: update() in a CUDA graph would repeat one update. Call it after the replay.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hand out this rank's fragments of the averages; as ``ShardedASGD`` does."""
+        # First, as it finds parameters that were written too early.
+        self.adopt_params()
+        return super().state_dict()
 
     @public_call
     def wait_for_parameters(self) -> None:

@@ -169,9 +169,14 @@ class ShardedState(torch.optim.Optimizer):
         Called first in every call that uses the parameters, also by ``checkpoint``.
         """
         Offload.before_write()
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Do so in a call that writes no parameters unless they were changed."""
         self.gatherer.wait()
         if self.is_differentiable or self.averages.is_swapped or self.shards.hold(self.param_groups):
             return
+        Offload.before_write()
         self._state_dicts.forget_averages()
         self.registry.adopt(self.param_groups)
 

@@ -169,7 +169,7 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
     Raises:
         TypeError: ``optimizer`` cannot be exported.
         ValueError: the model, its state dict or ``dtype`` cannot be exported.
-        RuntimeError: parameters were moved, or are the averaged ones now.
+        RuntimeError: parameters were moved, are the averaged ones now, or may be torn by a call that was interrupted.
     """
     if not isinstance(optimizer, ShardedState) or optimizer.is_differentiable:
         raise TypeError(
@@ -182,6 +182,7 @@ def _plan(model: nn.Module, optimizer: Optimizer, dtype: torch.dtype | None) -> 
     params = [member.param for member in shards.members]
     Averages.refuse_swapped("export_averaged()", params)
     fsdp1.refuse("export_averaged()", params, fsdp1.SAVE_AVERAGES)
+    shards.check_whole()
     shards.check_unchanged(optimizer.state)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dist_asgd: cannot export weights as {dtype}: wanted a floating-point dtype.")

@@ -1,7 +1,7 @@
 """Loading a state dict: it is parsed and checked as a whole, agreed on by all ranks, and only then applied.
 
 ``StateDicts`` first calls ``parse`` and ``fingerprint``, which change nothing, and after the agreement ``load_shards``
-and ``make_cohorts``.
+of ``fragments.py`` and ``make_cohorts``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..placements.fsdp1 import LOAD_BY_FSDP1, is_managed
 from ..placements.presharded import DTensorParam, FSDP1Param
 from ..placements.shard_tensor import ShardTensor, shard_tensor_of
 from ..state import KEYS, MASTER_KEY
-from ..storage.buffers import ShardedParam, StateBuffer
+from ..storage.buffers import ShardedParam
 from ..storage.frozen import FrozenParam
-from ..storage.memory_order import as_real, in_memory_order
+from ..storage.memory_order import in_memory_order
 from ..update.schedule import Cohort, scalar_dtype
 from ..update.weights import AVERAGE_KEY, ONLY_AVERAGE_KEY, AverageRule, rule_of
 from ..validation import hyperparameters
@@ -63,6 +63,7 @@ class ParsedStateDict:
     """A parsed state dict, ``source``: the entries by parameter index, and the new values of all groups.
 
     ``own`` are own entries of parameters, by index, and ``shared`` those of the optimizer; see ``own_entries.py``.
+    ``memory`` has averages that have to be made for it, by the ``id()`` of their state buffers; see ``fragments.py``.
     """
 
     entries: dict[int, ParamState]
@@ -70,6 +71,7 @@ class ParsedStateDict:
     source: dict[str, Any]
     own: dict[int, dict[Any, Any]] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    memory: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def stepped(self) -> list[int]:
@@ -396,51 +398,3 @@ def make_cohorts(
                 cohorts[key] = Cohort(entry.step, entry.eta, entry.mu, ())
         cohorts[key].indices.add(member.index)
     return list(cohorts.values())
-
-
-def load_shards(loaded: ParsedStateDict, buffers: Sequence[StateBuffer]) -> list[StateBuffer]:
-    """Write this rank's fragments of ``ax`` and of masters. No communication.
-
-    Returns the state buffers in which loaded masters changed parameters; the caller gathers those. A parameter without
-    a loaded master becomes its own master. If a loaded ``ax`` is wider than ``average_dtype``, the averages of all
-    parameters of that group and dtype are kept in the wider dtype, so that the result does not depend on which of them
-    share a buffer.
-    """
-    widest: dict[tuple[int, torch.dtype], torch.dtype] = {}
-    for buffer in buffers:
-        key = (buffer.group_index, buffer.param_dtype)
-        for member in buffer.members:
-            entry = loaded.entries.get(member.index)
-            own = buffer.average_dtype if entry is None else entry.average.dtype.to_real()
-            widest[key] = torch.promote_types(widest.get(key, buffer.average_dtype), own)
-    for buffer in buffers:
-        dtype = widest[buffer.group_index, buffer.param_dtype]
-        buffer.overwrite_average(dtype)
-        for member in buffer.members:
-            entry = loaded.entries.get(member.index)
-            average = buffer.average[member.fragment.start : member.fragment.stop]
-            if entry is None:
-                average.zero_()
-            else:
-                average.copy_(_fragment(entry.average, member, entry.sharded))
-    return [buffer for buffer in buffers if _load_masters(loaded, buffer)]
-
-
-def _fragment(value: Tensor, member: ShardedParam, sharded: bool) -> Tensor:
-    """Return this rank's fragment of a loaded tensor, 1-D and real."""
-    if sharded:
-        reals = value.resolve_conj()
-        return as_real(reals) if reals.is_complex() else reals
-    return member.fragment_of(value)
-
-
-def _load_masters(loaded: ParsedStateDict, buffer: StateBuffer) -> bool:
-    """Write the loaded masters of a state buffer; return whether there were any, which is the same on all ranks."""
-    buffer.reset_masters()
-    found = False
-    for member in buffer.members:
-        entry = loaded.entries.get(member.index)
-        if entry is not None and entry.master is not None:
-            found = True
-            member.set_masters(_fragment(entry.master, member, entry.sharded).float())
-    return found

@@ -22,7 +22,7 @@ from ..storage.buffers import ShardedParam
 from ..storage.frozen import FrozenParam
 from ..storage.snapshots import mark_written
 from ..validation import check_hyperparameters, named_params, params_of
-from . import beside_fsdp1, full, load, own_entries, sharded, unsharded
+from . import beside_fsdp1, fragments, full, load, own_entries, sharded, unsharded
 from .backup import OptimizerBackup, find_unequal
 from .load import ParsedStateDict
 from .whole_tensors import whole_dtensors
@@ -184,6 +184,8 @@ class StateDicts:
             loaded = load.parse(state_dict, groups, targets, self._optimizer.defaults, self._optimizer.state)
             for index, group in enumerate(loaded.groups):
                 check_hyperparameters(group, f"param_groups[{index}] of the loaded state dict")
+            if self._shards is not None:
+                fragments.find_memory(loaded, self._shards.state_buffers)
             return loaded, load.fingerprint(loaded, targets), None
         except Exception as error:
             return None, NO_FINGERPRINT, error
@@ -260,7 +262,7 @@ class StateDicts:
             unsharded.apply(loaded, groups, self._optimizer.state)
         else:
             # Loaded masters change this rank's shard of the parameters, so the other ranks need it.
-            for buffer in load.load_shards(loaded, self._shards.state_buffers):
+            for buffer in fragments.load_shards(loaded, self._shards.state_buffers):
                 mark_written([member.param for member in buffer.members])
                 self._gatherer.launch(buffer)
                 buffer.on_params_written()

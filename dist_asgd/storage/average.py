@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import huge_pages
-from .pinned import PinnedMemory
+from .pinned import HostWait, PinnedMemory
 from .published import placeholder
 
 if TYPE_CHECKING:
@@ -128,16 +129,16 @@ class AverageMemory(ABC):
         numel = self.layout.shard_numel
         if not self.is_offloaded:
             return huge_pages.zeros(numel, dtype, self.device)
-        self._pinned = PinnedMemory([numel * dtype.itemsize])
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device:
+            self._pinned = PinnedMemory([numel * dtype.itemsize])
         return self._pinned.tensors[0].view(dtype)
 
-    def __del__(self) -> None:
-        """Wait for an update that is in flight: it writes the memory that is freed next."""
-        self.settle()
-
-    def begin_update(self, wait: Callable[[], None]) -> None:
-        """Note that an update of offloaded averages has begun, whose end ``wait`` lets the host wait for."""
+    def begin_update(self, wait: Callable[[], None], streams: Sequence[HostWait]) -> None:
+        """Note that an update of offloaded averages begins on ``streams``; ``wait`` lets the host wait for its end."""
         self._wait_for_update = wait
+        if self._pinned is not None:
+            self._pinned.used_by(streams)
 
     def settle(self) -> None:
         """Let the host wait until offloaded averages are up to date; called before anybody reads or writes them."""
@@ -162,9 +163,17 @@ class AverageMemory(ABC):
         if moves:
             self._tell_moved()
 
-    def overwrite_average(self, dtype: torch.dtype) -> None:
-        """Get ready for averages that are about to be loaded, in ``dtype``; the caller writes all of them."""
-        self.reserve_average(dtype)
+    def lacks_memory(self, dtype: torch.dtype) -> bool:
+        """Whether averages in ``dtype`` need memory that has to be made: of a device, or page-locked."""
+        has_own = self.average_has_address and self.average.dtype == dtype
+        return (self.defers_average or self.is_offloaded) and not has_own
+
+    def overwrite_average(self, dtype: torch.dtype, memory: Tensor | None = None) -> None:
+        """Get ready for averages that are about to be loaded, in ``dtype``, perhaps to ``memory``.
+
+        The caller writes all of them.
+        """
+        self.reserve_average(dtype, memory)
         self.params_stand, self._may_give_back = False, True
 
     def _tell_moved(self) -> None:

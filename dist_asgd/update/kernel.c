@@ -179,8 +179,10 @@ INLINE float float16_grid(float x) {
 
 INLINE float float_of_half(uint16_t h) {
     uint32_t a = h & 0x7FFFu, sign = (uint32_t)(h & 0x8000u) << 16;
-    float scaled = of_bits(a << 13) * of_bits(0x77800000u); /* 2^112 moves the exponent's bias */
-    return of_bits(sign | choose(a >= 0x7C00u, 0x7F800000u | (a & 0x3FF) << 13, bits_of(scaled)));
+    /* Never through a denormal float, which some programs have flushed to zero: 2^-14 is added and taken away. */
+    uint32_t small = bits_of(of_bits(0x38800000u | a << 13) - of_bits(0x38800000u));
+    uint32_t finite = choose(a < 0x400u, small, (a << 13) + 0x38000000u);
+    return of_bits(sign | choose(a >= 0x7C00u, 0x7F800000u | (a & 0x3FF) << 13, finite));
 }
 
 /* The 16 bits of x, which is on the grid of float16. */

@@ -107,8 +107,9 @@ class Offload:
         self._lanes = [_Lane(device) for _ in range(NUM_LANES)]
         # Each lets the computing stream wait for what a lane has been given so far.
         self._marks: list[Callable[[], None] | None] = []
-        # The parameters that the last update reads, with their versions then, until somebody is let write them.
-        self._read: list[tuple[ShardedParam, int]] = []
+        # What updates read, until somebody is let write it: parameters with their versions then, and their tiles, which
+        # keep the memory of parameters that are put elsewhere meanwhile. By ``id()`` of the tiles of a batch.
+        self._reading: dict[int, tuple[Sequence[HostTile], list[tuple[ShardedParam, int]]]] = {}
         self._overtaken: str | None = None
         if Offload._hook is None:
             # It stays: an object that is collected while torch runs such hooks must not remove one.
@@ -129,13 +130,16 @@ class Offload:
         self, buffer: StateBuffer, members: Sequence[ShardedParam], tiles: Sequence[HostTile], take: Take
     ) -> None:
         """Begin to let the averages of ``members``, which lie in ``tiles`` of ``buffer``, take their parameters."""
-        for tile in tiles:
-            lane = self._lanes[tile.lane]
-            lane.stream.run(partial(lane.update, tile, take))
-        self._marks = [lane.stream.mark() for lane in self._lanes]
-        self._read += [(member, member.param._version) for member in members]
+        # Before anything is in flight: an interruption must leave nothing that nobody waits for.
         self._begun.add(self)
-        buffer.begin_update(self.synchronize)
+        buffer.begin_update(self.synchronize, [lane.stream for lane in self._lanes])
+        self._reading[id(tiles)] = (tiles, [(member, member.param._version) for member in members])
+        try:
+            for tile in tiles:
+                lane = self._lanes[tile.lane]
+                lane.stream.run(partial(lane.update, tile, take))
+        finally:
+            self._marks = [lane.stream.mark() for lane in self._lanes]
 
     def synchronize(self) -> None:
         """Let the host wait until all updates so far have ended; nobody has to wait for them after that."""
@@ -161,14 +165,22 @@ class Offload:
         for mark in self._marks:
             if mark is not None:
                 mark()
-        if self._read:
-            read, self._read = self._read, []
-            overtaken = next((member.name for member, version in read if member.param._version != version), None)
-            self._overtaken = self._overtaken or overtaken
+        self._look()
+        self._reading = {}
+
+    def _look(self) -> None:
+        """Look for parameters that were written while an update may have read them."""
+        read = (pair for _, pairs in self._reading.values() for pair in pairs)
+        overtaken = (member.name for member, version in read if member.param._version != version)
+        self._overtaken = self._overtaken or next(overtaken, None)
 
     def take_overtaken(self) -> str | None:
         """The name of a parameter that was written while an update may have read it, once; None if none was."""
+        self._look()
         overtaken, self._overtaken = self._overtaken, None
+        if overtaken is not None:
+            self._let_write()
+            self._overtaken = None
         return overtaken
 
 

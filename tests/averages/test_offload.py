@@ -5,9 +5,12 @@ Streams are imagined: what they are given runs as late as a GPU may run it, whic
 
 import copy
 import gc
+import mmap
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from dist_asgd import (
 )
 from dist_asgd.update import offload
 from tests.harness.bits import assert_same_bits
-from tests.harness.late_streams import offloaded_on_cpus
+from tests.harness.late_streams import LateStream, offloaded_on_cpus
 from tests.harness.models import mlp, mlp_loss, odd_net
 from tests.harness.ranks import run, run_errors
 
@@ -297,17 +300,124 @@ def test_a_load_ends_the_error() -> None:
         assert average.averaged_steps() == 2
 
 
-def test_memory_is_kept_until_an_update_has_ended() -> None:
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_memory_is_unlocked_once_an_update_has_ended(in_a_cycle: bool) -> None:
     """A deleted average waits for the device, which would write memory that somebody else has."""
-    with offloaded_on_cpus():
+    with offloaded_on_cpus() as runtime:
         average = ShardedAverage(mlp().named_parameters(), weight=UniformMean(), average_device="cpu")
         average.update()
         average.update()
-        lanes = [lane.stream for made in average._updater.offloads for lane in made._lanes]
-        assert any(stream.num_left for stream in lanes)
+        assert any(stream.waiting for stream in runtime.streams)
+        if in_a_cycle:
+            # Finalizers come before every __del__ then.
+            average.myself = average
         del average
         gc.collect()
-        assert not any(stream.num_left for stream in lanes)
+        assert runtime.num_unlocked
+        assert not runtime.num_late
+        assert not any(stream.waiting for stream in runtime.streams)
+
+
+def test_an_interrupted_update_leaves_nothing_behind() -> None:
+    """Whatever is in flight ends before averages are loaded, and before parameters are written."""
+    with offloaded_on_cpus() as runtime:
+        model = mlp()
+        average = ShardedAverage(model.named_parameters(), decay=0.5, average_device="cpu")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        average.update()
+        state = copy.deepcopy(average.state_dict())
+        run, calls = LateStream.run, [0]
+
+        def interrupted(stream: LateStream, work: Any, reads: Any = ()) -> None:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise KeyboardInterrupt
+            run(stream, work, reads)
+
+        with mock.patch.object(LateStream, "run", interrupted), pytest.raises(KeyboardInterrupt):
+            average.update()
+        in_flight = [len(stream.waiting) for stream in runtime.streams]
+        assert sum(in_flight) == 2
+        optimizer.step()
+        assert [stream.num_reads for stream in runtime.streams] == in_flight
+        with pytest.raises(RuntimeError, match=r"update\(\) was interrupted"):
+            average.update()
+        average.load_state_dict(state)
+        assert not any(stream.waiting for stream in runtime.streams)
+        for param, loaded in zip(model.parameters(), state["state"].values(), strict=True):
+            assert_same_bits(average.state[param]["ax"], loaded["ax"].flatten(), "ax")
+
+
+def test_an_update_does_not_wait_for_that_of_another_average() -> None:
+    """Two of them go on beside the same forward and backward; a write by hand is found in both."""
+    with offloaded_on_cpus() as runtime:
+        model = mlp()
+        both = [ShardedAverage(model.named_parameters(), decay=d, average_device="cpu") for d in (0.5, 0.9)]
+        for average in both:
+            average.update()
+        assert all(stream.waiting and not stream.num_reads for stream in runtime.streams)
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        for average in both:
+            with pytest.raises(RuntimeError, match="a write to parameter"):
+                average.update()
+
+
+WAYS: dict[str, Callable[[nn.Module, ShardedAverage, str], object]] = {
+    "state_dict": lambda _, average, __: average.state_dict(),
+    "consolidated_state_dict": lambda _, average, __: average.consolidated_state_dict(),
+    "export_averaged": lambda model, average, folder: export_averaged(f"{folder}/a.safetensors", model, average),
+    "save_checkpoint": lambda model, average, folder: save_checkpoint(
+        f"{folder}/a", model, torch.optim.SGD(model.parameters()), step=1, averages=average
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_averages_that_may_be_wrong_do_not_leave(way: str, tmp_path: Path) -> None:
+    """In the first call after the write already, and in later ones."""
+    with offloaded_on_cpus():
+        model = mlp()
+        average = ShardedAverage(model.named_parameters(), average_device="cpu")
+        average.update()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="a write to parameter"):
+                WAYS[way](model, average, str(tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def lacks_memory(rank: int, world_size: int) -> None:
+    """Job: wider averages are loaded, for which one rank finds no page-locked memory."""
+    with offloaded_on_cpus():
+        model = mlp()
+        wide, host = (
+            ShardedAverage(model.named_parameters(), average_device=place, average_dtype=dtype)
+            for place, dtype in ((None, torch.float64), ("cpu", None))
+        )
+        for average in (wide, host):
+            average.update()
+        before = host.consolidated_state_dict(to=None)["state"]
+        try:
+            with mock.patch.object(mmap, "mmap", _refused if rank == world_size - 1 else mmap.mmap):
+                host.load_state_dict(wide.consolidated_state_dict(to=None))
+        finally:
+            after = host.consolidated_state_dict(to=None)["state"]
+            for index, entry in before.items():
+                assert_same_bits(after[index]["ax"], entry["ax"], "ax")
+
+
+def _refused(*_: Any) -> Any:
+    raise OSError(12, "Cannot allocate memory")
+
+
+@worlds
+def test_a_load_that_finds_no_memory_is_an_error_on_all_ranks(backend: str, world_size: int) -> None:
+    """And changes nothing."""
+    for error in run_errors(backend, world_size, lacks_memory):
+        assert error.type_name == "RuntimeError"
+        assert "there is no memory for the averages of a load" in error.message
 
 
 def test_there_is_one_hook_for_all_averages() -> None:

@@ -5,7 +5,7 @@ Inside ``offloaded_on_cpus`` averages with ``average_device="cpu"`` are handled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from unittest import mock
@@ -30,9 +30,14 @@ class LateStream(Stream):
         self._read: list[list[Tensor]] = []
 
     @property
-    def num_left(self) -> int:
-        """How many tiles have not been updated."""
-        return len(self._work)
+    def waiting(self) -> list[partial[None]]:
+        """The updates of tiles that have not run."""
+        return self._work
+
+    @property
+    def num_reads(self) -> int:
+        """How many of them have read their parameters."""
+        return len(self._read)
 
     def run(self, work: Callable[[], None], reads: Iterable[Tensor] = ()) -> None:
         """Keep ``work``, the update of a tile, for later."""
@@ -61,24 +66,39 @@ class LateStream(Stream):
             torch._foreach_copy_(params, now)
 
 
-class PlainMemory:
-    """In the place of ``PinnedMemory``, which needs CUDA."""
+class Runtime:
+    """The calls of CUDA's runtime that lock and unlock memory; ``num_late`` counts memory unlocked while tiles wait."""
 
-    def __init__(self, sizes_bytes: Sequence[int]) -> None:
-        self.tensors = [torch.zeros(size, dtype=torch.uint8, device="cpu") for size in sizes_bytes]
+    def __init__(self) -> None:
+        self.streams: list[LateStream] = []
+        self.num_unlocked = self.num_late = 0
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        """Lock nothing."""
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        """Note what may still write the memory."""
+        self.num_unlocked += 1
+        self.num_late += any(tile.args[0].host.data_ptr() == address for s in self.streams for tile in s.waiting)
+        return 0
 
 
 @contextmanager
-def offloaded_on_cpus(late: bool = True, tile_bytes: int = 256) -> Iterator[None]:
+def offloaded_on_cpus(late: bool = True, tile_bytes: int = 256) -> Iterator[Runtime]:
     """Inside, ``average_device="cpu"`` has the effect on parameters on CPUs that it has on those on GPUs."""
+    runtime = Runtime()
 
     def stream(device: torch.device) -> Stream:
-        return LateStream(device) if late else Stream()
+        if not late:
+            return Stream()
+        runtime.streams.append(LateStream(device))
+        return runtime.streams[-1]
 
     with (
         mock.patch.object(average, "is_offloaded", lambda _, asked: asked is not None),
-        mock.patch.object(average, "PinnedMemory", PlainMemory),
+        mock.patch.object(torch.cuda, "cudart", return_value=runtime),
         mock.patch.object(offload, "SideStream", stream),
         mock.patch.object(offload, "TILE_BYTES", tile_bytes),
     ):
-        yield
+        yield runtime

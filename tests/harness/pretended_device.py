@@ -334,6 +334,9 @@ class _PinnedMemory:
     def __init__(self, sizes_bytes: Sequence[int]) -> None:
         self.tensors = [NOTES.pin(torch.zeros(size, dtype=torch.uint8, device="cpu")) for size in sizes_bytes]
 
+    def used_by(self, streams: Sequence[Stream]) -> None:
+        """Memory of Python's is freed when nobody has it any more."""
+
 
 def watch_offload(foreach: bool | None, dtype: torch.dtype) -> dict[str, list[str]]:
     """What ``update()`` of averages in host memory waits for, and a read of them."""

@@ -57,6 +57,21 @@ def test_the_bits_are_those_of_lerp(dtype: torch.dtype, average_dtype: torch.dty
             assert_same_bits(mine.nan_to_num(7.0), theirs.nan_to_num(7.0), f"{weight} in {num_threads}")
 
 
+@pytest.mark.parametrize("flushes", [False, True])
+def test_every_value_of_float16(flushes: bool) -> None:
+    """Also if denormal numbers are flushed to zero: those of float16 are none of float32."""
+    param = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    average = torch.zeros(1 << 16)
+    try:
+        torch.set_flush_denormal(flushes)
+        wanted = average.clone().lerp_(param.float(), 0.5)
+        Means([param], [average]).run(0.5)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(average.isnan(), wanted.isnan())
+    assert_same_bits(average.nan_to_num(7.0), wanted.nan_to_num(7.0), "float16")
+
+
 def test_a_weight_that_rounds_to_one_is_left_to_torch() -> None:
     """Its operators give zeros other signs in the last elements of a tensor."""
     weight = 1 - 1e-12
