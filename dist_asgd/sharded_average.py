@@ -210,7 +210,7 @@ class ShardedAverage(ShardedState):
         """Do so without a wait for averages in host memory, of which others may be in the middle of an update."""
         # update() reads parameters past the modules, which may be in flight with overlap_forward().
         Arrivals.wait_for_deferred()
-        super()._adopt()
+        self._adopt()
         for offload in self._updater.offloads:
             overtaken = offload.take_overtaken()
             if overtaken is not None and self.shards.torn_by is None:

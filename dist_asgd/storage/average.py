@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -60,8 +60,8 @@ class AverageMemory(ABC):
     average_is_reserved  whether a step may write ``average``, without a question for memory
     """
 
-    # The buffer of each parameter that has ever stood for its average; it keeps neither of them alive.
-    _buffer_of: ClassVar[WeakIdKeyDictionary] = WeakIdKeyDictionary()
+    # The buffers of each parameter that has ever stood for an average; it keeps none of them alive.
+    _buffers_of: ClassVar[MutableMapping[Tensor, weakref.WeakSet[AverageMemory]]] = WeakIdKeyDictionary()
 
     average: Tensor
     average_dtype: torch.dtype
@@ -73,8 +73,8 @@ class AverageMemory(ABC):
     _may_give_back = True
     # Weak, because it keeps the buffer.
     _owner: weakref.ref[StateOwner] | None = None
-    # What keeps the memory locked.
-    _pinned: PinnedMemory | None = None
+    # What keeps memory locked: that of ``average``, and what was made for a load that ranks have not agreed on.
+    _pinned: Sequence[PinnedMemory] = ()
     # Lets the host wait for the update of offloaded averages that was begun last.
     _wait_for_update: Callable[[], None] | None = None
 
@@ -131,14 +131,16 @@ class AverageMemory(ABC):
             return huge_pages.zeros(numel, dtype, self.device)
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device:
-            self._pinned = PinnedMemory([numel * dtype.itemsize])
-        return self._pinned.tensors[0].view(dtype)
+            memory = PinnedMemory([numel * dtype.itemsize])
+        self._pinned = [*self._pinned, memory]
+        return memory.tensors[0].view(dtype)
 
     def begin_update(self, wait: Callable[[], None], streams: Sequence[HostWait]) -> None:
         """Note that an update of offloaded averages begins on ``streams``; ``wait`` lets the host wait for its end."""
         self._wait_for_update = wait
-        if self._pinned is not None:
-            self._pinned.used_by(streams)
+        self._pinned = [memory for memory in self._pinned if memory.holds(self.average)]
+        for memory in self._pinned:
+            memory.used_by(streams)
 
     def settle(self) -> None:
         """Let the host wait until offloaded averages are up to date; called before anybody reads or writes them."""
@@ -196,9 +198,12 @@ class AverageMemory(ABC):
 
         Called before a step that would copy all parameters of the buffer to their averages.
         """
-        if self.params_stand or self.average_is_shown:
+        # On CPUs memory may have been found for a step that was refused then: the next one has to ask again.
+        is_done = self.params_stand and (self.defers_average or not self.average_is_reserved)
+        if is_done or self.average_is_shown:
             return
-        self._buffer_of.update((member.param, weakref.ref(self)) for member in self.members)
+        for member in self.members:
+            self._buffers_of.setdefault(member.param, weakref.WeakSet()).add(self)
         # Loaded averages, or those of an earlier time, may have been written.
         if not self.defers_average:
             huge_pages.let_go(self.average)
@@ -226,10 +231,8 @@ class AverageMemory(ABC):
     def before_swap(cls, params: Iterable[Tensor]) -> None:
         """Write the averages that ``params`` stand for, of whatever optimizer: other values take their place now."""
         for param in params:
-            if param in cls._buffer_of:
-                buffer = cls._buffer_of[param]()
-                if buffer is not None:
-                    buffer.write_average()
+            for buffer in list(cls._buffers_of.get(param, ())):
+                buffer.write_average()
 
     def show_average(self) -> None:
         """Let every step from now on write ``average``, because somebody gets a tensor of that memory."""

@@ -74,6 +74,10 @@ class PinnedMemory:
             # A collector of cycles calls it before any __del__, so that it has to wait for copies itself.
             weakref.finalize(self, _unlock, runtime, whole, self._users).atexit = False
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` begins where one of ``tensors`` does."""
+        return any(own.data_ptr() == tensor.data_ptr() for own in self.tensors)
+
     def used_by(self, streams: Sequence[HostWait]) -> None:
         """Note the ``streams``, in place of those of an earlier call, whose work ends before the memory is unlocked."""
         self._users[:] = streams

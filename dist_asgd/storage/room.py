@@ -58,22 +58,28 @@ def _ask_host(buffers: Sequence[AverageMemory], ranks_on_host: int) -> None:
     """Raise RuntimeError if the host cannot have the memory for averages on CPUs."""
     # Ranks have equally many elements of whole parameters, and of local tensors perhaps not.
     whole = sum(b.average.nbytes for b in buffers if all(member.is_whole for member in b.members))
-    wanted = sum(buffer.average.nbytes for buffer in buffers) + whole * (ranks_on_host - 1)
-    left = available_bytes() if wanted else None
-    if left is not None and wanted > left:
-        others = f" with the {ranks_on_host - 1} other ranks of this host" * (ranks_on_host > 1)
-        raise RuntimeError(
-            f"dist_asgd: averages begin to take memory with this step, and this host has not enough: wanted "
-            f"{_mib(wanted)}{others}, and {_mib(left)} are left, swap included. {REMEDY}."
-        )
+    own = sum(buffer.average.nbytes for buffer in buffers)
+    if not own:
+        return
+    others = f" with the {ranks_on_host - 1} other ranks of this host"
+    # Ranks of one host may be in control groups of their own.
+    for wanted, whose, left in (
+        (own, "", available_bytes()),
+        (own + whole * (ranks_on_host - 1), others, available_bytes(in_groups=False) if ranks_on_host > 1 else None),
+    ):
+        if left is not None and wanted > left:
+            raise RuntimeError(
+                f"dist_asgd: averages begin to take memory with this step, and this host has not enough: wanted "
+                f"{_mib(wanted)}{whose}, and {_mib(left)} are left, swap included. {REMEDY}."
+            )
 
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def available_bytes() -> int | None:
-    """How many bytes this process could still write, at most: of the host, and of its control groups.
+def available_bytes(in_groups: bool = True) -> int | None:
+    """How many bytes this process could still write, at most: of the host, and ``in_groups`` of its control groups.
 
     None if the system does not say so.
     """
@@ -81,14 +87,17 @@ def available_bytes() -> int | None:
     if "MemAvailable" not in meminfo:
         return None
     swap = meminfo.get("SwapFree", 0)
-    return min([meminfo["MemAvailable"] + swap, *(left + swap for left in _left_in_groups())])
+    return min([meminfo["MemAvailable"] + swap, *(left + swap for left in (_left_in_groups() if in_groups else ()))])
 
 
 def _left_in_groups() -> list[int]:
     """The bytes below the limit of each control group that this process is in, without swap."""
     found = []
     for line in _text(_PROC / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, is_line, path = rest.partition(":")
+        if not is_line:
+            continue
         is_second = controllers == ""
         if not (is_second or "memory" in controllers.split(",")):
             continue
@@ -98,9 +107,10 @@ def _left_in_groups() -> list[int]:
         for folder in {root, *(root.joinpath(*Path(path).parts[1:end]) for end in range(2, len(Path(path).parts) + 1))}:
             limit, usage = (_text(folder / name).strip() for name in names)
             if limit.isdecimal() and usage.isdecimal():
-                # What files have in memory is given back when others need it.
+                # What files and their names have in memory is given back when others need it.
                 stat = _fields(folder / "memory.stat", 1)
-                kinds = ("inactive_file", "active_file") if is_second else ("total_inactive_file", "total_active_file")
+                files = "inactive_file", "active_file"
+                kinds = (*files, "slab_reclaimable") if is_second else tuple(f"total_{kind}" for kind in files)
                 found.append(max(0, int(limit) - int(usage) + sum(stat.get(kind, 0) for kind in kinds)))
     return found
 
@@ -114,6 +124,6 @@ def _fields(path: Path, unit: int) -> dict[str, int]:
 def _text(path: Path) -> str:
     """What a file has; "" if it cannot be read, as on other systems than Linux."""
     try:
-        return path.read_text()
+        return path.read_text(errors="surrogateescape")
     except OSError:
         return ""

@@ -364,6 +364,10 @@ class Cohorts:
             for cohort in list(self._groups[group_index]) if active is not self._last_active else ():
                 stepping = cohort.indices & active
                 if stepping and stepping != cohort.indices:
+                    if hyper.device is None and cohort.row is not None:
+                        # Halves of a row of the device would not be found to be there.
+                        cohort.move_to_host()
+                        yield cohort.indices
                     self._add(cohort.split(stepping), group_index)
                     yield stepping
             for cohort in self._groups[group_index]:

@@ -86,15 +86,17 @@ def about_to_write(
     found = []
     for buffer in buffers:
         hyper, missing = hypers[buffer.group_index], 0
+        # In most steps no cohort of the group writes, and nobody has to look at its parameters.
+        is_written = _writes(buffer, cohorts.of_group(buffer.group_index), hyper, known) and _writes(
+            buffer, {cohorts.by_index[member.index] for member in buffer.members}, hyper, known
+        )
+        if not (is_written or buffer.defers_average):
+            continue
         if has_gradient is not None and not buffer.params_stand:
             missing = sum(not has_gradient(member) for member in buffer.members)
         is_idle = missing == len(buffer.members)
         if is_idle and not buffer.defers_average:
             continue
-        # In most steps no cohort of the group writes, and nobody has to look at its parameters.
-        is_written = _writes(buffer, cohorts.of_group(buffer.group_index), hyper, known) and _writes(
-            buffer, {cohorts.by_index[member.index] for member in buffer.members}, hyper, known
-        )
         # If one does not step, its average is no copy of it. Other ranks may have the gradients that are missing here.
         if is_written or (missing and not is_idle and buffer.defers_average):
             found.append(buffer)

@@ -384,6 +384,15 @@ GROUPS: dict[str, tuple[dict[str, str], int]] = {
         },
         (50 + 10 + 24) * KIB,
     ),
+    "names of files, and lines of no known form": (
+        {
+            "proc/self/cgroup": "what\n0::/job\n\n",
+            "groups/job/memory.max": str(200 * KIB),
+            "groups/job/memory.current": str(190 * KIB),
+            "groups/job/memory.stat": f"inactive_file 0\nslab_reclaimable {70 * KIB}\n",
+        },
+        (10 + 70 + 24) * KIB,
+    ),
 }
 
 

@@ -334,6 +334,10 @@ class _PinnedMemory:
     def __init__(self, sizes_bytes: Sequence[int]) -> None:
         self.tensors = [NOTES.pin(torch.zeros(size, dtype=torch.uint8, device="cpu")) for size in sizes_bytes]
 
+    def holds(self, tensor: Tensor) -> bool:
+        """As of ``PinnedMemory``."""
+        return True
+
     def used_by(self, streams: Sequence[Stream]) -> None:
         """Memory of Python's is freed when nobody has it any more."""
 

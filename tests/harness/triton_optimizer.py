@@ -265,6 +265,26 @@ def begins_after_skips(device: torch.device) -> None:
                 assert_same_bits(state[index]["ax"], oracle.state[q]["ax"].cpu(), f"ax {index} after step {step}")
 
 
+def splits_as_it_changes_its_form(device: torch.device) -> None:
+    """One parameter skips the very step in which scalars move to the host: those of both are there afterwards."""
+    with without_memory(device):
+        ours, theirs = parameters(device), parameters(device)
+        optimizer = ShardedASGD(ours, **OPTIONS, fused=True, bucket_cap_mb=1e-4)
+        oracle = torch.optim.ASGD(theirs, **OPTIONS, foreach=False)
+        for step in range(12):
+            if step == 2:
+                optimizer.param_groups[0].update(fused=False, foreach=False)
+            for params, opt in ((ours, optimizer), (theirs, oracle)):
+                gradients(params, step)
+                if step == 2:
+                    params[1].grad = None
+                opt.step()
+        state = optimizer.consolidated_state_dict()["state"]
+        for index, q in enumerate(theirs):
+            for key, value in oracle.state[q].items():
+                assert_same_bits(state[index][key], value.cpu(), f"{key} {index}")
+
+
 def lives_unseen(stage: int, device: torch.device) -> None:
     """Histories in which nobody looks at the averages but now and then, with all that makes them begin."""
     from tests.averages.test_until_averaging import Pair, one_event
@@ -282,7 +302,7 @@ Case = Callable[[torch.device], None]
 def all_cases(kind: str) -> dict[str, Case]:
     """All cases by name. Histories compare with torch on the CPU, so they run in the interpreter only."""
     cases: list[Case] = [changes_its_form, skips_on_the_device, reads_its_lr_on_the_device, averages_and_clips]
-    cases += [loads_its_own_state, has_no_averages_before, begins_after_skips]
+    cases += [loads_its_own_state, has_no_averages_before, begins_after_skips, splits_as_it_changes_its_form]
     found: dict[str, Case] = {case.__name__: case for case in cases}  # type: ignore[attr-defined]
     if kind == "cpu":
         found["dtensors"] = lives_sharded
