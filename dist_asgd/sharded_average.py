@@ -223,6 +223,7 @@ class ShardedAverage(ShardedState):
 
     def state_dict(self) -> dict[str, Any]:
         """Hand out this rank's fragments of the averages; as ``ShardedASGD`` does."""
+        self.averages.refuse_inside("state_dict()")
         # First, as it finds parameters that were written too early.
         self.adopt_params()
         return super().state_dict()
