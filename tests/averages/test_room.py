@@ -161,6 +161,28 @@ def test_the_system_is_asked_in_one_step(options: dict[str, Any], first: int) ->
             optimizer.zero_grad()
 
 
+def asks_again(rank: int, _world_size: int) -> None:
+    """Job: only the last rank has no memory in a step that is refused; when averaging begins later, none has."""
+    params = params_of()
+    optimizer = ShardedASGD(params, lr=0.1, t0=T0)
+    for step in range(1, 9):
+        backward(params, step)
+        if step in (FIRST, FIRST + 3):
+            left = 1000 if rank or step > FIRST else 1 << 40
+            refuses = pytest.raises(RuntimeError, match="has not enough")
+            with mock.patch.object(room, "available_bytes", return_value=left), refuses as caught:
+                optimizer.step()
+            assert str(caught.value).endswith("[on rank 1 of 2]" if step == FIRST else "[on ranks 0-1 of 2]")
+            optimizer.param_groups[0]["t0"] = T0 + (3 if step == FIRST else 0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_step_after_a_refused_one_asks_again() -> None:
+    """Also on ranks that had found memory for the refused one, and have not taken it since."""
+    run("gloo", 2, asks_again)
+
+
 def needs_twice(_rank: int, _world_size: int) -> None:
     """Job: ranks of one host take memory together."""
     params = [nn.Parameter(torch.ones(1 << 16))]

@@ -506,6 +506,31 @@ def test_dtensors_in_another_memory_order(deferred: bool) -> None:
         run("gloo", 2, check_history, *job)
 
 
+def of_two_optimizers(_rank: int, world_size: int) -> None:
+    """Job: a DTensor stands for its average in two optimizers when another average takes its place."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    draw = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(distribute_tensor(torch.randn(8, 3, generator=draw), mesh, [Shard(0)]))
+    optimizers = [ShardedASGD([weight], lr=0.1, t0=1000) for _ in range(2)]
+    average = ShardedAverage([weight], decay=0.5)
+    for _ in range(3):
+        for optimizer in optimizers:
+            weight.grad = distribute_tensor(torch.randn(8, 3, generator=draw), mesh, [Shard(0)])
+            optimizer.step()
+        average.update()
+    last = weight.to_local().detach().clone()
+    with average.averaged_parameters():
+        assert not torch.equal(weight.to_local(), last)
+        for number, optimizer in enumerate(optimizers):
+            assert_same_bits(optimizer.state[weight]["ax"].to_local(), last, f"ax of optimizer {number}")
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["cpu", "device"])
+def test_two_optimizers_of_one_dtensor(deferred: bool) -> None:
+    """Both have the values from before, not those that take their place."""
+    run("gloo", 2, as_device if deferred else of_two_optimizers, *((of_two_optimizers,) if deferred else ()))
+
+
 def loads_in_order(_rank: int, world_size: int, path: Path) -> None:
     """Job: load averages of DTensors whose memory is in another order than their elements."""
     mesh = init_device_mesh("cpu", (world_size,))
