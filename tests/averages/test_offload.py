@@ -420,6 +420,41 @@ def test_a_load_that_finds_no_memory_is_an_error_on_all_ranks(backend: str, worl
         assert "there is no memory for the averages of a load" in error.message
 
 
+def another_place(rank: int, _world_size: int) -> None:
+    """Job: ranks differ in where averages are to lie."""
+    with offloaded_on_cpus():
+        ShardedAverage([nn.Parameter(torch.ones(5))], average_device="cpu" if rank else None)
+
+
+def test_ranks_that_differ_in_the_place_all_raise() -> None:
+    """Before any memory is made."""
+    for error in run_errors("gloo", 2, another_place):
+        assert error.type_name == "ValueError"
+        assert "average_device: rank 0 has None; rank 1 has cpu" in error.message
+
+
+def fewer_elements_than_ranks(_rank: int, _world_size: int) -> None:
+    """Job: most ranks have an empty shard, and one element is no number."""
+    with offloaded_on_cpus():
+        params = [nn.Parameter(torch.tensor([1.0, torch.nan])), nn.Parameter(torch.tensor(3.0))]
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        both = [ShardedAverage(params, decay=0.5, average_device=place) for place in (None, "cpu")]
+        for step in range(4):
+            for param in params:
+                param.grad = torch.full_like(param, step + 1.0)
+            optimizer.step()
+            for average in both:
+                average.update()
+        beside, host = (average.consolidated_state_dict(to=None)["state"] for average in both)
+        for index, entry in beside.items():
+            assert_same_bits(host[index]["ax"], entry["ax"], "ax")
+
+
+def test_more_ranks_than_elements() -> None:
+    """Ranks without an element take part in everything."""
+    run("gloo", 4, fewer_elements_than_ranks)
+
+
 def test_there_is_one_hook_for_all_averages() -> None:
     """One that came and went with each would go while torch runs hooks, if the average is collected then."""
     with offloaded_on_cpus():
